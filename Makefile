@@ -1,0 +1,35 @@
+# `make quickstart` and `make test` set up all they need on a fresh machine.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml
+
+.PHONY: setup quickstart test lint format clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@echo "Installing the pinned packages into $(VENV) (some minutes the first time) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+quickstart: setup
+	$(LAUNCH) -m finetune.train recipes/quickstart.yaml
+	$(BIN)/python -m finetune.compare recipes/quickstart.yaml
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs .cache

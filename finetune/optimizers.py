@@ -1,0 +1,131 @@
+"""Optimizers and learning-rate schedules by name."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import bitsandbytes as bnb
+import prodigyopt
+import schedulefree
+import torch
+from torch import nn
+from transformers.optimization import Adafactor
+
+Groups = list[dict[str, Any]]
+Betas = tuple[float, float]
+
+
+def _adafactor(groups: Groups, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
+    return Adafactor(
+        groups, beta1=None, weight_decay=weight_decay, scale_parameter=False, relative_step=False
+    )
+
+
+def _with_betas(optimizer: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def build(groups: Groups, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
+        built: torch.optim.Optimizer = optimizer(
+            groups, betas=betas, weight_decay=weight_decay, **options
+        )
+        return built
+
+    return build
+
+
+OPTIMIZERS: Mapping[str, Callable[[Groups, Betas, float], torch.optim.Optimizer]] = (
+    MappingProxyType(
+        {
+            "adamw_8bit": _with_betas(bnb.optim.AdamW8bit),
+            "paged_adamw_8bit": _with_betas(bnb.optim.PagedAdamW8bit),
+            "adamw": _with_betas(torch.optim.AdamW),
+            "lion_8bit": _with_betas(bnb.optim.Lion8bit),
+            "adafactor": _adafactor,
+            "prodigy": _with_betas(prodigyopt.Prodigy, safeguard_warmup=True),
+            "schedule_free": _with_betas(schedulefree.AdamWScheduleFree),
+        }
+    )
+)
+"""Optimizers by name. Prodigy finds its own scale: give it learning rate 1."""
+
+
+def build_optimizer(
+    name: str,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    learning_rate: float,
+    betas: Betas,
+    weight_decay: float,
+    lora_plus_ratio: float = 1.0,
+) -> torch.optim.Optimizer:
+    """The optimizer of an adapter's parameters.
+
+    With ``lora_plus_ratio`` above 1 the B matrices, which start at zero, learn that much faster
+    than the rest (LoRA+, arXiv 2402.12354).
+    """
+    fast = [p for key, p in parameters.items() if ".lora_B." in key]
+    slow = [p for key, p in parameters.items() if ".lora_B." not in key]
+    if lora_plus_ratio == 1.0:
+        fast, slow = [], list(parameters.values())
+    groups = [
+        {"params": group, "lr": rate, "base_lr": rate}
+        for group, rate in ((slow, learning_rate), (fast, learning_rate * lora_plus_ratio))
+        if group
+    ]
+    optimizer = OPTIMIZERS[name](groups, betas, weight_decay)
+    if isinstance(optimizer, schedulefree.AdamWScheduleFree):
+        optimizer.train()
+    return optimizer
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {
+        "constant": lambda progress: 1.0,
+        "cosine": _cosine,
+        "linear": lambda progress: 1 - progress,
+        "one_cycle": lambda progress: 1e-4 + (1 - 1e-4) * _cosine(progress),
+    }
+)
+"""What is left of the peak learning rate after the warm-up, for progress from 0 to 1."""
+
+ONE_CYCLE_START = 1 / 25
+"""Where the one-cycle warm-up starts: upstream's 4e-6 for a peak of 1e-4 (and 1e-8 at the end)."""
+
+ONE_CYCLE_WARMUP = 0.3
+"""The share of one-cycle's steps that is warm-up where the recipe gives none."""
+
+
+def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int = 0) -> float:
+    """The learning rate of a step (from 0) over its peak: a function of the step alone."""
+    start = 0.0
+    if schedule == "one_cycle":
+        start = ONE_CYCLE_START
+        warmup_steps = warmup_steps or round(ONE_CYCLE_WARMUP * steps)
+    if step < warmup_steps:
+        rise = (step + 1) / (warmup_steps + 1)
+        if schedule == "one_cycle":
+            rise = 1 - _cosine(step / warmup_steps)
+        return start + (1 - start) * rise
+    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    return SCHEDULES[schedule](progress)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to ``factor`` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+@contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The parameters as they are to be used: schedule-free training keeps them as an average."""
+    if not isinstance(optimizer, schedulefree.AdamWScheduleFree):
+        yield
+        return
+    optimizer.eval()
+    yield
+    optimizer.train()

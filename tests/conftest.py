@@ -1,0 +1,17 @@
+"""Fixtures that several test modules share."""
+
+import pytest
+
+from tests.random_cascade import RandomCascade, save_random_cascade
+
+
+@pytest.fixture(scope="session")
+def random_cascade(tmp_path_factory: pytest.TempPathFactory) -> RandomCascade:
+    """A random cascade of 16 px, 64 px and the x4 upscaler."""
+    return save_random_cascade(tmp_path_factory.mktemp("random_cascade"))
+
+
+@pytest.fixture(scope="session")
+def guarded_cascade(tmp_path_factory: pytest.TempPathFactory) -> RandomCascade:
+    """A random cascade with a safety checker and a watermarker."""
+    return save_random_cascade(tmp_path_factory.mktemp("guarded_cascade"), guarded=True, seed=1)

@@ -1,0 +1,131 @@
+"""Every optimizer learns, every schedule has its shape."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.checkpoints import load_checkpoint, save_checkpoint
+from finetune.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    averaged_weights,
+    build_optimizer,
+    learning_rate_factor,
+    set_learning_rate,
+)
+
+ON_CPU = [name for name in OPTIMIZERS if not name.startswith("paged")]
+RATES = {"prodigy": 1.0, "lion_8bit": 3e-3}
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    """As an adapter's: two matrices large enough for 8-bit states."""
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "x.lora_A.default.weight": nn.Parameter(torch.randn(64, 64, generator=draw)),
+        "x.lora_B.default.weight": nn.Parameter(torch.randn(64, 64, generator=draw)),
+    }
+
+
+def build(name: str, values: dict[str, nn.Parameter], **options: float) -> torch.optim.Optimizer:
+    return build_optimizer(
+        name,
+        values,
+        learning_rate=RATES.get(name, 1e-2),
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_every_optimizer_descends_and_continues_from_its_state(name: str, tmp_path: Path) -> None:
+    def loss() -> torch.Tensor:
+        return torch.stack([p.square().mean() for p in values.values()]).sum()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    values = parameters()
+    optimizer = build(name, values)
+    first = loss().item()
+    steps(40)
+    assert loss().item() < 0.9 * first
+    saved = {key: p.detach().clone() for key, p in values.items()}
+    folder = save_checkpoint(tmp_path, 1, optimizer.state_dict(), keep=1)
+    steps(3)
+    continued = {key: p.detach().clone() for key, p in values.items()}
+
+    values = {key: nn.Parameter(tensor) for key, tensor in saved.items()}
+    optimizer = build(name, values)
+    optimizer.load_state_dict(load_checkpoint(folder))
+    steps(3)
+    for key, tensor in continued.items():
+        assert torch.equal(values[key], tensor)
+
+
+def test_8_bit_states_are_8_bit() -> None:
+    values = parameters()
+    optimizer = build("adamw_8bit", values)
+    for p in values.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
+
+
+def test_lora_plus_gives_b_matrices_their_own_rate() -> None:
+    values = parameters()
+    optimizer = build("adamw", values, lora_plus_ratio=16.0)
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(values["x.lora_A.default.weight"])] == pytest.approx(5e-3)
+    assert rates[id(values["x.lora_B.default.weight"])] == pytest.approx(16 * 5e-3)
+
+
+def test_schedule_free_is_used_averaged_and_trained_as_before() -> None:
+    values = parameters()
+    optimizer = build("schedule_free", values)
+    for _ in range(5):
+        for p in values.values():
+            p.grad = p.detach().clone()
+        optimizer.step()
+    training = [p.detach().clone() for p in values.values()]
+    with averaged_weights(optimizer):
+        assert not any(torch.equal(p, t) for p, t in zip(values.values(), training, strict=True))
+    for p, tensor in zip(values.values(), training, strict=True):
+        assert torch.allclose(p, tensor, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_start_peak_and_end(schedule: str) -> None:
+    factors = [learning_rate_factor(schedule, step, 100, 10) for step in range(100)]
+    assert max(factors) == pytest.approx(1.0)
+    assert factors.index(max(factors)) == 10
+    assert factors[:10] == sorted(factors[:10])
+    assert all(factor > 0 for factor in factors)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert learning_rate_factor(schedule, 100, 100, 10) == pytest.approx(
+        {"constant": 1.0, "one_cycle": 1e-4}.get(schedule, 0.0), abs=1e-12
+    )
+
+
+def test_one_cycle_is_upstreams() -> None:
+    """4e-6 to 1e-4 to 1e-8, as torch's OneCycleLR draws it with upstream's factors."""
+    steps, peak = 100, 1e-4
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    torch_schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=steps + 1, pct_start=31 / 101, final_div_factor=400
+    )
+    for step in range(steps):
+        ours = peak * learning_rate_factor("one_cycle", step, steps)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        torch_schedule.step()
+    assert math.isclose(peak * learning_rate_factor("one_cycle", 0, steps), 4e-6)
+    assert math.isclose(peak * learning_rate_factor("one_cycle", steps, steps), 1e-8)
