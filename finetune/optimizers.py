@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
+from adapters.errors import UserError
+
 Groups = list[dict[str, Any]]
 Betas = tuple[float, float]
 
@@ -33,11 +35,20 @@ def _with_betas(optimizer: Callable[..., Any], **options: Any) -> Callable[..., 
     return build
 
 
+def _paged(groups: Groups, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
+    if not torch.cuda.is_available():
+        raise UserError(
+            "optimizer.name: paged_adamw_8bit needs a GPU, to page its state out of; this machine"
+            " has none: use adamw_8bit."
+        )
+    return bnb.optim.PagedAdamW8bit(groups, betas=betas, weight_decay=weight_decay)
+
+
 OPTIMIZERS: Mapping[str, Callable[[Groups, Betas, float], torch.optim.Optimizer]] = (
     MappingProxyType(
         {
             "adamw_8bit": _with_betas(bnb.optim.AdamW8bit),
-            "paged_adamw_8bit": _with_betas(bnb.optim.PagedAdamW8bit),
+            "paged_adamw_8bit": _paged,
             "adamw": _with_betas(torch.optim.AdamW),
             "lion_8bit": _with_betas(bnb.optim.Lion8bit),
             "adafactor": _adafactor,

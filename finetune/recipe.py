@@ -84,7 +84,7 @@ class Text(Section):
     """The text encoder: its precision, its place, and what it is given."""
 
     precision: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"
-    """The text encoder's weights; ``auto``: bf16 on a GPU, fp32 on a CPU. T5-XXL overflows in fp16."""
+    """The text encoder's weights; ``auto``: bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu"] = "auto"
     """Where captions are encoded; ``auto``: on the training device."""
     clean_caption: bool = True
@@ -163,7 +163,7 @@ class Validation(Section):
 
 
 class Comparison(Section):
-    """The picture that shows the base beside the fine-tuned cascade (``python -m finetune.compare``)."""
+    """The picture of the base beside the fine-tuned cascade (``python -m finetune.compare``)."""
 
     prompts: Annotated[Prompts, Field(min_length=1)]
     """Prompts that should show the subject."""
@@ -219,7 +219,8 @@ class Recipe(Section):
             low, high = self.stage_2.noise_level
             if not 0 <= low <= high:
                 raise ValueError(
-                    f"stage_2.noise_level must be [low, high] with 0 <= low <= high (got [{low}, {high}])"
+                    "stage_2.noise_level must be [low, high] with 0 <= low <= high"
+                    f" (got [{low}, {high}])"
                 )
         for stage in self.trained:
             if self.prior and self.training(stage).batch_size < 2:

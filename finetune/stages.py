@@ -1,7 +1,7 @@
 """What the UNet of each stage is shown, in training exactly as at inference.
 
-Shapes: B pictures a batch, S the stage's picture size, s the size of the stage below, T text tokens,
-D text width. Pixels are in [-1, 1].
+Shapes: B pictures a batch, S the stage's picture size, s the size of the stage below, T text
+tokens, D text width. Pixels are in [-1, 1].
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Batch:
     prompt_embeds: Tensor
     """[B, T, D], text encodings, padding included (IF's UNets attend to all of it)."""
     weight: Tensor
-    """[B], the weight of each picture in the loss; the weights of the instance pictures sum to 1."""
+    """[B], each picture's weight in the loss; those of the instance pictures sum to 1."""
     noise: Tensor
     """[B, 3, S, S], standard normal."""
     timesteps: Tensor
@@ -55,7 +55,7 @@ class Batch:
 
 
 def noised(batch: Batch, scheduler: DDPMScheduler) -> Tensor:
-    """x_t: the pictures under the forward process at their timesteps (DDPM, eq. 4), [B, 3, S, S]."""
+    """x_t, the pictures under the forward process (DDPM, eq. 4), [B, 3, S, S]."""
     return scheduler.add_noise(batch.pixels, batch.noise, batch.timesteps)
 
 

@@ -68,5 +68,5 @@ def test_a_damaged_one_says_so(tmp_path: Path, name: str) -> None:
     folder = save_checkpoint(tmp_path, 1, TREE, keep=1)
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="damaged.*delete that folder"):
+    with pytest.raises(UserError, match=r"damaged.*delete that folder"):
         load_checkpoint(folder)

@@ -19,7 +19,7 @@ from tests.random_cascade import RandomCascade
 COUNT, TEXT = 2, (77, 32)
 
 
-class Shown(Exception):
+class ShownError(Exception):
     """Carries what a pipeline showed its UNet, out of the pipeline."""
 
 
@@ -27,10 +27,10 @@ def shown_by(pipeline: Any, **call: Any) -> dict[str, Any]:
     """The keyword arguments of the pipeline's first UNet call, without guidance."""
 
     def record(sample: Any, timestep: Any, **arguments: Any) -> None:
-        raise Shown({"sample": sample, "timestep": timestep, **arguments})
+        raise ShownError({"sample": sample, "timestep": timestep, **arguments})
 
     pipeline.unet.forward = record
-    with pytest.raises(Shown) as shown:
+    with pytest.raises(ShownError) as shown:
         pipeline(guidance_scale=1.0, num_inference_steps=10, output_type="pt", **call)
     inputs: dict[str, Any] = shown.value.args[0]
     return inputs

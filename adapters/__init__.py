@@ -1,0 +1,5 @@
+"""Adapters of DeepFloyd IF: attaching, exporting, merging, and the cascade that samples with them."""
+
+from adapters.cascade import Cascade, CascadeImages, load_cascade
+
+__all__ = ["Cascade", "CascadeImages", "load_cascade"]

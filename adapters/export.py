@@ -1,0 +1,144 @@
+"""Exporting an adapter so that diffusers, PEFT and our own cascade load it whole."""
+
+import json
+import os
+import tempfile
+from copy import copy
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from diffusers import IFPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from peft import PeftConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters.info import (
+    HEADER_KEY,
+    NOTICE,
+    PEFT_WEIGHTS,
+    AdapterInfo,
+    BaseSignature,
+    read_info,
+)
+from adapters.kinds import ADAPTER_NAME, adapted_modules, diffusers_loads
+from adapters.licence import is_deepfloyd
+
+__all__ = ["AdapterInfo", "Exported", "export_adapter", "read_info"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported adapter of one stage."""
+
+    folder: Path
+    tensors: int
+    """How many tensors the adapter has."""
+    diffusers_loads: bool
+    """Whether plain diffusers pipelines load it."""
+
+    @property
+    def message(self) -> str:
+        """Where it is and what loads it, for people."""
+        loaders = "load_cascade and PEFT load it"
+        if self.diffusers_loads:
+            return f"{self.folder}: {loaders}, and so does load_lora_weights of diffusers."
+        return f"{self.folder}: {loaders}; diffusers cannot load adapters of this kind."
+
+
+def export_adapter(unet: UNet2DConditionModel, folder: str | Path, info: AdapterInfo) -> Exported:
+    """Write the attached adapter to ``folder/stage_1`` or ``folder/stage_2``, replacing it whole.
+
+    The stage's folder receives
+
+    - ``adapter_model.safetensors`` and ``adapter_config.json``, for ``PeftModel.from_pretrained``
+      and :func:`adapters.load_cascade`;
+    - ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of the stage's diffusers
+      pipeline, where diffusers knows the kind. Its keys are PEFT's (``unet.X.lora_A.weight``), the
+      only ones of which diffusers drops none, and its header has the PEFT configuration.
+
+    Both safetensors files carry ``info`` in their header. Values are float32.
+
+    Args:
+        unet: a UNet with an adapter of :func:`adapters.kinds.attach`, holding the weights to export.
+        folder: the folder of the run's adapters.
+        info: what the adapter says of itself; the time, the base's signature and its licence's
+            notice are filled in.
+    """
+    config = peft_config_of(unet, info)
+    tensors = {
+        name: tensor.float().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(
+            unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+        ).items()
+    }
+    header = {"format": "pt", HEADER_KEY: completed(info, unet).model_dump_json()}
+    target = Path(folder) / f"stage_{info.stage}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as temporary:
+        new = Path(temporary) / "new"
+        config.save_pretrained(str(new))
+        prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+        save_file(prefixed, new / PEFT_WEIGHTS, metadata=header)
+        if diffusers_loads(info.spec):
+            save_for_diffusers(tensors, config, new / LORA_WEIGHT_NAME_SAFE, header)
+        if target.exists():
+            os.replace(target, Path(temporary) / "old")
+        os.replace(new, target)
+    return Exported(target, len(tensors), diffusers_loads(info.spec))
+
+
+def save_for_diffusers(
+    tensors: dict[str, Tensor], config: PeftConfig, path: Path, header: dict[str, str]
+) -> None:
+    """Write what ``load_lora_weights`` reads; only settings that differ from PEFT's own defaults.
+
+    Fewer settings keep the file loadable by PEFT versions that lack the newest ones.
+    """
+    prefix = IFPipeline.unet_name
+    defaults = type(config)().to_dict()
+    settings: dict[str, Any] = {
+        f"{prefix}.{key}": value
+        for key, value in plain(config).items()
+        if value != defaults[key] or key in ("r", "lora_alpha")
+    }
+    save_file(
+        {f"{prefix}.{name}": tensor for name, tensor in tensors.items()},
+        path,
+        metadata=header | {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)},
+    )
+
+
+def plain(config: PeftConfig) -> dict[str, Any]:
+    """A PEFT configuration in JSON's types; sets become sorted lists."""
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+        if key not in ("base_model_name_or_path", "inference_mode")
+    }
+
+
+def peft_config_of(unet: UNet2DConditionModel, info: AdapterInfo) -> PeftConfig:
+    """The PEFT configuration that is exported: the attached one, its targets as full names.
+
+    On attaching, PEFT shortens names to endings, which may match more modules in another model.
+    """
+    config = copy(unet.peft_config[ADAPTER_NAME])
+    config.target_modules = adapted_modules(unet)
+    config.base_model_name_or_path = info.base_model
+    config.revision = info.base_revision
+    config.inference_mode = True
+    return config
+
+
+def completed(info: AdapterInfo, unet: UNet2DConditionModel) -> AdapterInfo:
+    """``info`` with what export knows better."""
+    return info.model_copy(
+        update={
+            "created": info.created or datetime.now(UTC).isoformat(timespec="seconds"),
+            "licence_notice": NOTICE if is_deepfloyd(info.base_model) else None,
+            "base_signature": BaseSignature.of(unet),
+        }
+    )

@@ -1,0 +1,122 @@
+"""What an exported adapter says of itself, in the header of its safetensors files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from adapters.errors import UserError
+from adapters.kinds import AdapterSpec
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+"""The file of an exported stage that PEFT and our own loader read."""
+
+HEADER_KEY = "if_adapter"
+"""The entry of the safetensors header that holds an :class:`AdapterInfo` as JSON."""
+
+NOTICE = (
+    "DeepFloyd is licensed under the DeepFloyd License,"
+    " Copyright (c) Stability AI Ltd. All Rights Reserved."
+)
+"""The attribution that the DeepFloyd licence asks of whatever is derived from its weights."""
+
+SIGNATURE_LENGTH = 16
+
+
+class BaseSignature(BaseModel):
+    """What tells one base UNet from another, wherever it is stored and in whatever precision."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: dict[str, Any]
+    """The UNet's configuration."""
+    conv_in_bias: tuple[float, ...]
+    """The first values of its first bias, which no adapter changes and no quantiser touches."""
+
+    @classmethod
+    def of(cls, unet: UNet2DConditionModel) -> "BaseSignature":
+        """The signature of a UNet, with an adapter attached or without."""
+        conv_in = unet.conv_in
+        if isinstance(conv_in, BaseTunerLayer):
+            conv_in = conv_in.get_base_layer()
+        public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+        return cls(
+            config=json.loads(
+                json.dumps(public)
+            ),  # tuples become lists, as they are when read back
+            conv_in_bias=tuple(conv_in.bias.detach()[:SIGNATURE_LENGTH].float().tolist()),
+        )
+
+    def difference(self, other: "BaseSignature") -> str | None:
+        """In what two bases differ; ``None``: they are one and the same.
+
+        Configuration fields that only one of them has are those of another diffusers version.
+        Values may differ by half precision's rounding.
+        """
+        for key in self.config.keys() & other.config.keys():
+            if self.config[key] != other.config[key]:
+                return f"{key} is {other.config[key]}, not {self.config[key]}"
+        mine, theirs = torch.tensor(self.conv_in_bias), torch.tensor(other.conv_in_bias)
+        same = mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=1e-2, atol=1e-4)
+        return None if same else "its weights are others"
+
+
+class AdapterInfo(BaseModel):
+    """All there is to know about an adapter of one stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    base_model: str
+    """The base it was trained on: a hub name or a folder."""
+    base_revision: str | None = None
+    """The base's hub revision, where one was asked for."""
+    stage: int = Field(ge=1, le=2)
+    """The stage it belongs to."""
+    spec: AdapterSpec
+    """Its kind, rank, alpha, dropout and targets."""
+    prompts: tuple[str, ...] = ()
+    """Prompts that show what it has learned."""
+    step: int
+    """Optimizer steps it was trained for."""
+    recipe: str
+    """The resolved recipe of the run, YAML."""
+    version: str
+    """The version of this toolkit."""
+    created: str | None = None
+    """When it was exported (ISO 8601, UTC)."""
+    licence_notice: str | None = None
+    """The attribution notice that its base's licence asks for."""
+    base_signature: BaseSignature | None = None
+    """Which weights its base has; filled in at export."""
+
+
+def read_info(folder: str | Path) -> AdapterInfo:
+    """What the exported adapter of one stage says of itself.
+
+    Args:
+        folder: the stage's folder, such as ``adapters/stage_1``.
+
+    Raises:
+        UserError: where there is no adapter of this toolkit's making.
+    """
+    path = Path(folder) / PEFT_WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read as an exported adapter ({error}); name the folder that a run"
+            " exported, or one of its stage folders."
+        ) from error
+    try:
+        return AdapterInfo.model_validate_json(header[HEADER_KEY], strict=False)
+    except (KeyError, ValidationError) as error:
+        raise UserError(
+            f"{path} does not say which base and stage it belongs to (its header has no valid"
+            f" {HEADER_KEY!r} entry); export it again with this version, or load it with diffusers."
+        ) from error

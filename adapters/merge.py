@@ -1,0 +1,124 @@
+"""Merging adapters of any kind into a UNet's weights, and taking them out again."""
+
+import json
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adapters.errors import UserError
+from adapters.info import PEFT_WEIGHTS, AdapterInfo, read_info
+from adapters.kinds import ADAPTER_NAME
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class StageAdapter:
+    """The exported adapter of one stage, loaded."""
+
+    folder: Path
+    info: AdapterInfo
+    config: PeftConfig
+    state: dict[str, Tensor]
+    """Its tensors under PEFT's names without prefix, on the CPU."""
+
+    @classmethod
+    def load(cls, folder: Path) -> "StageAdapter":
+        """Load a stage's folder.
+
+        Raises:
+            UserError: where the folder holds no adapter of this toolkit.
+        """
+        info = read_info(folder)
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{folder / 'adapter_config.json'} cannot be read ({error}); export again."
+            ) from error
+        tensors = load_file(folder / PEFT_WEIGHTS)
+        state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        return cls(folder, info, config, state)
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, Tensor]]:
+        """The adapter's tensors by the module they adapt."""
+        prefixes = {f"{module}.": module for module in self.config.target_modules}
+        split: dict[str, dict[str, Tensor]] = {module: {} for module in self.config.target_modules}
+        for name, tensor in self.state.items():
+            module = next(m for prefix, m in prefixes.items() if name.startswith(prefix))
+            split[module][name] = tensor
+        return split
+
+    def delta(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
+        """What merging adds to a module's weight: PEFT's own merge, in float32.
+
+        Args:
+            name: the module's full name.
+            module: the module, for its shape and settings.
+            weight: its weight in the base.
+        """
+        copied = deepcopy(module, {id(module.weight): nn.Parameter(weight.float())})
+        root = _alone(name, copied)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten
+            inject_adapter_in_model(self.config, root, ADAPTER_NAME)
+        result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
+        assert not result.unexpected_keys
+        layer = root.get_submodule(name)
+        assert isinstance(layer, BaseTunerLayer)
+        layer.merge()
+        return layer.get_base_layer().weight.detach() - weight.float()
+
+
+def _alone(name: str, module: nn.Module) -> nn.Module:
+    """A model in which a module stands alone under its full name, as PEFT matches by name."""
+    for part in reversed(name.split(".")):
+        parent = nn.Module()
+        parent.add_module(part, module)
+        module = parent
+    return module
+
+
+@dataclass
+class MergedAdapters:
+    """The adapters merged into one UNet; their updates add up.
+
+    Every update is computed from the base's own weights, so the order of adapters does not matter,
+    and the base's weights are kept on the CPU, so that removing adapters restores them to the bit.
+    """
+
+    unet: UNet2DConditionModel
+    adapters: list[tuple[StageAdapter, float]] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """The base's weights of all modules that adapters have changed, by module."""
+
+    @torch.no_grad()
+    def add(self, adapter: StageAdapter, scale: float) -> None:
+        """Merge one more adapter: each weight W becomes W + scale * (W merged - W)."""
+        self.adapters.append((adapter, scale))
+        for name in adapter.modules:
+            module = self.unet.get_submodule(name)
+            if name not in self.originals:
+                self.originals[name] = module.weight.detach().to("cpu", copy=True)
+            weight = self.originals[name].to(module.weight.device)
+            merged = weight.float()
+            for other, factor in self.adapters:
+                if name in other.modules:
+                    merged = merged + factor * other.delta(name, module, weight)
+            module.weight.copy_(merged)
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Take all adapters out."""
+        for name, original in self.originals.items():
+            self.unet.get_submodule(name).weight.copy_(original)
+        self.adapters.clear()
+        self.originals.clear()

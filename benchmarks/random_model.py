@@ -1,0 +1,90 @@
+"""Random-weight models of the published sizes, in the published layout, for measurements.
+
+    python -m benchmarks.random_model FOLDER --unet IF-I-XL
+
+Sizes: ``if_unets.json``. The text encoder has T5-XXL's width but a single layer, as measurements
+of training read cached encodings; its tokenizer is the embedded cascade's.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+ROOT = Path(__file__).parent.parent
+UNETS = json.loads((Path(__file__).parent / "if_unets.json").read_text())
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "variance_type": "learned_range",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+}
+
+
+def random_unet(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:
+    """A UNet of a published size with random weights."""
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            unet = UNet2DConditionModel(**UNETS[name], encoder_hid_dim_type="text_proj")
+    finally:
+        torch.set_default_dtype(default)
+    return unet.to(device, dtype)
+
+
+def save_random_model(
+    folder: Path, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write one stage as a folder that its pipeline's ``from_pretrained`` loads."""
+    config = UNETS[name]
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/if-tiny/stage_1/tokenizer")
+    text_encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=config["encoder_hid_dim"],
+            d_kv=64,
+            d_ff=64,
+            num_heads=1,
+            num_layers=1,
+            feed_forward_proj="gated-gelu",
+        )
+    ).to(dtype)
+    shared = {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "unet": random_unet(name, device, dtype),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+    if "class_embed_type" in config:
+        IFSuperResolutionPipeline(
+            **shared,
+            scheduler=DDPMScheduler(**SCHEDULER, sample_max_value=1.0),
+            image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        ).save_pretrained(folder)
+    else:
+        IFPipeline(
+            **shared, scheduler=DDPMScheduler(**SCHEDULER, sample_max_value=1.5)
+        ).save_pretrained(folder)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--unet", required=True, choices=[n for n in UNETS if n[0] != "_"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    save_random_model(options.folder, options.unet, device=options.device)
+
+
+if __name__ == "__main__":
+    main()

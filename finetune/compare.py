@@ -1,0 +1,155 @@
+"""The base beside the fine-tuned cascade: one picture to look at, and its CLIP scores.
+
+python -m finetune.compare RECIPE [key=value …]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from adapters import load_cascade
+from adapters.cascade import CascadeImages
+from adapters.errors import UserError, exit_on_user_error
+from adapters.files import write_text
+from adapters.sheet import contact_sheet
+from finetune.data import crop, load_pictures
+from finetune.loop import Folders, picture_size
+from finetune.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
+from finetune.recipe import Comparison, Recipe, load_recipe
+from finetune.text import embed_captions
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="finetune.compare", description="The base beside the fine-tuned cascade."
+    )
+    parser.add_argument("recipe", help="the recipe of a finished run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    with exit_on_user_error():
+        recipe = load_recipe(options.recipe, options.overrides)
+        sys.stdout.write(compare(recipe))
+
+
+def compare(recipe: Recipe) -> str:
+    """Write ``before_after.png`` and ``.json`` into the run's folder; returns a table to print.
+
+    Raises:
+        UserError: where the recipe has no ``comparison`` section, or the run no adapters.
+    """
+    comparison, folders = recipe.comparison, Folders(recipe.folder)
+    if comparison is None:
+        raise UserError("The recipe needs a `comparison` section: prompts, subject and clip.")
+    if not folders.adapters.is_dir():
+        raise UserError(f"There are no adapters in {folders.adapters}: train the recipe first.")
+    prompts = comparison.prompts + comparison.other_prompts
+    before, after = sample_both(recipe, comparison, prompts, folders.adapters)
+    photos = real_pictures(recipe)
+    columns = len(prompts)
+    sheet = contact_sheet(
+        [photos[:columns], list(before), list(after)],
+        row_captions=["your pictures", "before", "after"],
+        column_captions=prompts,
+        title=f"{recipe.name}: what the cascade knew, and what it has learned",
+    )
+    scores = score(comparison, photos, before, after)
+    picture = folders.run / "before_after.png"
+    sheet.save(picture)
+    write_text(folders.run / "before_after.json", json.dumps(scores, indent=2) + "\n")
+    return table(scores, picture, folders)
+
+
+def sample_both(
+    recipe: Recipe, comparison: Comparison, prompts: Sequence[str], adapters: Path
+) -> tuple[Sequence[Image.Image], Sequence[Image.Image]]:
+    """The final stage's pictures of each prompt, of the base and with the adapters merged."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    embeds = embed_captions([*prompts, ""], recipe, device)
+    cascade = load_cascade(
+        recipe.base.stage_1,
+        recipe.base.stage_2,
+        recipe.base.stage_3,
+        revision=recipe.base.revision,
+        variant=recipe.base.variant,
+        text_encoder=False,
+    )
+
+    def sample() -> CascadeImages:
+        return cascade.sample(
+            torch.stack([embeds[prompt] for prompt in prompts]),
+            torch.stack([embeds[""]] * len(prompts)),
+            seeds=[comparison.seed + i for i in range(len(prompts))],
+            sampling=recipe.validation.sampling,
+            prompts=prompts,
+        )
+
+    before = sample()
+    cascade.add_adapter(adapters)
+    return before.final, sample().final
+
+
+def real_pictures(recipe: Recipe) -> list[Image.Image]:
+    """The recipe's own pictures, cropped at their centre to the size of the last stage."""
+    last = recipe.base.stage_2 or recipe.base.stage_1
+    size_px = picture_size(last, recipe)
+    pictures = load_pictures(recipe.data, recipe.cache, size_px)
+    rng = np.random.default_rng(0)
+    return [crop(p, size_px, rng, center_shift=0.0, horizontal_flip=False) for p in pictures]
+
+
+def score(
+    comparison: Comparison,
+    photos: Sequence[Image.Image],
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+) -> dict[str, float]:
+    """CLIP-I and CLIP-T of the subject's prompts and of the others, base and fine-tuned."""
+    scorer = ClipScorer(comparison.clip)
+    real, subjects = scorer.images(photos), len(comparison.prompts)
+    texts = scorer.texts(
+        [
+            prompt.replace(comparison.identifier, comparison.subject)
+            for prompt in comparison.prompts + comparison.other_prompts
+        ]
+    )
+    scores = {"clip_i/real_to_real": clip_i_ceiling(real)}
+    for name, pictures in (("base", before), ("fine_tuned", after)):
+        vectors = scorer.images(pictures)
+        scores[f"clip_i/{name}"] = clip_i(vectors[:subjects], real)
+        scores[f"clip_t/{name}"] = clip_t(vectors[:subjects], texts[:subjects])
+        if comparison.other_prompts:
+            scores[f"clip_t_others/{name}"] = clip_t(vectors[subjects:], texts[subjects:])
+    return scores
+
+
+def table(scores: dict[str, float], picture: Path, folders: Folders) -> str:
+    """The scores and what to open next, as text."""
+    rows = [
+        ("CLIP-I, generated to real pictures", "clip_i"),
+        ("CLIP-T, picture to prompt", "clip_t"),
+        ("CLIP-T, prompts of other things", "clip_t_others"),
+    ]
+    lines = [f"{'':36}{'base':>8}{'tuned':>8}{'ceiling':>9}"]
+    for title, key in rows:
+        if f"{key}/base" in scores:
+            ceiling = f"{scores['clip_i/real_to_real']:9.3f}" if key == "clip_i" else ""
+            base, tuned = scores[f"{key}/base"], scores[f"{key}/fine_tuned"]
+            lines.append(f"{title:36}{base:8.3f}{tuned:8.3f}{ceiling}")
+    lines += [
+        "",
+        f"Look at     {picture}",
+        f"Adapters    {folders.adapters}",
+        f"Curves      .venv/bin/tensorboard --logdir {folders.run / 'logs'}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Encode all captions of a recipe, and nothing else.
+
+python -m finetune.precompute RECIPE [key=value …]
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from adapters.errors import exit_on_user_error
+from finetune.data import load_captions
+from finetune.recipe import Recipe, load_recipe
+from finetune.text import CaptionCache, captions_of, embed_captions
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="finetune.precompute", description="Encode all captions of a recipe."
+    )
+    parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. text.precision=nf4")
+    options = parser.parse_args(arguments)
+    with exit_on_user_error():
+        sys.stdout.write(precompute(load_recipe(options.recipe, options.overrides)))
+
+
+def precompute(recipe: Recipe) -> str:
+    """Encode what the cache lacks; returns a line that says how much that was."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    captions = {*captions_of(recipe, ()), *load_captions(recipe.data, recipe.cache)}
+    cache = CaptionCache(recipe, device)
+    cached = sum(cache.read(caption) is not None for caption in captions)
+    embed_captions(captions, recipe, device)
+    return (
+        f"{len(captions) - cached} captions encoded in {cache.precision} on {cache.device},"
+        f" {cached} were in {recipe.cache / 'prompt_embeds'} already.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

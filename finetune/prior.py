@@ -1,0 +1,165 @@
+"""Class pictures for prior preservation (DreamBooth, arXiv 2208.12242, section 3.3).
+
+Taken from a folder, or sampled from the base cascade and kept for later runs.
+"""
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from adapters import Cascade, load_cascade
+from adapters.errors import UserError
+from adapters.files import replacing, write_text
+from finetune.batches import CLASS, derived_seed
+from finetune.data import Picture, has_captions, load_pictures
+from finetune.recipe import Data, Prior, Recipe
+from finetune.stages import STAGES
+from finetune.text import model_identity
+
+BATCH_SIZE = 8
+"""How many pictures are sampled at once; they do not depend on it."""
+
+ATTEMPTS = 10
+"""How many seeds a picture gets before its prompt is given up."""
+
+
+def class_pictures(
+    recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device, size_px: int
+) -> list[Picture]:
+    """The class pictures of a recipe with prior preservation, captioned by its prompts in turn.
+
+    Args:
+        recipe: with a ``prior`` section. The first ``prior.count`` pictures of ``prior.folder``,
+            with their own captions where they have any; without a folder, pictures of the base
+            cascade, of Stage II where that is trained.
+        embeds: text encodings [T, D] of the class prompts and the empty caption.
+        device: where to sample.
+        size_px: the largest crop that will be taken.
+
+    Raises:
+        UserError: where the folder cannot be read, or where the base's safety checker rejects
+            whatever a prompt gives.
+    """
+    prior = recipe.prior
+    assert prior is not None
+    if prior.folder and not Path(prior.folder).is_dir():
+        raise UserError(
+            f"prior.folder {prior.folder!r} is no folder: name one with pictures of the class, or"
+            " leave the field out to sample them from the base."
+        )
+    if prior.folder and has_captions(Path(prior.folder)):
+        return load_pictures(Data(source=prior.folder), recipe.cache, size_px)[: prior.count]
+    source = prior.folder or str(sampled_folder(recipe, prior, embeds, device))
+    data = Data(source=source, prompt=prior.prompts[0])
+    pictures = load_pictures(data, recipe.cache, size_px)[: prior.count]
+    return [
+        replace(picture, caption=_in_turn(prior.prompts, index))
+        for index, picture in enumerate(pictures)
+    ]
+
+
+def sampled_folder(
+    recipe: Recipe, prior: Prior, embeds: Mapping[str, Tensor], device: torch.device
+) -> Path:
+    """The folder of the base cascade's class pictures: PNGs and ``metadata.jsonl``.
+
+    Sampled where it is not in the cache. A folder of its final name is whole; sampling that was
+    interrupted goes on where it stopped, and each picture has its own seed.
+    """
+    base = recipe.base
+    models = [base.stage_1]
+    if recipe.stage_2 is not None:
+        models.append(recipe.base_of(STAGES[2]))
+    identity = {
+        "models": [model_identity(model, base) for model in models],
+        "prompts": prior.prompts,
+        "count": prior.count,
+        "seed": recipe.seed,
+        "sampling": recipe.validation.sampling.model_dump(),
+    }
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    folder = recipe.cache / "class_pictures" / key
+    if folder.is_dir():
+        return folder
+    partial = folder.with_name(f"{key}.partial")
+    files = [partial / f"{index:05d}.png" for index in range(prior.count)]
+    _sample_missing(files, models, recipe, prior, embeds, device)
+    rows = [
+        json.dumps({"file_name": file.name, "text": _in_turn(prior.prompts, index)})
+        for index, file in enumerate(files)
+    ]
+    write_text(partial / "metadata.jsonl", "\n".join(rows) + "\n")
+    os.replace(partial, folder)
+    return folder
+
+
+def _sample_missing(
+    files: Sequence[Path],
+    models: Sequence[str],
+    recipe: Recipe,
+    prior: Prior,
+    embeds: Mapping[str, Tensor],
+    device: torch.device,
+) -> None:
+    """Sample those of the pictures whose file does not exist yet."""
+    missing = [index for index, file in enumerate(files) if not file.exists()]
+    if not missing:
+        return
+    base = recipe.base
+    cascade = load_cascade(
+        *models, revision=base.revision, variant=base.variant, device=device, text_encoder=False
+    )
+    with tqdm(total=len(missing), desc="Sampling class pictures") as progress:
+        for start in range(0, len(missing), BATCH_SIZE):
+            batch = missing[start : start + BATCH_SIZE]
+            for index, image in _sample(cascade, recipe, prior, embeds, batch).items():
+                with replacing(files[index]) as temporary:
+                    image.save(temporary)
+            progress.update(len(batch))
+    del cascade
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _sample(
+    cascade: Cascade,
+    recipe: Recipe,
+    prior: Prior,
+    embeds: Mapping[str, Tensor],
+    indices: Sequence[int],
+) -> dict[int, Image.Image]:
+    """The pictures of some indices; one that the safety checker rejects gets another seed."""
+    images: dict[int, Image.Image] = {}
+    pending = list(indices)
+    for attempt in range(ATTEMPTS):
+        prompts = [_in_turn(prior.prompts, index) for index in pending]
+        sampled = cascade.sample(
+            torch.stack([embeds[prompt] for prompt in prompts]),
+            torch.stack([embeds[""]] * len(pending)),
+            seeds=[derived_seed(recipe.seed, CLASS, index, attempt) for index in pending],
+            sampling=recipe.validation.sampling,
+            batch_size=BATCH_SIZE,
+            progress=False,
+        )
+        images |= dict(zip(pending, sampled.final, strict=True))
+        pending = [index for index, flag in zip(pending, sampled.flagged, strict=True) if flag]
+        if not pending:
+            return images
+    raise UserError(
+        f"prior.prompts: the base's safety checker rejected {ATTEMPTS} pictures of"
+        f" {_in_turn(prior.prompts, pending[0])!r}; word it otherwise, or give prior.folder."
+    )
+
+
+def _in_turn(prompts: Sequence[str], index: int) -> str:
+    return prompts[index % len(prompts)]

@@ -1,0 +1,68 @@
+"""Teach the cascade what a recipe says.
+
+accelerate launch --config_file accelerate_config.yaml -m finetune.train RECIPE [key=value …]
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+
+from adapters.errors import exit_on_user_error
+from adapters.files import write_text
+from finetune.data import load_pictures
+from finetune.loop import Folders, Material, finished, picture_size, train_stage
+from finetune.prior import class_pictures
+from finetune.recipe import Recipe, load_recipe
+from finetune.text import captions_of, embed_captions
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="finetune.train", description="Teach the cascade what a recipe says."
+    )
+    parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stage_1.steps=100")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    options = parser.parse_intermixed_args(arguments)
+    with exit_on_user_error():
+        recipe = load_recipe(options.recipe, options.overrides)
+        if options.dry_run:
+            sys.stdout.write(recipe.to_yaml())
+            return
+        train(recipe, Accelerator())
+
+
+def train(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Run a recipe: gather its material, then teach each of its stages in turn."""
+    folders = Folders(recipe.folder)
+    pending = [stage for stage in recipe.trained if not finished(recipe, stage)]
+    if not pending:
+        accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
+        return
+    if accelerator.is_main_process:
+        write_text(folders.run / "recipe.yaml", recipe.to_yaml())
+    with accelerator.main_process_first():
+        material = gather(recipe, accelerator)
+    for stage in pending:
+        train_stage(recipe, stage, material, accelerator)
+    if accelerator.is_main_process:
+        accelerator.print(
+            f"Adapters:    {folders.adapters}\n"
+            f"TensorBoard: tensorboard --logdir {folders.run / 'logs'}"
+        )
+
+
+def gather(recipe: Recipe, accelerator: Accelerator) -> Material:
+    """Load the pictures, encode the captions and, for prior preservation, get class pictures."""
+    size_px = max(picture_size(recipe.base_of(stage), recipe) for stage in recipe.trained)
+    pictures = load_pictures(recipe.data, recipe.cache, size_px)
+    embeds = embed_captions(captions_of(recipe, pictures), recipe, accelerator.device)
+    classes = class_pictures(recipe, embeds, accelerator.device, size_px) if recipe.prior else []
+    return Material(pictures, classes, embeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Pictures sampled while training, so that a person sees what the curves do not say."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from adapters import load_cascade
+from adapters.cascade import Cascade, CascadeImages
+from adapters.sheet import contact_sheet
+from finetune.batches import shrink
+from finetune.data import Picture, crop, to_tensor
+from finetune.recipe import Recipe
+from finetune.stages import Stage
+
+PHOTOS = 4
+"""How many of the training pictures Stage II is shown downsampled."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one row of validation pictures is sampled from."""
+
+    title: str
+    prompts: tuple[str, ...]
+    low_res: Tensor | None
+    """[N, 3, s, s] in [-1, 1], Stage II only."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Samples the recipe's prompts from the UNet in training, always with the same seeds."""
+
+    cascade: Cascade
+    stage: Stage
+    recipe: Recipe
+    embeds: Mapping[str, Tensor]
+    sources: tuple[Source, ...]
+
+    def __call__(self) -> dict[str, Image.Image]:
+        """A contact sheet for each source, by title."""
+        return {source.title: self._sheet(source) for source in self.sources}
+
+    def _sheet(self, source: Source) -> Image.Image:
+        images = sample_prompts(
+            self.cascade, self.recipe, self.embeds, source.prompts, low_res=source.low_res
+        )
+        pictures = {1: images.stage_1, 2: images.stage_2}[self.stage.number]
+        return contact_sheet([list(pictures)], column_captions=source.prompts)
+
+
+def sample_prompts(
+    cascade: Cascade,
+    recipe: Recipe,
+    embeds: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    low_res: Tensor | None = None,
+) -> CascadeImages:
+    """Sample prompts with the recipe's validation settings; picture i has seed + i."""
+    return cascade.sample(
+        torch.stack([embeds[prompt] for prompt in prompts]),
+        torch.stack([embeds[""]] * len(prompts)),
+        seeds=[recipe.validation.seed + i for i in range(len(prompts))],
+        sampling=recipe.validation.sampling,
+        low_res=low_res,
+        prompts=prompts,
+    )
+
+
+def prepare_validation(
+    recipe: Recipe,
+    stage: Stage,
+    unet: UNet2DConditionModel,
+    embeds: Mapping[str, Tensor],
+    pictures: Sequence[Picture],
+    low_res_px: int | None,
+    adapters: Path,
+) -> Validation | None:
+    """The validation of one stage; ``None`` where the recipe names no prompts.
+
+    Stage II upsamples samples of Stage I (fine-tuned, where this run has done so), made once, and
+    downsampled training pictures.
+    """
+    prompts = recipe.validation.prompts
+    if not prompts:
+        return None
+    sources = [Source("samples", prompts, None)]
+    if low_res_px is not None:
+        sources = [
+            Source("from_stage_1", prompts, stage_1_samples(recipe, embeds, unet.device, adapters)),
+            photo_source(recipe, pictures[:PHOTOS], unet.config.sample_size, low_res_px),
+        ]
+    cascade = load_cascade(
+        recipe.base.stage_1 if stage.number == 1 else None,
+        recipe.base.stage_2 if stage.number == 2 else None,
+        revision=recipe.base.revision,
+        variant=recipe.base.variant,
+        device=str(unet.device),
+        unets={stage.number: unet},
+        text_encoder=False,
+    )
+    return Validation(cascade, stage, recipe, embeds, tuple(sources))
+
+
+def stage_1_samples(
+    recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device, adapters: Path
+) -> Tensor:
+    """The validation prompts sampled from Stage I, [N, 3, s, s] in [-1, 1]."""
+    cascade = load_cascade(
+        recipe.base.stage_1,
+        adapters=[adapters] if recipe.stage_1 else [],
+        revision=recipe.base.revision,
+        variant=recipe.base.variant,
+        device=str(device),
+        text_encoder=False,
+    )
+    return sample_prompts(cascade, recipe, embeds, recipe.validation.prompts).low_res
+
+
+def photo_source(
+    recipe: Recipe, pictures: Sequence[Picture], size_px: int, low_res_px: int
+) -> Source:
+    """Training pictures, cropped at their centre and downsampled."""
+    rng = np.random.default_rng(0)
+    crops = [
+        crop(picture, size_px, rng, center_shift=0.0, horizontal_flip=False) for picture in pictures
+    ]
+    return Source(
+        "from_photos",
+        tuple(picture.caption for picture in pictures),
+        torch.stack([to_tensor(shrink(image, low_res_px)) for image in crops]),
+    )

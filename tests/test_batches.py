@@ -1,0 +1,128 @@
+"""Batches are functions of (seed, rank, step), and hold what their stage needs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.batches import Batches, picture_at, prefetch
+from finetune.data import Picture
+from finetune.recipe import Data
+
+CPU = torch.device("cpu")
+
+
+def pictures(folder: Path, count: int, caption: str) -> list[Picture]:
+    rng = np.random.default_rng(0)
+    made = [Picture(folder / f"{caption}_{i}.npy", f"{caption} {i}", "") for i in range(count)]
+    for picture in made:
+        np.save(picture.file, rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    return made
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> Batches:
+    instances, classes = pictures(tmp_path, 5, "subject"), pictures(tmp_path, 3, "class")
+    captions = ["", *(p.caption for p in instances + classes)]
+    return Batches(
+        data=Data(source="x"),
+        pictures=instances,
+        class_pictures=classes,
+        prior_weight=0.5,
+        prompt_embeds={c: torch.full((4, 2), float(i)) for i, c in enumerate(captions)},
+        batch_size=5,
+        size_px=32,
+        low_res_px=8,
+        noise_level=(100, 120),
+        num_train_timesteps=1000,
+        seed=3,
+    )
+
+
+def test_a_batch_is_a_function_of_its_index(batches: Batches) -> None:
+    in_turn = list(prefetch(batches, range(4, 9), CPU))
+    for index, batch in zip(range(4, 9), in_turn, strict=True):
+        again = replace(batches)(index).tensors()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in batch.tensors().items())
+
+
+@pytest.mark.parametrize("change", [{"rank": 1, "world_size": 2}, {"seed": 4}])
+def test_ranks_and_seeds_draw_apart(batches: Batches, change: dict[str, int]) -> None:
+    ours, theirs = batches(0), replace(batches, **change)(0)
+    assert not torch.equal(ours.noise, theirs.noise)
+    assert not torch.equal(ours.timesteps, theirs.timesteps)
+
+
+def test_steps_draw_apart(batches: Batches) -> None:
+    assert not torch.equal(batches(0).noise, batches(1).noise)
+
+
+def test_every_draw_is_its_own(batches: Batches) -> None:
+    batch = batches(0)
+    assert batch.low_res_noise is not None
+    assert not torch.equal(batch.noise, batch.low_res_noise)
+
+
+def test_each_epoch_shows_every_picture_once() -> None:
+    for epoch in range(3):
+        shown = [picture_at(position, 7, seed=1) for position in range(epoch * 7, epoch * 7 + 7)]
+        assert sorted(shown) == list(range(7))
+    first, second = ([picture_at(p + e * 7, 7, seed=1) for p in range(7)] for e in (0, 1))
+    assert first != second
+
+
+def test_ranks_share_an_epoch(batches: Batches) -> None:
+    """Two processes show disjoint pictures of one sequence, the sequence one process shows."""
+    alone = replace(batches, batch_size=4)
+    pair = [replace(batches, batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    together = [picture.caption for one in pair for picture in one.chosen(3)]
+    assert sorted(together) == sorted(picture.caption for picture in alone.chosen(3))
+
+
+def test_half_the_batch_preserves_the_prior(batches: Batches) -> None:
+    captions = [picture.caption.split()[0] for picture in batches.chosen(0)]
+    assert captions == ["subject"] * 3 + ["class"] * 2
+    assert torch.allclose(batches(0).weight, torch.tensor([1 / 3] * 3 + [0.5 / 2] * 2))
+    alone = replace(batches, class_pictures=[])
+    assert torch.allclose(alone(0).weight, torch.full((5,), 1 / 5))
+
+
+def test_captions_are_dropped_as_often_as_asked(batches: Batches) -> None:
+    def empty_share(dropout: float) -> float:
+        some = replace(batches, data=Data(source="x", caption_dropout=dropout))
+        embeds = torch.cat([some(index).prompt_embeds[:, 0, 0] for index in range(80)])
+        return (embeds == 0).float().mean().item()
+
+    assert empty_share(0.0) == 0
+    assert empty_share(1.0) == 1
+    assert empty_share(0.3) == pytest.approx(0.3, abs=0.08)
+
+
+def test_stage_2_sees_its_own_crop_shrunk(batches: Batches) -> None:
+    batch = batches(0)
+    assert batch.low_res is not None
+    assert batch.low_res.shape == (5, 3, 8, 8)
+    shrunk = torch.nn.functional.interpolate(
+        batch.pixels, (8, 8), mode="bicubic", antialias=True, align_corners=False
+    )
+    assert (batch.low_res - shrunk.clamp(-1, 1)).abs().max() < 0.03
+
+
+def test_noise_levels_fill_their_range(batches: Batches) -> None:
+    levels = torch.cat([batches(index).tensors()["noise_level"] for index in range(60)])
+    assert levels.min() == 100
+    assert levels.max() == 120
+    steps = torch.cat([batches(index).timesteps for index in range(60)])
+    assert steps.float().mean().item() == pytest.approx(499.5, abs=60)
+
+
+def test_stage_1_has_no_low_res_part(batches: Batches) -> None:
+    assert set(replace(batches, low_res_px=None)(0).tensors()) == {
+        "pixels",
+        "prompt_embeds",
+        "weight",
+        "noise",
+        "timesteps",
+    }

@@ -1,0 +1,275 @@
+"""Whole runs, launched as a user launches them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import IFPipeline, IFSuperResolutionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from finetune.recipe import load_recipe
+from finetune.train import main
+from tests.random_cascade import RandomCascade
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("stage_1", "stage_2")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        pixels = rng.integers(0, 256, (80, 96, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+def recipe_of(cascade: RandomCascade, pictures: Path, **changes: Any) -> dict[str, Any]:
+    stage: dict[str, Any] = {
+        "steps": 4,
+        "batch_size": 2,
+        "adapter": {"rank": 4, "alpha": 8.0},
+        "optimizer": {"learning_rate": 0.01, "schedule": "cosine"},
+        "checkpoint_every": 2,
+    }
+    return {
+        "name": "run",
+        "base": {"stage_1": str(cascade.stage_1), "stage_2": str(cascade.stage_2)},
+        "data": {"source": str(pictures), "prompt": "a photo of a sks dog"},
+        "prior": {"prompts": ["a photo of a dog"], "count": 2},
+        "stage_1": stage,
+        "stage_2": stage,
+        "validation": {
+            "prompts": ["a sks dog on blue", "a cat"],
+            "every": 2,
+            "sampling": {"stage_1_steps": 2, "stage_2_steps": 2},
+        },
+        "log_every": 2,
+        **changes,
+    }
+
+
+def save_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"runs_dir": str(folder / "runs")}))
+    return path
+
+
+def run(recipe: Path, *overrides: str) -> None:
+    """Run a recipe in this process."""
+    main([str(recipe), f"cache_dir={recipe.parent / 'cache'}", *overrides])
+
+
+def launch(recipe: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a recipe through accelerate's launcher, as the README says."""
+    several = ["--multi_cpu", "--num_processes", str(processes)] if processes > 1 else []
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--quiet"),
+            *("--config_file", "accelerate_config.yaml", *several, "-m", "finetune.train"),
+            *(str(recipe), f"cache_dir={recipe.parent / 'cache'}", *arguments),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def adapter_file(run_folder: Path, stage: str) -> Path:
+    return run_folder / "adapters" / stage / "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished_run(
+    random_cascade: RandomCascade, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    done = launch(save_recipe(folder, recipe_of(random_cascade, pictures)))
+    assert done.returncode == 0, done.stderr
+    assert "Adapters:" in done.stdout
+    assert "Stage 1: 100%" in done.stderr
+    assert "Stage 2: 100%" in done.stderr
+    return folder / "runs" / "run"
+
+
+def test_plain_diffusers_loads_what_a_launch_exports(
+    random_cascade: RandomCascade, finished_run: Path
+) -> None:
+    pipelines = {
+        "stage_1": IFPipeline.from_pretrained(random_cascade.stage_1),
+        "stage_2": IFSuperResolutionPipeline.from_pretrained(random_cascade.stage_2),
+    }
+    for stage, pipeline in pipelines.items():
+        pipeline.load_lora_weights(adapter_file(finished_run, stage).parent)
+        loaded = {n for n, _ in pipeline.unet.named_parameters() if ".lora_" in n}
+        written = load_file(adapter_file(finished_run, stage))
+        assert len(loaded) == len(written) > 0
+        assert any(tensor.abs().max() > 0 for name, tensor in written.items() if "lora_B" in name)
+
+
+def test_tensorboard_shows_the_run(finished_run: Path) -> None:
+    for stage in STAGES:
+        events = EventAccumulator(str(finished_run / "logs" / stage))
+        events.Reload()
+        tags = events.Tags()
+        assert {
+            "loss",
+            "loss/mse",
+            "loss/bound_bits",
+            "learning_rate",
+            "gradient_norm",
+            "pictures_per_second",
+            "peak_memory_gib",
+        } <= set(tags["scalars"])
+        assert any(tag.startswith("loss_by_noise/quarter_") for tag in tags["scalars"])
+        assert [point.step for point in events.Scalars("loss")] == [2, 4]
+        assert all(np.isfinite(point.value) for point in events.Scalars("loss"))
+        sheets = {"stage_1": ["samples"], "stage_2": ["from_photos", "from_stage_1"]}[stage]
+        assert sorted(tags["images"]) == sheets
+        assert [image.step for image in events.Images(sheets[0])] == [2, 4]
+        text = events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "caption_dropout: 0.1" in text
+
+
+def test_the_run_keeps_its_recipe_and_its_checkpoints(finished_run: Path) -> None:
+    recipe = load_recipe(finished_run / "recipe.yaml")
+    assert recipe.name == "run"
+    for stage in STAGES:
+        names = sorted(p.name for p in (finished_run / "checkpoints" / stage).iterdir())
+        assert names == ["step-000002", "step-000004"]
+
+
+def test_the_adapter_describes_itself(finished_run: Path, random_cascade: RandomCascade) -> None:
+    with safe_open(adapter_file(finished_run, "stage_1"), "pt") as file:
+        metadata = file.metadata()
+    text = json.dumps(metadata)
+    for part in (str(random_cascade.stage_1), "caption_dropout", "a sks dog on blue"):
+        assert part in text
+    card = (finished_run / "adapters" / "README.md").read_text()
+    assert "load_cascade" in card
+
+
+def test_the_same_command_again_has_nothing_to_do(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = adapter_file(finished_run, "stage_1").stat().st_mtime_ns
+    run(finished_run.parent.parent / "recipe.yaml")
+    assert "Already trained" in capsys.readouterr().out
+    assert adapter_file(finished_run, "stage_1").stat().st_mtime_ns == before
+
+
+def test_a_killed_run_continues_to_the_same_adapter(
+    random_cascade: RandomCascade,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = recipe_of(random_cascade, pictures, stage_2=None, validation={})
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for folder in (straight, killed):
+        folder.mkdir()
+        save_recipe(folder, recipe)
+    run(straight / "recipe.yaml")
+
+    from finetune.trainee import Trainee
+
+    update = Trainee.update
+
+    def kill_in_the_last_step(self: Trainee) -> torch.Tensor:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return update(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "update", kill_in_the_last_step)
+        with pytest.raises(KeyboardInterrupt):
+            run(killed / "recipe.yaml")
+    assert not (killed / "runs" / "run" / "adapters").exists()
+    run(killed / "recipe.yaml")
+    ours, theirs = (
+        load_file(adapter_file(folder / "runs" / "run", "stage_1")) for folder in (killed, straight)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_longer_run_continues_and_another_recipe_does_not(
+    random_cascade: RandomCascade,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = recipe_of(random_cascade, pictures, stage_2=None, validation={}, prior=None)
+    path = save_recipe(tmp_path, recipe)
+    run(path, "stage_1.steps=2")
+    first = load_file(adapter_file(tmp_path / "runs" / "run", "stage_1"))
+    run(path, "stage_1.steps=3")
+    second = load_file(adapter_file(tmp_path / "runs" / "run", "stage_1"))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(SystemExit):
+        run(path, "stage_1.steps=4", "stage_1.adapter.rank=2")
+    error = capsys.readouterr().err
+    assert "another recipe (stage_1 differ" in error
+    assert "give the recipe a new name" in error
+
+
+def test_two_processes_train_one_adapter(
+    random_cascade: RandomCascade, pictures: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(random_cascade, pictures, stage_2=None, validation={}, prior=None)
+    done = launch(save_recipe(tmp_path, recipe), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Adapters:") == 1
+    assert adapter_file(tmp_path / "runs" / "run", "stage_1").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage_1.stpes=3", "stage_1.stpes: unknown key; did you mean steps?"),
+        ("base.stage_1=/nowhere", "/nowhere"),
+        ("data.source=/nowhere", "/nowhere"),
+        ("stage_1.adapter.targets=[to_x]", "'to_x' matches no"),
+        ("stage_1.optimizer.name=paged_adamw_8bit", "paged_adamw_8bit needs a GPU"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    random_cascade: RandomCascade,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    changes = {"stage_2": None, "validation": {}, "prior": None}
+    with pytest.raises(SystemExit) as exit_:
+        run(save_recipe(tmp_path, recipe_of(random_cascade, pictures, **changes)), override)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "runs" / "run" / "adapters").exists()
+
+
+def test_a_launched_mistake_ends_without_a_traceback(tmp_path: Path) -> None:
+    done = launch(tmp_path / "missing.yaml")
+    assert done.returncode != 0
+    assert "cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(ROOT / "recipes" / "quickstart.yaml"), "--dry-run", "seed=5"])
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["seed"] == 5
+    assert resolved["stage_1"]["optimizer"]["name"] == "adamw_8bit"

@@ -1,0 +1,163 @@
+"""One step and its state: only the adapter trains; a saved state continues to the same bytes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from adapters.kinds import KINDS, AdapterSpec
+from finetune.checkpoints import load_checkpoint, save_checkpoint
+from finetune.optimizers import OPTIMIZERS
+from finetune.recipe import Optimizer, Training
+from finetune.stages import STAGES, Batch
+from finetune.trainee import Trainee
+from tests.random_cascade import RandomCascade
+
+
+def trainee_of(
+    cascade: RandomCascade, stage: int, dtype: torch.dtype = torch.float32, **options: object
+) -> Trainee:
+    base = {1: cascade.stage_1, 2: cascade.stage_2}[stage]
+    training = Training(steps=10, **{"optimizer": Optimizer(learning_rate=1e-2), **options})
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=dtype)
+    schedulers = tuple(
+        DDPMScheduler.from_pretrained(base, subfolder=name) for name in STAGES[stage].schedulers
+    )
+    return Trainee.of(STAGES[stage], training, unet, schedulers, seed=0)
+
+
+def batch_of(trainee: Trainee, index: int = 0) -> Batch:
+    draw = torch.Generator().manual_seed(index)
+    size = trainee.unet.config.sample_size
+    shape = (2, 3, size, size)
+    second = trainee.stage.super_resolution
+    return Batch(
+        pixels=torch.rand(shape, generator=draw) * 2 - 1,
+        prompt_embeds=torch.randn((2, 7, 32), generator=draw),
+        weight=torch.full((2,), 0.5),
+        noise=torch.randn(shape, generator=draw),
+        timesteps=torch.randint(300, 700, (2,), generator=draw),
+        low_res=torch.rand((2, 3, 16, 16), generator=draw) * 2 - 1 if second else None,
+        low_res_noise=torch.randn(shape, generator=draw) if second else None,
+        noise_level=torch.randint(1000, (2,), generator=draw) if second else None,
+    )
+
+
+def take_steps(trainee: Trainee, count: int) -> list[float]:
+    losses = []
+    for _ in range(count):
+        losses.append(trainee.accumulate(batch_of(trainee, trainee.step)).total.mean().item())
+        trainee.update()
+    return losses
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_and_the_base_does_not_change(
+    random_cascade: RandomCascade, stage: int, kind: str
+) -> None:
+    trainee = trainee_of(random_cascade, stage, adapter=AdapterSpec(kind=kind))
+    names = set(trainee.parameters)
+    base = {n: t.clone() for n, t in trainee.unet.state_dict().items() if n not in names}
+    batch = batch_of(trainee)
+    losses = []
+    for _ in range(5):
+        losses.append(trainee.accumulate(batch).total.mean().item())
+        trainee.update()
+    assert losses[-1] < losses[0]
+    trainable = {name for name, p in trainee.unet.named_parameters() if p.requires_grad}
+    assert trainable == names
+    for name, tensor in base.items():
+        assert torch.equal(trainee.unet.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("optimizer", [n for n in OPTIMIZERS if not n.startswith("paged")])
+def test_a_saved_state_continues_to_the_same_bytes(
+    random_cascade: RandomCascade, optimizer: str, tmp_path: Path
+) -> None:
+    options = {
+        "optimizer": Optimizer(name=optimizer, learning_rate=1e-2),
+        "adapter": AdapterSpec(rank=16, targets="all"),
+        "ema_decay": 0.5,
+    }
+    straight = trainee_of(random_cascade, 1, **options)
+    take_steps(straight, 2)
+    folder = save_checkpoint(tmp_path, 2, straight.state(), keep=1)
+    take_steps(straight, 2)
+    continued = trainee_of(random_cascade, 1, **options)
+    continued.load_state(load_checkpoint(folder))
+    assert continued.step == 2
+    take_steps(continued, 2)
+    for name, parameter in straight.parameters.items():
+        assert torch.equal(parameter, continued.parameters[name]), name
+    assert straight.average is not None
+    assert continued.average is not None
+    for name, tensor in straight.average.items():
+        assert torch.equal(tensor, continued.average[name]), name
+
+
+def test_accumulation_equals_one_large_batch(random_cascade: RandomCascade) -> None:
+    def gradient(accumulation: int, parts: list[Batch]) -> torch.Tensor:
+        trainee = trainee_of(random_cascade, 1, accumulation=accumulation)
+        for part in parts:
+            trainee.accumulate(part)
+        return trainee.gradient.clone()
+
+    trainee = trainee_of(random_cascade, 1)
+    parts = [batch_of(trainee, index) for index in (0, 1)]
+    names = parts[0].tensors()
+    together = Batch(
+        **{n: torch.cat([part.tensors()[n] for part in parts]) for n in names if n != "weight"},
+        weight=torch.full((4,), 0.25),
+    )
+    assert torch.allclose(gradient(2, parts), gradient(1, [together]), rtol=1e-3, atol=1e-6)
+
+
+def test_the_gradient_is_clipped_to_its_norm(random_cascade: RandomCascade) -> None:
+    trainee = trainee_of(
+        random_cascade,
+        1,
+        optimizer=Optimizer(name="adamw", learning_rate=1e-30, max_grad_norm=1e-3),
+    )
+    seen: list[torch.Tensor] = []
+    trainee.optimizer.register_step_pre_hook(lambda *_: seen.append(trainee.gradient.clone()))
+    trainee.accumulate(batch_of(trainee))
+    norm = trainee.update()
+    assert norm > 1e-3
+    assert seen[0].norm().item() == pytest.approx(1e-3, rel=1e-4)
+    assert trainee.gradient.abs().max() == 0
+
+
+def test_gradient_checkpointing_changes_no_gradient(random_cascade: RandomCascade) -> None:
+    plain = trainee_of(random_cascade, 2)
+    checkpointed = trainee_of(random_cascade, 2, gradient_checkpointing=True)
+    for trainee in (plain, checkpointed):
+        trainee.accumulate(batch_of(trainee))
+    assert torch.allclose(plain.gradient, checkpointed.gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bf16_base_trains_a_float32_adapter(random_cascade: RandomCascade, kind: str) -> None:
+    spec = AdapterSpec(kind=kind)
+    trainee = trainee_of(random_cascade, 1, dtype=torch.bfloat16, adapter=spec)
+    assert trainee.unet.dtype == torch.bfloat16
+    assert {p.dtype for p in trainee.parameters.values()} == {torch.float32}
+    take_steps(trainee, 1)
+    assert all(torch.isfinite(p).all() for p in trainee.parameters.values())
+
+
+def test_final_weights_are_the_average_and_training_goes_on_unchanged(
+    random_cascade: RandomCascade,
+) -> None:
+    trainee = trainee_of(random_cascade, 1, ema_decay=0.5)
+    take_steps(trainee, 3)
+    training = {name: p.detach().clone() for name, p in trainee.parameters.items()}
+    assert trainee.average is not None
+    with trainee.final_weights() as unet:
+        assert not unet.training
+        for name, parameter in trainee.parameters.items():
+            assert torch.equal(parameter, trainee.average[name])
+    assert trainee.unet.training
+    for name, tensor in training.items():
+        assert torch.equal(trainee.parameters[name], tensor)
