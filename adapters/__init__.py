@@ -1,4 +1,4 @@
-"""Adapters of DeepFloyd IF: attaching, exporting, merging, and the cascade that samples with them."""
+"""Adapters of DeepFloyd IF, and the cascade that samples with them."""
 
 from adapters.cascade import Cascade, CascadeImages, load_cascade
 

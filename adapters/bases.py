@@ -39,7 +39,7 @@ logging.getLogger("diffusers.pipelines.pipeline_loading_utils").addFilter(
 )
 
 
-class SafetyChecker(IFSafetyChecker):
+class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is untyped
     """IF's safety checker, such that it loads and runs with current libraries.
 
     In diffusers 0.42 it omits the ``post_init`` without which transformers 5 cannot load it, and it
@@ -101,6 +101,17 @@ class Source:
         return self._reading(
             loader, self.name, subfolder=folders[kind], dtype=dtype, **self._options
         )
+
+    @property
+    def picture_size_px(self) -> int:
+        """The side of the stage's pictures, from its UNet's configuration.
+
+        Raises:
+            UserError: where there is no such model.
+        """
+        load = UNet2DConditionModel.load_config
+        config = self._reading(load, self.name, subfolder="unet", revision=self.revision)
+        return int(config["sample_size"])
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import (
@@ -26,7 +26,7 @@ from adapters.info import BaseSignature
 from adapters.merge import MergedAdapters, StageAdapter
 from adapters.sampling import Sampling
 
-Stage = IFPipeline | IFSuperResolutionPipeline
+Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
 
 PRECISIONS: Mapping[str, tuple[torch.dtype, torch.dtype]] = {
     "fp32": (torch.float32, torch.float32),

@@ -62,7 +62,7 @@ def export_adapter(unet: UNet2DConditionModel, folder: str | Path, info: Adapter
     Both safetensors files carry ``info`` in their header. Values are float32.
 
     Args:
-        unet: a UNet with an adapter of :func:`adapters.kinds.attach`, holding the weights to export.
+        unet: a UNet with an adapter of :func:`adapters.kinds.attach`, with the weights to export.
         folder: the folder of the run's adapters.
         info: what the adapter says of itself; the time, the base's signature and its licence's
             notice are filled in.

@@ -46,9 +46,7 @@ class BaseSignature(BaseModel):
             conv_in = conv_in.get_base_layer()
         public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
         return cls(
-            config=json.loads(
-                json.dumps(public)
-            ),  # tuples become lists, as they are when read back
+            config=json.loads(json.dumps(public)),  # with lists for tuples, as when read back
             conv_in_bias=tuple(conv_in.bias.detach()[:SIGNATURE_LENGTH].float().tolist()),
         )
 

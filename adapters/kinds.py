@@ -51,11 +51,11 @@ class AdapterSpec(BaseModel):
     """The update is scaled by alpha / rank (rsLoRA: / sqrt(rank); OFT: not at all); ``None``:
     alpha = rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input (LoHa, LoKr: on the rows of its update; OFT: on its blocks)."""
+    """Dropout on the adapter's input (LoHa, LoKr: on rows of its update; OFT: on its blocks)."""
     targets: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "attention"
-    """A preset (``attention``, ``attention+conv``, ``all``: whatever the kind adapts) or patterns of
-    module names: a pattern matches whole names and their endings after a dot, and ``*`` stands for
-    anything, dots included (``to_q``, ``mid_block.*.to_q``, ``up_blocks.0.*``)."""
+    """A preset (``attention``, ``attention+conv``, ``all``: whatever the kind adapts) or patterns
+    of module names: a pattern matches whole names and their endings after a dot, and ``*`` stands
+    for anything, dots included (``to_q``, ``mid_block.*.to_q``, ``up_blocks.0.*``)."""
 
 
 @dataclass(frozen=True)

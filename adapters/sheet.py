@@ -1,6 +1,7 @@
 """Contact sheets: pictures in rows and columns, with captions a person can read."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -8,6 +9,8 @@ CELL_PX = 192
 """The side of the square that each picture is fitted into."""
 
 GAP_PX, TEXT_PX, TITLE_PX = 8, 14, 20
+
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def contact_sheet(
@@ -36,11 +39,13 @@ def contact_sheet(
     foot = _lines(column_captions, font, cell_px)
     top = TITLE_PX + 2 * GAP_PX if title else GAP_PX
     heights = [cell_px + GAP_PX + _height(texts) for texts in below]
-    size = (left + columns * (cell_px + GAP_PX), top + sum(heights) + _height(foot))
+    title_font = ImageFont.load_default(TITLE_PX)
+    width = max(left + columns * (cell_px + GAP_PX), _width(title, title_font) + 2 * GAP_PX)
+    size = (width, top + sum(heights) + _height(foot))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((GAP_PX, GAP_PX), title, "black", ImageFont.load_default(TITLE_PX))
+        draw.text((GAP_PX, GAP_PX), title, "black", title_font)
     y = top
     for index, (row, height) in enumerate(zip(rows, heights, strict=True)):
         if row_captions:
@@ -66,12 +71,12 @@ def _fitted(picture: Image.Image, cell_px: int) -> Image.Image:
     return cell
 
 
-def _lines(texts: Sequence[str], font: ImageFont.FreeTypeFont, width: int) -> list[list[str]]:
+def _lines(texts: Sequence[str], font: Font, width: int) -> list[list[str]]:
     """Each text broken into lines no wider than ``width`` pixels."""
     return [_wrapped(text, font, width) for text in texts]
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrapped(text: str, font: Font, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -82,7 +87,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def _width(text: str, font: ImageFont.FreeTypeFont) -> int:
+def _width(text: str, font: Font) -> int:
     return int(font.getlength(text)) + 1
 
 
@@ -99,7 +104,7 @@ def _write(
     left: int,
     top: int,
     cell_px: int,
-    font: ImageFont.FreeTypeFont,
+    font: Font,
 ) -> None:
     for column, lines in enumerate(texts):
         centre = left + column * (cell_px + GAP_PX) + cell_px // 2

@@ -19,9 +19,10 @@ from adapters.errors import UserError, exit_on_user_error
 from adapters.files import write_text
 from adapters.sheet import contact_sheet
 from finetune.data import crop, load_pictures
-from finetune.loop import Folders, picture_size
+from finetune.loop import Folders
 from finetune.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
 from finetune.recipe import Comparison, Recipe, load_recipe
+from finetune.stages import STAGES
 from finetune.text import embed_captions
 
 
@@ -97,8 +98,8 @@ def sample_both(
 
 def real_pictures(recipe: Recipe) -> list[Image.Image]:
     """The recipe's own pictures, cropped at their centre to the size of the last stage."""
-    last = recipe.base.stage_2 or recipe.base.stage_1
-    size_px = picture_size(last, recipe)
+    last = STAGES[2 if recipe.base.stage_2 else 1]
+    size_px = recipe.source(last).picture_size_px
     pictures = load_pictures(recipe.data, recipe.cache, size_px)
     rng = np.random.default_rng(0)
     return [crop(p, size_px, rng, center_shift=0.0, horizontal_flip=False) for p in pictures]

@@ -10,18 +10,22 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from adapters.card import write_card
+from adapters.cascade import stage_folders
 from adapters.errors import UserError
-from adapters.export import AdapterInfo, export_adapter
+from adapters.export import export_adapter
+from adapters.info import AdapterInfo, read_info
+from adapters.sheet import contact_sheet
 from finetune import __version__
 from finetune.batches import MODEL, Batches, derived_seed, prefetch
 from finetune.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from finetune.data import Picture
 from finetune.optimizers import learning_rate_factor, set_learning_rate
 from finetune.recipe import Recipe
-from finetune.stages import Stage
+from finetune.stages import STAGES, Stage
 from finetune.tracking import Meter, Tracker
 from finetune.trainee import Trainee
-from finetune.validation import Validation, prepare_validation
+from finetune.validation import Samples, Validation, prepare_validation
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,12 +59,6 @@ class Folders:
         return self.run / "logs" / stage.name
 
 
-def picture_size(base: str, recipe: Recipe) -> int:
-    """The picture size of a published stage, from its UNet's configuration, in pixels."""
-    config = UNet2DConditionModel.load_config(base, subfolder="unet", revision=recipe.base.revision)
-    return int(config["sample_size"])
-
-
 def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: Accelerator) -> None:
     """Teach one stage and export its adapter; continues from the newest checkpoint, if any."""
     folders = Folders(recipe.folder)
@@ -83,10 +81,12 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
             batches.low_res_px,
             folders.adapters,
         )
-    run_steps(recipe, trainee, batches, tracker, validate, accelerator)
+    samples = run_steps(recipe, trainee, batches, tracker, validate, accelerator)
     if accelerator.is_main_process:
         with trainee.final_weights() as unet:
             export_adapter(unet, folders.adapters, adapter_info(recipe, trainee, material))
+        infos = [read_info(folder) for folder in stage_folders(folders.adapters)]
+        write_card(folders.adapters, infos, dict(samples))
     tracker.close()
     accelerator.wait_for_everyone()
 
@@ -98,8 +98,13 @@ def run_steps(
     tracker: Tracker,
     validate: Validation | None,
     accelerator: Accelerator,
-) -> None:
-    """Take every step that is left, reporting, validating and saving on the way."""
+) -> Samples:
+    """Take every step that is left, reporting, validating and saving on the way.
+
+    Returns:
+        The last validation's samples.
+    """
+    samples: dict[str, Samples] = {}
     training, first = trainee.training, trainee.step
     meter = Meter(batches.num_train_timesteps, accelerator.device)
     indices = range(first * training.accumulation, training.steps * training.accumulation)
@@ -126,8 +131,11 @@ def run_steps(
         started = time.perf_counter()
         if validate and (done % recipe.validation.every == 0 or last):
             with trainee.final_weights():
-                for title, sheet in validate().items():
-                    tracker.picture(title, sheet, done)
+                samples = validate()
+            for title, row in samples.items():
+                prompts, pictures = zip(*row, strict=True)
+                sheet = contact_sheet([pictures], column_captions=prompts)
+                tracker.picture(title, sheet, done)
         if accelerator.is_main_process and (done % training.checkpoint_every == 0 or last):
             save_checkpoint(
                 Folders(recipe.folder).checkpoints(trainee.stage),
@@ -136,6 +144,7 @@ def run_steps(
                 training.keep_checkpoints,
             )
         meter.skip_time(time.perf_counter() - started)
+    return next(iter(samples.values()), [])
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -150,18 +159,13 @@ def check_finite(loss: float, step: int) -> None:
 
 def load_trainee(recipe: Recipe, stage: Stage, device: torch.device) -> Trainee:
     """Load a stage's UNet and schedulers and attach a fresh adapter."""
-    base, training = recipe.base_of(stage), recipe.training(stage)
+    training = recipe.training(stage)
     automatic = "bf16" if device.type == "cuda" else "fp32"
     precision = automatic if training.precision == "auto" else training.precision
-    unet = UNet2DConditionModel.from_pretrained(
-        base,
-        subfolder="unet",
-        revision=recipe.base.revision,
-        variant=recipe.base.variant,
-        torch_dtype=PRECISIONS[precision],
-    ).to(device)
+    source = recipe.source(stage)
+    unet = source.component(UNet2DConditionModel, PRECISIONS[precision]).to(device)
     schedulers = tuple(
-        DDPMScheduler.from_pretrained(base, subfolder=name, revision=recipe.base.revision)
+        DDPMScheduler.from_pretrained(source.name, subfolder=name, revision=source.revision)
         for name in stage.schedulers
     )
     return Trainee.of(
@@ -181,7 +185,7 @@ def batches_of(
         prompt_embeds=material.prompt_embeds,
         batch_size=trainee.training.batch_size,
         size_px=trainee.unet.config.sample_size,
-        low_res_px=picture_size(recipe.base.stage_1, recipe) if stage.super_resolution else None,
+        low_res_px=recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None,
         noise_level=trainee.training.noise_level,
         num_train_timesteps=trainee.schedulers[0].config.num_train_timesteps,
         seed=derived_seed(recipe.seed, stage.number),

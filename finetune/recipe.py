@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from adapters.bases import Source
 from adapters.errors import UserError
 from adapters.kinds import AdapterSpec
 from adapters.sampling import Sampling
@@ -246,6 +247,10 @@ class Recipe(Section):
         name = {1: self.base.stage_1, 2: self.base.stage_2}[stage.number]
         assert name is not None
         return name
+
+    def source(self, stage: Stage) -> Source:
+        """Where the base model of a stage is."""
+        return Source(self.base_of(stage), stage.number, self.base.revision, self.base.variant)
 
     @property
     def folder(self) -> Path:

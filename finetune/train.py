@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from adapters.errors import exit_on_user_error
 from adapters.files import write_text
 from finetune.data import load_pictures
-from finetune.loop import Folders, Material, finished, picture_size, train_stage
+from finetune.loop import Folders, Material, finished, train_stage
 from finetune.prior import class_pictures
 from finetune.recipe import Recipe, load_recipe
 from finetune.text import captions_of, embed_captions
@@ -57,7 +57,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
 
 def gather(recipe: Recipe, accelerator: Accelerator) -> Material:
     """Load the pictures, encode the captions and, for prior preservation, get class pictures."""
-    size_px = max(picture_size(recipe.base_of(stage), recipe) for stage in recipe.trained)
+    size_px = max(recipe.source(stage).picture_size_px for stage in recipe.trained)
     pictures = load_pictures(recipe.data, recipe.cache, size_px)
     embeds = embed_captions(captions_of(recipe, pictures), recipe, accelerator.device)
     classes = class_pictures(recipe, embeds, accelerator.device, size_px) if recipe.prior else []

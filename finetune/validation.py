@@ -12,11 +12,13 @@ from torch import Tensor
 
 from adapters import load_cascade
 from adapters.cascade import Cascade, CascadeImages
-from adapters.sheet import contact_sheet
 from finetune.batches import shrink
 from finetune.data import Picture, crop, to_tensor
 from finetune.recipe import Recipe
 from finetune.stages import Stage
+
+Samples = list[tuple[str, Image.Image]]
+"""Prompts, each with its picture."""
 
 PHOTOS = 4
 """How many of the training pictures Stage II is shown downsampled."""
@@ -42,16 +44,15 @@ class Validation:
     embeds: Mapping[str, Tensor]
     sources: tuple[Source, ...]
 
-    def __call__(self) -> dict[str, Image.Image]:
-        """A contact sheet for each source, by title."""
-        return {source.title: self._sheet(source) for source in self.sources}
+    def __call__(self) -> dict[str, Samples]:
+        """The prompts of each source and their pictures, by the source's title."""
+        return {source.title: self._sample(source) for source in self.sources}
 
-    def _sheet(self, source: Source) -> Image.Image:
+    def _sample(self, source: Source) -> Samples:
         images = sample_prompts(
             self.cascade, self.recipe, self.embeds, source.prompts, low_res=source.low_res
         )
-        pictures = {1: images.stage_1, 2: images.stage_2}[self.stage.number]
-        return contact_sheet([list(pictures)], column_captions=source.prompts)
+        return list(zip(source.prompts, images.final, strict=True))
 
 
 def sample_prompts(

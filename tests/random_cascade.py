@@ -21,14 +21,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
-    PreTrainedTokenizerBase,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -118,8 +116,8 @@ def unet(sample_size: int, super_resolution: bool = False) -> UNet2DConditionMod
 def t5_tokenizer() -> T5Tokenizer:
     """A unigram tokenizer of single characters and a few words."""
     words = ["▁a", "▁photo", "▁of", "▁sks", "▁cat", "▁dog", "▁on", "▁blue", "▁background"]
-    scores = {word: -1.0 for word in words}
-    scores |= {letter: -3.0 for letter in "▁" + string.ascii_lowercase + string.digits + ",.'-&<>/"}
+    scores = dict.fromkeys(words, -1.0)
+    scores |= dict.fromkeys("▁" + string.ascii_lowercase + string.digits + ",.'-&<>/", -3.0)
     special = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0}
     vocab = [*special.items(), *scores.items()]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=77)

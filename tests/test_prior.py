@@ -112,6 +112,7 @@ def test_what_decides_on_them_is_in_their_key(
 def test_interrupted_sampling_goes_on_to_the_same_pictures(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prior, "BATCH_SIZE", 2)
     whole = made(make_recipe(cache_dir=str(tmp_path / "other")))
     sampled: list[int] = []
 
@@ -124,7 +125,6 @@ def test_interrupted_sampling_goes_on_to_the_same_pictures(
 
     original = prior._sample
     recipe = make_recipe()
-    monkeypatch.setattr(prior, "BATCH_SIZE", 2)
     with monkeypatch.context() as patch:
         patch.setattr(prior, "_sample", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -173,8 +173,8 @@ def test_a_rejected_picture_is_replaced(
     accepted = pixels(made(make_recipe(guarded_cascade)))
     reject(monkeypatch, lambda number: number == 1)
     replaced = pixels(made(make_recipe(guarded_cascade, cache_dir=make_recipe().cache_dir + "2")))
-    same = [np.array_equal(a, b) for a, b in zip(accepted, replaced, strict=True)]
-    assert same == [True, False, True]
+    differences = np.abs(np.subtract(accepted, replaced, dtype=np.int16)).mean(axis=(1, 2, 3))
+    assert (differences > 5).tolist() == [False, True, False]
     assert all((picture == 0).mean() < 0.5 for picture in replaced)
 
 

@@ -73,17 +73,18 @@ def run(recipe: Path, *overrides: str) -> None:
 
 def launch(recipe: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run a recipe through accelerate's launcher, as the README says."""
-    several = ["--multi_cpu", "--num_processes", str(processes)] if processes > 1 else []
+    launcher = ["accelerate.commands.launch", "--quiet", "--config_file", "accelerate_config.yaml"]
+    if processes > 1:  # accelerate's own launcher wants mpirun for several processes on a CPU
+        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes)]
     return subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--quiet"),
-            *("--config_file", "accelerate_config.yaml", *several, "-m", "finetune.train"),
+            *(sys.executable, "-m", *launcher, "-m", "finetune.train"),
             *(str(recipe), f"cache_dir={recipe.parent / 'cache'}", *arguments),
         ],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
 
 

@@ -1,0 +1,137 @@
+"""Pictures from the shell: ``python -m adapters.generate --adapter FOLDER --prompt P --out DIR``."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+from pydantic import ValidationError
+
+from adapters.cascade import PRECISIONS, CascadeImages, load_cascade, stage_folders
+from adapters.errors import UserError, exit_on_user_error
+from adapters.files import replacing
+from adapters.info import AdapterInfo, read_info
+from adapters.sampling import Sampling
+from adapters.sheet import contact_sheet
+
+SHEET_COLUMNS = 6
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Sample prompts and write every stage's pictures and a contact sheet."""
+    options = parser().parse_args(arguments)
+    with exit_on_user_error():
+        out = generate(options)
+    sys.stdout.write(f"{out / 'contact_sheet.png'}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; sampling settings are the fields of :class:`Sampling`."""
+    parser = argparse.ArgumentParser(
+        prog="adapters.generate", description="Sample pictures from the cascade, with adapters."
+    )
+    add = parser.add_argument
+    add("--prompt", action="append", required=True, help="what to draw; may be repeated")
+    add("--negative-prompt", help="what to lead away from")
+    add("--out", type=Path, required=True, help="the folder for the pictures")
+    add("--adapter", action="append", default=[], help="an exported folder; may be repeated")
+    add("--scale", type=float, default=1.0, help="how much of the adapters (1)")
+    add("--stage-1", help="Stage I, folder or hub name (the adapter's own base)")
+    add("--stage-2", help="Stage II (the adapter's own base; otherwise none)")
+    add("--stage-3", help="the x4 upscaler (none)")
+    add("--revision", help="the hub revision of Stage I and II")
+    add("--variant", help="the weights' variant of Stage I and II, such as fp16")
+    add("--seed", type=int, default=0, help="the first picture's seed (0)")
+    add("--images-per-prompt", type=int, default=1, help="pictures of each prompt (1)")
+    add("--device", default="auto", help="such as cuda or cpu (auto: the GPU where there is one)")
+    add("--dtype", choices=["auto", *PRECISIONS], default="auto", help="precision (auto)")
+    for name, field in Sampling.model_fields.items():
+        text = f"{field.description} ({field.default:g})"
+        add(
+            f"--{name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help=text,
+        )
+    return parser
+
+
+def generate(options: argparse.Namespace) -> Path:
+    """Sample and write; returns the folder."""
+    own = {info.stage: info for folder in options.adapter for info in infos(Path(folder))}
+    bases = {stage: info.base_model for stage, info in own.items()}
+    revisions = (info.base_revision for info in own.values())
+    cascade = load_cascade(
+        options.stage_1 or bases.get(1),
+        options.stage_2 or bases.get(2),
+        options.stage_3,
+        adapters=options.adapter,
+        scale=options.scale,
+        revision=options.revision or next(revisions, None),
+        variant=options.variant,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    images = cascade(
+        options.prompt,
+        negative_prompt=options.negative_prompt,
+        seed=options.seed,
+        images_per_prompt=options.images_per_prompt,
+        sampling=sampling(options),
+    )
+    return write(images, options.out)
+
+
+def infos(folder: Path) -> list[AdapterInfo]:
+    """What the adapters in an exported folder say of themselves."""
+    return [read_info(place) for place in stage_folders(folder)]
+
+
+def sampling(options: argparse.Namespace) -> Sampling:
+    """The sampling settings of a command line.
+
+    Raises:
+        UserError: where one is out of range.
+    """
+    try:
+        return Sampling(**{name: vars(options)[name] for name in Sampling.model_fields})
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        flag = "--" + str(mistake["loc"][0]).replace("_", "-")
+        raise UserError(f"{flag}: {mistake['msg']} (got {mistake['input']}).") from None
+
+
+def write(images: CascadeImages, out: Path) -> Path:
+    """Write each picture of each stage as ``000-a-prompt-seed0-stage_1.png``, and a contact sheet.
+
+    PNGs carry prompt and seed as text.
+    """
+    stages = {"stage_1": images.stage_1, "stage_2": images.stage_2, "stage_3": images.stage_3}
+    titles = []
+    for index, (prompt, seed) in enumerate(zip(images.prompts, images.seeds, strict=True)):
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("prompt", prompt)
+        text.add_text("seed", str(seed))
+        for stage, pictures in stages.items():
+            if pictures:
+                name = f"{index:03d}-{words}-seed{seed}-{stage}.png"
+                save(pictures[index], out / name, text)
+        titles.append(f"{prompt} (seed {seed})")
+    starts = range(0, len(titles), SHEET_COLUMNS)
+    rows = [images.final[start : start + SHEET_COLUMNS] for start in starts]
+    captions = [titles[start : start + SHEET_COLUMNS] for start in starts]
+    save(contact_sheet(rows, captions=captions), out / "contact_sheet.png")
+    return out
+
+
+def save(picture: Image.Image, path: Path, text: PngImagePlugin.PngInfo | None = None) -> None:
+    """Write a PNG whole."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""An exported adapter loads whole and exactly, in diffusers and in PEFT, and describes itself."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from adapters.card import write_card
+from adapters.errors import UserError
+from adapters.export import AdapterInfo, Exported, export_adapter, read_info
+from adapters.kinds import KINDS, AdapterSpec, adapter_parameters, adapter_state, attach
+from tests.random_cascade import RandomCascade
+from tests.test_adapters_kinds import load_unet, output, unet_inputs
+
+PIPELINES = {1: IFPipeline, 2: IFSuperResolutionPipeline}
+
+DIFFUSERS_SPECS = [
+    AdapterSpec(kind="lora", rank=4, alpha=6.0),
+    AdapterSpec(kind="lora", rank=4, alpha=2.5, targets="attention+conv"),
+    AdapterSpec(kind="lora", rank=2, targets="all"),
+    AdapterSpec(kind="rslora", rank=4, alpha=6.0),
+    AdapterSpec(kind="dora", rank=4, alpha=6.0, targets="attention+conv"),
+]
+PEFT_SPECS = [
+    AdapterSpec(kind="loha", rank=2, alpha=3.0, targets="attention+conv"),
+    AdapterSpec(kind="lokr", rank=2, alpha=3.0, targets="attention+conv"),
+    AdapterSpec(kind="oft", rank=4),
+]
+
+
+def name_of(value: object) -> str:
+    return f"{value.kind}-{value.targets}" if isinstance(value, AdapterSpec) else f"stage_{value}"
+
+
+def trained_unet(base: Path, spec: AdapterSpec, seed: int = 0) -> UNet2DConditionModel:
+    """A UNet whose adapter has random values, as if trained."""
+    unet = load_unet(base)
+    generator = torch.Generator().manual_seed(seed)
+    attach(unet, spec)
+    for tensor in adapter_state(unet).values():
+        tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.05)
+    return unet
+
+
+def export(
+    unet: UNet2DConditionModel, folder: Path, base: Path, stage: int, spec: AdapterSpec
+) -> Exported:
+    info = AdapterInfo(
+        base_model=str(base),
+        stage=stage,
+        spec=spec,
+        prompts=("a sks cat",),
+        step=7,
+        recipe="name: test\n",
+        version="1.2.3",
+    )
+    return export_adapter(unet, folder, info)
+
+
+def base_of(cascade: RandomCascade, stage: int) -> Path:
+    return {1: cascade.stage_1, 2: cascade.stage_2}[stage]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("spec", DIFFUSERS_SPECS, ids=name_of)
+def test_diffusers_loads_every_tensor_exactly(
+    random_cascade: RandomCascade, tmp_path: Path, stage: int, spec: AdapterSpec
+) -> None:
+    base = base_of(random_cascade, stage)
+    unet = trained_unet(base, spec)
+    exported = export(unet, tmp_path, base, stage, spec)
+    pipe = PIPELINES[stage].from_pretrained(base, text_encoder=None)
+    inputs = unet_inputs(unet)
+    untouched = output(pipe.unet, inputs)
+    pipe.load_lora_weights(exported.folder)
+    pipe.unet.eval()
+    loaded = sum("lora_" in name for name, _ in pipe.unet.named_parameters())
+    written = load_file(exported.folder / "pytorch_lora_weights.safetensors")
+    assert loaded == len(written) == exported.tensors == len(adapter_parameters(unet))
+    assert exported.diffusers_loads
+    # PyTorch's choice of kernel depends on requires_grad
+    expected = output(unet.requires_grad_(False), inputs)
+    assert torch.equal(output(pipe.unet.requires_grad_(False), inputs), expected)
+    assert not torch.allclose(untouched, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("spec", [*DIFFUSERS_SPECS, *PEFT_SPECS], ids=name_of)
+def test_peft_loads_exactly(
+    random_cascade: RandomCascade, tmp_path: Path, stage: int, spec: AdapterSpec
+) -> None:
+    base = base_of(random_cascade, stage)
+    unet = trained_unet(base, spec)
+    exported = export(unet, tmp_path, base, stage, spec)
+    inputs = unet_inputs(unet)
+    peft_model = PeftModel.from_pretrained(load_unet(base), str(exported.folder)).eval()
+    expected = output(unet.requires_grad_(False), inputs)
+    assert torch.equal(output(peft_model, inputs), expected)
+    assert not torch.allclose(output(load_unet(base), inputs), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_that_diffusers_lacks_say_so(
+    random_cascade: RandomCascade, tmp_path: Path, kind: str
+) -> None:
+    spec = AdapterSpec(kind=kind)
+    unet = trained_unet(random_cascade.stage_1, spec)
+    exported = export(unet, tmp_path, random_cascade.stage_1, 1, spec)
+    assert exported.diffusers_loads == KINDS[kind].diffusers
+    assert ("diffusers cannot load" in exported.message) == (not KINDS[kind].diffusers)
+    files = {path.name for path in exported.folder.iterdir()}
+    assert ("pytorch_lora_weights.safetensors" in files) == KINDS[kind].diffusers
+
+
+def test_the_target_names_are_whole(random_cascade: RandomCascade, tmp_path: Path) -> None:
+    spec = AdapterSpec(targets="all")
+    unet = load_unet(random_cascade.stage_1)
+    linear_and_conv = (torch.nn.Linear, torch.nn.Conv2d)
+    expected = {n for n, module in unet.named_modules() if isinstance(module, linear_and_conv)}
+    unet = trained_unet(random_cascade.stage_1, spec)
+    exported = export(unet, tmp_path, random_cascade.stage_1, 1, spec)
+    config = json.loads((exported.folder / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == expected
+
+
+def test_an_adapter_describes_itself(random_cascade: RandomCascade, tmp_path: Path) -> None:
+    spec = AdapterSpec(kind="dora", rank=3, alpha=6.0, dropout=0.1, targets=("to_q", "conv1"))
+    unet = trained_unet(random_cascade.stage_1, spec)
+    exported = export(unet, tmp_path, random_cascade.stage_1, 1, spec)
+    info = read_info(exported.folder)
+    assert info.spec == spec
+    assert (info.stage, info.step, info.recipe, info.version) == (1, 7, "name: test\n", "1.2.3")
+    assert info.base_model == str(random_cascade.stage_1)
+    assert info.prompts == ("a sks cat",)
+    assert info.created is not None
+    with safe_open(exported.folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert AdapterInfo.model_validate_json(file.metadata()["if_adapter"], strict=False) == info
+
+
+def test_exporting_again_replaces_the_stage_whole(
+    random_cascade: RandomCascade, tmp_path: Path
+) -> None:
+    base = random_cascade.stage_1
+    for kind in ("lora", "loha"):
+        spec = AdapterSpec(kind=kind)
+        exported = export(trained_unet(base, spec), tmp_path, base, 1, spec)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage_1"]
+    assert read_info(exported.folder).spec.kind == "loha"
+    assert not (exported.folder / "pytorch_lora_weights.safetensors").exists()
+
+
+def no_header(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+
+
+def truncated(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"\0\1\2")
+
+
+def missing(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [no_header, truncated, missing])
+def test_reading_a_foreign_or_damaged_folder(
+    random_cascade: RandomCascade, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    spec = AdapterSpec()
+    unet = trained_unet(random_cascade.stage_1, spec)
+    exported = export(unet, tmp_path, random_cascade.stage_1, 1, spec)
+    damage(exported.folder)
+    with pytest.raises(UserError, match="adapter_model.safetensors"):
+        read_info(exported.folder)
+
+
+def test_card_and_licence(random_cascade: RandomCascade, tmp_path: Path) -> None:
+    info = AdapterInfo(
+        base_model="DeepFloyd/IF-I-XL-v1.0",
+        stage=1,
+        spec=AdapterSpec(kind="rslora", rank=8),
+        prompts=("a sks cat",),
+        step=7,
+        recipe="name: test\n",
+        version="1.2.3",
+    )
+    picture = Image.new("RGB", (8, 8), "red")
+    card = write_card(tmp_path, [info], {"a sks cat on blue": picture}).read_text()
+    assert "deepfloyd-if-license" in card
+    assert "Copyright (c) Stability AI Ltd. All Rights Reserved." in card
+    assert 'load_lora_weights("stage_1")' in card
+    assert "| 1 | `DeepFloyd/IF-I-XL-v1.0` | rslora | 8 | 8 |" in card
+    assert Image.open(tmp_path / "samples" / "00.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_local_base_hands_its_licence_on(random_cascade: RandomCascade, tmp_path: Path) -> None:
+    base = tmp_path / "bases" / "stage_1"
+    load_unet(random_cascade.stage_1).save_pretrained(base / "unet")
+    (base / "LICENSE").write_text("DeepFloyd IF LICENSE AGREEMENT")
+    spec = AdapterSpec()
+    folder = tmp_path / "adapters"
+    info = read_info(export(trained_unet(base, spec), folder, base, 1, spec).folder)
+    assert info.licence_notice is not None
+    assert info.licence_notice.startswith("DeepFloyd is licensed under the DeepFloyd License")
+    card = write_card(folder, [info]).read_text()
+    assert info.licence_notice in card
+    assert (folder / "LICENSE").read_text() == "DeepFloyd IF LICENSE AGREEMENT"

@@ -1,0 +1,145 @@
+"""Attaching adapters: what they match, what trains, and that a fresh one changes nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from adapters.errors import UserError
+from adapters.kinds import (
+    KINDS,
+    PRESETS,
+    AdapterSpec,
+    adapter_parameters,
+    adapter_state,
+    attach,
+    load_adapter_state,
+    match_targets,
+)
+from tests.random_cascade import RandomCascade
+
+SPECS = [
+    AdapterSpec(kind=kind, rank=4, alpha=6.0, targets="attention" if kind == "oft" else targets)
+    for kind in KINDS
+    for targets in ("attention", "attention+conv")
+]
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
+
+
+def unet_inputs(unet: UNet2DConditionModel, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size, width = unet.config.sample_size, unet.config.encoder_hid_dim
+    inputs = {
+        "sample": torch.randn(2, unet.config.in_channels, size, size, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 5, width, generator=generator),
+    }
+    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    inputs["timestep"] = torch.tensor([3, 900])
+    if unet.config.class_embed_type == "timestep":
+        inputs["class_labels"] = torch.tensor([250, 7])
+    return inputs
+
+
+@torch.no_grad()
+def output(unet: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return unet(**inputs).sample
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.kind}-{spec.targets}")
+def test_a_fresh_adapter_changes_nothing_and_alone_trains(
+    random_cascade: RandomCascade, spec: AdapterSpec
+) -> None:
+    unet = load_unet(random_cascade.stage_2)
+    inputs = unet_inputs(unet)
+    base = output(unet, inputs)
+    parameters = attach(unet, spec)
+    assert torch.equal(output(unet, inputs), base)
+    unet.train()
+    unet(**inputs).sample.square().mean().backward()
+    trained = {name for name, p in unet.named_parameters() if p.grad is not None}
+    assert trained == set(parameters)
+    assert any(p.grad.abs().sum() > 0 for p in parameters.values())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_on_a_bfloat16_base_an_adapter_is_float32_and_still_changes_nothing(
+    random_cascade: RandomCascade, kind: str
+) -> None:
+    unet = UNet2DConditionModel.from_pretrained(
+        random_cascade.stage_1, subfolder="unet", dtype=torch.bfloat16
+    ).eval()
+    inputs = unet_inputs(unet, torch.bfloat16)
+    base = output(unet, inputs)
+    parameters = attach(unet, AdapterSpec(kind=kind, targets="attention+conv"))
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    assert torch.equal(output(unet, inputs), base)
+
+
+def test_the_seed_decides_and_the_global_generator_does_not(random_cascade: RandomCascade) -> None:
+    def fresh(seed: int) -> dict[str, Tensor]:
+        unet = load_unet(random_cascade.stage_1)
+        before = torch.get_rng_state()
+        attach(unet, AdapterSpec(), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return adapter_state(unet)
+
+    first, again = fresh(1), fresh(1)
+    torch.rand(3)
+    other = fresh(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_new_layers_are_in_the_mode_of_the_unet(random_cascade: RandomCascade) -> None:
+    unet = load_unet(random_cascade.stage_1)
+    attach(unet, AdapterSpec(dropout=0.5))
+    assert not any(module.training for module in unet.modules())
+
+
+def test_state_round_trip(random_cascade: RandomCascade) -> None:
+    unet = load_unet(random_cascade.stage_1)
+    attach(unet, AdapterSpec(kind="dora"))
+    saved = {name: tensor.clone() + 1 for name, tensor in adapter_state(unet).items()}
+    load_adapter_state(unet, saved)
+    parameters = adapter_parameters(unet)
+    assert all(torch.equal(parameters[name], saved[name]) for name in saved)
+
+
+def test_the_attention_preset_reaches_the_text_path(random_cascade: RandomCascade) -> None:
+    names = match_targets(load_unet(random_cascade.stage_1), "attention")
+    endings = {name.split(".attentions.")[1].split(".", 1)[1] for name in names}
+    assert endings == set(PRESETS["attention"])
+
+
+def test_presets_grow(random_cascade: RandomCascade) -> None:
+    unet = load_unet(random_cascade.stage_2)
+    attention, conv, everything = (set(match_targets(unet, preset)) for preset in PRESETS)
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    assert attention < conv < everything
+    assert everything == {n for n, module in unet.named_modules() if isinstance(module, layers)}
+
+
+def test_patterns_match_names_and_endings(random_cascade: RandomCascade) -> None:
+    unet = load_unet(random_cascade.stage_1)
+    assert match_targets(unet, ["mid_block.*.to_q"]) == ("mid_block.attentions.0.to_q",)
+    assert match_targets(unet, "conv_in") == ("conv_in",)
+    assert all(name.endswith(".to_q") for name in match_targets(unet, "to_q"))
+
+
+def test_a_pattern_without_a_match_names_the_closest(random_cascade: RandomCascade) -> None:
+    unet = load_unet(random_cascade.stage_1)
+    with pytest.raises(UserError, match=r"'add_k_prj' matches no .* closest are add_k_proj"):
+        match_targets(unet, ["to_q", "add_k_prj"])
+
+
+def test_oft_refuses_convolutions(random_cascade: RandomCascade) -> None:
+    unet = load_unet(random_cascade.stage_1)
+    with pytest.raises(UserError, match="'oft' adapts Linear modules only"):
+        attach(unet, AdapterSpec(kind="oft", targets="attention+conv"))
+    parameters = attach(unet, AdapterSpec(kind="oft", targets="all"))
+    assert not any(".conv1." in name for name in parameters)
