@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
+    DiffusionPipeline,
     IFPipeline,
     IFSuperResolutionPipeline,
     StableDiffusionUpscalePipeline,
@@ -20,44 +21,13 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from adapters.bases import GUARDS, Source
 from adapters.errors import UserError
-from adapters.info import BaseSignature
+from adapters.images import CascadeImages, finish, joined
+from adapters.info import BaseSignature, stage_folders
 from adapters.merge import MergedAdapters, StageAdapter
 from adapters.sampling import Sampling
 
 Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
-
-PRECISIONS: Mapping[str, tuple[torch.dtype, torch.dtype]] = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.bfloat16),  # T5-XXL overflows in fp16
-}
-"""The precision of the UNets, and of the text encoder."""
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class CascadeImages:
-    """The pictures of N samples; a stage that was not run has none."""
-
-    stage_1: tuple[Image.Image, ...]
-    stage_2: tuple[Image.Image, ...]
-    stage_3: tuple[Image.Image, ...]
-    prompts: tuple[str, ...]
-    """The prompt of each picture; empty where only embeddings were given."""
-    seeds: tuple[int, ...]
-    """The seed of each picture."""
-    low_res: Tensor
-    """[N, 3, s, s] float32 on the CPU in [-1, 1]: Stage I's pictures before quantisation."""
-    flagged: tuple[bool, ...]
-    """Whether a safety checker has blackened the picture, in any stage."""
-
-    @property
-    def final(self) -> tuple[Image.Image, ...]:
-        """The pictures of the last stage that was run."""
-        return self.stage_3 or self.stage_2 or self.stage_1
 
 
 @dataclass
@@ -177,7 +147,7 @@ class Cascade:
                     progress,
                 )
             )
-        return _joined(parts)
+        return joined(parts)
 
     def _sample_batch(
         self,
@@ -191,63 +161,38 @@ class Cascade:
         progress: bool,
     ) -> CascadeImages:
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_embeds}
-        settings: dict[int, dict[str, Any]] = {
-            1: {
-                "num_inference_steps": sampling.stage_1_steps,
-                "guidance_scale": sampling.stage_1_guidance,
-            },
-            2: {
-                "num_inference_steps": sampling.stage_2_steps,
-                "guidance_scale": sampling.stage_2_guidance,
-                "noise_level": sampling.noise_level,
-            },
-        }
         pictures: dict[int, tuple[Image.Image, ...]] = {1: (), 2: (), 3: ()}
-        flagged = [False] * len(seeds)
+        flags: list[list[bool]] = [[False] * len(seeds)]
         pixels = low_res
         for number, pipe in self.stages.items():
             if number == 1 and low_res is not None:
                 continue
-            source = {} if number == 1 else {"image": pixels}
-            pipe.set_progress_bar_config(desc=f"Stage {number}", disable=not progress, leave=False)
+            below = {} if pixels is None else {"image": pixels}
+            settings = _settings(pipe, number, seeds, sampling, progress)
             with _evaluating(pipe.unet):
-                pixels = pipe(
-                    **embeds,
-                    **source,
-                    **settings[number],
-                    generator=_generators(seeds),
-                    output_type="pt",
-                ).images
-            pictures[number], flags = finish(pipe, pixels)
-            flagged = [old or new for old, new in zip(flagged, flags, strict=True)]
-            if number == 1:
-                low_res = pixels
-        if self.upscaler is not None:
-            assert pixels is not None
-            assert prompts is not None
-            pipe = self.upscaler
-            pipe.set_progress_bar_config(desc="Stage 3", disable=not progress, leave=False)
-            result = pipe(
+                pixels = pipe(**embeds, **below, **settings, output_type="pt").images
+            pictures[number], blackened = finish(pipe, pixels)
+            flags.append(blackened)
+            low_res = pixels if number == 1 else low_res
+        assert pixels is not None
+        assert low_res is not None
+        if self.upscaler is not None and prompts is not None:
+            result = self.upscaler(
                 list(prompts),
                 image=(pixels / 2 + 0.5).clamp(0, 1),
-                num_inference_steps=sampling.stage_3_steps,
-                guidance_scale=sampling.stage_3_guidance,
-                noise_level=sampling.stage_3_noise_level,
                 negative_prompt=[negative_prompt or ""] * len(prompts),
-                generator=_generators(seeds),
+                **_settings(self.upscaler, 3, seeds, sampling, progress),
             )
             pictures[3] = tuple(result.images)
-            flags = result.nsfw_content_detected or flagged
-            flagged = [old or new for old, new in zip(flagged, flags, strict=True)]
-        assert low_res is not None
+            flags.append(result.nsfw_content_detected or flags[0])
         return CascadeImages(
             stage_1=pictures[1],
             stage_2=pictures[2],
             stage_3=pictures[3],
             prompts=tuple(prompts or ()),
             seeds=tuple(seeds),
-            low_res=low_res.detach().float().cpu(),
-            flagged=tuple(flagged),
+            low_res=low_res.float().cpu(),
+            flagged=tuple(any(stages) for stages in zip(*flags, strict=True)),
         )
 
     def add_adapter(self, folder: str | Path, scale: float = 1.0) -> None:
@@ -299,116 +244,6 @@ class Cascade:
             merged.remove()
 
 
-def stage_folders(folder: Path) -> list[Path]:
-    """The stage folders of an exported folder; itself where it is one.
-
-    Raises:
-        UserError: where it is neither.
-    """
-    inside = [folder / name for name in ("stage_1", "stage_2") if (folder / name).is_dir()]
-    if inside:
-        return inside
-    if (folder / "adapter_config.json").is_file():
-        return [folder]
-    raise UserError(
-        f"{folder} has no exported adapter (no stage_1, stage_2 or adapter_config.json in it); name"
-        " the adapters folder of a finished run."
-    )
-
-
-def finish(pipe: Stage, pixels: Tensor) -> tuple[tuple[Image.Image, ...], list[bool]]:
-    """Pictures as the pipeline finishes them: checked by its safety checker, then watermarked.
-
-    Steps 8 to 11 of ``IFPipeline.__call__``, which it takes for ``output_type="pil"`` only.
-
-    Args:
-        pipe: the stage's pipeline.
-        pixels: [N, 3, S, S] in [-1, 1].
-
-    Returns:
-        The pictures, and which of them were blackened.
-    """
-    images = (pixels / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
-    dtype = pipe.unet.dtype if pipe.safety_checker is None else pipe.safety_checker.dtype
-    images, nsfw, watermarked = pipe.run_safety_checker(images, pixels.device, dtype)
-    pictures = pipe.numpy_to_pil(images)
-    if pipe.watermarker is not None:
-        pipe.watermarker.apply_watermark(pictures, pipe.unet.config.sample_size)
-    none = [False] * len(pictures)
-    flags = [one or two for one, two in zip(nsfw or none, watermarked or none, strict=True)]
-    return tuple(pictures), flags
-
-
-def load_cascade(
-    stage_1: str | Path | None = None,
-    stage_2: str | Path | None = None,
-    stage_3: str | Path | None = None,
-    *,
-    adapters: Sequence[str | Path] = (),
-    scale: float = 1.0,
-    revision: str | None = None,
-    variant: str | None = None,
-    device: str | torch.device = "auto",
-    dtype: Precision = "auto",
-    text_encoder: bool = True,
-    unets: Mapping[int, UNet2DConditionModel] | None = None,
-) -> Cascade:
-    """Load a cascade with diffusers' own pipelines, guards and all.
-
-    Args:
-        stage_1: Stage I, a folder or a hub name; ``None``: only given pictures are upsampled.
-        stage_2: Stage II.
-        stage_3: the x4 upscaler. It is guarded by the modules of the stage before it, as the
-            published cascade's is.
-        adapters: exported folders to merge, see :meth:`Cascade.add_adapter`.
-        scale: of these adapters.
-        revision: the hub revision of Stage I and II.
-        variant: the weights' variant of Stage I and II, such as ``fp16``.
-        device: ``auto``: the GPU where there is one.
-        dtype: ``auto``: bf16 on a GPU, fp32 elsewhere.
-        text_encoder: whether to load the text encoder of Stage I (of Stage II where that is alone).
-        unets: UNets to sample from instead of loading them, by stage; they keep their precision.
-
-    Raises:
-        UserError: where a model or an adapter is not there or does not fit.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if dtype == "auto":
-        dtype = "fp32" if device.type == "cpu" else "bf16"
-    unet_dtype, text_dtype = PRECISIONS[dtype]
-    sources = {
-        number: Source(str(name), number, revision, variant)
-        for number, name in ((1, stage_1), (2, stage_2))
-        if name is not None
-    }
-    if not sources:
-        raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
-    given = {number: {"unet": unet} for number, unet in (unets or {}).items()}
-    no_text = {"text_encoder": None, "tokenizer": None}
-    stages = {
-        number: source.pipeline(unet_dtype, **no_text, **given.get(number, {})).to(device)
-        for number, source in sources.items()
-    }
-    text = None
-    if text_encoder:
-        # it draws no pictures, so it has nothing to guard
-        no_pictures = dict.fromkeys(("unet", *GUARDS)) | {"requires_safety_checker": False}
-        text = sources[min(sources)].pipeline(text_dtype, **no_pictures).to(device)
-    upscaler = None
-    if stage_3 is not None:
-        last = stages[max(stages)]
-        upscaler = Source(str(stage_3), 3).pipeline(unet_dtype).to(device)
-        guards = {name: last.components[name] for name in GUARDS}
-        upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
-    names = {number: source.name for number, source in sources.items()}
-    cascade = Cascade(stages, upscaler, text, names)
-    for folder in adapters:
-        cascade.add_adapter(folder, scale)
-    return cascade
-
-
 @contextmanager
 def _evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
     """A UNet in training samples without dropout."""
@@ -420,15 +255,14 @@ def _evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
         unet.train(training)
 
 
-def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator a picture, on the CPU so that every device draws the same."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def _settings(
+    pipe: DiffusionPipeline, number: int, seeds: Sequence[int], sampling: Sampling, progress: bool
+) -> dict[str, Any]:
+    """A stage's settings as its pipeline takes them, and its progress bar.
 
-
-def _joined(parts: Sequence[CascadeImages]) -> CascadeImages:
-    def together(name: str) -> tuple[Any, ...]:
-        return tuple(item for part in parts for item in vars(part)[name])
-
-    tuples = ("stage_1", "stage_2", "stage_3", "prompts", "seeds", "flagged")
-    low_res = torch.cat([part.low_res for part in parts])
-    return CascadeImages(**{name: together(name) for name in tuples}, low_res=low_res)
+    One generator a picture, on the CPU so that every device draws the same.
+    """
+    pipe.set_progress_bar_config(desc=f"Stage {number}", disable=not progress, leave=False)
+    return sampling.arguments(number) | {
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds]
+    }

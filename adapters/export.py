@@ -116,7 +116,7 @@ def plain(config: PeftConfig) -> dict[str, Any]:
     return {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
-        if key not in ("base_model_name_or_path", "inference_mode")
+        if key not in ("base_model_name_or_path", "revision", "inference_mode")
     }
 
 

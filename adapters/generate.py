@@ -1,4 +1,4 @@
-"""Pictures from the shell: ``python -m adapters.generate --adapter FOLDER --prompt P --out DIR``."""
+"""Pictures from the shell: ``python -m adapters.generate --adapter A --prompt P --out DIR``."""
 
 import argparse
 import re
@@ -9,10 +9,11 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from pydantic import ValidationError
 
-from adapters.cascade import PRECISIONS, CascadeImages, load_cascade, stage_folders
 from adapters.errors import UserError, exit_on_user_error
 from adapters.files import replacing
-from adapters.info import AdapterInfo, read_info
+from adapters.images import CascadeImages
+from adapters.info import AdapterInfo, read_info, stage_folders
+from adapters.load import PRECISIONS, load_cascade
 from adapters.sampling import Sampling
 from adapters.sheet import contact_sheet
 
@@ -48,18 +49,14 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="such as cuda or cpu (auto: the GPU where there is one)")
     add("--dtype", choices=["auto", *PRECISIONS], default="auto", help="precision (auto)")
     for name, field in Sampling.model_fields.items():
-        text = f"{field.description} ({field.default:g})"
-        add(
-            f"--{name.replace('_', '-')}",
-            type=type(field.default),
-            default=field.default,
-            help=text,
-        )
+        kind, text = type(field.default), f"{field.description} ({field.default:g})"
+        add(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=text)
     return parser
 
 
 def generate(options: argparse.Namespace) -> Path:
     """Sample and write; returns the folder."""
+    settings = sampling(options)
     own = {info.stage: info for folder in options.adapter for info in infos(Path(folder))}
     bases = {stage: info.base_model for stage, info in own.items()}
     revisions = (info.base_revision for info in own.values())
@@ -79,7 +76,7 @@ def generate(options: argparse.Namespace) -> Path:
         negative_prompt=options.negative_prompt,
         seed=options.seed,
         images_per_prompt=options.images_per_prompt,
-        sampling=sampling(options),
+        sampling=settings,
     )
     return write(images, options.out)
 

@@ -118,3 +118,20 @@ def read_info(folder: str | Path) -> AdapterInfo:
             f"{path} does not say which base and stage it belongs to (its header has no valid"
             f" {HEADER_KEY!r} entry); export it again with this version, or load it with diffusers."
         ) from error
+
+
+def stage_folders(folder: Path) -> list[Path]:
+    """The stage folders of an exported folder; itself where it is one.
+
+    Raises:
+        UserError: where it is neither.
+    """
+    inside = [folder / name for name in ("stage_1", "stage_2") if (folder / name).is_dir()]
+    if inside:
+        return inside
+    if (folder / "adapter_config.json").is_file():
+        return [folder]
+    raise UserError(
+        f"{folder} has no exported adapter (no stage_1, stage_2 or adapter_config.json in it); name"
+        " the adapters folder of a finished run."
+    )

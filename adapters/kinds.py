@@ -166,7 +166,7 @@ def peft_config(unet: nn.Module, spec: AdapterSpec) -> PeftConfig:
 def attach(
     unet: UNet2DConditionModel, spec: AdapterSpec, *, seed: int = 0
 ) -> dict[str, nn.Parameter]:
-    """Freeze a UNet and attach a fresh adapter, which changes nothing yet.
+    """Freeze a UNet and attach a fresh adapter, which changes nothing yet (OFT: but rounding).
 
     Args:
         unet: the base, in any precision.

@@ -1,7 +1,7 @@
 """Merging adapters of any kind into a UNet's weights, and taking them out again."""
 
 import json
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -66,10 +66,13 @@ class StageAdapter:
             module: the module, for its shape and settings.
             weight: its weight in the base.
         """
-        copied = deepcopy(module, {id(module.weight): nn.Parameter(weight.float())})
+        own = nn.Parameter(weight.to(torch.float32, copy=True))  # PEFT merges in place
+        copied = deepcopy(module, {id(module.weight): own})
         root = _alone(name, copied)
+        config = copy(self.config)
+        config.target_modules = {name}  # PEFT would shorten many names to ambiguous endings
         with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten
-            inject_adapter_in_model(self.config, root, ADAPTER_NAME)
+            inject_adapter_in_model(config, root, ADAPTER_NAME)
         result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
         assert not result.unexpected_keys
         layer = root.get_submodule(name)

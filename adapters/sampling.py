@@ -1,6 +1,6 @@
 """How pictures are sampled from the cascade."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,3 +28,11 @@ class Sampling(BaseModel):
     """Classifier-free guidance of the x4 upscaler."""
     stage_3_noise_level: Annotated[int, Field(ge=0)] = 20
     """The x4 upscaler's noise level."""
+
+    def arguments(self, stage: int) -> dict[str, Any]:
+        """The settings of a stage by the names that its diffusers pipeline gives them."""
+        levels = {2: self.noise_level, 3: self.stage_3_noise_level}
+        steps = {1: self.stage_1_steps, 2: self.stage_2_steps, 3: self.stage_3_steps}
+        guidance = {1: self.stage_1_guidance, 2: self.stage_2_guidance, 3: self.stage_3_guidance}
+        arguments = {"num_inference_steps": steps[stage], "guidance_scale": guidance[stage]}
+        return arguments | ({"noise_level": levels[stage]} if stage in levels else {})

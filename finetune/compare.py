@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from adapters import load_cascade
-from adapters.cascade import CascadeImages
 from adapters.errors import UserError, exit_on_user_error
 from adapters.files import write_text
+from adapters.images import CascadeImages
 from adapters.sheet import contact_sheet
 from finetune.data import crop, load_pictures
 from finetune.loop import Folders

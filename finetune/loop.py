@@ -11,10 +11,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from adapters.card import write_card
-from adapters.cascade import stage_folders
 from adapters.errors import UserError
 from adapters.export import export_adapter
-from adapters.info import AdapterInfo, read_info
+from adapters.info import AdapterInfo, read_info, stage_folders
 from adapters.sheet import contact_sheet
 from finetune import __version__
 from finetune.batches import MODEL, Batches, derived_seed, prefetch

@@ -26,7 +26,7 @@ from finetune.stages import STAGES
 from finetune.text import model_identity
 
 BATCH_SIZE = 8
-"""How many pictures are sampled at once; they do not depend on it."""
+"""How many pictures are sampled at once; they do not depend on it, beyond rounding."""
 
 ATTEMPTS = 10
 """How many seeds a picture gets before its prompt is given up."""

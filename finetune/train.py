@@ -4,9 +4,11 @@ accelerate launch --config_file accelerate_config.yaml -m finetune.train RECIPE 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
+import torch
 from accelerate import Accelerator
 
 from adapters.errors import exit_on_user_error
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(recipe: Recipe, accelerator: Accelerator) -> None:
     """Run a recipe: gather its material, then teach each of its stages in turn."""
+    if accelerator.device.type == "cpu":  # the launcher leaves each process a single thread
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
     folders = Folders(recipe.folder)
     pending = [stage for stage in recipe.trained if not finished(recipe, stage)]
     if not pending:

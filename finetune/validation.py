@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from adapters import load_cascade
-from adapters.cascade import Cascade, CascadeImages
+from adapters.cascade import Cascade
+from adapters.images import CascadeImages
 from finetune.batches import shrink
 from finetune.data import Picture, crop, to_tensor
 from finetune.recipe import Recipe

@@ -1,8 +1,11 @@
 """Fixtures that several test modules share."""
 
 import pytest
+import torch
 
 from tests.random_cascade import RandomCascade, save_random_cascade
+
+torch.set_num_threads(1)  # models this small lose more than they win by a second thread
 
 
 @pytest.fixture(scope="session")

@@ -178,7 +178,7 @@ def test_reading_a_foreign_or_damaged_folder(
     unet = trained_unet(random_cascade.stage_1, spec)
     exported = export(unet, tmp_path, random_cascade.stage_1, 1, spec)
     damage(exported.folder)
-    with pytest.raises(UserError, match="adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
         read_info(exported.folder)
 
 

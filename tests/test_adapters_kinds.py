@@ -21,19 +21,23 @@ from adapters.kinds import (
 from tests.random_cascade import RandomCascade
 
 SPECS = [
-    AdapterSpec(kind=kind, rank=4, alpha=6.0, targets="attention" if kind == "oft" else targets)
+    AdapterSpec(kind=kind, rank=4, alpha=6.0, targets=targets)
     for kind in KINDS
-    for targets in ("attention", "attention+conv")
+    for targets in ("attention", "all")
 ]
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
+    """A frozen UNet: PyTorch's choice of kernel depends on requires_grad."""
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
+    return unet.requires_grad_(False)
 
 
-def unet_inputs(unet: UNet2DConditionModel, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def unet_inputs(
+    unet: UNet2DConditionModel, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    size, width = unet.config.sample_size, unet.config.encoder_hid_dim
+    size, width = 16, unet.config.encoder_hid_dim
     inputs = {
         "sample": torch.randn(2, unet.config.in_channels, size, size, generator=generator),
         "encoder_hidden_states": torch.randn(2, 5, width, generator=generator),
@@ -58,7 +62,9 @@ def test_a_fresh_adapter_changes_nothing_and_alone_trains(
     inputs = unet_inputs(unet)
     base = output(unet, inputs)
     parameters = attach(unet, spec)
-    assert torch.equal(output(unet, inputs), base)
+    # OFT multiplies by the identity, which makes the next kernel's input contiguous
+    tolerance = 1e-5 if spec.kind == "oft" else 0
+    torch.testing.assert_close(output(unet, inputs), base, rtol=0, atol=tolerance)
     unet.train()
     unet(**inputs).sample.square().mean().backward()
     trained = {name for name, p in unet.named_parameters() if p.grad is not None}
@@ -72,7 +78,8 @@ def test_on_a_bfloat16_base_an_adapter_is_float32_and_still_changes_nothing(
 ) -> None:
     unet = UNet2DConditionModel.from_pretrained(
         random_cascade.stage_1, subfolder="unet", dtype=torch.bfloat16
-    ).eval()
+    )
+    unet.eval().requires_grad_(False)
     inputs = unet_inputs(unet, torch.bfloat16)
     base = output(unet, inputs)
     parameters = attach(unet, AdapterSpec(kind=kind, targets="attention+conv"))

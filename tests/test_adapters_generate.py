@@ -1,0 +1,93 @@
+"""The command line draws, writes, and explains mistakes in one sentence."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adapters.generate import main
+from adapters.kinds import AdapterSpec
+from adapters.sheet import contact_sheet
+from tests.random_cascade import RandomCascade
+from tests.test_adapters_export import export, trained_unet
+
+STEPS = ["--stage-1-steps", "2", "--stage-2-steps", "2", "--stage-3-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def adapter(random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    for stage, base in ((1, random_cascade.stage_1), (2, random_cascade.stage_2)):
+        export(trained_unet(base, AdapterSpec()), folder, base, stage, AdapterSpec())
+    return folder
+
+
+def test_it_writes_every_stage_and_a_contact_sheet(
+    random_cascade: RandomCascade, adapter: Path, tmp_path: Path
+) -> None:
+    arguments = f"--adapter {adapter} --stage-3 {random_cascade.stage_3} --seed 7 --out {tmp_path}"
+    main([*arguments.split(), *STEPS, "--prompt", "a sks Cat!", "--prompt", "a dog"])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"contact_sheet.png"} | {
+        f"{picture}-stage_{stage}.png"
+        for picture in ("000-a-sks-cat-seed7", "001-a-dog-seed8")
+        for stage in (1, 2, 3)
+    }
+    picture = Image.open(tmp_path / "000-a-sks-cat-seed7-stage_2.png")
+    assert picture.size == (64, 64)
+    assert picture.text == {"prompt": "a sks Cat!", "seed": "7"}
+
+
+def test_scale_zero_is_the_base(
+    random_cascade: RandomCascade, adapter: Path, tmp_path: Path
+) -> None:
+    base = ["--stage-1", str(random_cascade.stage_1), "--prompt", "a cat", *STEPS]
+    runs = {
+        "base": [],
+        "zero": ["--adapter", str(adapter / "stage_1"), "--scale", "0"],
+        "one": ["--adapter", str(adapter / "stage_1")],
+    }
+    pictures = {}
+    for name, extra in runs.items():
+        main([*base, *extra, "--out", str(tmp_path / name)])
+        pictures[name] = np.asarray(Image.open(tmp_path / name / "000-a-cat-seed0-stage_1.png"))
+    assert np.array_equal(pictures["zero"], pictures["base"])
+    assert not np.array_equal(pictures["one"], pictures["base"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--stage-1", "no/such/place"], "'no/such/place' is neither a folder"),
+        (["--adapter", "nowhere"], "nowhere has no exported adapter"),
+        ([], "name at least one model"),
+        (["--stage-1", "x/y", "--noise-level", "1000"], "--noise-level: Input should be less"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_2(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--prompt", "a cat", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_a_contact_sheet_shows_every_picture() -> None:
+    colours = ["red", "lime", "blue"]
+    rows = [[Image.new("RGB", (8, 8), colour) for colour in colours], [Image.new("L", (500, 250))]]
+    sheet = contact_sheet(
+        rows,
+        row_captions=["first", "second"],
+        captions=[["a caption of so many words that it has to be broken"] * 3, ["b"]],
+        title="a title",
+        cell_px=100,
+    )
+    shown = {colour for _, colour in sheet.getcolors(maxcolors=2**20)}
+    assert {(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)} <= shown
+    assert sheet.getpixel((sheet.width - 1, 0)) == (255, 255, 255)
+    counts = {colour: count for count, colour in sheet.getcolors(maxcolors=2**20)}
+    assert counts[(255, 0, 0)] == counts[(0, 255, 0)] == counts[(0, 0, 255)] == 100 * 100

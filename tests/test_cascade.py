@@ -1,0 +1,356 @@
+"""The cascade draws what the published pipelines draw, and adapters go in and out of it cleanly."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    StableDiffusionUpscalePipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import Tensor
+
+from adapters import Cascade, CascadeImages, load_cascade
+from adapters.errors import UserError
+from adapters.kinds import AdapterSpec
+from adapters.sampling import Sampling
+from tests.random_cascade import RandomCascade, save_random_cascade
+from tests.test_adapters_export import export, trained_unet
+
+FEW_STEPS = Sampling(
+    stage_1_steps=3,
+    stage_1_guidance=3.0,
+    stage_2_steps=2,
+    stage_2_guidance=2.0,
+    noise_level=100,
+    stage_3_steps=2,
+    stage_3_guidance=5.0,
+)
+PROMPT = "A <b>Photo</b> of a sks cat "
+
+SPECS = [
+    AdapterSpec(kind="lora", rank=4, alpha=6.0, targets="attention+conv"),
+    AdapterSpec(kind="rslora", rank=4, alpha=6.0),
+    AdapterSpec(kind="dora", rank=4, alpha=6.0, targets="attention+conv"),
+    AdapterSpec(kind="loha", rank=4, alpha=6.0, targets="attention+conv"),
+    AdapterSpec(kind="lokr", rank=4, alpha=6.0, targets="attention+conv"),
+    AdapterSpec(kind="oft", rank=4),
+]
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.int16)
+
+
+def largest_difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(pixels(a) - pixels(b)).max())
+
+
+def weights(cascade: Cascade) -> dict[str, Tensor]:
+    return {
+        f"{number}.{name}": tensor.clone()
+        for number, pipe in cascade.stages.items()
+        for name, tensor in pipe.unet.state_dict().items()
+    }
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def draw(cascade: Cascade, seed: int = 5) -> CascadeImages:
+    return cascade(PROMPT, seed=seed, sampling=FEW_STEPS, progress=False)
+
+
+@pytest.fixture
+def cascade(random_cascade: RandomCascade) -> Cascade:
+    return load_cascade(random_cascade.stage_1, random_cascade.stage_2)
+
+
+@pytest.fixture(scope="module")
+def adapter(random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported adapter of both stages."""
+    folder = tmp_path_factory.mktemp("adapter")
+    for stage, base in ((1, random_cascade.stage_1), (2, random_cascade.stage_2)):
+        export(trained_unet(base, SPECS[0]), folder, base, stage, SPECS[0])
+    return folder
+
+
+def test_pictures_are_those_of_the_plain_pipelines(random_cascade: RandomCascade) -> None:
+    plain_1 = IFPipeline.from_pretrained(random_cascade.stage_1)
+    plain_2 = IFSuperResolutionPipeline.from_pretrained(random_cascade.stage_2)
+    plain_3 = StableDiffusionUpscalePipeline.from_pretrained(random_cascade.stage_3)
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.0}
+    low_res = plain_1(
+        PROMPT, generator=torch.Generator().manual_seed(5), output_type="pt", **settings
+    ).images
+    picture_1 = plain_1(PROMPT, generator=torch.Generator().manual_seed(5), **settings).images[0]
+    settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "noise_level": 100}
+    middle, picture_2 = (
+        plain_2(
+            PROMPT,
+            image=low_res,
+            generator=torch.Generator().manual_seed(5),
+            output_type=output_type,
+            **settings,
+        ).images
+        for output_type in ("pt", "pil")
+    )
+    picture_3 = plain_3(
+        PROMPT,
+        image=(middle / 2 + 0.5).clamp(0, 1),
+        generator=torch.Generator().manual_seed(5),
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        noise_level=20,
+    ).images[0]
+
+    images = draw(
+        load_cascade(random_cascade.stage_1, random_cascade.stage_2, random_cascade.stage_3)
+    )
+    assert torch.equal(images.low_res, low_res)
+    assert np.array_equal(pixels(images.stage_1[0]), pixels(picture_1))
+    assert np.array_equal(pixels(images.stage_2[0]), pixels(picture_2[0]))
+    assert np.array_equal(pixels(images.stage_3[0]), pixels(picture_3))
+    assert images.final == images.stage_3
+    assert images.prompts == (PROMPT,)
+
+
+def test_the_text_path_is_the_pipelines(random_cascade: RandomCascade) -> None:
+    plain = IFPipeline.from_pretrained(random_cascade.stage_1)
+    cascade = load_cascade(random_cascade.stage_1)
+    cleaned, _ = plain.encode_prompt(PROMPT, False, clean_caption=True)
+    raw, _ = plain.encode_prompt(PROMPT, False, clean_caption=False)
+    assert torch.equal(cascade.encode([PROMPT]), cleaned)
+    assert torch.equal(cascade.encode([PROMPT], clean_caption=False), raw)
+    assert not torch.equal(cleaned, raw)
+
+
+def test_a_picture_does_not_depend_on_its_batch(cascade: Cascade) -> None:
+    prompts = ["a cat", "a dog", "a cat on blue"]
+    embeds, negative = cascade.encode(prompts), cascade.encode([""] * 3)
+    settings = {"sampling": FEW_STEPS, "progress": False, "prompts": prompts}
+    together = cascade.sample(embeds, negative, seeds=[3, 4, 5], **settings)
+    apart = cascade.sample(embeds, negative, seeds=[3, 4, 5], batch_size=2, **settings)
+    assert apart.prompts == together.prompts
+    assert apart.seeds == together.seeds == (3, 4, 5)
+    torch.testing.assert_close(apart.low_res, together.low_res, rtol=0, atol=1e-3)
+    for one, other in zip(apart.stage_2, together.stage_2, strict=True):
+        assert largest_difference(one, other) <= 1
+    assert largest_difference(together.stage_1[0], together.stage_1[1]) > 1
+
+
+def test_images_per_prompt_have_seeds_of_their_own(random_cascade: RandomCascade) -> None:
+    cascade = load_cascade(random_cascade.stage_1)
+    settings = {"sampling": FEW_STEPS, "progress": False}
+    images = cascade(["a cat", "a dog"], seed=3, images_per_prompt=2, **settings)
+    assert images.prompts == ("a cat", "a cat", "a dog", "a dog")
+    assert images.seeds == (3, 4, 5, 6)
+    assert images.stage_2 == images.stage_3 == ()
+    alone = cascade("a dog", seed=5, **settings)
+    assert largest_difference(images.final[2], alone.final[0]) <= 1
+
+
+def test_given_low_res_pictures_skip_stage_1(
+    random_cascade: RandomCascade, cascade: Cascade
+) -> None:
+    images = draw(cascade)
+    second = load_cascade(None, random_cascade.stage_2)
+    again = second.sample(
+        second.encode([PROMPT]),
+        second.encode([""]),
+        seeds=[5],
+        sampling=FEW_STEPS,
+        low_res=images.low_res,
+        progress=False,
+    )
+    assert again.stage_1 == ()
+    assert np.array_equal(pixels(again.stage_2[0]), pixels(images.stage_2[0]))
+
+
+def test_what_is_missing_is_said(random_cascade: RandomCascade) -> None:
+    without_text = load_cascade(None, random_cascade.stage_2, text_encoder=False)
+    with pytest.raises(UserError, match="text_encoder=True"):
+        without_text("a cat")
+    embeds = torch.zeros(1, 7, 32)
+    with pytest.raises(UserError, match="Stage I was not loaded"):
+        without_text.sample(embeds, embeds, seeds=[0])
+    full = load_cascade(random_cascade.stage_1, stage_3=random_cascade.stage_3, text_encoder=False)
+    with pytest.raises(UserError, match="prompts"):
+        full.sample(embeds, embeds, seeds=[0])
+    with pytest.raises(UserError, match="at least one model"):
+        load_cascade()
+    with pytest.raises(UserError, match="'no/such/place' is neither a folder"):
+        load_cascade("no/such/place")
+    with pytest.raises(UserError, match="Stage 1 needs a model of class IFPipeline, but"):
+        load_cascade(random_cascade.stage_2)
+
+
+def test_a_unet_in_training_is_sampled_in_place(random_cascade: RandomCascade) -> None:
+    unet = trained_unet(random_cascade.stage_1, AdapterSpec(dropout=0.9))
+    cascade = load_cascade(random_cascade.stage_1, unets={1: unet})
+    assert cascade.stages[1].unet is unet
+    evaluated = draw(cascade)
+    unet.train()
+    assert torch.equal(draw(cascade).low_res, evaluated.low_res)
+    assert unet.training
+    assert all(module.training for module in unet.modules())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_merged_is_what_was_trained(
+    random_cascade: RandomCascade, tmp_path: Path, spec: AdapterSpec
+) -> None:
+    unets = {}
+    for stage, base in ((1, random_cascade.stage_1), (2, random_cascade.stage_2)):
+        unets[stage] = trained_unet(base, spec)
+        export(unets[stage], tmp_path, base, stage, spec)
+    folders = (random_cascade.stage_1, random_cascade.stage_2)
+    trained = draw(load_cascade(*folders, unets=unets))
+    merged = draw(load_cascade(*folders, adapters=[tmp_path]))
+    base = draw(load_cascade(*folders))
+    for stage in ("stage_1", "stage_2"):
+        one, other, plain = (vars(images)[stage][0] for images in (trained, merged, base))
+        assert largest_difference(one, other) <= 1
+        assert largest_difference(one, plain) > 1
+
+
+def test_scales_are_linear_and_adapters_add_up(
+    cascade: Cascade, random_cascade: RandomCascade, adapter: Path, tmp_path: Path
+) -> None:
+    spec = AdapterSpec(kind="loha", rank=2)
+    base = random_cascade.stage_1
+    export(trained_unet(base, spec, seed=1), tmp_path, base, 1, spec)
+
+    def change(*adapters: tuple[Path, float]) -> dict[str, Tensor]:
+        before = weights(cascade)
+        for folder, scale in adapters:
+            cascade.add_adapter(folder, scale)
+        after = weights(cascade)
+        cascade.remove_adapters()
+        return {name: after[name] - before[name] for name in before}
+
+    full, half = change((adapter, 1.0)), change((adapter, 0.5))
+    other = change((tmp_path, 2.0))
+    both, swapped = change((adapter, 0.5), (tmp_path, 2.0)), change((tmp_path, 2.0), (adapter, 0.5))
+    assert any(delta.abs().max() > 1e-3 for delta in full.values())
+    for name in full:
+        torch.testing.assert_close(half[name], full[name] / 2, rtol=0, atol=1e-6)
+        torch.testing.assert_close(both[name], half[name] + other[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(swapped[name], both[name], rtol=0, atol=1e-6)
+
+
+def test_removal_leaves_the_base_bit_identical(cascade: Cascade, adapter: Path) -> None:
+    before = weights(cascade)
+    state = torch.get_rng_state()
+    cascade.add_adapter(adapter)
+    assert torch.equal(torch.get_rng_state(), state)
+    cascade.add_adapter(adapter / "stage_2", 0.3)
+    assert not equal(weights(cascade), before)
+    cascade.remove_adapters()
+    assert equal(weights(cascade), before)
+
+
+def test_in_bfloat16_too(random_cascade: RandomCascade, adapter: Path) -> None:
+    cascade = load_cascade(random_cascade.stage_1, dtype="bf16")
+    before = weights(cascade)
+    cascade.add_adapter(adapter)
+    assert draw(cascade).final
+    cascade.remove_adapters()
+    assert equal(weights(cascade), before)
+    assert {tensor.dtype for tensor in before.values()} == {torch.bfloat16}
+
+
+def test_stages_that_the_cascade_lacks_are_passed_over(
+    random_cascade: RandomCascade, adapter: Path
+) -> None:
+    cascade = load_cascade(random_cascade.stage_1, adapters=[adapter])
+    assert [len(merged.adapters) for merged in cascade.merged.values()] == [1]
+
+
+def test_a_wrong_stage_names_both(random_cascade: RandomCascade, adapter: Path) -> None:
+    cascade = load_cascade(random_cascade.stage_1)
+    with pytest.raises(UserError, match="adapter of Stage 2, but this cascade has Stage 1"):
+        cascade.add_adapter(adapter / "stage_2")
+
+
+def test_a_wrong_base_names_both_and_merges_nothing(
+    random_cascade: RandomCascade, adapter: Path, tmp_path: Path
+) -> None:
+    other = save_random_cascade(tmp_path, seed=1)
+    cascade = load_cascade(random_cascade.stage_1, other.stage_2)
+    before = weights(cascade)
+    with pytest.raises(UserError) as caught:
+        cascade.add_adapter(adapter)
+    assert str(random_cascade.stage_2) in str(caught.value)
+    assert str(other.stage_2) in str(caught.value)
+    assert equal(weights(cascade), before)
+
+
+def test_another_architecture_is_another_base(
+    guarded_cascade: RandomCascade, adapter: Path
+) -> None:
+    cascade = load_cascade(guarded_cascade.stage_1)
+    with pytest.raises(UserError, match="sample_size is 32, not 16"):
+        cascade.add_adapter(adapter)
+
+
+def test_a_base_that_has_moved_is_the_same_base(
+    random_cascade: RandomCascade, adapter: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    IFPipeline.from_pretrained(random_cascade.stage_1).save_pretrained(moved)
+    load_cascade(moved, adapters=[adapter], dtype="bf16")
+
+
+def test_a_folder_without_adapters(cascade: Cascade, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no exported adapter"):
+        cascade.add_adapter(tmp_path)
+
+
+def test_guards_are_kept_and_run(guarded_cascade: RandomCascade) -> None:
+    cascade = load_cascade(
+        guarded_cascade.stage_1, guarded_cascade.stage_2, guarded_cascade.stage_3
+    )
+    pipes = [*cascade.stages.values(), cascade.upscaler]
+    for pipe in pipes:
+        assert pipe.safety_checker is not None
+        assert pipe.watermarker is not None
+        torch.nn.init.zeros_(pipe.safety_checker.p_head.weight)
+        torch.nn.init.zeros_(pipe.safety_checker.w_head.weight)
+        torch.nn.init.constant_(pipe.safety_checker.p_head.bias, -1.0)
+        torch.nn.init.constant_(pipe.safety_checker.w_head.bias, -1.0)
+    clean = draw(cascade)
+    assert clean.flagged == (False,)
+    for stage in (clean.stage_1, clean.stage_2, clean.stage_3):
+        picture = pixels(stage[0])
+        assert picture.min() < 255
+        assert (picture == 255).all(axis=2).any(), "the fixture's watermark is white"
+    for pipe in pipes:
+        torch.nn.init.constant_(pipe.safety_checker.p_head.bias, 1.0)
+    flagged = draw(cascade)
+    assert flagged.flagged == (True,)
+    for stage in (flagged.stage_1, flagged.stage_2, flagged.stage_3):
+        corner = pixels(stage[0])[: stage[0].height // 2]
+        assert corner.max() == 0
+
+
+def test_the_guards_weights_are_the_published_ones(guarded_cascade: RandomCascade) -> None:
+    from safetensors.torch import load_file
+
+    checker = load_cascade(guarded_cascade.stage_1).stages[1].safety_checker
+    saved = load_file(guarded_cascade.stage_1 / "safety_checker" / "model.safetensors")
+    state = checker.state_dict()
+    assert saved.keys() <= state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
+
+
+def test_no_guard_is_lost_with_given_unets(guarded_cascade: RandomCascade) -> None:
+    unet = UNet2DConditionModel.from_pretrained(guarded_cascade.stage_1, subfolder="unet")
+    pipe = load_cascade(guarded_cascade.stage_1, unets={1: unet}).stages[1]
+    assert pipe.safety_checker is not None
+    assert pipe.watermarker is not None
