@@ -1,0 +1,170 @@
+"""How well the embedded cascade follows captions, as ranked by its tiny CLIP.
+
+A picture counts when CLIP ranks its object first among all objects of the world, and its background
+first among all colours and patterns; the same is asked of real pictures of the same captions.
+"""
+
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import IFPipeline, IFSuperResolutionPipeline
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel, CLIPProcessor
+
+from models.scenes import Placement, compose, contact_sheet, premultiply, to_image
+from models.world import BACKGROUNDS, SEEN, THINGS, caption, fill
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are sampled from the cascade."""
+
+    steps: tuple[int, int] = (50, 20)
+    """Denoising steps of Stage I and Stage II."""
+    guidance: tuple[float, float] = (3.0, 1.0)
+    noise_level: int = 100
+    """How strongly Stage II noises what Stage I made."""
+    batch: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Shares of the pictures, 0..1, whose object or background CLIP ranks first."""
+
+    objects: float
+    backgrounds: float
+
+
+class Cascade:
+    """Both stages as plain diffusers pipelines."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        """`folder` holds stage_1/ and stage_2/."""
+        self.stage_1 = IFPipeline.from_pretrained(folder / "stage_1").to(device)
+        self.stage_2 = IFSuperResolutionPipeline.from_pretrained(folder / "stage_2").to(device)
+        self.stage_1.set_progress_bar_config(disable=True)
+        self.stage_2.set_progress_bar_config(disable=True)
+
+    def sample(self, prompts: Sequence[str], how: Sampling) -> tuple[Tensor, Tensor]:
+        """Pictures of both stages, [B, 3, s, s] and [B, 3, S, S] in [-1, 1], on the CPU."""
+        generator = torch.Generator().manual_seed(how.seed)
+        small, large = [], []
+        for start in range(0, len(prompts), how.batch):
+            embeds, negative_embeds = self.stage_1.encode_prompt(
+                list(prompts[start : start + how.batch])
+            )
+            text = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+            text |= {"generator": generator, "output_type": "pt"}
+            low_res = self.stage_1(
+                num_inference_steps=how.steps[0], guidance_scale=how.guidance[0], **text
+            ).images
+            pictures = self.stage_2(
+                image=low_res,
+                num_inference_steps=how.steps[1],
+                guidance_scale=how.guidance[1],
+                noise_level=how.noise_level,
+                **text,
+            ).images
+            small.append(low_res.float().cpu())
+            large.append(pictures.float().cpu())
+        return torch.cat(small), torch.cat(large)
+
+
+class Judge:
+    """The tiny CLIP with the captions of all objects and all backgrounds."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.clip = CLIPModel.from_pretrained(folder).to(device).eval()
+        self.processor = CLIPProcessor.from_pretrained(folder)
+        self.device = device
+        self.objects = self.read([fill("{name}", i, 0) for i in range(len(THINGS))])
+        self.backgrounds = self.read([fill("{background}", 0, i) for i in range(len(BACKGROUNDS))])
+
+    @torch.no_grad()
+    def read(self, texts: list[str]) -> Tensor:
+        """Text embeddings of length 1, [N, D]."""
+        inputs = self.processor(text=texts, padding=True, return_tensors="pt").to(self.device)
+        return F.normalize(self.clip.get_text_features(**inputs).pooler_output, dim=-1)
+
+    @torch.no_grad()
+    def look(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Picture embeddings of length 1, [N, D]."""
+        inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
+        return F.normalize(self.clip.get_image_features(**inputs).pooler_output, dim=-1)
+
+    def guess(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """The object and the background that rank first for each picture, [N] int64 each."""
+        seen = self.look(pictures)
+        objects, backgrounds = seen @ self.objects.T, seen @ self.backgrounds.T
+        return objects.argmax(dim=1).cpu(), backgrounds.argmax(dim=1).cpu()
+
+    def rank(self, pictures: Sequence[Image.Image], things: Tensor, backgrounds: Tensor) -> Ranking:
+        """How often the right ones, [N] int64 each, rank first."""
+        things_first, backgrounds_first = self.guess(pictures)
+        return Ranking(
+            objects=(things_first == things).float().mean().item(),
+            backgrounds=(backgrounds_first == backgrounds).float().mean().item(),
+        )
+
+
+def random_captions(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Scenes that the cascade knows: indices of things and of backgrounds, [count] int64 each."""
+    rng = random.Random(seed)
+    things = [rng.choice(SEEN) for _ in range(count)]
+    backgrounds = [rng.randrange(len(BACKGROUNDS)) for _ in range(count)]
+    return torch.tensor(things), torch.tensor(backgrounds)
+
+
+def real_pictures(
+    sprites: Tensor, things: Tensor, backgrounds: Tensor, size_px: int, seed: int
+) -> list[Image.Image]:
+    """Scenes drawn rather than sampled; `sprites` is [N, 4, P, P] uint8."""
+    placement = Placement.random(len(things), torch.Generator().manual_seed(seed))
+    scenes = compose(premultiply(sprites)[things], backgrounds, placement, size_px)
+    return [to_image(scene) for scene in scenes]
+
+
+def evaluate(
+    folder: Path, sprites: Tensor, count: int, how: Sampling, device: str
+) -> tuple[dict[str, object], list[Image.Image], list[str]]:
+    """The figures of a cascade, its pictures, and their captions."""
+    things, backgrounds = random_captions(count, how.seed)
+    captions = [caption(int(t), int(b)) for t, b in zip(things, backgrounds, strict=True)]
+    low_res, sampled = Cascade(folder, device).sample(captions, how)
+    pictures = [to_image(picture) for picture in sampled]
+    size_px = sampled.shape[-1]
+    real = real_pictures(sprites, things, backgrounds, size_px, how.seed)
+    judge = Judge(folder / "clip", device)
+    rankings = {
+        "real": judge.rank(real, things, backgrounds),
+        "stage_1": judge.rank([to_image(picture) for picture in low_res], things, backgrounds),
+        "stage_2": judge.rank(pictures, things, backgrounds),
+    }
+    guesses, background_guesses = judge.guess(pictures)
+    missed = [
+        f"{captions[i]}: {caption(int(guesses[i]), int(background_guesses[i]))}"
+        for i in range(count)
+        if guesses[i] != things[i] or background_guesses[i] != backgrounds[i]
+    ]
+    figures: dict[str, object] = {name: asdict(ranking) for name, ranking in rankings.items()}
+    return figures | {"captions": count, "missed": missed}, pictures, captions
+
+
+def write(
+    figures: dict[str, object], pictures: list[Image.Image], captions: list[str], sheet: Path
+) -> None:
+    """Print the figures and save a contact sheet of the first 32 pictures."""
+    log.info(json.dumps(figures, indent=2))
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    tiles = contact_sheet(pictures[:32], captions[:32], columns=8)
+    tiles.quantize(256, dither=Image.Dither.NONE).save(sheet, optimize=True)
