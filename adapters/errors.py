@@ -1,4 +1,4 @@
-"""The one error that a person is meant to read."""
+"""The one error that a person is meant to read, and how command lines show it."""
 
 import sys
 from collections.abc import Iterator
@@ -13,8 +13,15 @@ class UserError(Exception):
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Print a :class:`UserError` of the block on standard error and exit with status 2."""
+def command_line() -> Iterator[None]:
+    """Run a command: our own progress bars only, and mistakes as sentences on standard error."""
+    import datasets
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     except UserError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from pydantic import ValidationError
 
-from adapters.errors import UserError, exit_on_user_error
+from adapters.errors import UserError, command_line
 from adapters.files import replacing
 from adapters.images import CascadeImages
 from adapters.info import AdapterInfo, read_info, stage_folders
@@ -23,7 +23,7 @@ SHEET_COLUMNS = 6
 def main(arguments: Sequence[str] | None = None) -> None:
     """Sample prompts and write every stage's pictures and a contact sheet."""
     options = parser().parse_args(arguments)
-    with exit_on_user_error():
+    with command_line():
         out = generate(options)
     sys.stdout.write(f"{out / 'contact_sheet.png'}\n")
 

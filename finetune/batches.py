@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.data import Picture, crop, to_tensor
-from finetune.recipe import Data
+from finetune.recipe import Data, Prior
 from finetune.stages import Batch
 
 ORDER, DRAWS, MODEL, CLASS = range(4)
@@ -42,8 +42,8 @@ class Batches:
     pictures: Sequence[Picture]
     """The instance pictures."""
     class_pictures: Sequence[Picture]
-    """The class pictures; none: no prior preservation."""
-    prior_weight: float
+    """The class pictures, with prior preservation."""
+    prior: Prior | None
     prompt_embeds: Mapping[str, Tensor]
     """Caption to text encoding, [T, D]; the empty caption included."""
     batch_size: int
@@ -61,15 +61,18 @@ class Batches:
     @property
     def class_count(self) -> int:
         """How many pictures of a batch are class pictures."""
-        return self.batch_size // 2 if self.class_pictures else 0
+        if self.prior is None:
+            return 0
+        return min(max(round(self.batch_size * self.prior.share), 1), self.batch_size - 1)
 
     def weight(self) -> Tensor:
         """The loss weight of each place in the batch, [B]."""
-        instances = self.batch_size - self.class_count
-        return torch.tensor(
-            [1 / instances] * instances
-            + [self.prior_weight / max(self.class_count, 1)] * self.class_count
-        )
+        classes = self.class_count
+        instances = self.batch_size - classes
+        weights = [1 / instances] * instances
+        if self.prior is not None:
+            weights += [self.prior.weight / classes] * classes
+        return torch.tensor(weights)
 
     def chosen(self, index: int) -> list[Picture]:
         """The pictures of a batch: the instance pictures, then the class pictures."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from adapters import load_cascade
-from adapters.errors import UserError, exit_on_user_error
+from adapters.errors import UserError, command_line
 from adapters.files import write_text
 from adapters.images import CascadeImages
 from adapters.sheet import contact_sheet
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", help="the recipe of a finished run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
-    with exit_on_user_error():
+    with command_line():
         recipe = load_recipe(options.recipe, options.overrides)
         sys.stdout.write(compare(recipe))
 

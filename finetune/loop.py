@@ -180,7 +180,7 @@ def batches_of(
         data=recipe.data,
         pictures=material.pictures,
         class_pictures=material.class_pictures,
-        prior_weight=recipe.prior.weight if recipe.prior else 0.0,
+        prior=recipe.prior,
         prompt_embeds=material.prompt_embeds,
         batch_size=trainee.training.batch_size,
         size_px=trainee.unet.config.sample_size,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adapters.errors import exit_on_user_error
+from adapters.errors import command_line
 from finetune.data import load_captions
 from finetune.recipe import Recipe, load_recipe
 from finetune.text import CaptionCache, captions_of, embed_captions
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. text.precision=nf4")
     options = parser.parse_args(arguments)
-    with exit_on_user_error():
+    with command_line():
         sys.stdout.write(precompute(load_recipe(options.recipe, options.overrides)))
 
 

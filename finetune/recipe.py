@@ -77,6 +77,8 @@ class Prior(Section):
     """How many class pictures."""
     folder: str | None = None
     """A folder of class pictures to take instead of sampling them from the base cascade."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The share of each batch that is class pictures: at least one, and never all."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """The weight of the class pictures' loss beside that of the subject's."""
 
@@ -127,7 +129,7 @@ class Training(Section):
     steps: Positive
     """Optimizer steps."""
     batch_size: Positive = 4
-    """Pictures a step on each GPU, class pictures included: half of them, rounded down."""
+    """Pictures a step on each GPU, class pictures included."""
     accumulation: Positive = 1
     """Batches whose gradients are averaged into one optimizer step."""
     adapter: AdapterSpec = AdapterSpec()

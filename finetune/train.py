@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 
-from adapters.errors import exit_on_user_error
+from adapters.errors import command_line
 from adapters.files import write_text
 from finetune.data import load_pictures
 from finetune.loop import Folders, Material, finished, train_stage
@@ -29,12 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stage_1.steps=100")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     options = parser.parse_intermixed_args(arguments)
-    with exit_on_user_error():
+    with command_line():
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:
             sys.stdout.write(recipe.to_yaml())
             return
-        train(recipe, Accelerator())
+        accelerator = Accelerator()
+        train(recipe, accelerator)
+        accelerator.end_training()
 
 
 def train(recipe: Recipe, accelerator: Accelerator) -> None:

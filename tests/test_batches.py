@@ -9,7 +9,7 @@ import torch
 
 from finetune.batches import Batches, picture_at, prefetch
 from finetune.data import Picture
-from finetune.recipe import Data
+from finetune.recipe import Data, Prior
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def batches(tmp_path: Path) -> Batches:
         data=Data(source="x"),
         pictures=instances,
         class_pictures=classes,
-        prior_weight=0.5,
+        prior=Prior(prompts=("class",), weight=0.5, share=0.4),
         prompt_embeds={c: torch.full((4, 2), float(i)) for i, c in enumerate(captions)},
         batch_size=5,
         size_px=32,
@@ -81,11 +81,17 @@ def test_ranks_share_an_epoch(batches: Batches) -> None:
     assert sorted(together) == sorted(picture.caption for picture in alone.chosen(3))
 
 
-def test_half_the_batch_preserves_the_prior(batches: Batches) -> None:
+@pytest.mark.parametrize(("share", "classes"), [(0.01, 1), (0.4, 2), (0.6, 3), (0.99, 4)])
+def test_class_pictures_take_their_share(batches: Batches, share: float, classes: int) -> None:
+    prior = Prior(prompts=("class",), share=share)
+    assert replace(batches, prior=prior).class_count == classes
+
+
+def test_the_prior_is_preserved_beside_the_subject(batches: Batches) -> None:
     captions = [picture.caption.split()[0] for picture in batches.chosen(0)]
     assert captions == ["subject"] * 3 + ["class"] * 2
     assert torch.allclose(batches(0).weight, torch.tensor([1 / 3] * 3 + [0.5 / 2] * 2))
-    alone = replace(batches, class_pictures=[])
+    alone = replace(batches, class_pictures=[], prior=None)
     assert torch.allclose(alone(0).weight, torch.full((5,), 1 / 5))
 
 

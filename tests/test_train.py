@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from adapters.sheet import CELL_PX
+from finetune.compare import main as compare
 from finetune.recipe import load_recipe
 from finetune.train import main
 from tests.random_cascade import RandomCascade
@@ -54,6 +56,13 @@ def recipe_of(cascade: RandomCascade, pictures: Path, **changes: Any) -> dict[st
             "prompts": ["a sks dog on blue", "a cat"],
             "every": 2,
             "sampling": {"stage_1_steps": 2, "stage_2_steps": 2},
+        },
+        "comparison": {
+            "prompts": ["a sks dog on blue"],
+            "other_prompts": ["a cat"],
+            "identifier": "sks dog",
+            "subject": "dog",
+            "clip": str(ROOT / "models/if-tiny/clip"),
         },
         "log_every": 2,
         **changes,
@@ -160,6 +169,21 @@ def test_the_adapter_describes_itself(finished_run: Path, random_cascade: Random
         assert part in text
     card = (finished_run / "adapters" / "README.md").read_text()
     assert "load_cascade" in card
+
+
+def test_the_comparison_is_drawn_and_scored(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished_run.parent.parent
+    compare([str(folder / "recipe.yaml"), f"cache_dir={folder / 'cache'}"])
+    shown = capsys.readouterr().out
+    assert str(finished_run / "before_after.png") in shown
+    assert "tensorboard --logdir" in shown
+    sheet = Image.open(finished_run / "before_after.png")
+    assert sheet.height > 3 * CELL_PX
+    scores = json.loads((finished_run / "before_after.json").read_text())
+    assert {"clip_i/real_to_real", "clip_i/base", "clip_t/fine_tuned"} <= set(scores)
+    assert scores["clip_i/base"] != scores["clip_i/fine_tuned"]
 
 
 def test_the_same_command_again_has_nothing_to_do(
