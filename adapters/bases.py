@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from diffusers import (
+    DDPMScheduler,
     DiffusionPipeline,
     IFPipeline,
     IFSuperResolutionPipeline,
@@ -73,61 +75,62 @@ class Source:
     def pipeline(self, dtype: torch.dtype, **components: Any) -> DiffusionPipeline:
         """The stage's pipeline with all of its guards; ``components`` replace others.
 
-        Raises:
-            UserError: where there is no such model, or one of another stage.
+        This and all below raise a UserError where there is no such model, or one of another stage.
         """
-        index = self._reading(PIPELINES[self.stage].load_config, self.name, revision=self.revision)
-        wanted, found = PIPELINES[self.stage].__name__, index["_class_name"]
-        if found != wanted:
-            raise UserError(
-                f"Stage {self.stage} needs a model of class {wanted}, but {self.name} is a"
-                f" {found}; give each stage its own model."
-            )
-        checker = index.get("safety_checker", (None, None))[1]
+        checker = self.index.get("safety_checker", (None, None))[1]
         if checker == IFSafetyChecker.__name__ and "safety_checker" not in components:
             components["safety_checker"] = self.component(SafetyChecker, dtype)
-        return self._reading(
-            PIPELINES[self.stage].from_pretrained,
-            self.name,
-            **components,
-            dtype=dtype,
-            **self._options,
-        )
+        kind = PIPELINES[self.stage]
+        return self._load(kind.from_pretrained, **components, dtype=dtype, **self._weights)
 
     def component(self, kind: type[Loaded], dtype: torch.dtype) -> Loaded:
         """One component of the stage, from its own folder of the model."""
         folders: dict[type, str] = {SafetyChecker: "safety_checker", UNet2DConditionModel: "unet"}
         loader: Callable[..., Loaded] = kind.from_pretrained  # type: ignore[attr-defined]
-        return self._reading(
-            loader, self.name, subfolder=folders[kind], dtype=dtype, **self._options
-        )
+        return self._load(loader, subfolder=folders[kind], dtype=dtype, **self._weights)
+
+    def scheduler(self, name: str) -> DDPMScheduler:
+        """The noise schedule of a component: ``scheduler``, or ``image_noising_scheduler``."""
+        return self._load(DDPMScheduler.from_pretrained, subfolder=name)
 
     @property
     def picture_size_px(self) -> int:
-        """The side of the stage's pictures, from its UNet's configuration.
+        """The side of the stage's pictures, from its UNet's configuration."""
+        return int(self._load(UNet2DConditionModel.load_config, subfolder="unet")["sample_size"])
 
-        Raises:
-            UserError: where there is no such model.
-        """
-        load = UNet2DConditionModel.load_config
-        config = self._reading(load, self.name, subfolder="unet", revision=self.revision)
-        return int(config["sample_size"])
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"revision": self.revision, "variant": self.variant, "use_safetensors": True}
-
-    def _reading(self, load: Callable[..., Loaded], *args: Any, **kwargs: Any) -> Loaded:
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The model's index, its components by name, once it is of the stage's class."""
         if not Path(self.name).is_dir() and self.name.count("/") != 1:
             raise UserError(
                 f"The Stage {self.stage} model {self.name!r} is neither a folder that exists nor a"
                 " hub name (owner/name); correct the path."
             )
+        kind = PIPELINES[self.stage]
+        index = self._read(kind.load_config)
+        wanted, found = kind.__name__, index.get("_class_name")
+        if found != wanted:
+            raise UserError(
+                f"Stage {self.stage} needs a model of class {wanted}, but {self.name} is a"
+                f" {found}; give each stage its own model."
+            )
+        return index
+
+    @property
+    def _weights(self) -> dict[str, Any]:
+        return {"variant": self.variant, "use_safetensors": True}
+
+    def _load(self, load: Callable[..., Loaded], **options: Any) -> Loaded:
+        _ = self.index  # checks the model's class before anything else of it is read
+        return self._read(load, **options)
+
+    def _read(self, load: Callable[..., Loaded], **options: Any) -> Loaded:
         try:
-            return load(*args, **kwargs)
-        except OSError as error:
+            return load(self.name, revision=self.revision, **options)
+        except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"The Stage {self.stage} model {self.name!r} cannot be loaded; check its name, and"
-                f" on the hub accept its licence and log in (hf auth login): {reason}"
+                f"The Stage {self.stage} model {self.name!r} cannot be loaded; check its name,"
+                " revision and variant, and on the hub accept its licence and log in (hf auth"
+                f" login): {reason}"
             ) from error

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.constants import ENDPOINT
 from PIL import Image
 
 from adapters.bases import PIPELINES
 from adapters.files import replacing, write_text
-from adapters.info import NOTICE, AdapterInfo
+from adapters.info import AdapterInfo
 from adapters.kinds import diffusers_loads
-from adapters.licence import copy_licences, is_deepfloyd
+from adapters.licence import copy_licences
 
 SAMPLES = "samples"
 
@@ -34,7 +35,8 @@ def write_card(
     """
     folder = Path(folder)
     samples = save_samples(folder, sample_pictures or {})
-    licences = {p.name for info in infos for p in copy_licences(info.base_model, folder)}
+    copied = (copy_licences(i.base_model, i.base_revision, folder, i.stage) for i in infos)
+    licences = [[path.name for path in paths] for paths in copied]
     parts = [
         f"---\n{yaml.safe_dump(front_matter(infos), sort_keys=False)}---",
         f"# {' and '.join(f'Stage {info.stage}' for info in infos)} adapter for DeepFloyd IF",
@@ -46,7 +48,7 @@ def write_card(
         "\n".join(f"- `{prompt}`" for prompt in prompts(infos)),
         *samples,
         "## Licence",
-        licence(infos, sorted(licences)),
+        licence(infos, licences),
     ]
     card = folder / "README.md"
     write_text(card, "\n\n".join(part for part in parts if part) + "\n")
@@ -58,7 +60,7 @@ def front_matter(infos: Sequence[AdapterInfo]) -> dict[str, Any]:
     hub_names = list(
         dict.fromkeys(info.base_model for info in infos if not Path(info.base_model).exists())
     )
-    deepfloyd = any(is_deepfloyd(info.base_model) for info in infos)
+    deepfloyd = any(info.licence_notice for info in infos)
     matter: dict[str, Any] = {"base_model": hub_names} if hub_names else {}
     return matter | {
         "library_name": "diffusers",
@@ -130,12 +132,18 @@ def save_samples(folder: Path, pictures: Mapping[str, Image.Image]) -> list[str]
     return ["## Samples", "\n\n".join(lines)] if lines else []
 
 
-def licence(infos: Sequence[AdapterInfo], files: Sequence[str]) -> str:
-    """What the base's licence asks for."""
-    links = ", ".join(f"[{name}]({name})" for name in files)
-    lines = [NOTICE] if any(is_deepfloyd(info.base_model) for info in infos) else []
-    if links:
-        lines.append(f"The licence of the base model applies to this adapter: {links}.")
-    else:
-        lines.append("The licence of the base model applies to this adapter; see the base.")
-    return "\n\n".join(lines)
+def licence(infos: Sequence[AdapterInfo], files: Sequence[Sequence[str]]) -> str:
+    """What the bases' licences ask for; ``files`` are those of each stage."""
+    notices = dict.fromkeys(info.licence_notice for info in infos if info.licence_notice)
+    lines = [
+        f"The licence of its base model applies to the Stage {info.stage} adapter: "
+        + (", ".join(f"[{name}]({name})" for name in names) or base_page(info.base_model))
+        for info, names in zip(infos, files, strict=True)
+    ]
+    return "\n\n".join([*notices, *lines])
+
+
+def base_page(base_model: str) -> str:
+    """Where a base's licence is to be found when its files are not at hand."""
+    hub = not Path(base_model).exists()
+    return f"[{base_model}]({ENDPOINT}/{base_model})" if hub else f"`{base_model}`"

@@ -15,6 +15,7 @@ from diffusers import (
     DiffusionPipeline,
     IFPipeline,
     IFSuperResolutionPipeline,
+    SchedulerMixin,
     StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
 )
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from adapters.errors import UserError
 from adapters.images import CascadeImages, finish, joined
-from adapters.info import BaseSignature, stage_folders
+from adapters.info import stage_folders
 from adapters.merge import MergedAdapters, StageAdapter
 from adapters.sampling import Sampling
 
@@ -68,9 +69,14 @@ class Cascade:
             sampling: steps and guidance; ``None``: the published pipelines' defaults.
             clean_caption: clean prompts as IF's pipelines do by default.
             progress: show progress bars.
+
+        Raises:
+            UserError: where there is nothing to draw, and as :meth:`sample`.
         """
         distinct = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in distinct for _ in range(images_per_prompt)]
+        if not prompts:
+            raise UserError("There is nothing to draw; give a prompt, and images_per_prompt >= 1.")
         embeds = self.encode(distinct, clean_caption=clean_caption)
         negative = self.encode([negative_prompt or ""], clean_caption=clean_caption)
         return self.sample(
@@ -125,13 +131,17 @@ class Cascade:
             progress: show progress bars.
 
         Raises:
-            UserError: where Stage I is needed and absent, or Stage III lacks prompts.
+            UserError: where Stage I is needed and absent, Stage III lacks prompts, or a setting
+                exceeds what a stage's scheduler knows.
         """
         sampling = sampling or Sampling()
         if low_res is None and 1 not in self.stages:
             raise UserError("Stage I was not loaded; load it, or hand sample() low_res pictures.")
         if self.upscaler is not None and prompts is None:
             raise UserError("Stage III reads the prompts themselves; hand sample() prompts too.")
+        for name, limit in self._limits().items():
+            if (value := vars(sampling)[name]) > limit:
+                raise UserError(f"{name} is {value}, but this cascade allows {limit}; lower it.")
         parts = []
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
@@ -148,6 +158,16 @@ class Cascade:
                 )
             )
         return joined(parts)
+
+    def _limits(self) -> dict[str, int]:
+        """The largest values of sampling settings, from the schedulers of the stages."""
+        pipes = dict(self.stages) | ({} if self.upscaler is None else {3: self.upscaler})
+        limits = {f"stage_{n}_steps": _timesteps(pipe.scheduler) for n, pipe in pipes.items()}
+        if 2 in self.stages:
+            limits["noise_level"] = _timesteps(self.stages[2].image_noising_scheduler) - 1
+        if self.upscaler is not None:
+            limits["stage_3_noise_level"] = self.upscaler.config.max_noise_level
+        return limits
 
     def _sample_batch(
         self,
@@ -199,8 +219,8 @@ class Cascade:
         """Merge an exported adapter into the stages that it and this cascade have.
 
         Whether an adapter belongs to a base is decided by the base's weights, not by its name,
-        since folders move and hub repositories are mirrored: the UNet's configuration and the first
-        values of its first bias, recorded at export, must be those of this cascade's UNet.
+        since folders move and hub repositories are mirrored: the UNet's configuration and a few of
+        its weights, recorded at export, must be those of this cascade's UNet before any merging.
 
         Args:
             folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), or one of
@@ -229,8 +249,7 @@ class Cascade:
     def _check_base(self, adapter: StageAdapter) -> None:
         info = adapter.info
         assert info.base_signature is not None
-        own = BaseSignature.of(self.stages[info.stage].unet)
-        difference = info.base_signature.difference(own)
+        difference = info.base_signature.difference(self.merged[info.stage].base)
         if difference is not None:
             raise UserError(
                 f"The adapter {adapter.folder} was trained on Stage {info.stage} of"
@@ -242,6 +261,10 @@ class Cascade:
         """Take all adapters out; every weight is the base's own again, to the bit."""
         for merged in self.merged.values():
             merged.remove()
+
+
+def _timesteps(scheduler: SchedulerMixin) -> int:
+    return int(scheduler.config.num_train_timesteps)
 
 
 @contextmanager

@@ -135,10 +135,11 @@ def peft_config_of(unet: UNet2DConditionModel, info: AdapterInfo) -> PeftConfig:
 
 def completed(info: AdapterInfo, unet: UNet2DConditionModel) -> AdapterInfo:
     """``info`` with what export knows better."""
+    deepfloyd = is_deepfloyd(info.base_model, info.base_revision)
     return info.model_copy(
         update={
             "created": info.created or datetime.now(UTC).isoformat(timespec="seconds"),
-            "licence_notice": NOTICE if is_deepfloyd(info.base_model) else None,
+            "licence_notice": NOTICE if deepfloyd else None,
             "base_signature": BaseSignature.of(unet),
         }
     )

@@ -26,6 +26,17 @@ NOTICE = (
 """The attribution that the DeepFloyd licence asks of whatever is derived from its weights."""
 
 SIGNATURE_LENGTH = 16
+"""How many values of a parameter a signature holds."""
+
+SIGNATURE_PARAMETERS = {
+    "conv_in": "bias",
+    "mid_block.resnets.0.conv1": "weight",
+}
+"""The parameters it looks at, by module: of convolutions, which no quantiser touches."""
+
+
+HALF_PRECISION = (2.0**-7, 1e-6)
+"""How far a value may be off in bfloat16 or float16, relatively (2 roundings) and absolutely."""
 
 
 class BaseSignature(BaseModel):
@@ -35,19 +46,22 @@ class BaseSignature(BaseModel):
 
     config: dict[str, Any]
     """The UNet's configuration."""
-    conv_in_bias: tuple[float, ...]
-    """The first values of its first bias, which no adapter changes and no quantiser touches."""
+    values: dict[str, tuple[float, ...]]
+    """The first values of a parameter of the base itself, by the module's name."""
 
     @classmethod
     def of(cls, unet: UNet2DConditionModel) -> "BaseSignature":
-        """The signature of a UNet, with an adapter attached or without."""
-        conv_in = unet.conv_in
-        if isinstance(conv_in, BaseTunerLayer):
-            conv_in = conv_in.get_base_layer()
+        """The signature of a UNet, with an adapter attached or without, but none merged."""
+        values = {}
+        for name, parameter in SIGNATURE_PARAMETERS.items():
+            module = unet.get_submodule(name)
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            first = layer.get_parameter(parameter).detach().flatten()[:SIGNATURE_LENGTH]
+            values[name] = tuple(first.float().tolist())
         public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
         return cls(
             config=json.loads(json.dumps(public)),  # with lists for tuples, as when read back
-            conv_in_bias=tuple(conv_in.bias.detach()[:SIGNATURE_LENGTH].float().tolist()),
+            values=values,
         )
 
     def difference(self, other: "BaseSignature") -> str | None:
@@ -59,9 +73,11 @@ class BaseSignature(BaseModel):
         for key in self.config.keys() & other.config.keys():
             if self.config[key] != other.config[key]:
                 return f"{key} is {other.config[key]}, not {self.config[key]}"
-        mine, theirs = torch.tensor(self.conv_in_bias), torch.tensor(other.conv_in_bias)
-        same = mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=1e-2, atol=1e-4)
-        return None if same else "its weights are others"
+        for name, values in self.values.items():
+            mine, theirs = torch.tensor(values), torch.tensor(other.values[name])
+            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, *HALF_PRECISION):
+                return f"its weights are others, such as those of {name}"
+        return None
 
 
 class AdapterInfo(BaseModel):

@@ -221,11 +221,3 @@ def adapter_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
 def adapter_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """The values of :func:`adapter_parameters`, sharing their memory."""
     return {name: parameter.detach() for name, parameter in adapter_parameters(unet).items()}
-
-
-def load_adapter_state(unet: UNet2DConditionModel, state: Mapping[str, Tensor]) -> None:
-    """Overwrite the attached adapter, in place, with an :func:`adapter_state`."""
-    own = adapter_state(unet)
-    assert own.keys() == state.keys()
-    for name, tensor in own.items():
-        tensor.copy_(state[name])

@@ -3,29 +3,48 @@
 import shutil
 from pathlib import Path
 
-NAMES = ("LICENSE*", "LICENCE*", "NOTICE*")
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+NAMES = tuple(f"{name}*" for name in ("LICENSE", "LICENCE", "License", "license", "NOTICE"))
+
+STAGE_NAMES = ("stage_1", "stage_2", "stage_3")
+"""The folders of a cascade, whose licence may lie beside them."""
 
 
-def licence_files(base_model: str) -> tuple[Path, ...]:
-    """The licence files of a base that is a local folder: beside its model index, or one above."""
-    folder = Path(base_model)
-    for place in (folder, folder.resolve().parent):
-        found = [path for name in NAMES for path in sorted(place.glob(name)) if path.is_file()]
-        if found and folder.is_dir():
-            return tuple(found)
-    return ()
+def licence_files(base_model: str, revision: str | None = None) -> tuple[Path, ...]:
+    """The licence files of a base; none where they cannot be had.
+
+    Args:
+        base_model: a folder, with the files in it (one named ``stage_1`` ...: or beside it), or a
+            hub name, of which they are downloaded.
+        revision: the hub revision.
+    """
+    folder = Path(base_model).resolve()
+    if not folder.is_dir():
+        try:
+            snapshot = snapshot_download(base_model, revision=revision, allow_patterns=list(NAMES))
+        except (OSError, HFValidationError):  # no connection, no access, or not a hub name
+            return ()
+        folder = Path(snapshot)
+    places = [folder, folder.parent] if folder.name in STAGE_NAMES else [folder]
+    found = ([path for name in NAMES for path in sorted(place.glob(name))] for place in places)
+    return tuple(next(filter(None, found), ()))
 
 
-def is_deepfloyd(base_model: str) -> bool:
+def is_deepfloyd(base_model: str, revision: str | None = None) -> bool:
     """Whether a base is under the DeepFloyd licence: by its hub name or its licence file."""
     return base_model.startswith("DeepFloyd/") or any(
         "DeepFloyd" in path.read_text(encoding="utf-8", errors="replace")
-        for path in licence_files(base_model)
+        for path in licence_files(base_model, revision)
     )
 
 
-def copy_licences(base_model: str, folder: Path) -> tuple[Path, ...]:
-    """Copy a local base's licence files into a folder."""
+def copy_licences(
+    base_model: str, revision: str | None, folder: Path, stage: int
+) -> tuple[Path, ...]:
+    """Copy a base's licence files into a folder, as ``stage_1-LICENSE``."""
     return tuple(
-        Path(shutil.copyfile(path, folder / path.name)) for path in licence_files(base_model)
+        Path(shutil.copyfile(path, folder / f"stage_{stage}-{path.name}"))
+        for path in licence_files(base_model, revision)
     )

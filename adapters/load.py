@@ -52,11 +52,11 @@ def load_cascade(
         unets: UNets to sample from instead of loading them, by stage; they keep their precision.
 
     Raises:
-        UserError: where a model or an adapter is not there or does not fit.
+        UserError: where a model, an adapter or the device is not there or does not fit.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = _available(device)
     if dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16"
     unet_dtype, text_dtype = PRECISIONS[dtype]
@@ -89,3 +89,15 @@ def load_cascade(
     for folder in adapters:
         cascade.add_adapter(folder, scale)
     return cascade
+
+
+def _available(name: str | torch.device) -> torch.device:
+    """The device of a name, once something has been placed on it."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"The device {str(name)!r} cannot be used ({reason}); choose auto, cpu, or cuda where"
+            " there is a GPU."
+        ) from error

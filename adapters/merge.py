@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adapters.errors import UserError
-from adapters.info import PEFT_WEIGHTS, AdapterInfo, read_info
+from adapters.info import PEFT_WEIGHTS, AdapterInfo, BaseSignature, read_info
 from adapters.kinds import ADAPTER_NAME
 
 PEFT_PREFIX = "base_model.model."
@@ -102,6 +102,11 @@ class MergedAdapters:
     adapters: list[tuple[StageAdapter, float]] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict)
     """The base's weights of all modules that adapters have changed, by module."""
+    base: BaseSignature = field(init=False)
+    """The base's signature, from before any merging."""
+
+    def __post_init__(self) -> None:
+        self.base = BaseSignature.of(self.unet)
 
     @torch.no_grad()
     def add(self, adapter: StageAdapter, scale: float) -> None:

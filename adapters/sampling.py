@@ -20,7 +20,7 @@ class Sampling(BaseModel):
     """Denoising steps of Stage II."""
     stage_2_guidance: Annotated[float, Field(ge=1)] = 4.0
     """Classifier-free guidance of Stage II; 1: none."""
-    noise_level: Annotated[int, Field(ge=0, le=999)] = 250
+    noise_level: Annotated[int, Field(ge=0)] = 250
     """The augmentation level of the low-res picture in Stage II; lower keeps more of it."""
     stage_3_steps: Annotated[int, Field(ge=1)] = 75
     """Denoising steps of the x4 upscaler."""

@@ -7,9 +7,11 @@ is continued sees exactly what it would have seen.
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -30,8 +32,12 @@ def derived_seed(*key: int) -> int:
 def picture_at(position: int, count: int, seed: int) -> int:
     """Which of ``count`` pictures stands at a position of the endless reshuffled sequence."""
     epoch, place = divmod(position, count)
-    order = np.random.default_rng(derived_seed(seed, ORDER, epoch)).permutation(count)
-    return int(order[place])
+    return int(_order(epoch, count, seed)[place])
+
+
+@lru_cache(maxsize=8)
+def _order(epoch: int, count: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(derived_seed(seed, ORDER, epoch)).permutation(count)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ python -m finetune.compare RECIPE [key=value …]
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,11 @@ from adapters.files import write_text
 from adapters.images import CascadeImages
 from adapters.sheet import contact_sheet
 from finetune.data import crop, load_pictures
-from finetune.loop import Folders
+from finetune.loading import load_recipe
 from finetune.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
-from finetune.recipe import Comparison, Recipe, load_recipe
+from finetune.recipe import Comparison, Recipe
+from finetune.run import Folders
+from finetune.sampling import sample_prompts
 from finetune.stages import STAGES
 from finetune.text import embed_captions
 
@@ -83,12 +85,12 @@ def sample_both(
     )
 
     def sample() -> CascadeImages:
-        return cascade.sample(
-            torch.stack([embeds[prompt] for prompt in prompts]),
-            torch.stack([embeds[""]] * len(prompts)),
-            seeds=[comparison.seed + i for i in range(len(prompts))],
-            sampling=recipe.validation.sampling,
-            prompts=prompts,
+        return sample_prompts(
+            cascade,
+            embeds,
+            prompts,
+            seeds=range(comparison.seed, comparison.seed + len(prompts)),
+            sampling=comparison.sampling or recipe.validation.sampling,
         )
 
     before = sample()
@@ -110,7 +112,7 @@ def score(
     photos: Sequence[Image.Image],
     before: Sequence[Image.Image],
     after: Sequence[Image.Image],
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """CLIP-I and CLIP-T of the subject's prompts and of the others, base and fine-tuned."""
     scorer = ClipScorer(comparison.clip)
     real, subjects = scorer.images(photos), len(comparison.prompts)
@@ -120,7 +122,7 @@ def score(
             for prompt in comparison.prompts + comparison.other_prompts
         ]
     )
-    scores = {"clip_i/real_to_real": clip_i_ceiling(real)}
+    scores: dict[str, float | None] = {"clip_i/real_to_real": clip_i_ceiling(real)}
     for name, pictures in (("base", before), ("fine_tuned", after)):
         vectors = scorer.images(pictures)
         scores[f"clip_i/{name}"] = clip_i(vectors[:subjects], real)
@@ -130,7 +132,7 @@ def score(
     return scores
 
 
-def table(scores: dict[str, float], picture: Path, folders: Folders) -> str:
+def table(scores: Mapping[str, float | None], picture: Path, folders: Folders) -> str:
     """The scores and what to open next, as text."""
     rows = [
         ("CLIP-I, generated to real pictures", "clip_i"),
@@ -140,9 +142,9 @@ def table(scores: dict[str, float], picture: Path, folders: Folders) -> str:
     lines = [f"{'':36}{'base':>8}{'tuned':>8}{'ceiling':>9}"]
     for title, key in rows:
         if f"{key}/base" in scores:
-            ceiling = f"{scores['clip_i/real_to_real']:9.3f}" if key == "clip_i" else ""
-            base, tuned = scores[f"{key}/base"], scores[f"{key}/fine_tuned"]
-            lines.append(f"{title:36}{base:8.3f}{tuned:8.3f}{ceiling}")
+            ceiling = _number(scores["clip_i/real_to_real"]) if key == "clip_i" else ""
+            base, tuned = (_number(scores[f"{key}/{name}"]) for name in ("base", "fine_tuned"))
+            lines.append(f"{title:36}{base:>8}{tuned:>8}{ceiling:>9}".rstrip())
     lines += [
         "",
         f"Look at     {picture}",
@@ -150,6 +152,10 @@ def table(scores: dict[str, float], picture: Path, folders: Folders) -> str:
         f"Curves      .venv/bin/tensorboard --logdir {folders.run / 'logs'}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _number(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ class Picture:
         return np.load(self.file, mmap_mode="r", allow_pickle=False)
 
 
-def load_pictures(data: Data, cache_dir: Path, size_px: int) -> list[Picture]:
+def load_pictures(
+    data: Data, cache_dir: Path, size_px: int, limit: int | None = None
+) -> list[Picture]:
     """The pictures of a recipe, each decoded once and kept in the cache for later runs.
 
     Args:
@@ -76,6 +78,7 @@ def load_pictures(data: Data, cache_dir: Path, size_px: int) -> list[Picture]:
             ``datasets.load_dataset`` takes.
         cache_dir: the recipe's cache.
         size_px: the largest crop that will be taken; far larger pictures are cached reduced.
+        limit: how many pictures to read at most, from the first on; ``None``: all.
 
     Raises:
         UserError: where the source, its columns, a caption or a picture is missing or damaged.
@@ -89,7 +92,7 @@ def load_pictures(data: Data, cache_dir: Path, size_px: int) -> list[Picture]:
         source, content = _content(image, f"row {row} of {data.source}")
         return Picture(_decoded(content, source, cache_dir, size_px), captions[row], source)
 
-    rows = range(len(table))
+    rows = range(len(table))[:limit]
     with ThreadPoolExecutor() as pool:
         return list(tqdm(pool.map(picture, rows), "Reading pictures", len(rows), delay=2))
 
@@ -189,8 +192,16 @@ def read_captions(data: Data, table: datasets.Dataset) -> list[str]:
 def _load_dataset(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
     if folder.is_dir() and not any(folder.iterdir()):
         raise FileNotFoundError("the folder is empty")
+    if not folder.exists() and _names_a_folder(data.source):
+        raise FileNotFoundError("there is no such folder")
     source = str(folder) if folder.exists() else data.source
-    return datasets.load_dataset(source, split=data.split)
+    return datasets.load_dataset(source, data.config, split=data.split, revision=data.revision)
+
+
+def _names_a_folder(source: str) -> bool:
+    """Whether a source is written as no hub name can be, so that the hub need not be asked."""
+    remote = source.startswith(("hf://", "buckets/"))
+    return source.startswith((".", "/", "~")) or (source.count("/") > 1 and not remote)
 
 
 def _load_saved(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:

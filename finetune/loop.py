@@ -3,11 +3,11 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
 from adapters.card import write_card
@@ -17,16 +17,20 @@ from adapters.info import AdapterInfo, read_info, stage_folders
 from adapters.sheet import contact_sheet
 from finetune import __version__
 from finetune.batches import MODEL, Batches, derived_seed, prefetch
-from finetune.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from finetune.checkpoints import save_checkpoint
 from finetune.data import Picture
 from finetune.optimizers import learning_rate_factor, set_learning_rate
 from finetune.recipe import Recipe
+from finetune.run import Folders, identity, noise_levels, resume
 from finetune.stages import STAGES, Stage
-from finetune.tracking import Meter, Tracker
+from finetune.tracking import Meter, Tracker, forget_peak_memory
 from finetune.trainee import Trainee
-from finetune.validation import Samples, Validation, prepare_validation
+from finetune.validation import Validation, prepare_validation
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+CARD_PROMPTS = 8
+"""How many captions an adapter names where the recipe has no validation prompts."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +42,12 @@ class Material:
     prompt_embeds: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Folders:
-    """Where a run writes."""
-
-    run: Path
-
-    @property
-    def adapters(self) -> Path:
-        """The exported adapters, what the user keeps."""
-        return self.run / "adapters"
-
-    def checkpoints(self, stage: Stage) -> Path:
-        """The checkpoints of a stage."""
-        return self.run / "checkpoints" / stage.name
-
-    def logs(self, stage: Stage) -> Path:
-        """The TensorBoard events of a stage."""
-        return self.run / "logs" / stage.name
-
-
 def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: Accelerator) -> None:
     """Teach one stage and export its adapter; continues from the newest checkpoint, if any."""
     folders = Folders(recipe.folder)
     training = recipe.training(stage)
     trainee = load_trainee(recipe, stage, accelerator.device)
-    resume(trainee, recipe, folders.checkpoints(stage))
+    resume(trainee, folders.checkpoints(stage))
     batches = batches_of(recipe, stage, trainee, material, accelerator)
     tracker = Tracker(
         accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
@@ -80,12 +64,13 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
             batches.low_res_px,
             folders.adapters,
         )
-    samples = run_steps(recipe, trainee, batches, tracker, validate, accelerator)
+    run_steps(recipe, trainee, batches, tracker, validate, accelerator)
     if accelerator.is_main_process:
         with trainee.final_weights() as unet:
+            samples = show(validate, tracker, trainee.step)
             export_adapter(unet, folders.adapters, adapter_info(recipe, trainee, material))
         infos = [read_info(folder) for folder in stage_folders(folders.adapters)]
-        write_card(folders.adapters, infos, dict(samples))
+        write_card(folders.adapters, infos, samples)
     tracker.close()
     accelerator.wait_for_everyone()
 
@@ -97,15 +82,11 @@ def run_steps(
     tracker: Tracker,
     validate: Validation | None,
     accelerator: Accelerator,
-) -> Samples:
-    """Take every step that is left, reporting, validating and saving on the way.
-
-    Returns:
-        The last validation's samples.
-    """
-    samples: dict[str, Samples] = {}
+) -> None:
+    """Take every step that is left, reporting, validating and saving on the way."""
     training, first = trainee.training, trainee.step
     meter = Meter(batches.num_train_timesteps, accelerator.device)
+    forget_peak_memory(accelerator.device)
     indices = range(first * training.accumulation, training.steps * training.accumulation)
     feed = prefetch(batches, indices, accelerator.device)
     for step in range(first, training.steps):
@@ -128,13 +109,9 @@ def run_steps(
             check_finite(points["loss"], done)
             tracker.points(points | {"learning_rate": options.learning_rate * factor}, done)
         started = time.perf_counter()
-        if validate and (done % recipe.validation.every == 0 or last):
+        if validate and done % recipe.validation.every == 0 and not last:
             with trainee.final_weights():
-                samples = validate()
-            for title, row in samples.items():
-                prompts, pictures = zip(*row, strict=True)
-                sheet = contact_sheet([pictures], column_captions=prompts)
-                tracker.picture(title, sheet, done)
+                show(validate, tracker, done)
         if accelerator.is_main_process and (done % training.checkpoint_every == 0 or last):
             save_checkpoint(
                 Folders(recipe.folder).checkpoints(trainee.stage),
@@ -143,7 +120,15 @@ def run_steps(
                 training.keep_checkpoints,
             )
         meter.skip_time(time.perf_counter() - started)
-    return next(iter(samples.values()), [])
+
+
+def show(validate: Validation | None, tracker: Tracker, step: int) -> dict[str, Image.Image]:
+    """Sample, show what was sampled, and return the first source's pictures by prompt."""
+    samples = validate() if validate else {}
+    for title, row in samples.items():
+        prompts, pictures = zip(*row, strict=True)
+        tracker.picture(title, contact_sheet([pictures], column_captions=prompts), step)
+    return dict(next(iter(samples.values()), []))
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -163,10 +148,7 @@ def load_trainee(recipe: Recipe, stage: Stage, device: torch.device) -> Trainee:
     precision = automatic if training.precision == "auto" else training.precision
     source = recipe.source(stage)
     unet = source.component(UNet2DConditionModel, PRECISIONS[precision]).to(device)
-    schedulers = tuple(
-        DDPMScheduler.from_pretrained(source.name, subfolder=name, revision=source.revision)
-        for name in stage.schedulers
-    )
+    schedulers = tuple(source.scheduler(name) for name in stage.schedulers)
     return Trainee.of(
         stage, training, unet, schedulers, seed=derived_seed(recipe.seed, stage.number)
     )
@@ -185,7 +167,7 @@ def batches_of(
         batch_size=trainee.training.batch_size,
         size_px=trainee.unet.config.sample_size,
         low_res_px=recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None,
-        noise_level=trainee.training.noise_level,
+        noise_level=noise_levels(trainee.training, trainee.schedulers[-1]),
         num_train_timesteps=trainee.schedulers[0].config.num_train_timesteps,
         seed=derived_seed(recipe.seed, stage.number),
         rank=accelerator.process_index,
@@ -193,56 +175,16 @@ def batches_of(
     )
 
 
-def identity(recipe: Recipe, stage: Stage) -> dict[str, object]:
-    """What must not change between a checkpoint and the run that continues from it."""
-    free = {"steps", "checkpoint_every", "keep_checkpoints"}
-    return {
-        "seed": recipe.seed,
-        "base": recipe.base_of(stage),
-        "data": recipe.data.model_dump(mode="json"),
-        "prior": recipe.prior.model_dump(mode="json") if recipe.prior else None,
-        stage.name: recipe.training(stage).model_dump(mode="json", exclude=free),
-    }
-
-
-def resume(trainee: Trainee, recipe: Recipe, root: Path) -> None:
-    """Continue from the newest checkpoint below ``root``, if there is one.
-
-    Raises:
-        UserError: where that checkpoint is of another recipe.
-    """
-    saved = checkpoints(root)
-    if not saved:
-        return
-    _, folder = saved[-1]
-    state = load_checkpoint(folder)
-    expected = identity(recipe, trainee.stage)
-    changed = [key for key, value in expected.items() if state["recipe"].get(key) != value]
-    if changed:
-        raise UserError(
-            f"The checkpoint {folder} was made with another recipe ({', '.join(changed)} differ):"
-            " give the recipe a new name, or delete that folder to start over."
-        )
-    trainee.load_state(state)
-
-
-def finished(recipe: Recipe, stage: Stage) -> bool:
-    """Whether a stage has been trained to its last step and exported."""
-    folders = Folders(recipe.folder)
-    saved = checkpoints(folders.checkpoints(stage))
-    exported = (folders.adapters / stage.name).is_dir()
-    return bool(exported and saved and saved[-1][0] >= recipe.training(stage).steps)
-
-
 def adapter_info(recipe: Recipe, trainee: Trainee, material: Material) -> AdapterInfo:
     """What an exported adapter says of itself."""
-    prompts = recipe.validation.prompts or tuple(p.caption for p in material.pictures)
+    captions = dict.fromkeys(picture.caption for picture in material.pictures)
+    prompts = recipe.validation.prompts or tuple(captions)[:CARD_PROMPTS]
     return AdapterInfo(
         base_model=recipe.base_of(trainee.stage),
         base_revision=recipe.base.revision,
         stage=trainee.stage.number,
         spec=trainee.training.adapter,
-        prompts=tuple(dict.fromkeys(prompts)),
+        prompts=prompts,
         step=trainee.step,
         recipe=recipe.to_yaml(),
         version=__version__,

@@ -18,7 +18,7 @@ from torch import Tensor
 class NoiseTables:
     """Coefficients of a DDPM by timestep, each [num_train_timesteps] float32.
 
-    Computed in float64 from the scheduler's alphas_cumprod. Notation: DDPM (arXiv 2006.11239),
+    Computed in float64 from the scheduler's betas. Notation: DDPM (arXiv 2006.11239),
     eq. 6 and 7, for q(x_{t-1} | x_t, x_0).
     """
 
@@ -35,10 +35,10 @@ class NoiseTables:
     @classmethod
     def of(cls, scheduler: DDPMScheduler, device: torch.device | str = "cpu") -> "NoiseTables":
         """The tables of a published scheduler."""
-        alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
+        betas = scheduler.betas.double().cpu()
+        alphas = 1 - betas
+        alphas_cumprod = alphas.cumprod(0)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        alphas = alphas_cumprod / previous
-        betas = 1 - alphas
         variance = betas * (1 - previous) / (1 - alphas_cumprod)
         variance[0] = variance[1]
         tables = (

@@ -21,15 +21,15 @@ class ClipScorer:
         """Load a CLIP model from a folder or hub name.
 
         Raises:
-            UserError: where there is none.
+            UserError: where there is none, or none in safetensors.
         """
         try:
-            self.model = CLIPModel.from_pretrained(clip).eval().to(device)
+            self.model = CLIPModel.from_pretrained(clip, use_safetensors=True).eval().to(device)
             self.processor = AutoProcessor.from_pretrained(clip)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"comparison.clip must name a CLIP model, as a folder or on the hub (got {clip!r}):"
-                f" {error}"
+                "comparison.clip must name a CLIP model with safetensors weights, as a folder or on"
+                f" the hub (got {clip!r}): {error}"
             ) from error
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -55,9 +55,14 @@ def clip_i(generated: Tensor, real: Tensor) -> float:
     return float((generated @ real.T).mean())
 
 
-def clip_i_ceiling(real: Tensor) -> float:
-    """Mean pairwise cosine of different real pictures of the subject: what CLIP-I can reach."""
+def clip_i_ceiling(real: Tensor) -> float | None:
+    """Mean pairwise cosine of different real pictures of the subject: what CLIP-I can reach.
+
+    ``None`` where there is but one picture.
+    """
     count = len(real)
+    if count == 1:
+        return None
     return float(((real @ real.T).sum() - count) / (count * (count - 1)))
 
 

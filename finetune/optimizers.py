@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,46 +20,47 @@ from adapters.errors import UserError
 Groups = list[dict[str, Any]]
 Betas = tuple[float, float]
 
-
-def _adafactor(groups: Groups, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
-    return Adafactor(
-        groups, beta1=None, weight_decay=weight_decay, scale_parameter=False, relative_step=False
-    )
+ADAM_BETAS = (0.9, 0.999)
+LION_BETAS = (0.9, 0.99)
 
 
-def _with_betas(optimizer: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    def build(groups: Groups, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
-        built: torch.optim.Optimizer = optimizer(
-            groups, betas=betas, weight_decay=weight_decay, **options
-        )
-        return built
+@dataclass(frozen=True)
+class Algorithm:
+    """An optimizer: how it is built, and what it makes of the recipe's settings."""
 
-    return build
+    build: Callable[..., torch.optim.Optimizer]
+    """Takes the parameter groups, ``weight_decay``, and ``betas`` where it has any."""
+    betas: Betas | None
+    """Its own betas, for recipes that give none; ``None``: it has no betas."""
+    finds_scale: bool = False
+    """Whether it finds its own step size, which the learning rate only multiplies."""
 
 
-def _paged(groups: Groups, betas: Betas, weight_decay: float) -> torch.optim.Optimizer:
+def _paged(groups: Groups, **options: Any) -> torch.optim.Optimizer:
     if not torch.cuda.is_available():
         raise UserError(
             "optimizer.name: paged_adamw_8bit needs a GPU, to page its state out of; this machine"
             " has none: use adamw_8bit."
         )
-    return bnb.optim.PagedAdamW8bit(groups, betas=betas, weight_decay=weight_decay)
+    return bnb.optim.PagedAdamW8bit(groups, **options)
 
 
-OPTIMIZERS: Mapping[str, Callable[[Groups, Betas, float], torch.optim.Optimizer]] = (
-    MappingProxyType(
-        {
-            "adamw_8bit": _with_betas(bnb.optim.AdamW8bit),
-            "paged_adamw_8bit": _paged,
-            "adamw": _with_betas(torch.optim.AdamW),
-            "lion_8bit": _with_betas(bnb.optim.Lion8bit),
-            "adafactor": _adafactor,
-            "prodigy": _with_betas(prodigyopt.Prodigy, safeguard_warmup=True),
-            "schedule_free": _with_betas(schedulefree.AdamWScheduleFree),
-        }
-    )
+OPTIMIZERS: Mapping[str, Algorithm] = MappingProxyType(
+    {
+        "adamw_8bit": Algorithm(bnb.optim.AdamW8bit, ADAM_BETAS),
+        "paged_adamw_8bit": Algorithm(_paged, ADAM_BETAS),
+        "adamw": Algorithm(torch.optim.AdamW, ADAM_BETAS),
+        "lion_8bit": Algorithm(bnb.optim.Lion8bit, LION_BETAS),
+        "adafactor": Algorithm(
+            partial(Adafactor, beta1=None, scale_parameter=False, relative_step=False), betas=None
+        ),
+        "prodigy": Algorithm(
+            partial(prodigyopt.Prodigy, safeguard_warmup=True), ADAM_BETAS, finds_scale=True
+        ),
+        "schedule_free": Algorithm(schedulefree.AdamWScheduleFree, ADAM_BETAS),
+    }
 )
-"""Optimizers by name. Prodigy finds its own scale: give it learning rate 1."""
+"""Optimizers by name."""
 
 
 def build_optimizer(
@@ -65,15 +68,17 @@ def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     *,
     learning_rate: float,
-    betas: Betas,
+    betas: Betas | None = None,
     weight_decay: float,
     lora_plus_ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer of an adapter's parameters.
 
     With ``lora_plus_ratio`` above 1 the B matrices, which start at zero, learn that much faster
-    than the rest (LoRA+, arXiv 2402.12354).
+    than the rest (LoRA+, arXiv 2402.12354). ``betas``: ``None`` for the optimizer's own.
     """
+    algorithm = OPTIMIZERS[name]
+    assert betas is None or algorithm.betas is not None, f"{name} has no betas"
     fast = [p for key, p in parameters.items() if ".lora_B." in key]
     slow = [p for key, p in parameters.items() if ".lora_B." not in key]
     if lora_plus_ratio == 1.0:
@@ -83,7 +88,8 @@ def build_optimizer(
         for group, rate in ((slow, learning_rate), (fast, learning_rate * lora_plus_ratio))
         if group
     ]
-    optimizer = OPTIMIZERS[name](groups, betas, weight_decay)
+    decay = {} if algorithm.betas is None else {"betas": betas or algorithm.betas}
+    optimizer = algorithm.build(groups, weight_decay=weight_decay, **decay)
     if isinstance(optimizer, schedulefree.AdamWScheduleFree):
         optimizer.train()
     return optimizer

@@ -11,7 +11,8 @@ import torch
 
 from adapters.errors import command_line
 from finetune.data import load_captions
-from finetune.recipe import Recipe, load_recipe
+from finetune.loading import load_recipe
+from finetune.recipe import Recipe
 from finetune.text import CaptionCache, captions_of, embed_captions
 
 
@@ -28,15 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def precompute(recipe: Recipe) -> str:
-    """Encode what the cache lacks; returns a line that says how much that was."""
+    """Encode what the cache lacks; returns how much that was, and how a trainer reuses it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     captions = {*captions_of(recipe, ()), *load_captions(recipe.data, recipe.cache)}
     cache = CaptionCache(recipe, device)
-    cached = sum(cache.read(caption) is not None for caption in captions)
+    cached = sum(cache.has(caption) for caption in captions)
     embed_captions(captions, recipe, device)
     return (
         f"{len(captions) - cached} captions encoded in {cache.precision} on {cache.device},"
         f" {cached} were in {recipe.cache / 'prompt_embeds'} already.\n"
+        "Train on any device without the text encoder under this override:\n"
+        f"text.precision={cache.precision}\n"
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,6 +23,7 @@ from adapters.files import replacing, write_text
 from finetune.batches import CLASS, derived_seed
 from finetune.data import Picture, has_captions, load_pictures
 from finetune.recipe import Data, Prior, Recipe
+from finetune.sampling import sample_prompts
 from finetune.stages import STAGES
 from finetune.text import model_identity
 
@@ -51,16 +53,17 @@ def class_pictures(
     """
     prior = recipe.prior
     assert prior is not None
-    if prior.folder and not Path(prior.folder).is_dir():
+    own = Path(prior.folder).expanduser() if prior.folder else None
+    if own and not own.is_dir():
         raise UserError(
             f"prior.folder {prior.folder!r} is no folder: name one with pictures of the class, or"
             " leave the field out to sample them from the base."
         )
-    if prior.folder and has_captions(Path(prior.folder)):
-        return load_pictures(Data(source=prior.folder), recipe.cache, size_px)[: prior.count]
-    source = prior.folder or str(sampled_folder(recipe, prior, embeds, device))
-    data = Data(source=source, prompt=prior.prompts[0])
-    pictures = load_pictures(data, recipe.cache, size_px)[: prior.count]
+    if own and has_captions(own):
+        return load_pictures(Data(source=str(own)), recipe.cache, size_px, prior.count)
+    folder = own or sampled_folder(recipe, prior, embeds, device)
+    data = Data(source=str(folder), prompt=prior.prompts[0])
+    pictures = load_pictures(data, recipe.cache, size_px, prior.count)
     return [
         replace(picture, caption=_in_turn(prior.prompts, index))
         for index, picture in enumerate(pictures)
@@ -73,7 +76,8 @@ def sampled_folder(
     """The folder of the base cascade's class pictures: PNGs and ``metadata.jsonl``.
 
     Sampled where it is not in the cache. A folder of its final name is whole; sampling that was
-    interrupted goes on where it stopped, and each picture has its own seed.
+    interrupted goes on where it stopped, and each picture has its own seed. Of runs that start
+    together, one samples and the others wait for it.
     """
     base = recipe.base
     models = [base.stage_1]
@@ -84,21 +88,23 @@ def sampled_folder(
         "prompts": prior.prompts,
         "count": prior.count,
         "seed": recipe.seed,
-        "sampling": recipe.validation.sampling.model_dump(),
+        "sampling": prior.sampling.model_dump(),
     }
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = recipe.cache / "class_pictures" / key
-    if folder.is_dir():
-        return folder
-    partial = folder.with_name(f"{key}.partial")
-    files = [partial / f"{index:05d}.png" for index in range(prior.count)]
-    _sample_missing(files, models, recipe, prior, embeds, device)
-    rows = [
-        json.dumps({"file_name": file.name, "text": _in_turn(prior.prompts, index)})
-        for index, file in enumerate(files)
-    ]
-    write_text(partial / "metadata.jsonl", "\n".join(rows) + "\n")
-    os.replace(partial, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{key}.lock")):
+        if folder.is_dir():
+            return folder
+        partial = folder.with_name(f"{key}.partial")
+        files = [partial / f"{index:05d}.png" for index in range(prior.count)]
+        _sample_missing(files, models, recipe, prior, embeds, device)
+        rows = [
+            json.dumps({"file_name": file.name, "text": _in_turn(prior.prompts, index)})
+            for index, file in enumerate(files)
+        ]
+        write_text(partial / "metadata.jsonl", "\n".join(rows) + "\n")
+        os.replace(partial, folder)
     return folder
 
 
@@ -142,13 +148,12 @@ def _sample(
     images: dict[int, Image.Image] = {}
     pending = list(indices)
     for attempt in range(ATTEMPTS):
-        prompts = [_in_turn(prior.prompts, index) for index in pending]
-        sampled = cascade.sample(
-            torch.stack([embeds[prompt] for prompt in prompts]),
-            torch.stack([embeds[""]] * len(pending)),
+        sampled = sample_prompts(
+            cascade,
+            embeds,
+            [_in_turn(prior.prompts, index) for index in pending],
             seeds=[derived_seed(recipe.seed, CLASS, index, attempt) for index in pending],
-            sampling=recipe.validation.sampling,
-            batch_size=BATCH_SIZE,
+            sampling=prior.sampling,
             progress=False,
         )
         images |= dict(zip(pending, sampled.final, strict=True))

@@ -5,29 +5,80 @@ text under each field is its documentation.
 """
 
 import difflib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from peft import LoraConfig
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from adapters.bases import Source
-from adapters.errors import UserError
-from adapters.kinds import AdapterSpec
+from adapters.kinds import KINDS, AdapterSpec
 from adapters.sampling import Sampling
-from finetune.optimizers import OPTIMIZERS, SCHEDULES
+from finetune.optimizers import OPTIMIZERS, SCHEDULES, Algorithm
 from finetune.stages import STAGES, Stage
+from finetune.yaml12 import Dumper
+
+LEAST_SCALE = 0.1
+"""The least learning rate that makes sense where the optimizer finds its own step size."""
+
+KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if kind.config is not LoraConfig)
+"""The kinds of adapter that have no B matrices, which LoRA+ is about."""
+
+
+def closest(word: str, names: list[str]) -> str:
+    """A hint at the valid name that a word was probably meant to be."""
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
+
+
+def _name_in(table: Mapping[str, object]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"unknown name {name!r}; {closest(name, list(table))}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _ascending(levels: tuple[int, int]) -> tuple[int, int]:
+    if levels[0] > levels[1]:
+        raise ValueError(f"must be [low, high] with low <= high (got {list(levels)})")
+    return levels
+
 
 Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Levels = Annotated[tuple[NonNegative, NonNegative], Field(strict=False), AfterValidator(_ascending)]
 Prompts = Annotated[tuple[str, ...], Field(strict=False)]
+Place = tuple[int | str, ...]
 
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and strict about names and types."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
     )
 
 
@@ -52,7 +103,11 @@ class Data(Section):
     source: str
     """A folder of pictures (with ``metadata.jsonl`` or ``.txt`` captions, or none), or whatever
     ``datasets.load_dataset`` takes: a hub name or a local path."""
-    prompt: str | None = None
+    config: str | None = None
+    """The dataset's configuration, for datasets that have several; ``None``: its default."""
+    revision: str | None = None
+    """The dataset's hub revision; ``None``: the newest."""
+    prompt: Annotated[str, Field(min_length=1)] | None = None
     """One caption for all pictures; ``None``: each picture has its own."""
     split: str = "train"
     """The split of the dataset."""
@@ -81,6 +136,8 @@ class Prior(Section):
     """The share of each batch that is class pictures: at least one, and never all."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """The weight of the class pictures' loss beside that of the subject's."""
+    sampling: Sampling = Sampling()
+    """How class pictures are sampled."""
 
 
 class Text(Section):
@@ -97,30 +154,56 @@ class Text(Section):
 class Optimizer(Section):
     """The optimizer of the adapter's parameters."""
 
-    name: str = "adamw_8bit"
+    name: Annotated[str, _name_in(OPTIMIZERS)] = "adamw_8bit"
     """One of the names in ``finetune.optimizers.OPTIMIZERS``."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """The peak learning rate."""
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """The peak learning rate; ``prodigy`` finds its own scale, and wants 1."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] | None = None
+    """Decay of the first and second moment; ``None``: the optimizer's own."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: the learning rate of the B matrices over that of the A matrices."""
-    schedule: str = "constant"
+    schedule: Annotated[str, _name_in(SCHEDULES)] = "constant"
     """One of the names in ``finetune.optimizers.SCHEDULES``."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this norm; ``None``: never."""
 
-    @model_validator(mode="after")
-    def _known_names(self) -> Self:
-        for field, table in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
-            value = getattr(self, field)
-            if value not in table:
-                raise ValueError(f"{field} must be one of {', '.join(table)} (got {value!r})")
-        return self
+    @field_validator("learning_rate")
+    @classmethod
+    def _is_a_scale(cls, rate: float, info: ValidationInfo) -> float:
+        if rate < LEAST_SCALE and (found := _algorithm(info)) and found.finds_scale:
+            raise ValueError(
+                f"{info.data['name']} finds its own step size, which the learning rate multiplies:"
+                f" give 1, or at least {LEAST_SCALE} (got {rate})"
+            )
+        return rate
+
+    @field_validator("betas")
+    @classmethod
+    def _has_betas(
+        cls, betas: tuple[float, float] | None, info: ValidationInfo
+    ) -> tuple[float, float] | None:
+        if betas is not None and (found := _algorithm(info)) and found.betas is None:
+            raise ValueError(f"{info.data['name']} has no betas: leave them out")
+        return betas
+
+    @field_validator("lora_plus_ratio")
+    @classmethod
+    def _has_groups(cls, ratio: float, info: ValidationInfo) -> float:
+        if ratio != 1 and (found := _algorithm(info)) and found.finds_scale:
+            raise ValueError(
+                f"{info.data['name']} takes one learning rate for all parameters: leave the ratio"
+                f" at 1 (got {ratio})"
+            )
+        return ratio
+
+
+def _algorithm(info: ValidationInfo) -> Algorithm | None:
+    """The optimizer that a section names, unless the name is itself a mistake."""
+    return OPTIMIZERS.get(info.data.get("name", ""))
 
 
 class Training(Section):
@@ -140,8 +223,9 @@ class Training(Section):
     """The frozen UNet's weights; ``auto``: bf16 on a GPU, fp32 on a CPU. Adapters train in fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    noise_level: Annotated[tuple[int, int], Field(strict=False)] = (0, 999)
-    """Stage II only: the range from which each picture's augmentation level is drawn, inclusive."""
+    noise_level: Levels | None = None
+    """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
+    ``None``: all levels of the model's schedule."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR weighting of the MSE term; ``None``: none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -159,7 +243,7 @@ class Validation(Section):
     """What to sample; none: no validation."""
     every: Positive = 500
     """Steps between validations; one is always made at the end."""
-    seed: int = 0
+    seed: NonNegative = 0
     """The seed of every validation, so that pictures differ by training alone."""
     sampling: Sampling = Sampling()
     """Steps, guidance and noise level, by stage."""
@@ -178,8 +262,10 @@ class Comparison(Section):
     """The words of the prompts that name the subject, such as ``sks octopus``."""
     clip: str
     """The CLIP model of the scores: folder or hub name."""
-    seed: int = 0
+    seed: NonNegative = 0
     """The seed of the pictures."""
+    sampling: Sampling | None = None
+    """Steps, guidance and noise level, by stage; ``None``: as in validation."""
 
 
 class Recipe(Section):
@@ -187,7 +273,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's name: its folder under ``runs_dir``."""
-    seed: int = 0
+    seed: NonNegative = 0
     """All randomness of the run derives from (seed, rank, step)."""
     base: Base
     """The cascade to teach."""
@@ -212,25 +298,24 @@ class Recipe(Section):
     cache_dir: str = ".cache/finetune"
     """Where decoded pictures, text embeddings and class pictures are kept between runs."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if not self.trained:
-            raise ValueError("nothing to train: give a stage_1 section, a stage_2 section or both")
-        if self.stage_2 is not None:
-            if self.base.stage_2 is None:
-                raise ValueError("base.stage_2 must name a Stage II model where stage_2 is trained")
-            low, high = self.stage_2.noise_level
-            if not 0 <= low <= high:
-                raise ValueError(
-                    "stage_2.noise_level must be [low, high] with 0 <= low <= high"
-                    f" (got [{low}, {high}])"
-                )
-        for stage in self.trained:
-            if self.prior and self.training(stage).batch_size < 2:
-                raise ValueError(
-                    f"{stage.name}.batch_size must be at least 2 with prior preservation"
-                )
-        return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def _consistent(cls, tree: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """All mistakes together: those within sections, and those between them."""
+        mistakes: list[InitErrorDetails] = []
+        try:
+            recipe = handler(tree)
+        except ValidationError as error:
+            mistakes = [_again(mistake) for mistake in error.errors(include_url=False)]
+        places = {mistake.get("loc") for mistake in mistakes}
+        for path, message in _between_sections(tree):
+            place = tuple(path.split("."))
+            if place not in places:
+                custom = PydanticCustomError("value_error", "{message}", {"message": message})
+                mistakes.append(InitErrorDetails(type=custom, loc=place, input=None))
+        if mistakes:
+            raise ValidationError.from_exception_data(cls.__name__, mistakes)
+        return recipe
 
     @property
     def trained(self) -> tuple[Stage, ...]:
@@ -266,87 +351,45 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe, defaults included; loading it gives the same recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=100)
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read and check a recipe.
+def _again(mistake: ErrorDetails) -> InitErrorDetails:
+    """A mistake that pydantic found, to be raised once more."""
+    return InitErrorDetails(
+        type=mistake["type"],
+        loc=mistake["loc"],
+        input=mistake["input"],
+        ctx=mistake.get("ctx", {}),
+    )
 
-    Args:
-        path: a YAML file.
-        overrides: ``dotted.key=value`` pairs laid over it, values in YAML.
 
-    Raises:
-        UserError: listing every unknown key (with the closest valid name), wrong type and value
-            out of range, each with its path.
+def _between_sections(tree: Any) -> Iterator[tuple[str, str]]:
+    """Path and message of the mistakes that no section shows alone.
+
+    They are looked for in the tree as it was given, whatever else is wrong with it.
     """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"The recipe {path} is not valid YAML: {error}.") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"The recipe {path} must be a YAML mapping (got {type(tree).__name__}).")
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        rows = "\n".join(f"  {row}" for row in _explain(error))
-        raise UserError(
-            f"The recipe {path} has {error.error_count()} mistake(s):\n{rows}"
-        ) from None
+    tree = TypeAdapter(Any).dump_python(tree)
 
+    def given(path: str) -> Any:
+        node = tree
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return node
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"An override must be key=value (got {override!r}).")
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise UserError(
-                f"The override {override!r} goes below {parent!r}, which is no section."
+    trained = [stage.name for stage in STAGES.values() if given(stage.name) is not None]
+    if not trained:
+        yield "stage_1", "nothing to train: give a stage_1 section, a stage_2 section or both"
+    if "stage_2" in trained and given("base.stage_2") is None:
+        yield "base.stage_2", "must name a Stage II model where stage_2 is trained"
+    if given("stage_1.noise_level") is not None:
+        yield "stage_1.noise_level", "is for stage_2 alone: Stage I has no augmentation to draw"
+    for stage in trained:
+        if given("prior") is not None and given(f"{stage}.batch_size") == 1:
+            yield f"{stage}.batch_size", "must be at least 2 with prior preservation (got 1)"
+        kind, ratio = given(f"{stage}.adapter.kind"), given(f"{stage}.optimizer.lora_plus_ratio")
+        if kind in KINDS_WITHOUT_B and ratio not in (None, 1):
+            yield (
+                f"{stage}.optimizer.lora_plus_ratio",
+                f"must be 1 with {kind}, which has no B matrices (got {ratio!r})",
             )
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"The value of the override {override!r} is not valid YAML.") from error
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """One line a mistake: path, expected, found."""
-    rows = []
-    for mistake in error.errors():
-        path = ".".join(str(part) for part in mistake["loc"])
-        message = mistake["msg"].removeprefix("Value error, ")
-        if mistake["type"] == "extra_forbidden":
-            names = list(_section_at(mistake["loc"][:-1]).model_fields)
-            close = difflib.get_close_matches(str(mistake["loc"][-1]), names, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
-            rows.append(f"{path}: unknown key; {hint}")
-        elif mistake["type"] in ("missing", "value_error"):
-            rows.append(f"{path}: {message}" if path else message)
-        else:
-            rows.append(f"{path}: {message} (got {mistake['input']!r})")
-    return rows
-
-
-def _section_at(path: tuple[int | str, ...]) -> type[BaseModel]:
-    """The section that a path of field names leads to."""
-    section: type[BaseModel] = Recipe
-    for name in path:
-        annotation = section.model_fields[str(name)].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        section = next(
-            option
-            for option in options
-            if isinstance(option, type) and issubclass(option, BaseModel)
-        )
-    return section

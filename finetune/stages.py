@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 
@@ -72,11 +72,9 @@ def upscaled(batch: Batch, scheduler: DDPMScheduler) -> Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the cascade: its pipeline, and how its UNet's input is built."""
+    """One stage of the cascade, and how its UNet's input is built."""
 
     number: int
-    pipeline: type
-    """The diffusers pipeline that samples from this stage."""
     schedulers: tuple[str, ...]
     """The pipeline's scheduler components: the picture's, then the low-res picture's."""
 
@@ -111,7 +109,7 @@ class Stage:
 
 STAGES: Mapping[int, Stage] = MappingProxyType(
     {
-        1: Stage(1, IFPipeline, ("scheduler",)),
-        2: Stage(2, IFSuperResolutionPipeline, ("scheduler", "image_noising_scheduler")),
+        1: Stage(1, ("scheduler",)),
+        2: Stage(2, ("scheduler", "image_noising_scheduler")),
     }
 )

@@ -3,15 +3,16 @@
 import gc
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import IFPipeline
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -44,14 +45,24 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 }
 """The bitsandbytes settings of the quantised precisions."""
 
-HASHED_BYTES = 2**20
-"""How much is hashed of each end of a model's file."""
+WHOLE_BYTES = 2**28
+"""Up to this size, a model's file is hashed whole; a larger one in blocks."""
+
+BLOCK_BYTES = 2**20
+"""The size of a hashed block of a large file."""
+
+BLOCKS = 100
+"""How many blocks are hashed of a large file, evenly spaced from its first byte to its last."""
+
+KEPT_ENCODINGS = 100
+"""How many encodings are kept in memory, those used last."""
+
+TENSOR = "prompt_embeds"
+"""The name of the encoding in its file."""
 
 
-def embed_captions(
-    captions: Iterable[str], recipe: Recipe, device: torch.device
-) -> dict[str, Tensor]:
-    """The text encoding of each distinct caption, [T, D] on the CPU, in the encoder's precision.
+def embed_captions(captions: Iterable[str], recipe: Recipe, device: torch.device) -> "PromptEmbeds":
+    """The text encoding of each distinct caption, in the encoder's precision.
 
     Bit for bit what ``IFPipeline.__call__`` makes of the caption: each is encoded by itself, so its
     encoding does not depend on its company. The text encoder is loaded only where the cache lacks
@@ -66,8 +77,8 @@ def embed_captions(
         UserError: where the base model cannot be read.
     """
     cache = CaptionCache(recipe, device)
-    embeds = {caption: cache.read(caption) for caption in sorted(set(captions))}
-    missing = [caption for caption, encoding in embeds.items() if encoding is None]
+    embeds = PromptEmbeds(cache, captions)
+    missing = [caption for caption in embeds if not cache.has(caption)]
     if missing:
         with text_pipeline(recipe, cache.precision, cache.device) as pipeline:
             for caption in tqdm(missing, "Encoding captions", delay=2):
@@ -77,8 +88,8 @@ def embed_captions(
                     device=cache.device,
                     clean_caption=recipe.text.clean_caption,
                 )
-                embeds[caption] = cache.write(caption, encoding[0])
-    return {caption: encoding for caption, encoding in embeds.items() if encoding is not None}
+                cache.write(caption, encoding[0])
+    return embeds
 
 
 def captions_of(recipe: Recipe, pictures: Iterable[Picture]) -> list[str]:
@@ -86,15 +97,21 @@ def captions_of(recipe: Recipe, pictures: Iterable[Picture]) -> list[str]:
     captions = {"", *(picture.caption for picture in pictures), *recipe.validation.prompts}
     if recipe.prior:
         captions.update(recipe.prior.prompts)
-        if recipe.prior.folder and has_captions(Path(recipe.prior.folder)):
-            captions.update(load_captions(Data(source=recipe.prior.folder), recipe.cache))
+        folder = recipe.prior.folder
+        if folder and has_captions(Path(folder).expanduser()):
+            own = load_captions(Data(source=folder), recipe.cache)
+            captions.update(own[: recipe.prior.count])
     if recipe.comparison:
         captions.update(recipe.comparison.prompts, recipe.comparison.other_prompts)
     return sorted(captions)
 
 
 class CaptionCache:
-    """The encodings on disk: one file a caption, named by all that decides on its content."""
+    """The encodings on disk: one file a caption, named by all that decides on its content.
+
+    The device is not part of the name, so what one machine encodes another reuses, given the same
+    ``text.precision``.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         text = recipe.text
@@ -112,19 +129,55 @@ class CaptionCache:
         key = json.dumps([self._model, self.precision, self._clean_caption, caption])
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def read(self, caption: str) -> Tensor | None:
-        """A caption's encoding [T, D]; ``None`` where it is missing or its file is damaged."""
+    def has(self, caption: str) -> bool:
+        """Whether a caption's file is there and whole; its encoding is not read."""
         try:
-            return load_file(self.path(caption))["prompt_embeds"]
-        except (OSError, KeyError, SafetensorError):
-            return None
+            with safe_open(self.path(caption), framework="pt") as file:
+                return TENSOR in file.keys()  # noqa: SIM118 (a safe_open cannot be iterated over)
+        except (OSError, SafetensorError):
+            return False
 
-    def write(self, caption: str, encoding: Tensor) -> Tensor:
-        """Keep a caption's encoding [T, D]; returns it on the CPU."""
-        encoding = encoding.cpu().contiguous()
+    def read(self, caption: str) -> Tensor:
+        """A caption's encoding [T, D], on the CPU.
+
+        Raises:
+            UserError: where its file has gone or been damaged since it was encoded.
+        """
+        file = self.path(caption)
+        try:
+            return load_file(file)[TENSOR]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"The encoding of {caption!r}, {file}, is missing or damaged"
+                f" ({_first_line(error)}): run the command again to encode it anew."
+            ) from error
+
+    def write(self, caption: str, encoding: Tensor) -> None:
+        """Keep a caption's encoding [T, D]."""
         with replacing(self.path(caption)) as temporary:
-            save_file({"prompt_embeds": encoding}, temporary)
-        return encoding
+            save_file({TENSOR: encoding.cpu().contiguous()}, temporary)
+
+
+class PromptEmbeds(Mapping[str, Tensor]):
+    """Captions and their encodings [T, D], on the CPU; each is read when it is asked for."""
+
+    def __init__(self, cache: CaptionCache, captions: Iterable[str]) -> None:
+        self._captions = dict.fromkeys(sorted(set(captions)))
+        self._read = lru_cache(maxsize=KEPT_ENCODINGS)(cache.read)
+
+    def __getitem__(self, caption: str) -> Tensor:
+        if caption not in self._captions:
+            raise KeyError(caption)
+        return self._read(caption)
+
+    def __contains__(self, caption: object) -> bool:
+        return caption in self._captions
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._captions)
+
+    def __len__(self) -> int:
+        return len(self._captions)
 
 
 @contextmanager
@@ -173,11 +226,12 @@ def text_pipeline(recipe: Recipe, precision: str, device: torch.device) -> Itera
 
 
 def model_identity(model: str, base: Base, parts: Sequence[str] = ("*",)) -> str:
-    """A text that is the same exactly where a model's files are.
+    """A text that is the same where a model's files are, and another where they differ.
 
     Args:
-        model: a folder, identified by names, sizes and both ends of its files; or a hub name,
-            identified by that and the commit which the revision stands for.
+        model: a folder, identified by the names, sizes and content of its files (of large ones,
+            evenly spaced blocks); or a hub name, identified by that and the commit which the
+            revision stands for.
         base: gives the revision and the variant.
         parts: patterns of the subfolders of a folder that matter.
 
@@ -193,9 +247,12 @@ def model_identity(model: str, base: Base, parts: Sequence[str] = ("*",)) -> str
         size = file.stat().st_size
         digest.update(f"\n{file.relative_to(folder).as_posix()} {size}\n".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(HASHED_BYTES))
-            stream.seek(max(0, size - HASHED_BYTES))
-            digest.update(stream.read(HASHED_BYTES))
+            if size <= WHOLE_BYTES:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                continue
+            for block in range(BLOCKS):
+                stream.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
+                digest.update(stream.read(BLOCK_BYTES))
     return f"{digest.hexdigest()}:{base.variant}"
 
 

@@ -1,5 +1,6 @@
 """What a person sees of a run: a progress bar, and TensorBoard."""
 
+import gc
 import resource
 import time
 from collections.abc import Mapping
@@ -79,12 +80,22 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Measure from now on: what came before training is freed and no longer counts on a GPU."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 class Tracker:
     """TensorBoard and the progress bar of one stage; silent on all but the main process."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, title: str, first: int, steps: int):
         main = accelerator.is_main_process
-        self.writer = SummaryWriter(str(folder), purge_step=first or None) if main else None
+        self.writer = (
+            SummaryWriter(str(folder), purge_step=first + 1 if first else None) if main else None
+        )
         self.bar = tqdm(
             desc=title,
             total=steps,

@@ -7,16 +7,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from adapters.errors import command_line
 from adapters.files import write_text
 from finetune.data import load_pictures
-from finetune.loop import Folders, Material, finished, train_stage
+from finetune.loading import load_recipe
+from finetune.loop import Material, train_stage
 from finetune.prior import class_pictures
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import Recipe
+from finetune.run import Folders, check_recipe, finished
 from finetune.text import captions_of, embed_captions
 
 
@@ -32,9 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command_line():
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:
-            sys.stdout.write(recipe.to_yaml())
+            if os.environ.get("RANK", "0") == "0":
+                sys.stdout.write(recipe.to_yaml())
             return
-        accelerator = Accelerator()
+        # one process gathers the material for all, which may take longer than NCCL's ten minutes
+        waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+        accelerator = Accelerator(kwargs_handlers=[waiting])
         train(recipe, accelerator)
         accelerator.end_training()
 
@@ -48,6 +54,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
     if not pending:
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return
+    check_recipe(recipe)
     if accelerator.is_main_process:
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
     with accelerator.main_process_first():

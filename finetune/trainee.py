@@ -12,8 +12,22 @@ from torch import Tensor, nn
 from adapters.kinds import attach
 from finetune.losses import Losses, NoiseTables, hybrid_loss
 from finetune.optimizers import averaged_weights, build_optimizer
-from finetune.recipe import Training
+from finetune.recipe import Optimizer, Training
 from finetune.stages import Batch, Stage, noised
+
+
+def optimizer_of(
+    options: Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer that a recipe asks for."""
+    return build_optimizer(
+        options.name,
+        parameters,
+        learning_rate=options.learning_rate,
+        betas=options.betas,
+        weight_decay=options.weight_decay,
+        lora_plus_ratio=options.lora_plus_ratio,
+    )
 
 
 @dataclass
@@ -58,7 +72,6 @@ class Trainee:
         views = torch.split(gradient, [p.numel() for p in parameters.values()])
         for parameter, view in zip(parameters.values(), views, strict=True):
             parameter.grad = view.view_as(parameter)
-        options = training.optimizer
         return cls(
             stage=stage,
             training=training,
@@ -66,14 +79,7 @@ class Trainee:
             schedulers=schedulers,
             tables=NoiseTables.of(schedulers[0], unet.device),
             parameters=parameters,
-            optimizer=build_optimizer(
-                options.name,
-                parameters,
-                learning_rate=options.learning_rate,
-                betas=options.betas,
-                weight_decay=options.weight_decay,
-                lora_plus_ratio=options.lora_plus_ratio,
-            ),
+            optimizer=optimizer_of(training.optimizer, parameters),
             gradient=gradient,
             average=None
             if training.ema_decay is None

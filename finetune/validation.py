@@ -12,10 +12,10 @@ from torch import Tensor
 
 from adapters import load_cascade
 from adapters.cascade import Cascade
-from adapters.images import CascadeImages
 from finetune.batches import shrink
 from finetune.data import Picture, crop, to_tensor
 from finetune.recipe import Recipe
+from finetune.sampling import sample_prompts
 from finetune.stages import Stage
 
 Samples = list[tuple[str, Image.Image]]
@@ -51,27 +51,19 @@ class Validation:
 
     def _sample(self, source: Source) -> Samples:
         images = sample_prompts(
-            self.cascade, self.recipe, self.embeds, source.prompts, low_res=source.low_res
+            self.cascade,
+            self.embeds,
+            source.prompts,
+            seeds=seeds(self.recipe, source.prompts),
+            sampling=self.recipe.validation.sampling,
+            low_res=source.low_res,
         )
         return list(zip(source.prompts, images.final, strict=True))
 
 
-def sample_prompts(
-    cascade: Cascade,
-    recipe: Recipe,
-    embeds: Mapping[str, Tensor],
-    prompts: Sequence[str],
-    low_res: Tensor | None = None,
-) -> CascadeImages:
-    """Sample prompts with the recipe's validation settings; picture i has seed + i."""
-    return cascade.sample(
-        torch.stack([embeds[prompt] for prompt in prompts]),
-        torch.stack([embeds[""]] * len(prompts)),
-        seeds=[recipe.validation.seed + i for i in range(len(prompts))],
-        sampling=recipe.validation.sampling,
-        low_res=low_res,
-        prompts=prompts,
-    )
+def seeds(recipe: Recipe, prompts: Sequence[str]) -> range:
+    """The seeds of validation pictures: picture i has seed + i."""
+    return range(recipe.validation.seed, recipe.validation.seed + len(prompts))
 
 
 def prepare_validation(
@@ -121,7 +113,14 @@ def stage_1_samples(
         device=str(device),
         text_encoder=False,
     )
-    return sample_prompts(cascade, recipe, embeds, recipe.validation.prompts).low_res
+    prompts = recipe.validation.prompts
+    return sample_prompts(
+        cascade,
+        embeds,
+        prompts,
+        seeds=seeds(recipe, prompts),
+        sampling=recipe.validation.sampling,
+    ).low_res
 
 
 def photo_source(

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
@@ -15,7 +17,9 @@ from safetensors.torch import load_file
 from adapters.card import write_card
 from adapters.errors import UserError
 from adapters.export import AdapterInfo, Exported, export_adapter, read_info
+from adapters.info import NOTICE
 from adapters.kinds import KINDS, AdapterSpec, adapter_parameters, adapter_state, attach
+from adapters.licence import licence_files
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_kinds import load_unet, output, unet_inputs
 
@@ -182,10 +186,73 @@ def test_reading_a_foreign_or_damaged_folder(
         read_info(exported.folder)
 
 
-def test_card_and_licence(random_cascade: RandomCascade, tmp_path: Path) -> None:
+def hub(
+    monkeypatch: pytest.MonkeyPatch, download: Callable[..., str]
+) -> Callable[[int], AdapterInfo]:
+    """A hub that is ``download``, and what adapters of its bases say of themselves."""
+    monkeypatch.setattr("adapters.licence.snapshot_download", download)
+    return lambda stage: AdapterInfo(
+        base_model=f"DeepFloyd/IF-{stage}",
+        base_revision="v2",
+        stage=stage,
+        spec=AdapterSpec(),
+        step=7,
+        recipe="name: test\n",
+        version="1.2.3",
+        licence_notice=NOTICE,
+    )
+
+
+def test_a_hub_base_hands_its_licence_on_at_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        snapshot = tmp_path / "hub" / name / revision
+        snapshot.mkdir(parents=True)
+        for file in ("LICENSE.md", "license.txt", "model_index.json"):
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (snapshot / file).write_text(f"{file} of {name} at {revision}")
+        return str(snapshot)
+
+    info = hub(monkeypatch, download)
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    card = write_card(folder, [info(1), info(2)]).read_text()
+    written = {path.name: path.read_text() for path in folder.iterdir() if path.name != "README.md"}
+    assert written == {
+        f"stage_{stage}-{file}": f"{file} of DeepFloyd/IF-{stage} at v2"
+        for stage in (1, 2)
+        for file in ("LICENSE.md", "license.txt")
+    }
+    assert all(f"({name})" in card for name in written)
+
+
+def test_without_a_connection_the_card_links_to_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    card = write_card(tmp_path, [hub(monkeypatch, download)(1)]).read_text()
+    assert NOTICE in card
+    assert "[DeepFloyd/IF-1](https://huggingface.co/DeepFloyd/IF-1)" in card
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_the_licence_of_a_project_is_not_that_of_a_base_in_it(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("MIT")
+    for name in ("my_base", "stage_1"):
+        (tmp_path / name).mkdir()
+    assert licence_files(str(tmp_path / "my_base")) == ()
+    assert licence_files(str(tmp_path / "stage_1")) == (tmp_path / "LICENSE",)
+
+
+def test_a_card_shows_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters.licence.snapshot_download", lambda *_, **__: str(tmp_path / "no"))
     info = AdapterInfo(
         base_model="DeepFloyd/IF-I-XL-v1.0",
         stage=1,
+        licence_notice=NOTICE,
         spec=AdapterSpec(kind="rslora", rank=8),
         prompts=("a sks cat",),
         step=7,
@@ -212,4 +279,4 @@ def test_a_local_base_hands_its_licence_on(random_cascade: RandomCascade, tmp_pa
     assert info.licence_notice.startswith("DeepFloyd is licensed under the DeepFloyd License")
     card = write_card(folder, [info]).read_text()
     assert info.licence_notice in card
-    assert (folder / "LICENSE").read_text() == "DeepFloyd IF LICENSE AGREEMENT"
+    assert (folder / "stage_1-LICENSE").read_text() == "DeepFloyd IF LICENSE AGREEMENT"

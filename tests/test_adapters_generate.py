@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adapters.errors import command_line
 from adapters.generate import main
 from adapters.kinds import AdapterSpec
 from adapters.sheet import contact_sheet
@@ -62,7 +63,9 @@ def test_scale_zero_is_the_base(
         (["--stage-1", "no/such/place"], "'no/such/place' is neither a folder"),
         (["--adapter", "nowhere"], "nowhere has no exported adapter"),
         ([], "name at least one model"),
-        (["--stage-1", "x/y", "--noise-level", "1000"], "--noise-level: Input should be less"),
+        (["--stage-1", "x/y", "--noise-level", "-1"], "--noise-level: Input should be greater"),
+        (["--stage-1", "x/y", "--device", "foo"], "device 'foo' cannot be used"),
+        (["--stage-1", "x/y", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(
@@ -74,6 +77,40 @@ def test_mistakes_are_one_sentence_and_exit_2(
     assert caught.value.code == 2
     assert sentence in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--images-per-prompt", "0"], "nothing to draw"),
+        (["--stage-1-steps", "5000"], "stage_1_steps is 5000, but this cascade allows 1000"),
+        (["--noise-level", "1000"], "noise_level is 1000, but this cascade allows 999"),
+        (["--stage-3-noise-level", "351"], "stage_3_noise_level is 351, but this cascade allows 3"),
+        (["--variant", "fp16"], "check its name, revision and variant"),
+    ],
+)
+def test_mistakes_that_only_the_models_tell(
+    random_cascade: RandomCascade,
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stages = [random_cascade.stage_1, random_cascade.stage_2, random_cascade.stage_3]
+    models = [part for n, path in enumerate(stages, 1) for part in (f"--stage-{n}", str(path))]
+    with pytest.raises(SystemExit) as caught:
+        main([*models, *arguments, "--prompt", "a cat", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, command_line():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_contact_sheet_shows_every_picture() -> None:

@@ -1,5 +1,6 @@
 """The cascade draws what the published pipelines draw, and adapters go in and out of it cleanly."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from adapters import Cascade, CascadeImages, load_cascade
+from adapters.bases import Source
 from adapters.errors import UserError
 from adapters.kinds import AdapterSpec
 from adapters.sampling import Sampling
@@ -190,6 +192,33 @@ def test_what_is_missing_is_said(random_cascade: RandomCascade) -> None:
         load_cascade(random_cascade.stage_2)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda source: source.pipeline(torch.float32),
+        lambda source: source.component(UNet2DConditionModel, torch.float32),
+        lambda source: source.scheduler("scheduler"),
+        lambda source: source.picture_size_px,
+    ],
+    ids=["pipeline", "component", "scheduler", "picture_size_px"],
+)
+def test_swapped_stages_are_said_whatever_is_read(
+    random_cascade: RandomCascade, read: Callable[[Source], object]
+) -> None:
+    read(Source(str(random_cascade.stage_1), 1))
+    with pytest.raises(UserError, match="Stage 2 needs a model of class IFSuperResolutionPipeline"):
+        read(Source(str(random_cascade.stage_1), 2))
+
+
+def test_the_schedulers_of_a_source_are_the_pipelines(random_cascade: RandomCascade) -> None:
+    source = Source(str(random_cascade.stage_2), 2)
+    pipe = IFSuperResolutionPipeline.from_pretrained(random_cascade.stage_2)
+    for name in ("scheduler", "image_noising_scheduler"):
+        assert source.scheduler(name).config == pipe.components[name].config
+    with pytest.raises(UserError, match="cannot be loaded"):
+        source.scheduler("no_scheduler")
+
+
 def test_a_unet_in_training_is_sampled_in_place(random_cascade: RandomCascade) -> None:
     unet = trained_unet(random_cascade.stage_1, AdapterSpec(dropout=0.9))
     cascade = load_cascade(random_cascade.stage_1, unets={1: unet})
@@ -289,6 +318,19 @@ def test_a_wrong_base_names_both_and_merges_nothing(
     assert str(random_cascade.stage_2) in str(caught.value)
     assert str(other.stage_2) in str(caught.value)
     assert equal(weights(cascade), before)
+
+
+def test_a_base_fine_tuned_anywhere_is_another_base(
+    random_cascade: RandomCascade, adapter: Path
+) -> None:
+    unet = UNet2DConditionModel.from_pretrained(random_cascade.stage_1, subfolder="unet")
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name != "conv_in.bias":
+                parameter.mul_(1.02)
+    cascade = load_cascade(random_cascade.stage_1, unets={1: unet})
+    with pytest.raises(UserError, match=r"weights are others, such as those of mid_block"):
+        cascade.add_adapter(adapter)
 
 
 def test_another_architecture_is_another_base(

@@ -5,6 +5,7 @@ import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -403,6 +404,52 @@ def test_a_mistake_is_one_sentence_that_names_it(
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache").glob("pictures/.*"))
+
+
+@pytest.mark.parametrize(
+    "source", ["photos/my/dog", "./dog", "../dog", "/nowhere/dog", "~/no folder of this name"]
+)
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_pictures(Data(source=source, prompt="x"), tmp_path, SIZE_PX)
+
+
+@pytest.mark.parametrize("source", ["dog", "me/dog", "hf://datasets/me/dog", "buckets/me/my/dog"])
+def test_names_on_the_hub_are_asked_for_with_configuration_and_revision(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    table = datasets.Dataset.from_dict({"text": CAPTIONS})
+
+    def load_dataset(*arguments: Any, **options: Any) -> datasets.Dataset:
+        asked.append((arguments, options))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = Data(source=source, config="large", revision="v2", split="test")
+    assert load_captions(data, tmp_path) == list(CAPTIONS)
+    assert asked == [((source, "large"), {"split": "test", "revision": "v2"})]
+
+
+@pytest.mark.parametrize("name", ["cats", "dogs"])
+def test_a_configuration_of_the_dataset_is_chosen(name: str, tmp_path: Path) -> None:
+    for config in ("cats", "dogs"):
+        table = datasets.Dataset.from_dict({"text": [f"one of the {config}"]})
+        table.to_parquet(tmp_path / "source" / f"{config}.parquet")
+    card = {"configs": [{"config_name": c, "data_files": f"{c}.parquet"} for c in ("cats", "dogs")]}
+    (tmp_path / "source" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    data = Data(source=str(tmp_path / "source"), config=name)
+    assert load_captions(data, tmp_path / "cache") == [f"one of the {name}"]
+
+
+def test_no_more_pictures_are_read_than_asked_for(tmp_path: Path) -> None:
+    data = with_prompt(tmp_path / "source")
+    everything = load_pictures(data, tmp_path / "cache", SIZE_PX)
+    (tmp_path / "source" / "2 [test].png").write_bytes(b"damaged")
+    assert load_pictures(data, tmp_path / "cache", SIZE_PX, 2) == everything[:2]
 
 
 def test_a_hub_out_of_reach_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

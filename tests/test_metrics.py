@@ -1,15 +1,25 @@
 """CLIP scores, on the embedded CLIP and real pictures of the embedded world."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from adapters.cascade import Cascade
 from adapters.errors import UserError
+from adapters.images import CascadeImages
+from adapters.sampling import Sampling
+from finetune import compare
 from finetune.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
+from finetune.recipe import Base, Comparison, Data, Recipe, Training, Validation
+from finetune.run import Folders
+from finetune.sampling import sample_prompts
+from tests.random_cascade import RandomCascade
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = sorted(path for path in (ROOT / "datasets").iterdir() if path.is_dir())
@@ -55,6 +65,47 @@ def test_scores_are_cosines() -> None:
     assert clip_t(one, one) == pytest.approx(1.0)
 
 
+def test_one_picture_has_no_ceiling(tmp_path: Path) -> None:
+    assert clip_i_ceiling(torch.ones(1, 1)) is None
+    scores = {"clip_i/real_to_real": None, "clip_i/base": 0.25, "clip_i/fine_tuned": 0.5}
+    row = compare.table(scores, tmp_path / "picture.png", Folders(tmp_path)).splitlines()[1]
+    assert row.split()[-3:] == ["0.250", "0.500", "-"]
+
+
+@pytest.mark.parametrize("own", [None, Sampling(stage_1_steps=3)])
+def test_a_comparison_is_sampled_as_it_says(
+    own: Sampling | None,
+    random_cascade: RandomCascade,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = Recipe(
+        name="test",
+        base=Base(stage_1=str(random_cascade.stage_1)),
+        data=Data(source="unread"),
+        stage_1=Training(steps=1),
+        validation=Validation(sampling=Sampling(stage_1_steps=2)),
+        comparison=Comparison(
+            prompts=("a cat", "a dog"), subject="cat", identifier="cat", clip="unread",
+            sampling=own, seed=5,
+        ),
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    seen = []
+
+    def recording(cascade: Cascade, *arguments: object, **options: object) -> CascadeImages:
+        seen.append(options)
+        return sample_prompts(cascade, *arguments, **options)
+
+    monkeypatch.setattr(compare, "sample_prompts", recording)
+    monkeypatch.setattr(Cascade, "add_adapter", lambda *_: None)
+    assert recipe.comparison is not None
+    before, after = compare.sample_both(recipe, recipe.comparison, ["a cat", "a dog"], tmp_path)
+    expected = {"sampling": own or recipe.validation.sampling, "seeds": range(5, 7)}
+    assert seen == [expected, expected]
+    assert [image.tobytes() for image in before] == [image.tobytes() for image in after]
+
+
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
 def test_the_embedded_clip_knows_real_pictures(scorer: ClipScorer, subject: Path) -> None:
     images, texts = pictures(subject)
@@ -68,6 +119,16 @@ def test_the_embedded_clip_tells_subjects_apart(scorer: ClipScorer) -> None:
         for other in vectors:
             if other is not one:
                 assert clip_i(one, other) < clip_i_ceiling(one)
+
+
+def test_a_pickled_clip_is_not_opened(tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    shutil.copytree(ROOT / "models/if-tiny/clip", clip)
+    weights = clip / "model.safetensors"
+    torch.save(load_file(weights), clip / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match="a CLIP model with safetensors weights"):
+        ClipScorer(str(clip))
 
 
 def test_a_missing_clip_is_named(tmp_path: Path) -> None:

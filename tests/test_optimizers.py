@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +31,11 @@ def parameters() -> dict[str, nn.Parameter]:
     }
 
 
-def build(name: str, values: dict[str, nn.Parameter], **options: float) -> torch.optim.Optimizer:
+def build(name: str, values: dict[str, nn.Parameter], **options: Any) -> torch.optim.Optimizer:
     return build_optimizer(
         name,
         values,
         learning_rate=RATES.get(name, 1e-2),
-        betas=(0.9, 0.999),
         weight_decay=0.0,
         **options,
     )
@@ -68,6 +68,15 @@ def test_every_optimizer_descends_and_continues_from_its_state(name: str, tmp_pa
     steps(3)
     for key, tensor in continued.items():
         assert torch.equal(values[key], tensor)
+
+
+@pytest.mark.parametrize("name", [n for n in ON_CPU if OPTIMIZERS[n].betas is not None])
+def test_betas_are_the_optimizers_own_unless_given(name: str) -> None:
+    def betas(**options: Any) -> tuple[float, float]:
+        return tuple(build(name, parameters(), **options).param_groups[0]["betas"])
+
+    assert betas() == ((0.9, 0.99) if name.startswith("lion") else (0.9, 0.999))
+    assert betas(betas=(0.5, 0.6)) == (0.5, 0.6)
 
 
 def test_8_bit_states_are_8_bit() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from adapters import load_cascade
 from adapters.errors import UserError
+from adapters.sampling import Sampling
 from finetune import prior
 from finetune.batches import CLASS, derived_seed
 from finetune.data import Picture, crop
@@ -24,6 +26,7 @@ from tests.random_cascade import RandomCascade
 CPU = torch.device("cpu")
 PROMPTS = ("a cat", " a Dog")
 SAMPLING = {"stage_1_steps": 2, "stage_2_steps": 2}
+PRIOR = {"prompts": PROMPTS, "count": 3, "sampling": SAMPLING}
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -38,9 +41,8 @@ def make_recipe(random_cascade: RandomCascade, tmp_path: Path) -> MakeRecipe:
             "seed": 5,
             "base": {"stage_1": str(cascade.stage_1), "stage_2": str(cascade.stage_2)},
             "data": {"source": "unread", "prompt": "a sks cat"},
-            "prior": {"prompts": PROMPTS, "count": 3},
+            "prior": PRIOR,
             "stage_1": {"steps": 1},
-            "validation": {"sampling": SAMPLING},
             "cache_dir": str(tmp_path / "cache"),
         }
         return Recipe.model_validate(tree | sections)
@@ -58,7 +60,9 @@ def pixels(pictures: list[Picture]) -> list[np.ndarray]:
 
 
 def folders(recipe: Recipe) -> list[str]:
-    return sorted(path.suffix for path in (recipe.cache / "class_pictures").iterdir())
+    """The suffixes of the folders of class pictures."""
+    places = (recipe.cache / "class_pictures").iterdir()
+    return sorted(place.suffix for place in places if place.is_dir())
 
 
 @pytest.mark.parametrize("stages", [("stage_1",), ("stage_1", "stage_2"), ("stage_2",)])
@@ -75,7 +79,7 @@ def test_class_pictures_are_the_base_cascades(
         torch.stack([embeds[picture.caption] for picture in pictures]),
         torch.stack([embeds[""]] * 3),
         seeds=[derived_seed(recipe.seed, CLASS, index, 0) for index in range(3)],
-        sampling=recipe.validation.sampling,
+        sampling=Sampling(**SAMPLING),
     )
     for picture, image in zip(pictures, expected.final, strict=True):
         np.testing.assert_array_equal(picture.pixels, np.asarray(image))
@@ -88,16 +92,37 @@ def test_class_pictures_are_the_base_cascades(
 def test_they_are_sampled_once(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     first = made(make_recipe())
     monkeypatch.setattr(prior, "load_cascade", lambda *_, **__: pytest.fail("sampled again"))
-    assert made(make_recipe(name="other", stage_1={"steps": 9})) == first
+    other = make_recipe(name="other", stage_1={"steps": 9}, validation={"sampling": SAMPLING})
+    assert made(other) == first
+
+
+def test_runs_that_start_together_sample_once(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe()
+    embeds = embed_captions(captions_of(recipe, ()), recipe, CPU)
+    loads = []
+
+    def recording(*models: str, **options: Any) -> Any:
+        loads.append(models)
+        return load_cascade(*models, **options)
+
+    monkeypatch.setattr(prior, "load_cascade", recording)
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(class_pictures, recipe, embeds, CPU, 16) for _ in range(3)]
+        first, *others = (run.result() for run in runs)
+    assert all(other == first for other in others)
+    assert len(loads) == 1
+    assert folders(recipe) == [""]
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"seed": 6},
-        {"prior": {"prompts": PROMPTS, "count": 2}},
-        {"prior": {"prompts": PROMPTS[::-1], "count": 3}},
-        {"validation": {"sampling": SAMPLING | {"stage_1_guidance": 2.0}}},
+        {"prior": PRIOR | {"count": 2}},
+        {"prior": PRIOR | {"prompts": PROMPTS[::-1]}},
+        {"prior": PRIOR | {"sampling": SAMPLING | {"stage_1_guidance": 2.0}}},
         {"stage_2": {"steps": 1}},
     ],
 )
@@ -146,10 +171,10 @@ def test_interrupted_sampling_goes_on_to_the_same_pictures(
 def test_metadata_says_what_the_pictures_show(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     made(recipe)
-    (folder,) = (recipe.cache / "class_pictures").iterdir()
-    rows = [json.loads(row) for row in (folder / "metadata.jsonl").read_text().splitlines()]
+    (metadata,) = (recipe.cache / "class_pictures").glob("*/metadata.jsonl")
+    rows = [json.loads(row) for row in metadata.read_text().splitlines()]
     assert [row["text"] for row in rows] == ["a cat", " a Dog", "a cat"]
-    assert all((folder / row["file_name"]).is_file() for row in rows)
+    assert all((metadata.parent / row["file_name"]).is_file() for row in rows)
 
 
 def reject(monkeypatch: pytest.MonkeyPatch, rejected: Callable[[int], bool]) -> None:
@@ -214,6 +239,17 @@ def test_a_folder_takes_the_place_of_sampling(
     assert [picture.caption for picture in pictures] == expected
     assert [int(picture.pixels[0, 0, 0]) for picture in pictures] == [0, 1, 2]
     assert set(expected) <= set(captions_of(recipe, ()))
+
+
+def test_a_folder_may_start_at_home_and_hold_more_than_is_read(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(tmp_path / "class", ("one", "two", "three", "four"))
+    (tmp_path / "class" / "3.png").write_bytes(b"damaged")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = make_recipe(prior=PRIOR | {"folder": "~/class"})
+    assert [picture.caption for picture in made(recipe)] == ["one", "two", "three"]
+    assert "four" not in captions_of(recipe, ())
 
 
 def test_a_missing_folder_is_said(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Recipes: strict, and every mistake reported at once."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from adapters.errors import UserError
-from finetune.recipe import load_recipe
+from finetune.loading import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMALL = """
@@ -29,8 +30,8 @@ def test_shipped_recipes_are_valid_and_say_how_to_run(path: Path) -> None:
     assert recipe.name == path.stem
     header = path.read_text().split("name:")[0]
     assert f"recipes/{path.name}" in header
-    assert "Memory:" in header
-    assert "Time:" in header
+    for measured in ("Memory", "Time"):
+        assert re.search(rf"^# {measured}: +[0-9]", header, re.MULTILINE), measured
 
 
 def test_the_shipped_set() -> None:
@@ -51,30 +52,98 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.seed == 3
 
 
+def test_an_override_changes_one_use_of_a_yaml_alias(tmp_path: Path) -> None:
+    shared = "prior: {prompts: [a], sampling: &s {stage_1_steps: 3}}\nvalidation: {sampling: *s}"
+    recipe = load_recipe(write(tmp_path, SMALL + shared), ["prior.sampling.stage_1_steps=9"])
+    assert recipe.prior is not None
+    assert recipe.prior.sampling.stage_1_steps == 9
+    assert recipe.validation.sampling.stage_1_steps == 3
+
+
+def mistakes(folder: Path, text: str) -> dict[str, str]:
+    """The message of every mistake of a recipe, by path."""
+    with pytest.raises(UserError) as error:
+        load_recipe(write(folder, text))
+    first, *rows = str(error.value).splitlines()
+    assert f"{len(rows)} mistake(s)" in first
+    found = dict(row.strip().split(": ", 1) for row in rows)
+    assert len(found) == len(rows)
+    return found
+
+
 def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
-    path = write(
+    found = mistakes(
         tmp_path,
         """
 name: small
 base: {stage_1: one}
-data: {source: pictures, caption_dropout: 1.5, promt: a dog}
-stage_1: {steps: many, optimizer: {name: adamw8bit}, adapter: {rnak: 4}}
+data: {source: pictures, caption_dropout: 1.5, promt: a dog, prompt: ""}
+prior: {prompts: [a dog]}
+seed: -1
 sed: 3
+stage_1:
+  steps: many
+  noise_level: [0, 9]
+  optimizer: {name: adamw8bit, schedule: bar, learning_rat: 3, betas: [0.9, 1.0]}
+  adapter: {rnak: 4, targets: 3}
+stage_2:
+  steps: 5
+  batch_size: 1
+  noise_level: [9, 3]
+  adapter: {kind: lokr, targets: [to_q, 4]}
+  optimizer: {lora_plus_ratio: 4}
 """,
     )
-    with pytest.raises(UserError) as error:
-        load_recipe(path)
-    message = str(error.value)
-    for part in (
-        "6 mistake(s)",
-        "data.caption_dropout: Input should be less than or equal to 1 (got 1.5)",
-        "data.promt: unknown key; did you mean prompt?",
-        "stage_1.steps: Input should be a valid integer (got 'many')",
-        "stage_1.optimizer: name must be one of adamw_8bit",
-        "stage_1.adapter.rnak: unknown key; did you mean rank?",
-        "sed: unknown key; did you mean seed?",
-    ):
-        assert part in message
+    expected = {
+        "data.caption_dropout": "Input should be less than or equal to 1 (got 1.5)",
+        "data.promt": "unknown key; did you mean prompt?",
+        "data.prompt": "String should have at least 1 character (got '')",
+        "seed": "Input should be greater than or equal to 0 (got -1)",
+        "sed": "unknown key; did you mean seed?",
+        "stage_1.steps": "Input should be a valid integer (got 'many')",
+        "stage_1.noise_level": "is for stage_2 alone",
+        "stage_1.optimizer.name": "unknown name 'adamw8bit'; did you mean adamw_8bit?",
+        "stage_1.optimizer.schedule": "unknown name 'bar'; valid: constant, cosine",
+        "stage_1.optimizer.learning_rat": "unknown key; did you mean learning_rate?",
+        "stage_1.optimizer.betas.1": "Input should be less than 1 (got 1.0)",
+        "stage_1.adapter.rnak": "unknown key; did you mean rank?",
+        "stage_1.adapter.targets": "Input should be a valid string or a valid tuple (got 3)",
+        "base.stage_2": "must name a Stage II model",
+        "stage_2.batch_size": "must be at least 2 with prior preservation",
+        "stage_2.noise_level": "must be [low, high] with low <= high (got [9, 3])",
+        "stage_2.adapter.targets.1": "Input should be a valid string (got 4)",
+        "stage_2.optimizer.lora_plus_ratio": "must be 1 with lokr, which has no B matrices",
+    }
+    assert found.keys() == expected.keys()
+    for path, message in expected.items():
+        assert found[path].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "field", "message"),
+    [
+        ("{name: prodigy}", "learning_rate", "give 1, or at least 0.1"),
+        ("{name: prodigy, learning_rate: 1, lora_plus_ratio: 2}", "lora_plus_ratio", "leave the"),
+        ("{name: adafactor, betas: [0.9, 0.99]}", "betas", "adafactor has no betas"),
+        ("{learning_rate: .inf}", "learning_rate", "finite"),
+    ],
+)
+def test_settings_that_an_optimizer_cannot_take(
+    tmp_path: Path, optimizer: str, field: str, message: str
+) -> None:
+    text = SMALL.replace("steps: 5", f"steps: 5, optimizer: {optimizer}")
+    found = mistakes(tmp_path, text)
+    assert list(found) == [f"stage_1.optimizer.{field}"]
+    assert message in found[f"stage_1.optimizer.{field}"]
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL.replace("steps: 5", "steps: 5, optimizer: {learning_rate: 1e-3}"))
+    recipe = load_recipe(path, ["stage_1.optimizer.weight_decay=2e-3", "name='1e4'"])
+    assert recipe.stage_1 is not None
+    assert recipe.stage_1.optimizer.learning_rate == 1e-3
+    assert recipe.stage_1.optimizer.weight_decay == 2e-3
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
 
 
 @pytest.mark.parametrize(
@@ -82,14 +151,16 @@ sed: 3
     [
         ("[1, 2]", "must be a YAML mapping"),
         ("name: [", "not valid YAML"),
+        (SMALL + "name: again", "the key 'name' is given twice"),
+        (SMALL.replace("steps: 5", "steps: 5, steps: 6"), "the key 'steps' is given twice"),
         (SMALL.replace("stage_1: {steps: 5}", ""), "nothing to train"),
-        (SMALL + "stage_2: {steps: 5}", "base.stage_2 must name"),
+        (SMALL + "stage_2: {steps: 5}", "base.stage_2: must name"),
         (SMALL + "prior: {prompts: [a dog]}\n", None),
         (SMALL.replace("small", "../up"), "name: String should match"),
         (
             SMALL.replace("one}", "one, stage_2: two}")
             + "stage_2: {steps: 5, noise_level: [9, 3]}",
-            r"noise_level must be \[low, high\]",
+            r"stage_2.noise_level: must be \[low, high\]",
         ),
     ],
 )

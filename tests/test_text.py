@@ -19,11 +19,12 @@ from transformers import T5EncoderModel
 from adapters.errors import UserError
 from finetune import precompute, text
 from finetune.data import load_pictures
+from finetune.loading import load_recipe
 from finetune.recipe import Recipe
 from finetune.text import captions_of, embed_captions, model_identity
 from tests.random_cascade import RandomCascade
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PROMPT = "  A <b>Photo</b> of  sks CAT,  on a   blue background &amp; more  "
 
 MakeRecipe = Callable[..., Recipe]
@@ -108,6 +109,55 @@ def test_what_is_cached_needs_no_text_encoder(
     assert all(torch.equal(first[caption], again[caption]) for caption in ("", "a cat"))
 
 
+def test_an_explicit_precision_is_the_same_on_every_device(
+    make_recipe: MakeRecipe, request: pytest.FixtureRequest
+) -> None:
+    recipe = make_recipe(text={"precision": "bf16"})
+    first = embed_captions(["a cat"], recipe, CPU)
+    request.getfixturevalue("no_text_encoder")
+    assert torch.equal(embed_captions(["a cat"], recipe, CUDA)["a cat"], first["a cat"])
+
+
+def test_encodings_are_read_when_they_are_asked_for_and_few_are_kept(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def recording(file: Path) -> dict[str, Tensor]:
+        reads.append(file)
+        return load_file(file)
+
+    monkeypatch.setattr(text, "load_file", recording)
+    monkeypatch.setattr(text, "KEPT_ENCODINGS", 2)
+    captions = ["", "a cat", "a dog"]
+    embed_captions(captions, make_recipe(), CPU)
+    embeds = embed_captions(captions, make_recipe(), CPU)
+    assert (len(embeds), list(embeds), "a cat" in embeds) == (3, captions, True)
+    assert reads == []
+    for caption in captions:
+        assert embeds[caption] is embeds[caption]
+    assert len(reads) == 3
+    assert embeds[""].shape == embeds["a cat"].shape
+    assert len(reads) == 5
+
+
+def test_only_the_captions_asked_for_are_there(make_recipe: MakeRecipe) -> None:
+    embed_captions(["a dog"], make_recipe(), CPU)
+    embeds = embed_captions(["a cat"], make_recipe(), CPU)
+    assert "a dog" not in embeds
+    with pytest.raises(KeyError, match="a dog"):
+        embeds["a dog"]
+
+
+def test_an_encoding_that_has_gone_is_said(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    embeds = embed_captions(["a cat"], recipe, CPU)
+    (file,) = (recipe.cache / "prompt_embeds").iterdir()
+    file.unlink()
+    with pytest.raises(UserError, match=r"encoding of 'a cat', .* is missing or damaged"):
+        embeds["a cat"]
+
+
 def test_only_what_is_missing_is_encoded(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,10 +207,9 @@ def test_each_precision_is_close_to_fp32_and_kept_apart(
 
 
 def test_automatic_precision_follows_the_device(make_recipe: MakeRecipe) -> None:
-    cuda = torch.device("cuda")
     assert text.CaptionCache(make_recipe(), CPU).precision == "fp32"
-    assert text.CaptionCache(make_recipe(), cuda).precision == "bf16"
-    on_cpu = text.CaptionCache(make_recipe(text={"device": "cpu"}), cuda)
+    assert text.CaptionCache(make_recipe(), CUDA).precision == "bf16"
+    on_cpu = text.CaptionCache(make_recipe(text={"device": "cpu"}), CUDA)
     assert (on_cpu.precision, on_cpu.device) == ("fp32", CPU)
 
 
@@ -180,6 +229,27 @@ def test_a_models_identity_is_its_content(
     weights = copy / "text_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert model_identity(str(copy), base, text.TEXT_PARTS) != known
+
+
+@pytest.mark.parametrize("whole_bytes", [0, 2**20])
+def test_a_merge_anywhere_in_a_file_is_another_model(
+    whole_bytes: int, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 16)
+    base, size = make_recipe().base, 100_000
+    layer = size // 50
+    weights = tmp_path / "model" / "unet" / "weights.safetensors"
+    weights.parent.mkdir(parents=True)
+    identities = set()
+    for start in range(0, size, layer):
+        weights.write_bytes(bytes(start) + b"\x01" * layer + bytes(size - start - layer))
+        identities.add(model_identity(str(tmp_path / "model"), base))
+    assert len(identities) == 50
+    for end in (b"\x01" + bytes(size - 1), bytes(size - 1) + b"\x01", bytes(size)):
+        weights.write_bytes(end)
+        identities.add(model_identity(str(tmp_path / "model"), base))
+    assert len(identities) == 53
 
 
 def test_a_changed_text_encoder_encodes_anew(
@@ -272,6 +342,22 @@ def test_precompute_leaves_nothing_to_encode(
     precompute.main([str(file)])
     assert capsys.readouterr().out.startswith("0 captions encoded in fp32 on cpu, 3 were in ")
     embed_captions(captions_of(recipe, load_pictures(recipe.data, recipe.cache, 16)), recipe, CPU)
+
+
+def test_precompute_says_how_a_trainer_on_another_device_reuses_its_work(
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    save_picture(tmp_path / "pictures")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(make_recipe().model_dump(mode="json")))
+    precompute.main([str(file)])
+    override = capsys.readouterr().out.splitlines()[-1]
+    assert override == "text.precision=fp32"
+    request.getfixturevalue("no_text_encoder")
+    assert "a sks cat" in embed_captions(["a sks cat", ""], load_recipe(file, [override]), CUDA)
 
 
 def test_precompute_exits_with_one_sentence(

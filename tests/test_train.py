@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -19,12 +22,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from adapters.sheet import CELL_PX
 from finetune.compare import main as compare
-from finetune.recipe import load_recipe
-from finetune.train import main
+from finetune.loading import load_recipe
+from finetune.loop import batches_of, load_trainee
+from finetune.optimizers import learning_rate_factor, set_learning_rate
+from finetune.stages import STAGES
+from finetune.train import gather, main
 from tests.random_cascade import RandomCascade
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("stage_1", "stage_2")
+NAMES = ("stage_1", "stage_2")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +136,7 @@ def test_plain_diffusers_loads_what_a_launch_exports(
 
 
 def test_tensorboard_shows_the_run(finished_run: Path) -> None:
-    for stage in STAGES:
+    for stage in NAMES:
         events = EventAccumulator(str(finished_run / "logs" / stage))
         events.Reload()
         tags = events.Tags()
@@ -156,7 +162,7 @@ def test_tensorboard_shows_the_run(finished_run: Path) -> None:
 def test_the_run_keeps_its_recipe_and_its_checkpoints(finished_run: Path) -> None:
     recipe = load_recipe(finished_run / "recipe.yaml")
     assert recipe.name == "run"
-    for stage in STAGES:
+    for stage in NAMES:
         names = sorted(p.name for p in (finished_run / "checkpoints" / stage).iterdir())
         assert names == ["step-000002", "step-000004"]
 
@@ -219,7 +225,7 @@ def test_a_killed_run_continues_to_the_same_adapter(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainee, "update", kill_in_the_last_step)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             run(killed / "recipe.yaml")
     assert not (killed / "runs" / "run" / "adapters").exists()
     run(killed / "recipe.yaml")
@@ -249,14 +255,32 @@ def test_a_longer_run_continues_and_another_recipe_does_not(
     assert "give the recipe a new name" in error
 
 
-def test_two_processes_train_one_adapter(
+def test_two_processes_average_their_gradients(
     random_cascade: RandomCascade, pictures: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_of(random_cascade, pictures, stage_2=None, validation={}, prior=None)
-    done = launch(save_recipe(tmp_path, recipe), processes=2)
+    """The adapter is that of one process which accumulates both processes' batches."""
+    path = save_recipe(
+        tmp_path, recipe_of(random_cascade, pictures, stage_2=None, validation={}, prior=None)
+    )
+    done = launch(path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Adapters:") == 1
-    assert adapter_file(tmp_path / "runs" / "run", "stage_1").exists()
+    exported = load_file(adapter_file(tmp_path / "runs" / "run", "stage_1"))
+
+    recipe = load_recipe(path, [f"cache_dir={tmp_path / 'cache'}", "stage_1.accumulation=2"])
+    material = gather(recipe, Accelerator(cpu=True))
+    trainee = load_trainee(recipe, STAGES[1], torch.device("cpu"))
+    batches = batches_of(recipe, STAGES[1], trainee, material, Accelerator(cpu=True))
+    options = trainee.training.optimizer
+    for step in range(trainee.training.steps):
+        for rank in range(2):
+            trainee.accumulate(replace(batches, rank=rank, world_size=2)(step))
+        factor = learning_rate_factor(options.schedule, step, trainee.training.steps)
+        set_learning_rate(trainee.optimizer, factor)
+        trainee.update()
+    for name, parameter in trainee.parameters.items():
+        theirs = exported["unet." + name.replace(".default.", ".")]
+        assert torch.allclose(parameter, theirs, rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -284,6 +308,52 @@ def test_a_mistake_is_one_sentence(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "runs" / "run" / "adapters").exists()
+
+
+def test_stage_2s_mistakes_are_found_before_stage_1_trains(
+    random_cascade: RandomCascade,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = save_recipe(tmp_path, recipe_of(random_cascade, pictures, validation={}, prior=None))
+    for override, message in (
+        ("stage_2.adapter.targets=[to_x]", "'to_x' matches no"),
+        ("stage_2.noise_level=[0, 5000]", "stage_2.noise_level must be within 0 and 999"),
+        (f"base.stage_2={random_cascade.stage_1}", "IFSuperResolutionPipeline"),
+        (f"base.stage_1={random_cascade.stage_2}", "IFPipeline"),
+    ):
+        with pytest.raises(SystemExit):
+            run(path, override)
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_of_another_recipe_is_left_alone(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished_run / "recipe.yaml").read_text()
+    with pytest.raises(SystemExit):
+        run(finished_run.parent.parent / "recipe.yaml", "stage_1.adapter.rank=2")
+    assert "another recipe (stage_1 differ" in capsys.readouterr().err
+    assert (finished_run / "recipe.yaml").read_text() == before
+
+
+def test_an_adapter_whose_checkpoints_are_gone_is_not_overwritten(
+    random_cascade: RandomCascade,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changes = {"stage_2": None, "validation": {}, "prior": None}
+    path = save_recipe(tmp_path, recipe_of(random_cascade, pictures, **changes))
+    run(path, "stage_1.steps=1")
+    shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints")
+    run(path, "stage_1.steps=1")
+    assert "Already trained" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(path, "stage_1.steps=2")
+    assert "its checkpoints are gone" in capsys.readouterr().err
 
 
 def test_a_launched_mistake_ends_without_a_traceback(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""Reading a recipe: its file, what the command line lays over it, and its mistakes in words."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from adapters.errors import UserError
+from finetune.recipe import Place, Recipe, closest
+from finetune.yaml12 import Loader
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: ``dotted.key=value`` pairs laid over it, values in YAML.
+
+    Raises:
+        UserError: listing every mistake with its path: unknown keys and names (with the closest
+            valid one), wrong types, values out of range, sections that do not go together.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The recipe {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {error}.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"The recipe {path} must be a YAML mapping (got {type(tree).__name__}).")
+    for override in overrides:
+        tree = _overridden(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        rows = _explain(error)
+        listed = "\n".join(f"  {row}" for row in rows)
+        raise UserError(f"The recipe {path} has {len(rows)} mistake(s):\n{listed}") from None
+
+
+def _overridden(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    """The tree with one value replaced; what YAML aliases share stays as it is elsewhere."""
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"An override must be key=value (got {override!r}).")
+    try:
+        value = yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"The value of the override {override!r} is not valid YAML.") from error
+
+    def laid_over(node: Any, key: str, *rest: str) -> dict[str, Any]:
+        node = {} if node is None else node
+        if not isinstance(node, dict):
+            raise UserError(f"The override {override!r} goes below a value that is no section.")
+        return {**node, key: laid_over(node.get(key), *rest) if rest else value}
+
+    return laid_over(tree, *path.split("."))
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line a mistake: path, expected, found."""
+    rows = []
+    found = [(_path(mistake["loc"]), mistake) for mistake in error.errors(include_url=False)]
+    for _, field in groupby(found, lambda pair: [p for p in pair[0] if isinstance(p, str)]):
+        mistakes: dict[Place, list[ErrorDetails]] = {}
+        for path, mistake in field:
+            mistakes.setdefault(path, []).append(mistake)
+        deepest = max(map(len, mistakes))  # of a union's branches, the one that got furthest
+        rows += [_row(*pair) for pair in mistakes.items() if len(pair[0]) == deepest]
+    return rows
+
+
+def _row(path: Place, mistakes: list[ErrorDetails]) -> str:
+    """What is wrong at a place: one mistake, or one for each branch of a union."""
+    first = mistakes[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key; {closest(str(path[-1]), _fields_at(path[:-1]))}"
+    elif first["type"] not in ("missing", "value_error"):
+        others = [mistake["msg"].removeprefix("Input should be ") for mistake in mistakes[1:]]
+        message = f"{' or '.join([message, *others])} (got {first['input']!r})"
+    place = ".".join(map(str, path))
+    return f"{place}: {message}" if place else message
+
+
+def _path(place: Place) -> Place:
+    """A place in the recipe, without the names that pydantic gives the branches of unions."""
+    section: type[BaseModel] | None = Recipe
+    path: list[int | str] = []
+    for part in place:
+        if section is not None or isinstance(part, int):
+            path.append(part)
+        section = section and _below(section, part)
+    return tuple(path)
+
+
+def _fields_at(path: Place) -> list[str]:
+    """The names of the fields of the section at a path."""
+    section: type[BaseModel] | None = Recipe
+    for part in path:
+        assert section is not None
+        section = _below(section, part)
+    assert section is not None
+    return list(section.model_fields)
+
+
+def _below(section: type[BaseModel], name: int | str) -> type[BaseModel] | None:
+    """The section that a field of a section holds, if it holds one."""
+    field = section.model_fields.get(str(name))
+    options = () if field is None else get_args(field.annotation) or (field.annotation,)
+    kinds = (option for option in options if isinstance(option, type))
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)

@@ -1,0 +1,42 @@
+"""Sampling prompts from a cascade by their cached encodings."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adapters.cascade import Cascade
+from adapters.images import CascadeImages
+from adapters.sampling import Sampling
+
+
+def sample_prompts(
+    cascade: Cascade,
+    embeds: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    sampling: Sampling,
+    low_res: Tensor | None = None,
+    progress: bool = True,
+) -> CascadeImages:
+    """Sample each prompt once, guided away from the empty caption.
+
+    Args:
+        cascade: what to sample from.
+        embeds: text encodings [T, D] of the prompts and the empty caption.
+        prompts: N.
+        seeds: of each picture, N.
+        sampling: steps and guidance.
+        low_res: [N, 3, s, s] in [-1, 1]: upsample these; Stage I is not run.
+        progress: show progress bars.
+    """
+    return cascade.sample(
+        torch.stack([embeds[prompt] for prompt in prompts]),
+        torch.stack([embeds[""]] * len(prompts)),
+        seeds=seeds,
+        sampling=sampling,
+        low_res=low_res,
+        prompts=prompts,
+        progress=progress,
+    )
