@@ -5,7 +5,7 @@ tokens, D text width. Pixels are in [-1, 1].
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -41,8 +41,7 @@ class Batch:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that this stage has, by field name."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device, copied without waiting where its memory is pinned."""

@@ -86,11 +86,15 @@ def test_a_comparison_is_sampled_as_it_says(
         stage_1=Training(steps=1),
         validation=Validation(sampling=Sampling(stage_1_steps=2)),
         comparison=Comparison(
-            prompts=("a cat", "a dog"), subject="cat", identifier="cat", clip="unread",
-            sampling=own, seed=5,
+            prompts=("a cat", "a dog"),
+            subject="cat",
+            identifier="cat",
+            clip="unread",
+            sampling=own,
+            seed=5,
         ),
         cache_dir=str(tmp_path / "cache"),
-    )  # fmt: skip
+    )
     seen = []
 
     def recording(cascade: Cascade, *arguments: object, **options: object) -> CascadeImages:
