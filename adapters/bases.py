@@ -18,10 +18,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPConfig
 
 from adapters.errors import UserError
+from unets.loading import hub_patterns, load_unet
 
 PIPELINES: dict[int, type[DiffusionPipeline]] = {
     1: IFPipeline,
@@ -79,15 +82,31 @@ class Source:
         """
         checker = self.index.get("safety_checker", (None, None))[1]
         if checker == IFSafetyChecker.__name__ and "safety_checker" not in components:
-            components["safety_checker"] = self.component(SafetyChecker, dtype)
+            components["safety_checker"] = self._load(
+                SafetyChecker.from_pretrained,
+                subfolder="safety_checker",
+                dtype=dtype,
+                **self._weights,
+            )
         kind = PIPELINES[self.stage]
         return self._load(kind.from_pretrained, **components, dtype=dtype, **self._weights)
 
-    def component(self, kind: type[Loaded], dtype: torch.dtype) -> Loaded:
-        """One component of the stage, from its own folder of the model."""
-        folders: dict[type, str] = {SafetyChecker: "safety_checker", UNet2DConditionModel: "unet"}
-        loader: Callable[..., Loaded] = kind.from_pretrained  # type: ignore[attr-defined]
-        return self._load(loader, subfolder=folders[kind], dtype=dtype, **self._weights)
+    def unet(self, precision: str, device: torch.device) -> UNet2DConditionModel:
+        """The stage's UNet, frozen, in a precision of :func:`unets.loading.empty_unet`."""
+
+        def load(name: str, revision: str | None) -> UNet2DConditionModel:
+            folder = Path(name)
+            if not folder.is_dir():
+                files = [f"unet/{pattern}" for pattern in hub_patterns(self.variant)]
+                folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+            return load_unet(folder / "unet", precision, device, self.variant)
+
+        return self._load(load)
+
+    @property
+    def unet_config(self) -> dict[str, Any]:
+        """The configuration of the stage's UNet."""
+        return dict(self._load(UNet2DConditionModel.load_config, subfolder="unet"))
 
     def scheduler(self, name: str) -> DDPMScheduler:
         """The noise schedule of a component: ``scheduler``, or ``image_noising_scheduler``."""
@@ -96,7 +115,7 @@ class Source:
     @property
     def picture_size_px(self) -> int:
         """The side of the stage's pictures, from its UNet's configuration."""
-        return int(self._load(UNet2DConditionModel.load_config, subfolder="unet")["sample_size"])
+        return int(self.unet_config["sample_size"])
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -127,7 +146,7 @@ class Source:
     def _read(self, load: Callable[..., Loaded], **options: Any) -> Loaded:
         try:
             return load(self.name, revision=self.revision, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"The Stage {self.stage} model {self.name!r} cannot be loaded; check its name,"

@@ -7,6 +7,7 @@ width. Pixels are in [-1, 1].
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +28,7 @@ from adapters.images import CascadeImages, finish, joined
 from adapters.info import stage_folders
 from adapters.merge import MergedAdapters, StageAdapter
 from adapters.sampling import Sampling
+from unets.graphs import Replayed
 
 Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
 
@@ -44,8 +46,14 @@ class Cascade:
     base_names: Mapping[int, str]
     """The bases' names, for messages."""
     merged: dict[int, MergedAdapters] = field(init=False)
+    recorded: dict[int, Replayed[Tensor]] = field(init=False)
+    """The UNets' forward passes: on a GPU one CUDA graph for each size of batch."""
 
     def __post_init__(self) -> None:
+        self.recorded = {
+            number: Replayed(partial(_predict, pipe.unet), f"Stage {number}'s UNet")
+            for number, pipe in self.stages.items()
+        }
         self.merged = {number: MergedAdapters(pipe.unet) for number, pipe in self.stages.items()}
 
     def __call__(
@@ -189,7 +197,7 @@ class Cascade:
                 continue
             below = {} if pixels is None else {"image": pixels}
             settings = _settings(pipe, number, seeds, sampling, progress)
-            with _evaluating(pipe.unet):
+            with _evaluating(pipe.unet), _replaying(pipe.unet, self.recorded[number]):
                 pixels = pipe(**embeds, **below, **settings, output_type="pt").images
             pictures[number], blackened = finish(pipe, pixels)
             flags.append(blackened)
@@ -244,7 +252,10 @@ class Cascade:
         for adapter in fitting:
             self._check_base(adapter)
         for adapter in fitting:
-            self.merged[adapter.info.stage].add(adapter, scale)
+            merged = self.merged[adapter.info.stage]
+            merged.add(adapter, scale)
+            if merged.quantised:  # layers were replaced, whose memory a recording reads
+                self.recorded[adapter.info.stage].forget()
 
     def _check_base(self, adapter: StageAdapter) -> None:
         info = adapter.info
@@ -259,8 +270,15 @@ class Cascade:
 
     def remove_adapters(self) -> None:
         """Take all adapters out; every weight is the base's own again, to the bit."""
-        for merged in self.merged.values():
+        for number, merged in self.merged.items():
+            if merged.quantised:
+                self.recorded[number].forget()
             merged.remove()
+
+    def free_graphs(self) -> None:
+        """Free the GPU memory of recorded forward passes; the next pictures record them again."""
+        for recorded in self.recorded.values():
+            recorded.forget()
 
 
 def _timesteps(scheduler: SchedulerMixin) -> int:
@@ -276,6 +294,26 @@ def _evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
         yield
     finally:
         unet.train(training)
+
+
+def _predict(unet: UNet2DConditionModel, **inputs: Tensor) -> Tensor:
+    prediction: Tensor = type(unet).forward(unet, **inputs, return_dict=False)[0]
+    return prediction
+
+
+@contextmanager
+def _replaying(unet: UNet2DConditionModel, recorded: Replayed[Tensor]) -> Iterator[None]:
+    """A UNet whose forward pass, as IF's pipelines call it, is replayed."""
+
+    def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor]:
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        return (recorded(sample=sample, timestep=timestep, **tensors),)
+
+    unet.forward = forward
+    try:
+        yield
+    finally:
+        del unet.forward
 
 
 def _settings(

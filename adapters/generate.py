@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image, PngImagePlugin
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from adapters.errors import UserError, command_line
 from adapters.files import replacing
 from adapters.images import CascadeImages
 from adapters.info import AdapterInfo, read_info, stage_folders
-from adapters.load import PRECISIONS, load_cascade
+from adapters.load import Precision, load_cascade
 from adapters.sampling import Sampling
 from adapters.sheet import contact_sheet
 
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="the first picture's seed (0)")
     add("--images-per-prompt", type=int, default=1, help="pictures of each prompt (1)")
     add("--device", default="auto", help="such as cuda or cpu (auto: the GPU where there is one)")
-    add("--dtype", choices=["auto", *PRECISIONS], default="auto", help="precision (auto)")
+    add("--dtype", choices=get_args(Precision), default="auto", help="precision (auto)")
     for name, field in Sampling.model_fields.items():
         kind, text = type(field.default), f"{field.description} ({field.default:g})"
         add(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=text)

@@ -30,9 +30,9 @@ SIGNATURE_LENGTH = 16
 
 SIGNATURE_PARAMETERS = {
     "conv_in": "bias",
-    "mid_block.resnets.0.conv1": "weight",
+    "mid_block.resnets.0.conv1": "bias",
 }
-"""The parameters it looks at, by module: of convolutions, which no quantiser touches."""
+"""The parameters it looks at, by module: those that no quantiser touches."""
 
 
 HALF_PRECISION = (2.0**-7, 1e-6)

@@ -69,6 +69,9 @@ class Kind:
     """Whether ``load_lora_weights`` of the diffusers pipelines loads it."""
     modules: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
     """The modules it adapts."""
+    trains_in_unet_precision: bool = False
+    """Whether it trains well where its forward and backward passes are in the UNet's precision;
+    otherwise they are in float32, as its weights and optimizer always are."""
 
 
 def _lora(**switch: bool) -> Callable[[AdapterSpec], dict[str, Any]]:
@@ -90,8 +93,10 @@ def _oft(spec: AdapterSpec) -> dict[str, Any]:
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "lora": Kind(LoraConfig, _lora(), diffusers=True),
-        "rslora": Kind(LoraConfig, _lora(use_rslora=True), diffusers=True),
+        "lora": Kind(LoraConfig, _lora(), diffusers=True, trains_in_unet_precision=True),
+        "rslora": Kind(
+            LoraConfig, _lora(use_rslora=True), diffusers=True, trains_in_unet_precision=True
+        ),
         "dora": Kind(LoraConfig, _lora(use_dora=True), diffusers=True),
         "loha": Kind(LoHaConfig, _lycoris, diffusers=False),
         "lokr": Kind(LoKrConfig, _lycoris, diffusers=False),

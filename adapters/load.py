@@ -10,15 +10,9 @@ from diffusers import UNet2DConditionModel
 from adapters.bases import GUARDS, Source
 from adapters.cascade import Cascade
 from adapters.errors import UserError
+from unets.loading import compute_dtype
 
-PRECISIONS: Mapping[str, tuple[torch.dtype, torch.dtype]] = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.bfloat16),  # T5-XXL overflows in fp16
-}
-"""The precision of the UNets, and of the text encoder."""
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 
 
 def load_cascade(
@@ -47,7 +41,9 @@ def load_cascade(
         revision: the hub revision of Stage I and II.
         variant: the weights' variant of Stage I and II, such as ``fp16``.
         device: ``auto``: the GPU where there is one.
-        dtype: ``auto``: bf16 on a GPU, fp32 elsewhere.
+        dtype: the precision of the UNets; ``auto``: bf16 on a GPU, fp32 elsewhere. The text
+            encoder of fp16 UNets is bf16, as T5-XXL overflows in fp16, and that of quantised ones
+            is not quantised.
         text_encoder: whether to load the text encoder of Stage I (of Stage II where that is alone).
         unets: UNets to sample from instead of loading them, by stage; they keep their precision.
 
@@ -59,7 +55,8 @@ def load_cascade(
     device = _available(device)
     if dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16"
-    unet_dtype, text_dtype = PRECISIONS[dtype]
+    unet_dtype = compute_dtype(dtype, device)
+    text_dtype = torch.bfloat16 if unet_dtype == torch.float16 else unet_dtype
     sources = {
         number: Source(str(name), number, revision, variant)
         for number, name in ((1, stage_1), (2, stage_2))
@@ -67,10 +64,13 @@ def load_cascade(
     }
     if not sources:
         raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
-    given = {number: {"unet": unet} for number, unet in (unets or {}).items()}
+    unets = {
+        number: (unets or {}).get(number) or source.unet(dtype, device)
+        for number, source in sources.items()
+    }
     no_text = {"text_encoder": None, "tokenizer": None}
     stages = {
-        number: source.pipeline(unet_dtype, **no_text, **given.get(number, {})).to(device)
+        number: source.pipeline(unet_dtype, **no_text, unet=unets[number]).to(device)
         for number, source in sources.items()
     }
     text = None

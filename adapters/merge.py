@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adapters.errors import UserError
 from adapters.info import PEFT_WEIGHTS, AdapterInfo, BaseSignature, read_info
 from adapters.kinds import ADAPTER_NAME
+from unets.frozen import Quantised, restored
 
 PEFT_PREFIX = "base_model.model."
 
@@ -96,12 +97,16 @@ class MergedAdapters:
 
     Every update is computed from the base's own weights, so the order of adapters does not matter,
     and the base's weights are kept on the CPU, so that removing adapters restores them to the bit.
+    Of a quantised base the layers that adapters change are in the UNet's precision while merged, as
+    quantising them again would drown a small update in its rounding.
     """
 
     unet: UNet2DConditionModel
     adapters: list[tuple[StageAdapter, float]] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict)
     """The base's weights of all modules that adapters have changed, by module."""
+    quantised: dict[str, nn.Module] = field(default_factory=dict)
+    """The layers of a quantised base that layers in full precision stand in for, by name."""
     base: BaseSignature = field(init=False)
     """The base's signature, from before any merging."""
 
@@ -114,6 +119,9 @@ class MergedAdapters:
         self.adapters.append((adapter, scale))
         for name in adapter.modules:
             module = self.unet.get_submodule(name)
+            if isinstance(module, Quantised):
+                self.quantised[name], module = module, restored(module)
+                self.unet.set_submodule(name, module)
             if name not in self.originals:
                 self.originals[name] = module.weight.detach().to("cpu", copy=True)
             weight = self.originals[name].to(module.weight.device)
@@ -126,7 +134,11 @@ class MergedAdapters:
     @torch.no_grad()
     def remove(self) -> None:
         """Take all adapters out."""
+        for name, layer in self.quantised.items():
+            self.unet.set_submodule(name, layer)
+            del self.originals[name]
         for name, original in self.originals.items():
             self.unet.get_submodule(name).weight.copy_(original)
         self.adapters.clear()
         self.originals.clear()
+        self.quantised.clear()

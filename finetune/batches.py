@@ -141,11 +141,17 @@ def shrink(image: Image.Image, size_px: int) -> Image.Image:
 def prefetch(
     batches: Batches, indices: range, device: torch.device, ahead: int = 2
 ) -> Iterator[Batch]:
-    """The batches of some indices in turn, on the device, made in the background."""
+    """The batches of some indices in turn, on the device, made and copied in the background."""
+    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def make(index: int) -> Batch:
         batch = batches(index)
-        return (batch.pin_memory() if device.type == "cuda" else batch).to(device)
+        if copying is None:
+            return batch.to(device)
+        with torch.cuda.stream(copying):
+            copied = batch.pin_memory().to(device)
+        copying.synchronize()  # this thread waits, so that the step does not have to
+        return copied
 
     with ThreadPoolExecutor(max_workers=ahead) as pool:
         pending = [pool.submit(make, index) for index in indices[:ahead]]

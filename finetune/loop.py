@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -20,14 +19,12 @@ from finetune.batches import MODEL, Batches, derived_seed, prefetch
 from finetune.checkpoints import save_checkpoint
 from finetune.data import Picture
 from finetune.optimizers import learning_rate_factor, set_learning_rate
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, Training
 from finetune.run import Folders, identity, noise_levels, resume
 from finetune.stages import STAGES, Stage
 from finetune.tracking import Meter, Tracker, forget_peak_memory
 from finetune.trainee import Trainee
 from finetune.validation import Validation, prepare_validation
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 CARD_PROMPTS = 8
 """How many captions an adapter names where the recipe has no validation prompts."""
@@ -85,6 +82,7 @@ def run_steps(
 ) -> None:
     """Take every step that is left, reporting, validating and saving on the way."""
     training, first = trainee.training, trainee.step
+    gradient = trainee.weights.gradient
     meter = Meter(batches.num_train_timesteps, accelerator.device)
     forget_peak_memory(accelerator.device)
     indices = range(first * training.accumulation, training.steps * training.accumulation)
@@ -99,7 +97,7 @@ def run_steps(
             losses = trainee.accumulate(batch)
             meter.add(losses, batch.weight, batch.timesteps)
         if accelerator.num_processes > 1:
-            trainee.gradient.copy_(accelerator.reduce(trainee.gradient, "mean"))
+            gradient.copy_(accelerator.reduce(gradient, "mean"))
         meter.add_step(trainee.update())
         tracker.bar.update()
 
@@ -141,13 +139,17 @@ def check_finite(loss: float, step: int) -> None:
         )
 
 
+def precision_of(training: Training, device: torch.device) -> str:
+    """The precision of a stage's frozen UNet; never ``auto``."""
+    automatic = "fp32" if device.type == "cpu" else "bf16"
+    return automatic if training.precision == "auto" else training.precision
+
+
 def load_trainee(recipe: Recipe, stage: Stage, device: torch.device) -> Trainee:
     """Load a stage's UNet and schedulers and attach a fresh adapter."""
     training = recipe.training(stage)
-    automatic = "bf16" if device.type == "cuda" else "fp32"
-    precision = automatic if training.precision == "auto" else training.precision
     source = recipe.source(stage)
-    unet = source.component(UNet2DConditionModel, PRECISIONS[precision]).to(device)
+    unet = source.unet(precision_of(training, device), device)
     schedulers = tuple(source.scheduler(name) for name in stage.schedulers)
     return Trainee.of(
         stage, training, unet, schedulers, seed=derived_seed(recipe.seed, stage.number)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from adapters.errors import UserError
+from finetune.weights import is_fast
 
 Groups = list[dict[str, Any]]
 Betas = tuple[float, float]
@@ -32,6 +33,8 @@ class Algorithm:
     """Takes the parameter groups, ``weight_decay``, and ``betas`` where it has any."""
     betas: Betas | None
     """Its own betas, for recipes that give none; ``None``: it has no betas."""
+    whole_tensors: bool = False
+    """Whether it treats a matrix as more than its elements, so that it needs each by itself."""
     finds_scale: bool = False
     """Whether it finds its own step size, which the learning rate only multiplies."""
 
@@ -52,7 +55,9 @@ OPTIMIZERS: Mapping[str, Algorithm] = MappingProxyType(
         "adamw": Algorithm(torch.optim.AdamW, ADAM_BETAS),
         "lion_8bit": Algorithm(bnb.optim.Lion8bit, LION_BETAS),
         "adafactor": Algorithm(
-            partial(Adafactor, beta1=None, scale_parameter=False, relative_step=False), betas=None
+            partial(Adafactor, beta1=None, scale_parameter=False, relative_step=False),
+            betas=None,
+            whole_tensors=True,
         ),
         "prodigy": Algorithm(
             partial(prodigyopt.Prodigy, safeguard_warmup=True), ADAM_BETAS, finds_scale=True
@@ -79,8 +84,8 @@ def build_optimizer(
     """
     algorithm = OPTIMIZERS[name]
     assert betas is None or algorithm.betas is not None, f"{name} has no betas"
-    fast = [p for key, p in parameters.items() if ".lora_B." in key]
-    slow = [p for key, p in parameters.items() if ".lora_B." not in key]
+    fast = [p for key, p in parameters.items() if is_fast(key)]
+    slow = [p for key, p in parameters.items() if not is_fast(key)]
     if lora_plus_ratio == 1.0:
         fast, slow = [], list(parameters.values())
     groups = [

@@ -3,7 +3,6 @@
 Taken from a folder, or sampled from the base cascade and kept for later runs.
 """
 
-import gc
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from finetune.recipe import Data, Prior, Recipe
 from finetune.sampling import sample_prompts
 from finetune.stages import STAGES
 from finetune.text import model_identity
+from finetune.tracking import free_memory
 
 BATCH_SIZE = 8
 """How many pictures are sampled at once; they do not depend on it, beyond rounding."""
@@ -122,7 +122,12 @@ def _sample_missing(
         return
     base = recipe.base
     cascade = load_cascade(
-        *models, revision=base.revision, variant=base.variant, device=device, text_encoder=False
+        *models,
+        revision=base.revision,
+        variant=base.variant,
+        device=device,
+        dtype=recipe.training(recipe.trained[-1]).precision,
+        text_encoder=False,
     )
     with tqdm(total=len(missing), desc="Sampling class pictures") as progress:
         for start in range(0, len(missing), BATCH_SIZE):
@@ -132,9 +137,7 @@ def _sample_missing(
                     image.save(temporary)
             progress.update(len(batch))
     del cascade
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)
 
 
 def _sample(

@@ -219,10 +219,16 @@ class Training(Section):
     """The adapter: kind, rank, targets."""
     optimizer: Optimizer = Optimizer()
     """The optimizer and its schedule."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """The frozen UNet's weights; ``auto``: bf16 on a GPU, fp32 on a CPU. Adapters train in fp32."""
+    precision: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"
+    """The frozen UNet's weights; ``auto``: bf16 on a GPU, fp32 on a CPU. An adapter's weights and
+    optimizer are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    cuda_graph: bool = True
+    """On a GPU, record the step as one CUDA graph and replay it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """On a GPU, compile the UNet with ``torch.compile``; ``auto``: where the run is long enough to
+    win back the minutes that it takes."""
     noise_level: Levels | None = None
     """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
     ``None``: all levels of the model's schedule."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from pydantic import ValidationError
 from torch import nn
 
@@ -18,6 +18,8 @@ from finetune.checkpoints import checkpoints, load_checkpoint
 from finetune.recipe import Recipe, Training
 from finetune.stages import Stage
 from finetune.trainee import Trainee, optimizer_of
+from finetune.weights import FlatWeights
+from unets.loading import empty_unet
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,11 @@ def check_recipe(recipe: Recipe) -> None:
     for stage in recipe.trained:
         source, training = recipe.source(stage), recipe.training(stage)
         assert source.picture_size_px > 0
-        config = UNet2DConditionModel.load_config(
-            source.name, subfolder="unet", revision=source.revision
+        unet = empty_unet(source.unet_config, "fp32", torch.device("cpu"))
+        peft_config(unet, training.adapter)
+        optimizer_of(
+            training.optimizer, FlatWeights({"": nn.Parameter(torch.zeros(1))}, unet.dtype)
         )
-        with torch.device("meta"):
-            peft_config(UNet2DConditionModel.from_config(config), training.adapter)
-        optimizer_of(training.optimizer, {"": nn.Parameter(torch.zeros(1))})
         noise_levels(training, source.scheduler(stage.schedulers[-1]))
 
 
@@ -77,7 +78,7 @@ def noise_levels(training: Training, scheduler: DDPMScheduler) -> tuple[int, int
 
 def identity(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """What must stay the same for a run to be continued."""
-    free = {"steps", "checkpoint_every", "keep_checkpoints"}
+    free = {"steps", "checkpoint_every", "keep_checkpoints", "cuda_graph", "compile"}
     parts = recipe.model_dump(mode="json", include={"seed", "base", "data", "prior", "text"})
     return parts | {stage.name: recipe.training(stage).model_dump(mode="json", exclude=free)}
 

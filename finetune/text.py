@@ -1,6 +1,5 @@
 """Text encodings of captions: each made once, by the pipeline's own text path, and kept on disk."""
 
-import gc
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from adapters.errors import UserError
 from adapters.files import replacing
 from finetune.data import Picture, has_captions, load_captions
 from finetune.recipe import Base, Data, Recipe
+from finetune.tracking import free_memory
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """The subfolders of a model that decide on its text encodings."""
@@ -220,9 +220,7 @@ def text_pipeline(recipe: Recipe, precision: str, device: torch.device) -> Itera
     finally:
         pipeline.register_modules(text_encoder=None)
         del pipeline, text_encoder
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
 
 
 def model_identity(model: str, base: Base, parts: Sequence[str] = ("*",)) -> str:

@@ -80,11 +80,17 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def free_memory(device: torch.device) -> None:
+    """Give a GPU's memory that nothing refers to any more back to it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """Measure from now on: what came before training is freed and no longer counts on a GPU."""
+    free_memory(device)
     if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 

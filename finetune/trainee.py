@@ -1,28 +1,30 @@
 """The UNet being taught, and all the state that training it changes."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from adapters.kinds import attach
+from adapters.kinds import KINDS, attach
 from finetune.losses import Losses, NoiseTables, hybrid_loss
-from finetune.optimizers import averaged_weights, build_optimizer
+from finetune.optimizers import OPTIMIZERS, averaged_weights, build_optimizer
 from finetune.recipe import Optimizer, Training
 from finetune.stages import Batch, Stage, noised
+from finetune.weights import FlatWeights
+from unets.graphs import Replayed
 
 
-def optimizer_of(
-    options: Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> torch.optim.Optimizer:
+def optimizer_of(options: Optimizer, weights: FlatWeights) -> torch.optim.Optimizer:
     """The optimizer that a recipe asks for."""
     return build_optimizer(
         options.name,
-        parameters,
+        weights.slices(whole_tensors=OPTIMIZERS[options.name].whole_tensors),
         learning_rate=options.learning_rate,
         betas=options.betas,
         weight_decay=options.weight_decay,
@@ -36,7 +38,7 @@ class Trainee:
 
     ``state`` and ``load_state`` are all that a checkpoint needs; ``accumulate`` and ``update``
     are all that a step does. Both are functions of tensors with fixed shapes and never wait for
-    the device.
+    the device, so that on a GPU ``accumulate`` is one CUDA graph.
     """
 
     stage: Stage
@@ -44,14 +46,19 @@ class Trainee:
     unet: UNet2DConditionModel
     schedulers: tuple[DDPMScheduler, ...]
     tables: NoiseTables
-    parameters: Mapping[str, nn.Parameter]
-    """The adapter's parameters by name, float32: the only ones that train."""
+    weights: FlatWeights
+    """The adapter's parameters: the only ones that train."""
     optimizer: torch.optim.Optimizer
-    gradient: Tensor
-    """One flat buffer that every parameter's gradient is a view of."""
-    average: dict[str, Tensor] | None
-    """The exponential moving average of the parameters, where the recipe keeps one."""
+    average: Tensor | None
+    """The exponential moving average of the weights, where the recipe keeps one."""
     step: int = field(default=0)
+    recorded: Replayed[Losses] = field(init=False)
+    """The forward and backward pass."""
+
+    def __post_init__(self) -> None:
+        self.recorded = Replayed(
+            self._forward_backward, "The training step", enabled=self.training.cuda_graph
+        )
 
     @classmethod
     def of(
@@ -66,28 +73,27 @@ class Trainee:
         """Attach a fresh adapter to a UNet and make its optimizer."""
         parameters = attach(unet, training.adapter, seed=seed)
         if training.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+            unet.enable_gradient_checkpointing(partial(_checkpoint, training.adapter.dropout > 0))
         unet.train()
-        gradient = torch.zeros(sum(p.numel() for p in parameters.values()), device=unet.device)
-        views = torch.split(gradient, [p.numel() for p in parameters.values()])
-        for parameter, view in zip(parameters.values(), views, strict=True):
-            parameter.grad = view.view_as(parameter)
+        own = KINDS[training.adapter.kind].trains_in_unet_precision
+        weights = FlatWeights(parameters, unet.dtype if own else torch.float32)
         return cls(
             stage=stage,
             training=training,
             unet=unet,
             schedulers=schedulers,
             tables=NoiseTables.of(schedulers[0], unet.device),
-            parameters=parameters,
-            optimizer=optimizer_of(training.optimizer, parameters),
-            gradient=gradient,
-            average=None
-            if training.ema_decay is None
-            else {name: p.detach().clone() for name, p in parameters.items()},
+            weights=weights,
+            optimizer=optimizer_of(training.optimizer, weights),
+            average=None if training.ema_decay is None else weights.values.clone(),
         )
 
     def accumulate(self, batch: Batch) -> Losses:
-        """Add a batch's gradients, and return its losses."""
+        """Add a batch's gradients, and return its losses; the next call may overwrite them."""
+        return self.recorded(**batch.tensors())
+
+    def _forward_backward(self, **tensors: Tensor) -> Losses:
+        batch = Batch(**tensors)
         noisy = noised(batch, self.schedulers[0])
         inputs = self.stage.unet_inputs(batch, noisy, self.schedulers, self.unet.dtype)
         prediction = self.unet(**inputs, return_dict=False)[0]
@@ -101,54 +107,59 @@ class Trainee:
             min_snr_gamma=self.training.min_snr_gamma,
         )
         ((losses.total * batch.weight).sum() / self.training.accumulation).backward()  # type: ignore[no-untyped-call]
-        return losses
+        self.weights.collect()
+        return replace(losses, total=losses.total.detach())
 
     def update(self) -> Tensor:
         """Take an optimizer step with the gradients so far, and return their norm."""
-        norm = self.gradient.norm()
+        gradient = self.weights.gradient
+        norm = gradient.norm()
         if self.training.optimizer.max_grad_norm is not None:
-            self.gradient.mul_((self.training.optimizer.max_grad_norm / norm).clamp(max=1))
+            gradient.mul_((self.training.optimizer.max_grad_norm / norm).clamp(max=1))
         self.optimizer.step()
-        self.gradient.zero_()
+        gradient.zero_()
+        self.weights.publish()
         if self.average is not None:
-            weight = 1 - (self.training.ema_decay or 0)
-            torch._foreach_lerp_(list(self.average.values()), list(self._tensors()), weight)
+            self.average.lerp_(self.weights.values, 1 - (self.training.ema_decay or 0))
         self.step += 1
         return norm
-
-    def _tensors(self) -> Iterator[Tensor]:
-        return (parameter.detach() for parameter in self.parameters.values())
 
     @contextmanager
     def final_weights(self) -> Iterator[UNet2DConditionModel]:
         """The UNet as it would be exported now: evaluating, with averaged weights where kept."""
-        trained = [tensor.clone() for tensor in self._tensors()]
+        self.recorded.forget()  # its memory is for sampling
+        values = self.weights.values
+        trained = values.clone()
         self.unet.eval()
-        with averaged_weights(self.optimizer) if self.average is None else nullcontext():
-            if self.average is not None:
-                self._overwrite(self.average.values())
+        with (
+            averaged_weights(self.optimizer),
+            self.weights.shown(values if self.average is None else self.average),
+        ):
             yield self.unet
-        self._overwrite(trained)
+        values.copy_(trained)
         self.unet.train()
-
-    def _overwrite(self, values: Any) -> None:
-        for tensor, value in zip(self._tensors(), values, strict=True):
-            tensor.copy_(value)
 
     def state(self) -> dict[str, Any]:
         """All that training has changed, as a tree of tensors and plain values."""
+        views = self.weights.views
         return {
             "step": self.step,
-            "parameters": dict(self.parameters),
-            "average": self.average,
+            "parameters": views(self.weights.values),
+            "average": None if self.average is None else views(self.average),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of the same recipe."""
         self.step = state["step"]
-        self._overwrite(state["parameters"][name] for name in self.parameters)
-        if self.average is not None:
-            for name, tensor in self.average.items():
-                tensor.copy_(state["average"][name])
+        for flat, saved in ((self.weights.values, "parameters"), (self.average, "average")):
+            if flat is not None:
+                for name, view in self.weights.views(flat).items():
+                    view.copy_(state[saved][name])
+        self.weights.publish()
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _checkpoint(draws: bool, module: nn.Module, *inputs: Any) -> Any:
+    """Gradient checkpointing; only modules that draw need the generator's state kept for them."""
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=draws)

@@ -47,7 +47,9 @@ class Validation:
 
     def __call__(self) -> dict[str, Samples]:
         """The prompts of each source and their pictures, by the source's title."""
-        return {source.title: self._sample(source) for source in self.sources}
+        samples = {source.title: self._sample(source) for source in self.sources}
+        self.cascade.free_graphs()  # their memory is the training step's
+        return samples
 
     def _sample(self, source: Source) -> Samples:
         images = sample_prompts(
@@ -94,7 +96,7 @@ def prepare_validation(
         recipe.base.stage_2 if stage.number == 2 else None,
         revision=recipe.base.revision,
         variant=recipe.base.variant,
-        device=str(unet.device),
+        device=unet.device,
         unets={stage.number: unet},
         text_encoder=False,
     )
@@ -110,7 +112,8 @@ def stage_1_samples(
         adapters=[adapters] if recipe.stage_1 else [],
         revision=recipe.base.revision,
         variant=recipe.base.variant,
-        device=str(device),
+        device=device,
+        dtype=recipe.training(recipe.trained[-1]).precision,
         text_encoder=False,
     )
     prompts = recipe.validation.prompts

@@ -1,7 +1,12 @@
 """Fixtures that several test modules share."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 from tests.random_cascade import RandomCascade, save_random_cascade
 

@@ -196,11 +196,11 @@ def test_what_is_missing_is_said(random_cascade: RandomCascade) -> None:
     "read",
     [
         lambda source: source.pipeline(torch.float32),
-        lambda source: source.component(UNet2DConditionModel, torch.float32),
+        lambda source: source.unet("fp32", torch.device("cpu")),
         lambda source: source.scheduler("scheduler"),
         lambda source: source.picture_size_px,
     ],
-    ids=["pipeline", "component", "scheduler", "picture_size_px"],
+    ids=["pipeline", "unet", "scheduler", "picture_size_px"],
 )
 def test_swapped_stages_are_said_whatever_is_read(
     random_cascade: RandomCascade, read: Callable[[Source], object]

@@ -278,7 +278,7 @@ def test_two_processes_average_their_gradients(
         factor = learning_rate_factor(options.schedule, step, trainee.training.steps)
         set_learning_rate(trainee.optimizer, factor)
         trainee.update()
-    for name, parameter in trainee.parameters.items():
+    for name, parameter in trainee.weights.parameters.items():
         theirs = exported["unet." + name.replace(".default.", ".")]
         assert torch.allclose(parameter, theirs, rtol=1e-3, atol=1e-5), name
 

@@ -58,7 +58,7 @@ def test_every_kind_learns_and_the_base_does_not_change(
     random_cascade: RandomCascade, stage: int, kind: str
 ) -> None:
     trainee = trainee_of(random_cascade, stage, adapter=AdapterSpec(kind=kind))
-    names = set(trainee.parameters)
+    names = set(trainee.weights.parameters)
     base = {n: t.clone() for n, t in trainee.unet.state_dict().items() if n not in names}
     batch = batch_of(trainee)
     losses = []
@@ -90,12 +90,11 @@ def test_a_saved_state_continues_to_the_same_bytes(
     continued.load_state(load_checkpoint(folder))
     assert continued.step == 2
     take_steps(continued, 2)
-    for name, parameter in straight.parameters.items():
-        assert torch.equal(parameter, continued.parameters[name]), name
+    for name, parameter in straight.weights.parameters.items():
+        assert torch.equal(parameter, continued.weights.parameters[name]), name
     assert straight.average is not None
     assert continued.average is not None
-    for name, tensor in straight.average.items():
-        assert torch.equal(tensor, continued.average[name]), name
+    assert torch.equal(straight.average, continued.average)
 
 
 def test_accumulation_equals_one_large_batch(random_cascade: RandomCascade) -> None:
@@ -103,7 +102,7 @@ def test_accumulation_equals_one_large_batch(random_cascade: RandomCascade) -> N
         trainee = trainee_of(random_cascade, 1, accumulation=accumulation)
         for part in parts:
             trainee.accumulate(part)
-        return trainee.gradient.clone()
+        return trainee.weights.gradient.clone()
 
     trainee = trainee_of(random_cascade, 1)
     parts = [batch_of(trainee, index) for index in (0, 1)]
@@ -122,12 +121,13 @@ def test_the_gradient_is_clipped_to_its_norm(random_cascade: RandomCascade) -> N
         optimizer=Optimizer(name="adamw", learning_rate=1e-30, max_grad_norm=1e-3),
     )
     seen: list[torch.Tensor] = []
-    trainee.optimizer.register_step_pre_hook(lambda *_: seen.append(trainee.gradient.clone()))
+    gradient = trainee.weights.gradient
+    trainee.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient.clone()))
     trainee.accumulate(batch_of(trainee))
     norm = trainee.update()
     assert norm > 1e-3
     assert seen[0].norm().item() == pytest.approx(1e-3, rel=1e-4)
-    assert trainee.gradient.abs().max() == 0
+    assert trainee.weights.gradient.abs().max() == 0
 
 
 def test_gradient_checkpointing_changes_no_gradient(random_cascade: RandomCascade) -> None:
@@ -135,7 +135,8 @@ def test_gradient_checkpointing_changes_no_gradient(random_cascade: RandomCascad
     checkpointed = trainee_of(random_cascade, 2, gradient_checkpointing=True)
     for trainee in (plain, checkpointed):
         trainee.accumulate(batch_of(trainee))
-    assert torch.allclose(plain.gradient, checkpointed.gradient, rtol=1e-4, atol=1e-7)
+    gradients = [trainee.weights.gradient for trainee in (plain, checkpointed)]
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,9 +144,15 @@ def test_a_bf16_base_trains_a_float32_adapter(random_cascade: RandomCascade, kin
     spec = AdapterSpec(kind=kind)
     trainee = trainee_of(random_cascade, 1, dtype=torch.bfloat16, adapter=spec)
     assert trainee.unet.dtype == torch.bfloat16
-    assert {p.dtype for p in trainee.parameters.values()} == {torch.float32}
+    assert trainee.weights.values.dtype == trainee.weights.gradient.dtype == torch.float32
     take_steps(trainee, 1)
-    assert all(torch.isfinite(p).all() for p in trainee.parameters.values())
+    assert torch.isfinite(trainee.weights.values).all()
+    working = trainee.weights.views(trainee.weights.working)
+    for name, exact in trainee.weights.views(trainee.weights.values).items():
+        assert torch.equal(trainee.weights.parameters[name], working[name])
+        assert torch.equal(exact.to(working[name].dtype), working[name])
+    with trainee.final_weights():
+        assert {p.dtype for p in trainee.weights.parameters.values()} == {torch.float32}
 
 
 def test_final_weights_are_the_average_and_training_goes_on_unchanged(
@@ -153,12 +160,12 @@ def test_final_weights_are_the_average_and_training_goes_on_unchanged(
 ) -> None:
     trainee = trainee_of(random_cascade, 1, ema_decay=0.5)
     take_steps(trainee, 3)
-    training = {name: p.detach().clone() for name, p in trainee.parameters.items()}
+    training = {name: p.detach().clone() for name, p in trainee.weights.parameters.items()}
     assert trainee.average is not None
     with trainee.final_weights() as unet:
         assert not unet.training
-        for name, parameter in trainee.parameters.items():
-            assert torch.equal(parameter, trainee.average[name])
+        for name, average in trainee.weights.views(trainee.average).items():
+            assert torch.equal(trainee.weights.parameters[name], average)
     assert trainee.unet.training
     for name, tensor in training.items():
-        assert torch.equal(trainee.parameters[name], tensor)
+        assert torch.equal(trainee.weights.parameters[name], tensor)

@@ -1,0 +1,204 @@
+"""Linear and Conv2d layers whose weight never trains, in full precision or quantised.
+
+A frozen layer keeps nothing for the backward pass but its weight: what it was given is not stored,
+since only a gradient of the weight would need it. A quantised one restores its weight in the
+forward pass and once more in the backward pass, and keeps it in neither.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NF4_BLOCK = 64
+"""How many weights of an NF4 layer share one scale."""
+
+UNQUANTISED = ("conv_in", "conv_out", "time_embedding", "add_embedding", "encoder_hid_proj")
+"""The first and last layers of a UNet and its embeddings, small and sensitive: never quantised."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a quantised weight is stored, as two tensors: its codes and their scales."""
+
+    quantise: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """From the weight, [out, ...] and contiguous."""
+    restore: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
+    """The weight in a shape and precision, from its codes and scales."""
+
+
+def _quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows = weight.flatten(1)
+    half = rows.half() if rows.is_cuda else rows.float()  # all that its kernels take
+    codes, largest, _ = bnb.int8_vectorwise_quant(half)
+    return codes.view_as(weight), largest / 127
+
+
+def _restore_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    weight = torch.empty(shape, dtype=dtype, device=codes.device)
+    return torch.mul(codes, scales.view(-1, *[1] * (len(shape) - 1)), out=weight)
+
+
+def _quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    codes, state = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
+    return codes, state.absmax
+
+
+def _restore_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    state = bnb.QuantState(scales, shape, dtype=dtype, blocksize=NF4_BLOCK, quant_type="nf4")
+    return bnb.dequantize_4bit(codes, state)
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "int8": Format(_quantise_int8, _restore_int8),  # LLM.int8(): one scale an output
+        "nf4": Format(_quantise_nf4, _restore_nf4),  # QLoRA: one scale a block
+    }
+)
+"""Quantised formats by name, in bitsandbytes' own functions."""
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(inputs, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ ctx.layer.weight, None
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, layer: nn.Conv2d) -> Tensor:
+        ctx.layer, ctx.shape = layer, inputs.shape
+        return F.conv2d(
+            inputs,
+            layer.weight,
+            layer.bias,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        layer = ctx.layer
+        return torch.nn.grad.conv2d_input(
+            ctx.shape,
+            layer.weight,
+            gradient,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        ), None
+
+
+class FrozenLinear(nn.Linear):
+    """A Linear that returns the gradient of its input only."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+            return super().forward(inputs)
+        return _Linear.apply(inputs, self)
+
+
+class FrozenConv2d(nn.Conv2d):
+    """A Conv2d that returns the gradient of its input only."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, in, H, W] to [B, out, h, w]."""
+        if torch.compiler.is_compiling():
+            return super().forward(inputs)
+        return _Conv2d.apply(inputs, self)
+
+
+class Quantised(nn.Module):
+    """A frozen layer that stores codes and scales; its ``weight`` is restored at every reading.
+
+    A convolution's codes are in the order [out, kernel, kernel, in], so that the weight comes out
+    as channels_last without a copy.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    format: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def store(self, weight: Tensor, format: str, dtype: torch.dtype) -> None:  # noqa: A002
+        """Quantise a weight, on its device; it reads as ``dtype`` afterwards."""
+        rows = weight.detach() if weight.dim() == 2 else weight.detach().permute(0, 2, 3, 1)
+        self.format, self.shape, self.dtype = format, rows.shape, dtype
+        codes, scales = FORMATS[format].quantise(rows.contiguous())
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the layer computes with it, made anew."""
+        rows = FORMATS[self.format].restore(self.codes, self.scales, self.shape, self.dtype)
+        return rows if rows.dim() == 2 else rows.permute(0, 3, 1, 2)
+
+
+class QuantisedLinear(Quantised, FrozenLinear):
+    """A frozen Linear with a quantised weight."""
+
+
+class QuantisedConv2d(Quantised, FrozenConv2d):
+    """A frozen Conv2d with a quantised weight."""
+
+
+FROZEN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FrozenLinear,
+    nn.Conv2d: FrozenConv2d,
+}
+QUANTISED: dict[type[nn.Module], type[Quantised]] = {
+    FrozenLinear: QuantisedLinear,
+    FrozenConv2d: QuantisedConv2d,
+}
+
+
+def freeze(model: nn.Module) -> None:
+    """Make every Linear and Conv2d of a model a frozen one, in place."""
+    model.requires_grad_(False)
+    for layer in model.modules():
+        if type(layer) in FROZEN:
+            layer.__class__ = FROZEN[type(layer)]
+
+
+def quantisable(model: nn.Module) -> list[str]:
+    """The names of the frozen layers that a quantised base quantises."""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if type(layer) in QUANTISED and not name.startswith(UNQUANTISED)
+    ]
+
+
+def quantise(layer: nn.Module, weight: Tensor, format: str, dtype: torch.dtype) -> None:  # noqa: A002
+    """Make a frozen layer a quantised one that stores ``weight``."""
+    del layer.weight  # type: ignore[attr-defined]  # the parameter, which a property replaces
+    layer.__class__ = QUANTISED[type(layer)]
+    assert isinstance(layer, Quantised)
+    layer.store(weight, format, dtype)
+
+
+def restored(layer: nn.Module) -> nn.Module:
+    """A frozen layer with the weight of a quantised one as its parameter; their bias is shared."""
+    assert isinstance(layer, Quantised)
+    plain = copy(layer)
+    plain.__class__ = next(kind for kind, other in QUANTISED.items() if type(layer) is other)
+    plain._parameters, plain._buffers = dict(layer._parameters), {}
+    plain.register_parameter("weight", nn.Parameter(layer.weight.contiguous(), requires_grad=False))
+    return plain

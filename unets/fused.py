@@ -1,0 +1,385 @@
+"""The Triton operator behind :func:`unets.norms.norm_act`, with its backward pass.
+
+All tensors are rows of channels, x of shape [B, P, C] and contiguous (a channels_last picture has
+P = H * W). With mean m and deviation 1/r of each group, the result is act(a * x + b), where for
+each picture and channel
+
+    a = r * weight * (1 + scale)        b = (bias - m * r * weight) * (1 + scale) + shift
+
+so both passes need only the sums of two quantities over P: of x and x², and, for the gradient
+g = dy * act'(a x + b), of g and g x.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, CHANNELS = 32, 64
+"""The tile of one program."""
+
+
+@triton.jit
+def _activate(z, ACT: tl.constexpr):
+    if ACT == "gelu":
+        z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACT == "silu":
+        z = z * tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def _slope(z, ACT: tl.constexpr):
+    result = tl.full(z.shape, 1.0, tl.float32)
+    if ACT == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        result = 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density
+    elif ACT == "silu":
+        s = tl.sigmoid(z)
+        result = s * (1 + z * (1 - s))
+    return result
+
+
+@triton.jit
+def _sums(
+    x_ptr,
+    dy_ptr,
+    ab_ptr,
+    out_ptr,
+    P,
+    C,
+    blocks,
+    ACT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Over a block of rows: sums of x and x², or of g and g x; out [B, blocks, 2, C]."""
+    n = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    here = c < C
+    first = tl.zeros((CHANNELS,), tl.float32)
+    second = tl.zeros((CHANNELS,), tl.float32)
+    if GRADIENT:
+        a = tl.load(ab_ptr + n * 2 * C + c, here, other=0.0)[None, :]
+        b = tl.load(ab_ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
+    for step in range(STEPS):
+        p = (block * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        at = n * P * C + p[:, None] * C + c[None, :]
+        inside = (p[:, None] < P) & here[None, :]
+        x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
+        if GRADIENT:
+            g = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32) * _slope(a * x + b, ACT)
+            first += tl.sum(g, 0)
+            second += tl.sum(g * x, 0)
+        else:
+            first += tl.sum(x, 0)
+            second += tl.sum(x * x, 0)
+    out = out_ptr + (n * blocks + block) * 2 * C
+    tl.store(out + c, first, here)
+    tl.store(out + C + c, second, here)
+
+
+@triton.jit
+def _coefficients(
+    sums_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    stride,
+    stats_ptr,
+    ab_ptr,
+    P,
+    C,
+    blocks,
+    eps,
+    WIDTH,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of one picture and group: mean and 1 / deviation into stats, a and b into ab."""
+    n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, BLOCK)
+    here = lane < WIDTH
+    c = group * WIDTH + lane
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    for block in range(blocks):
+        at = sums_ptr + (n * blocks + block) * 2 * C + c
+        first += tl.load(at, here, other=0.0)
+        second += tl.load(at + C, here, other=0.0)
+    mean = tl.sum(first, 0) / (P * WIDTH)
+    variance = tl.maximum(tl.sum(second, 0) / (P * WIDTH) - mean * mean, 0.0)
+    r = 1 / tl.sqrt(variance + eps)
+    stats = stats_ptr + (n * tl.num_programs(1) + group) * 2
+    tl.store(stats, mean)
+    tl.store(stats + 1, r)
+    a = r * tl.load(weight_ptr + c, here, other=0.0).to(tl.float32)
+    b = tl.load(bias_ptr + c, here, other=0.0).to(tl.float32) - mean * a
+    if SCALED:
+        grow = 1 + tl.load(scale_ptr + n * stride + c, here, other=0.0).to(tl.float32)
+        a *= grow
+        b = b * grow + tl.load(shift_ptr + n * stride + c, here, other=0.0).to(tl.float32)
+    tl.store(ab_ptr + n * 2 * C + c, a, here)
+    tl.store(ab_ptr + n * 2 * C + C + c, b, here)
+
+
+@triton.jit
+def _apply(
+    x_ptr,
+    ab_ptr,
+    y_ptr,
+    P,
+    C,
+    ACT: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Y = act(a * x + b)."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    here = c < C
+    a = tl.load(ab_ptr + n * 2 * C + c, here, other=0.0)[None, :]
+    b = tl.load(ab_ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
+    for step in range(STEPS):
+        p = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        at = n * P * C + p[:, None] * C + c[None, :]
+        inside = (p[:, None] < P) & here[None, :]
+        x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, _activate(a * x + b, ACT).to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _gradient_coefficients(
+    sums_ptr,
+    stats_ptr,
+    ab_ptr,
+    weight_ptr,
+    bias_ptr,
+    de_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    P,
+    C,
+    blocks,
+    WIDTH,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of one picture and group: d and e of dx = a g + d x + e, and the scale's gradients."""
+    n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, BLOCK)
+    here = lane < WIDTH
+    c = group * WIDTH + lane
+    sum_g = tl.zeros((BLOCK,), tl.float32)
+    sum_gx = tl.zeros((BLOCK,), tl.float32)
+    for block in range(blocks):
+        at = sums_ptr + (n * blocks + block) * 2 * C + c
+        sum_g += tl.load(at, here, other=0.0)
+        sum_gx += tl.load(at + C, here, other=0.0)
+    stats = stats_ptr + (n * tl.num_programs(1) + group) * 2
+    mean, r = tl.load(stats), tl.load(stats + 1)
+    a = tl.load(ab_ptr + n * 2 * C + c, here, other=0.0)
+    centred = r * (sum_gx - mean * sum_g)  # the sum of g times the normalised x
+    mean_g = tl.sum(a * sum_g, 0) / (P * WIDTH)
+    mean_gx = tl.sum(a * centred, 0) / (P * WIDTH)
+    ones = tl.full((BLOCK,), 1.0, tl.float32)
+    tl.store(de_ptr + n * 2 * C + c, ones * (-r * mean_gx), here)
+    tl.store(de_ptr + n * 2 * C + C + c, ones * (mean * r * mean_gx - mean_g), here)
+    if SCALED:
+        weight = tl.load(weight_ptr + c, here, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + c, here, other=0.0).to(tl.float32)
+        dscale = weight * centred + bias * sum_g
+        tl.store(dscale_ptr + n * C + c, dscale.to(dscale_ptr.dtype.element_ty), here)
+        tl.store(dshift_ptr + n * C + c, sum_g.to(dshift_ptr.dtype.element_ty), here)
+
+
+@triton.jit
+def _apply_gradient(
+    x_ptr,
+    dy_ptr,
+    ab_ptr,
+    de_ptr,
+    dx_ptr,
+    P,
+    C,
+    ACT: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Dx = a g + d x + e."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    here = c < C
+    a = tl.load(ab_ptr + n * 2 * C + c, here, other=0.0)[None, :]
+    b = tl.load(ab_ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
+    d = tl.load(de_ptr + n * 2 * C + c, here, other=0.0)[None, :]
+    e = tl.load(de_ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
+    for step in range(STEPS):
+        p = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        at = n * P * C + p[:, None] * C + c[None, :]
+        inside = (p[:, None] < P) & here[None, :]
+        x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32) * _slope(a * x + b, ACT)
+        tl.store(dx_ptr + at, (a * g + d * x + e).to(dx_ptr.dtype.element_ty), inside)
+
+
+def _grid(x: Tensor) -> tuple[tuple[int, int, int], int, int]:
+    """The grid of the passes over x, its blocks of rows, and how many tiles each has."""
+    pictures, rows, channels = x.shape
+    columns = triton.cdiv(channels, CHANNELS)
+    # enough programs to fill a GPU, few enough that summing up their sums stays cheap
+    steps = max(1, min(8, pictures * triton.cdiv(rows, ROWS) * columns // 1024))
+    blocks = triton.cdiv(rows, ROWS * steps)
+    return (pictures, blocks, columns), blocks, steps
+
+
+@torch.library.custom_op("unets::norm_act", mutates_args=())
+def norm_act_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result [B, P, C], and for the backward pass stats [B, groups, 2] and ab [B, 2, C]."""
+    x = x.contiguous()
+    pictures, rows, channels = x.shape
+    grid, blocks, steps = _grid(x)
+    y, stats, ab = _results(x, groups)
+    sums = torch.empty(pictures, blocks, 2, channels, dtype=torch.float32, device=x.device)
+    _sums[grid](
+        x,
+        x,
+        ab,
+        sums,
+        rows,
+        channels,
+        blocks,
+        activation,
+        GRADIENT=False,
+        STEPS=steps,
+        ROWS=ROWS,
+        CHANNELS=CHANNELS,
+    )
+    width = channels // groups
+    scaled = scale is not None and shift is not None
+    if scaled and (scale.stride() != shift.stride() or scale.stride(1) != 1):
+        scale, shift = scale.contiguous(), shift.contiguous()
+    _coefficients[(pictures, groups)](
+        sums,
+        weight,
+        bias,
+        scale if scaled else weight,
+        shift if scaled else weight,
+        scale.stride(0) if scaled else 0,
+        stats,
+        ab,
+        rows,
+        channels,
+        blocks,
+        eps,
+        width,
+        SCALED=scaled,
+        BLOCK=triton.next_power_of_2(width),
+    )
+    _apply[grid](x, ab, y, rows, channels, activation, STEPS=steps, ROWS=ROWS, CHANNELS=CHANNELS)
+    return y, stats, ab
+
+
+def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    pictures, _, channels = x.shape
+    new = {"dtype": torch.float32, "device": x.device}
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty(pictures, groups, 2, **new),
+        torch.empty(pictures, 2, channels, **new),
+    )
+
+
+@norm_act_rows.register_fake
+def _(x, weight, bias, scale, shift, groups, eps, activation):
+    return _results(x, groups)
+
+
+@torch.library.custom_op("unets::norm_act_backward", mutates_args=())
+def norm_act_rows_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scaled: bool,
+    stats: Tensor,
+    ab: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, scale and shift; the last two are empty where there is no scale."""
+    dy, x = dy.contiguous(), x.contiguous()
+    pictures, rows, channels = x.shape
+    groups = stats.shape[1]
+    grid, blocks, steps = _grid(x)
+    dx, dscale, dshift = _gradients(x, scaled)
+    sums = torch.empty(pictures, blocks, 2, channels, dtype=torch.float32, device=x.device)
+    de = torch.empty_like(ab)
+    tile = {"STEPS": steps, "ROWS": ROWS, "CHANNELS": CHANNELS}
+    _sums[grid](x, dy, ab, sums, rows, channels, blocks, activation, GRADIENT=True, **tile)
+    width = channels // groups
+    _gradient_coefficients[(pictures, groups)](
+        sums,
+        stats,
+        ab,
+        weight,
+        bias,
+        de,
+        dscale,
+        dshift,
+        rows,
+        channels,
+        blocks,
+        width,
+        SCALED=scaled,
+        BLOCK=triton.next_power_of_2(width),
+    )
+    _apply_gradient[grid](x, dy, ab, de, dx, rows, channels, activation, **tile)
+    return dx, dscale, dshift
+
+
+def _gradients(x: Tensor, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    size = (x.shape[0], x.shape[2] if scaled else 0)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty(size, dtype=x.dtype, device=x.device),
+        torch.empty(size, dtype=x.dtype, device=x.device),
+    )
+
+
+@norm_act_rows_backward.register_fake
+def _(dy, x, weight, bias, scaled, stats, ab, activation):
+    return _gradients(x, scaled)
+
+
+def _keep(ctx, inputs, output):
+    x, weight, bias, scale, _, _, _, ctx.activation = inputs
+    ctx.scaled = scale is not None
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+
+
+def _backward(ctx, dy, dstats, dab):
+    x, weight, bias, stats, ab = ctx.saved_tensors
+    dx, dscale, dshift = norm_act_rows_backward(
+        dy, x, weight, bias, ctx.scaled, stats, ab, ctx.activation
+    )
+    if not ctx.scaled:
+        dscale = dshift = None
+    return dx, None, None, dscale, dshift, None, None, None
+
+
+norm_act_rows.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,94 @@
+"""Recording a function's GPU work once as a CUDA graph, and replaying it.
+
+A UNet's forward pass is some thousands of kernels, most of them shorter than their launch takes;
+a replay launches them all at once.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+Signature = tuple[tuple[str, torch.Size, torch.dtype], ...]
+
+logger = logging.getLogger(__name__)
+
+
+class Replayed(Generic[Result]):
+    """A function of named tensors that is recorded on its second call, and replayed from then on.
+
+    The first call of given shapes runs as it is: it compiles kernels and fills the libraries'
+    caches, which cannot be recorded. From the second call on, the function's Python code is not
+    run: it must be a function of its tensors and of others at fixed addresses alone, must not wait
+    for the GPU, and its result is overwritten by the next call. On a CPU, and where recording
+    fails, every call runs as it is.
+    """
+
+    def __init__(self, function: Callable[..., Result], what: str, *, enabled: bool = True) -> None:
+        self.function = function
+        self.what = what
+        """What is recorded, for the message where that fails."""
+        self.enabled = enabled
+        self._seen: set[Signature] = set()
+        self._graphs: dict[Signature, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Result]] = {}
+
+    def __call__(self, **tensors: Tensor) -> Result:
+        """Call the function, all tensors by name."""
+        key = tuple((name, t.shape, t.dtype) for name, t in tensors.items())
+        if not self.enabled or any(t.device.type != "cuda" for t in tensors.values()):
+            return self.function(**tensors)
+        if key in self._graphs:
+            graph, inputs, result = self._graphs[key]
+            for name, tensor in tensors.items():
+                inputs[name].copy_(tensor, non_blocking=True)
+            graph.replay()
+            return result
+        if key not in self._seen:
+            self._seen.add(key)
+            return self._aside(tensors)
+        return self._record(key, tensors)
+
+    def _aside(self, tensors: Mapping[str, Tensor]) -> Result:
+        """Run as it is, on a stream of its own as PyTorch asks for before recording."""
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            result = self.function(**tensors)
+        current.wait_stream(stream)
+        torch.cuda.synchronize()
+        return result
+
+    def _record(self, key: Signature, tensors: Mapping[str, Tensor]) -> Result:
+        inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        gc.collect()
+        torch.cuda.empty_cache()  # the memory of the first call is free for the graph
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = self.function(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.enabled = False
+            reason = str(error).partition("\n")[0]
+            logger.warning(
+                "%s cannot be recorded as a CUDA graph (%s), and runs without one: slower, with the"
+                " same results.",
+                self.what,
+                reason,
+            )
+            return self.function(**tensors)
+        self._graphs[key] = graph, inputs, result
+        graph.replay()
+        return result
+
+    def forget(self) -> None:
+        """Drop what was recorded and free its memory; the next calls record again."""
+        if self._graphs:
+            self._graphs.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
