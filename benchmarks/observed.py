@@ -1,0 +1,135 @@
+"""Run a training program unchanged, and write down when its steps ended and what memory it took.
+
+    python -m benchmarks.observed OUT.json script.py [argument …]
+    python -m benchmarks.observed OUT.json -m module [argument …]
+
+The program runs in this very process, as ``python`` would run it. A step is a call of a torch
+optimizer's ``step``, of bitsandbytes' as well; one that is captured in a CUDA graph and replayed is
+not seen, so whoever reads OUT.json compares ``steps`` with the number asked for.
+
+A GPU is launched asynchronously, so the end of a step on the host proves nothing. The device is
+waited for after the first step and after every tenth, at times called ``synchronized``; the steps
+between are left alone, as waiting for each would slow down a program that does not.
+
+OUT.json holds:
+    launched: whether LAUNCHED_AT gave the start; without it times count from this file's own.
+    steps: how many steps were taken.
+    host_s: when each ended on the host; seconds since the launch, as all times.
+    synchronized: for the first step and each tenth its ``step``, ``at_s``, and the peaks so far.
+    ended_s: when the program ended.
+    peaks: GiB over the whole process, whatever the program did to torch's own count: torch's
+        ``reserved_gib`` and ``allocated_gib`` (``null`` without a GPU), and ``resident_gib``, the
+        most main memory.
+"""
+
+import argparse
+import json
+import os
+import resource
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+LAUNCHED_AT = "OBSERVED_LAUNCHED_AT"
+"""The environment variable with ``time.monotonic()`` at the launch, by the one who launches.
+
+The clock is the whole machine's on Linux, so the launcher's own start-up counts.
+"""
+
+SYNCHRONIZE_EVERY = 10
+GIB = 2**30
+
+
+class Observer:
+    """What there is to know of the program; ``step`` is called after each of its steps."""
+
+    def __init__(self) -> None:
+        given = os.environ.get(LAUNCHED_AT)
+        self.launched = given is not None
+        self.start = float(given) if given else time.monotonic()
+        self.host_s: list[float] = []
+        self.synchronized: list[dict[str, Any]] = []
+        self.reserved = self.allocated = 0
+
+    def now_s(self) -> float:
+        """Seconds since the launch."""
+        return time.monotonic() - self.start
+
+    def step(self, *_: object) -> None:
+        """Note the end of an optimizer step."""
+        self.host_s.append(self.now_s())
+        step = len(self.host_s)
+        if step == 1 or step % SYNCHRONIZE_EVERY == 0:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.synchronized.append({"step": step, "at_s": self.now_s(), "peaks": self.peaks()})
+
+    def look_at_memory(self) -> None:
+        """Take up torch's peaks; called before the program resets them."""
+        if torch.cuda.is_initialized():
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+            self.allocated = max(self.allocated, torch.cuda.max_memory_allocated())
+
+    def peaks(self) -> dict[str, float | None]:
+        """The most memory so far, in GiB."""
+        self.look_at_memory()
+        on_gpu = torch.cuda.is_initialized()
+        return {
+            "reserved_gib": self.reserved / GIB if on_gpu else None,
+            "allocated_gib": self.allocated / GIB if on_gpu else None,
+            "resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        }
+
+    def report(self) -> dict[str, Any]:
+        """All of it, as OUT.json has it."""
+        return {
+            "launched": self.launched,
+            "steps": len(self.host_s),
+            "host_s": self.host_s,
+            "synchronized": self.synchronized,
+            "ended_s": self.now_s(),
+            "peaks": self.peaks(),
+        }
+
+
+def observe(observer: Observer) -> None:
+    """Have every optimizer's steps, and every reset of torch's memory peaks, seen."""
+    register_optimizer_step_post_hook(observer.step)
+    reset = torch.cuda.reset_peak_memory_stats
+
+    def reset_after_a_look(*arguments: Any, **options: Any) -> None:
+        observer.look_at_memory()
+        reset(*arguments, **options)
+
+    torch.cuda.reset_peak_memory_stats = reset_after_a_look
+    torch.cuda.memory.reset_peak_memory_stats = reset_after_a_look
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="[-m module | script] argument …")
+    options = parser.parse_args()
+    as_module = options.program[:1] == ["-m"]
+    name, *arguments = options.program[as_module:]
+    observer = Observer()
+    observe(observer)
+    sys.argv = [name, *arguments]
+    try:
+        if as_module:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(name).parent))
+            runpy.run_path(name, run_name="__main__")
+    finally:
+        options.out.write_text(json.dumps(observer.report(), indent=1))
+
+
+if __name__ == "__main__":
+    main()

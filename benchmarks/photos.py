@@ -1,0 +1,59 @@
+"""Synthetic photographs: JPEGs as large and as laborious to decode as a camera's, always the same.
+
+python -m benchmarks.photos FOLDER --count 4 --width 4000 --height 3000
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+OCTAVES = 8
+"""Scales of texture, each twice as fine as the one before."""
+
+GRAIN = 6.0
+"""Standard deviation of the finest noise, in levels of 0..255: what keeps a JPEG from shrinking."""
+
+JPEG_QUALITY = 92
+
+
+def photo(width: int, height: int, seed: int) -> Image.Image:
+    """A colour gradient under texture at every scale, and grain."""
+    random = np.random.default_rng(seed)
+    corners = random.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    pixels = _enlarged(corners, width, height)
+    for octave in range(1, OCTAVES + 1):
+        cells = random.integers(0, 256, (2**octave, 2**octave, 3), dtype=np.uint8)
+        pixels += (_enlarged(cells, width, height) - 127.5) / octave
+    pixels += GRAIN * random.standard_normal((height, width, 1), dtype=np.float32)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _enlarged(cells: np.ndarray, width: int, height: int) -> np.ndarray:
+    picture = Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture, dtype=np.float32)
+
+
+def save_photos(folder: Path, count: int, width: int, height: int) -> None:
+    """Write ``000.jpg`` and so on; those already there are left as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        file = folder / f"{index:03}.jpg"
+        if not file.exists():
+            photo(width, height, seed=index).save(file, quality=JPEG_QUALITY)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--width", type=int, default=4000)
+    parser.add_argument("--height", type=int, default=3000)
+    options = parser.parse_args()
+    save_photos(options.folder, options.count, options.width, options.height)
+
+
+if __name__ == "__main__":
+    main()
