@@ -142,7 +142,9 @@ def prefetch(
     batches: Batches, indices: range, device: torch.device, ahead: int = 2
 ) -> Iterator[Batch]:
     """The batches of some indices in turn, on the device, made and copied in the background."""
-    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+    copying = None
+    if device.type == "cuda":
+        copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def make(index: int) -> Batch:
         batch = batches(index)

@@ -34,7 +34,7 @@ class FlatWeights:
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """A flat vector by the names and shapes of the parameters."""
-        parts = flat.split([parameter.numel() for parameter in self.parameters.values()])
+        parts = torch.split(flat, [parameter.numel() for parameter in self.parameters.values()])
         return {
             name: part.view(parameter.shape)
             for (name, parameter), part in zip(self.parameters.items(), parts, strict=True)

@@ -63,7 +63,7 @@ class RowAttention:
         mask = attn.prepare_attention_mask(attention_mask, rows.shape[1], len(rows), out_dim=4)
 
         def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return projected.view(*projected.shape[:2], attn.heads, -1).transpose(1, 2)
 
         query = heads(attn.to_q(rows))
         key, value = attn.add_k_proj(text), attn.add_v_proj(text)

@@ -15,6 +15,7 @@ import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 NF4_BLOCK = 64
 """How many weights of an NF4 layer share one scale."""
@@ -71,7 +72,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(inputs, layer.weight, layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.layer.weight, None
 
 
@@ -90,9 +91,9 @@ class _Conv2d(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         layer = ctx.layer
-        return torch.nn.grad.conv2d_input(
+        return conv2d_input(  # type: ignore[no-untyped-call]
             ctx.shape,
             layer.weight,
             gradient,
@@ -110,7 +111,8 @@ class FrozenLinear(nn.Linear):
         """[..., in] to [..., out]."""
         if torch.compiler.is_compiling():  # the compiler decides itself what to keep
             return super().forward(inputs)
-        return _Linear.apply(inputs, self)
+        result: Tensor = _Linear.apply(inputs, self)  # type: ignore[no-untyped-call]
+        return result
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -120,7 +122,8 @@ class FrozenConv2d(nn.Conv2d):
         """[B, in, H, W] to [B, out, h, w]."""
         if torch.compiler.is_compiling():
             return super().forward(inputs)
-        return _Conv2d.apply(inputs, self)
+        result: Tensor = _Conv2d.apply(inputs, self)  # type: ignore[no-untyped-call]
+        return result
 
 
 class Quantised(nn.Module):
@@ -151,11 +154,11 @@ class Quantised(nn.Module):
         return rows if rows.dim() == 2 else rows.permute(0, 3, 1, 2)
 
 
-class QuantisedLinear(Quantised, FrozenLinear):
+class QuantisedLinear(Quantised, FrozenLinear):  # type: ignore[override]  # the weight is read-only
     """A frozen Linear with a quantised weight."""
 
 
-class QuantisedConv2d(Quantised, FrozenConv2d):
+class QuantisedConv2d(Quantised, FrozenConv2d):  # type: ignore[override]  # the weight is read-only
     """A frozen Conv2d with a quantised weight."""
 
 
@@ -188,7 +191,7 @@ def quantisable(model: nn.Module) -> list[str]:
 
 def quantise(layer: nn.Module, weight: Tensor, format: str, dtype: torch.dtype) -> None:  # noqa: A002
     """Make a frozen layer a quantised one that stores ``weight``."""
-    del layer.weight  # type: ignore[attr-defined]  # the parameter, which a property replaces
+    del layer.weight  # the parameter, which a property replaces
     layer.__class__ = QUANTISED[type(layer)]
     assert isinstance(layer, Quantised)
     layer.store(weight, format, dtype)
@@ -197,8 +200,9 @@ def quantise(layer: nn.Module, weight: Tensor, format: str, dtype: torch.dtype) 
 def restored(layer: nn.Module) -> nn.Module:
     """A frozen layer with the weight of a quantised one as its parameter; their bias is shared."""
     assert isinstance(layer, Quantised)
-    plain = copy(layer)
+    weight = layer.weight.contiguous()
+    plain: nn.Module = copy(layer)
     plain.__class__ = next(kind for kind, other in QUANTISED.items() if type(layer) is other)
     plain._parameters, plain._buffers = dict(layer._parameters), {}
-    plain.register_parameter("weight", nn.Parameter(layer.weight.contiguous(), requires_grad=False))
+    plain.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     return plain

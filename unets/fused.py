@@ -40,7 +40,7 @@ def _slope(z, ACT: tl.constexpr):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "blocks", "STEPS"])
 def _sums(
     x_ptr,
     dy_ptr,
@@ -51,7 +51,7 @@ def _sums(
     blocks,
     ACT: tl.constexpr,
     GRADIENT: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -82,7 +82,7 @@ def _sums(
     tl.store(out + C + c, second, here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "blocks", "WIDTH", "stride"])
 def _coefficients(
     sums_ptr,
     weight_ptr,
@@ -127,7 +127,7 @@ def _coefficients(
     tl.store(ab_ptr + n * 2 * C + C + c, b, here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "STEPS"])
 def _apply(
     x_ptr,
     ab_ptr,
@@ -135,7 +135,7 @@ def _apply(
     P,
     C,
     ACT: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -153,7 +153,7 @@ def _apply(
         tl.store(y_ptr + at, _activate(a * x + b, ACT).to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "blocks", "WIDTH"])
 def _gradient_coefficients(
     sums_ptr,
     stats_ptr,
@@ -198,7 +198,7 @@ def _gradient_coefficients(
         tl.store(dshift_ptr + n * C + c, sum_g.to(dshift_ptr.dtype.element_ty), here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "STEPS"])
 def _apply_gradient(
     x_ptr,
     dy_ptr,
@@ -208,7 +208,7 @@ def _apply_gradient(
     P,
     C,
     ACT: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -227,6 +227,11 @@ def _apply_gradient(
         x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32) * _slope(a * x + b, ACT)
         tl.store(dx_ptr + at, (a * g + d * x + e).to(dx_ptr.dtype.element_ty), inside)
+
+
+def _lanes(width: int) -> int:
+    """The lanes for a group's channels: seldom another number, as each is compiled by itself."""
+    return max(256, triton.next_power_of_2(width))
 
 
 def _grid(x: Tensor) -> tuple[tuple[int, int, int], int, int]:
@@ -289,7 +294,7 @@ def norm_act_rows(
         eps,
         width,
         SCALED=scaled,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=_lanes(width),
     )
     _apply[grid](x, ab, y, rows, channels, activation, STEPS=steps, ROWS=ROWS, CHANNELS=CHANNELS)
     return y, stats, ab
@@ -346,7 +351,7 @@ def norm_act_rows_backward(
         blocks,
         width,
         SCALED=scaled,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=_lanes(width),
     )
     _apply_gradient[grid](x, dy, ab, de, dx, rows, channels, activation, **tile)
     return dx, dscale, dshift

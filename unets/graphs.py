@@ -54,7 +54,8 @@ class Replayed(Generic[Result]):
 
     def _aside(self, tensors: Mapping[str, Tensor]) -> Result:
         """Run as it is, on a stream of its own as PyTorch asks for before recording."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             result = self.function(**tensors)

@@ -43,7 +43,7 @@ def empty_unet(
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    unet.to(compute_dtype(precision, device)).eval()
+    nn.Module.to(unet, compute_dtype(precision, device)).eval()  # diffusers' own says a warning
     freeze(unet)
     if device.type != "cpu":
         fuse_blocks(unet)
