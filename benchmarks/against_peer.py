@@ -99,9 +99,6 @@ SCENARIOS: Mapping[str, Scenario] = {
     "batch_4": Scenario("Stage I, batch 4"),
     "batch_1": Scenario("Stage I, batch 1", batch_size=1),
     "photos": Scenario("Stage I, batch 4, photos", photos=True),
-    "compiled": Scenario(
-        "Stage I, batch 4, ours compiled", overrides=("stage_1.compile=on",), peer_of="batch_4"
-    ),
     "stage_2": Scenario("Stage II, batch 4", stage=2),
     "job": Scenario("Stage I, batch 4, whole job", whole_job=True),
     "job_photos": Scenario(

@@ -226,9 +226,6 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cuda_graph: bool = True
     """On a GPU, record the step as one CUDA graph and replay it."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """On a GPU, compile the UNet with ``torch.compile``; ``auto``: where the run is long enough to
-    win back the minutes that it takes."""
     noise_level: Levels | None = None
     """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
     ``None``: all levels of the model's schedule."""

@@ -77,6 +77,7 @@ def test_fused_blocks_compute_what_diffusers_computes(
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_quantised_layer_is_the_plain_layer_of_its_restored_weight(format: str) -> None:  # noqa: A002
     torch.manual_seed(0)
+    kept: list[torch.Tensor] = []
     for layer, shape in (
         (nn.Linear(64, 96), (5, 64)),
         (nn.Conv2d(64, 32, 3, padding=1, stride=2), (2, 64, 9, 9)),
@@ -89,7 +90,6 @@ def test_a_quantised_layer_is_the_plain_layer_of_its_restored_weight(format: str
         twin = type(layer).__mro__[3](*_arguments(layer))
         twin.load_state_dict({"weight": layer.weight.contiguous(), "bias": layer.bias})
         x = torch.randn(shape, requires_grad=True)
-        kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             output = layer(x)
         assert kept == []  # neither the input nor the restored weight is held

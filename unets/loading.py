@@ -43,7 +43,7 @@ def empty_unet(
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    nn.Module.to(unet, compute_dtype(precision, device)).eval()  # diffusers' own says a warning
+    nn.Module.to(unet, compute_dtype(precision, device)).eval()  # diffusers' own warns
     freeze(unet)
     if device.type != "cpu":
         fuse_blocks(unet)
