@@ -107,6 +107,8 @@ class AdapterInfo(BaseModel):
     """When it was exported (ISO 8601, UTC)."""
     licence_notice: str | None = None
     """The attribution notice that its base's licence asks for."""
+    approximation_error: float | None = None
+    """The relative Frobenius error, where this approximates another adapter or a model."""
     base_signature: BaseSignature | None = None
     """Which weights its base has; filled in at export."""
 
