@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub.constants import ENDPOINT
 from PIL import Image
 
@@ -105,15 +106,20 @@ def ours(infos: Sequence[AdapterInfo]) -> str:
 
 
 def with_diffusers(info: AdapterInfo) -> str:
-    """How plain diffusers loads a stage, where it can."""
-    if not diffusers_loads(info.spec):
-        return (
-            f"Stage {info.stage}: diffusers cannot load adapters of kind `{info.spec.kind}`; PEFT"
-            f' can, with `PeftModel.from_pretrained(pipe.unet, "stage_{info.stage}")`.'
-        )
+    """How plain diffusers loads a stage, or its approximation."""
     pipeline = PIPELINES[info.stage].__name__
+    caution = (
+        ""
+        if diffusers_loads(info.spec)
+        else (
+            f" It cannot load adapters of kind `{info.spec.kind}`: what it gets is an approximation"
+            " as a LoRA, whose error `python -m adapters.inspect"
+            f" stage_{info.stage}/{LORA_WEIGHT_NAME_SAFE}` tells. PEFT loads the adapter"
+            f' itself, with `PeftModel.from_pretrained(pipe.unet, "stage_{info.stage}")`.'
+        )
+    )
     return (
-        f"Stage {info.stage} with diffusers alone:\n\n"
+        f"Stage {info.stage} with diffusers alone.{caution}\n\n"
         f"```python\nfrom diffusers import {pipeline}\n\n"
         f'pipe = {pipeline}.from_pretrained("{info.base_model}")\n'
         f'pipe.load_lora_weights("stage_{info.stage}")\n```'

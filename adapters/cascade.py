@@ -231,8 +231,9 @@ class Cascade:
         its weights, recorded at export, must be those of this cascade's UNet before any merging.
 
         Args:
-            folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), or one of
-                these.
+            folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these,
+                or the file or folder of another tool. The latter goes to the stage whose UNet it
+                fits by names and shapes, and is not held against any base.
             scale: how much of it: each weight W becomes W + scale * (W merged - W). Adapters that
                 are added one after the other add up.
 
@@ -241,32 +242,23 @@ class Cascade:
                 trained on another base. Nothing is merged then.
         """
         adapters = [StageAdapter.load(place) for place in stage_folders(Path(folder))]
-        fitting = [adapter for adapter in adapters if adapter.info.stage in self.stages]
+        configs = {number: pipe.unet.config for number, pipe in self.stages.items()}
+        staged = [(adapter.stage_among(configs), adapter) for adapter in adapters]
+        fitting = [(stage, adapter) for stage, adapter in staged if stage in self.stages]
         if not fitting:
             raise UserError(
                 f"{folder} has an adapter of Stage"
-                f" {' and '.join(str(adapter.info.stage) for adapter in adapters)}, but this"
+                f" {' and '.join(str(stage) for stage, _ in staged)}, but this"
                 f" cascade has Stage {' and '.join(map(str, self.stages))}; load the stage that it"
                 " belongs to."
             )
-        for adapter in fitting:
-            self._check_base(adapter)
-        for adapter in fitting:
-            merged = self.merged[adapter.info.stage]
+        for stage, adapter in fitting:
+            adapter.check_base(self.merged[stage].base, self.base_names[stage])
+        for stage, adapter in fitting:
+            merged = self.merged[stage]
             merged.add(adapter, scale)
             if merged.quantised:  # layers were replaced, whose memory a recording reads
-                self.recorded[adapter.info.stage].forget()
-
-    def _check_base(self, adapter: StageAdapter) -> None:
-        info = adapter.info
-        assert info.base_signature is not None
-        difference = info.base_signature.difference(self.merged[info.stage].base)
-        if difference is not None:
-            raise UserError(
-                f"The adapter {adapter.folder} was trained on Stage {info.stage} of"
-                f" {info.base_model!r}, not of {self.base_names[info.stage]!r} ({difference}); load"
-                " the cascade from the base it was trained on."
-            )
+                self.recorded[stage].forget()
 
     def remove_adapters(self) -> None:
         """Take all adapters out; every weight is the base's own again, to the bit."""

@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import IFPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import PeftConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.formats import lora_config
 from adapters.info import (
     HEADER_KEY,
     NOTICE,
@@ -25,6 +27,8 @@ from adapters.info import (
 )
 from adapters.kinds import ADAPTER_NAME, adapted_modules, diffusers_loads
 from adapters.licence import is_deepfloyd
+from adapters.low_rank import Approximation
+from adapters.merge import StageAdapter
 
 __all__ = ["AdapterInfo", "Exported", "export_adapter", "read_info"]
 
@@ -36,37 +40,39 @@ class Exported:
     folder: Path
     tensors: int
     """How many tensors the adapter has."""
-    diffusers_loads: bool
-    """Whether plain diffusers pipelines load it."""
+    approximation: Approximation | None
+    """What plain diffusers pipelines load in its stead; ``None``: they load it itself."""
 
     @property
     def message(self) -> str:
         """Where it is and what loads it, for people."""
-        loaders = "load_cascade and PEFT load it"
-        if self.diffusers_loads:
-            return f"{self.folder}: {loaders}, and so does load_lora_weights of diffusers."
-        return f"{self.folder}: {loaders}; diffusers cannot load adapters of this kind."
+        loaders = f"{self.folder}: load_cascade and PEFT load it"
+        if self.approximation is None:
+            return f"{loaders}, and so does load_lora_weights of diffusers."
+        return (
+            f"{loaders}; diffusers cannot load adapters of this kind, and gets an approximation as"
+            f" a LoRA: {self.approximation.message}."
+        )
 
 
-def export_adapter(unet: UNet2DConditionModel, folder: str | Path, info: AdapterInfo) -> Exported:
+def export_adapter(
+    unet: UNet2DConditionModel,
+    folder: str | Path,
+    info: AdapterInfo,
+    *,
+    as_lora_rank: int | None = None,
+) -> Exported:
     """Write the attached adapter to ``folder/stage_1`` or ``folder/stage_2``, replacing it whole.
-
-    The stage's folder receives
-
-    - ``adapter_model.safetensors`` and ``adapter_config.json``, for ``PeftModel.from_pretrained``
-      and :func:`adapters.load_cascade`;
-    - ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of the stage's diffusers
-      pipeline, where diffusers knows the kind. Its keys are PEFT's (``unet.X.lora_A.weight``), the
-      only ones of which diffusers drops none, and its header has the PEFT configuration.
-
-    Both safetensors files carry ``info`` in their header. Values are float32.
 
     Args:
         unet: a UNet with an adapter of :func:`adapters.kinds.attach`, with the weights to export.
         folder: the folder of the run's adapters.
         info: what the adapter says of itself; the time, the base's signature and its licence's
             notice are filled in.
+        as_lora_rank: the rank of the LoRA that stands in for a kind that diffusers cannot load;
+            ``None``: the adapter's own.
     """
+    info = completed(info, unet)
     config = peft_config_of(unet, info)
     tensors = {
         name: tensor.float().cpu().contiguous()
@@ -74,20 +80,75 @@ def export_adapter(unet: UNet2DConditionModel, folder: str | Path, info: Adapter
             unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
         ).items()
     }
-    header = {"format": "pt", HEADER_KEY: completed(info, unet).model_dump_json()}
-    target = Path(folder) / f"stage_{info.stage}"
+    adapter = StageAdapter(Path(folder) / f"stage_{info.stage}", info, config, tensors)
+    approximation = None
+    if not diffusers_loads(info.spec):
+        approximation = as_lora(adapter, unet, as_lora_rank or info.spec.rank)
+    write_adapter(adapter, approximation)
+    return Exported(adapter.folder, len(tensors), approximation)
+
+
+@torch.no_grad()
+def as_lora(adapter: StageAdapter, unet: UNet2DConditionModel, rank: int) -> Approximation:
+    """The LoRA that is nearest to what an attached adapter adds to each of its modules' weights."""
+    approximation = Approximation(rank)
+    for name in adapter.modules:
+        module = unet.get_submodule(name).get_base_layer()
+        approximation.add_update(name, adapter.delta(name, module, module.weight))
+    return approximation
+
+
+def write_adapter(adapter: StageAdapter, approximation: Approximation | None = None) -> None:
+    """Write an adapter to its folder, replacing that whole.
+
+    The folder receives
+
+    - ``adapter_model.safetensors`` and ``adapter_config.json``, for ``PeftModel.from_pretrained``
+      and :func:`adapters.load_cascade`;
+    - ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of the stage's diffusers
+      pipeline. Its keys are PEFT's (``unet.X.lora_A.weight``), the only ones of which diffusers
+      drops none, and its header has the PEFT configuration.
+
+    Both safetensors files carry the adapter's ``info`` in their header. Values are float32.
+
+    Args:
+        adapter: the adapter.
+        approximation: a LoRA for diffusers in its stead.
+    """
+    info, config, tensors = adapter.info, adapter.config, adapter.state
+    target = adapter.folder
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as temporary:
         new = Path(temporary) / "new"
         config.save_pretrained(str(new))
         prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-        save_file(prefixed, new / PEFT_WEIGHTS, metadata=header)
-        if diffusers_loads(info.spec):
-            save_for_diffusers(tensors, config, new / LORA_WEIGHT_NAME_SAFE, header)
+        save_file(prefixed, new / PEFT_WEIGHTS, metadata=header_of(info))
+        if approximation is not None:
+            tensors = approximation.state
+            config = lora_config(tensors, {}, None)
+            info = info and approximated(info, approximation)
+        save_for_diffusers(tensors, config, new / LORA_WEIGHT_NAME_SAFE, header_of(info))
         if target.exists():
             os.replace(target, Path(temporary) / "old")
         os.replace(new, target)
-    return Exported(target, len(tensors), diffusers_loads(info.spec))
+
+
+def header_of(info: AdapterInfo | None) -> dict[str, str]:
+    """The header of an adapter's safetensors file."""
+    return {"format": "pt"} | ({HEADER_KEY: info.model_dump_json()} if info else {})
+
+
+def approximated(
+    info: AdapterInfo, approximation: Approximation, kind: str = "lora"
+) -> AdapterInfo:
+    """What the approximation of an adapter says of itself."""
+    own = {"kind": kind, "rank": approximation.rank, "alpha": None, "dropout": 0.0}
+    return info.model_copy(
+        update={
+            "spec": info.spec.model_copy(update=own),
+            "approximation_error": approximation.error,
+        }
+    )
 
 
 def save_for_diffusers(

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from adapters.errors import UserError, command_line
 from adapters.files import replacing
 from adapters.images import CascadeImages
-from adapters.info import AdapterInfo, read_info, stage_folders
+from adapters.info import AdapterInfo, stage_folders
 from adapters.load import Precision, load_cascade
+from adapters.merge import StageAdapter
 from adapters.sampling import Sampling
 from adapters.sheet import contact_sheet
 
@@ -83,8 +84,9 @@ def generate(options: argparse.Namespace) -> Path:
 
 
 def infos(folder: Path) -> list[AdapterInfo]:
-    """What the adapters in an exported folder say of themselves."""
-    return [read_info(place) for place in stage_folders(folder)]
+    """What the adapters in a folder say of themselves; those of other tools say nothing."""
+    loaded = (StageAdapter.load(place) for place in stage_folders(folder))
+    return [adapter.info for adapter in loaded if adapter.info is not None]
 
 
 def sampling(options: argparse.Namespace) -> Sampling:

@@ -1,11 +1,13 @@
 """What an exported adapter says of itself, in the header of its safetensors files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -105,6 +107,8 @@ class AdapterInfo(BaseModel):
     """When it was exported (ISO 8601, UTC)."""
     licence_notice: str | None = None
     """The attribution notice that its base's licence asks for."""
+    approximation_error: float | None = None
+    """The relative Frobenius error, where this approximates another adapter or a model."""
     base_signature: BaseSignature | None = None
     """Which weights its base has; filled in at export."""
 
@@ -127,6 +131,15 @@ def read_info(folder: str | Path) -> AdapterInfo:
             f"{path} cannot be read as an exported adapter ({error}); name the folder that a run"
             " exported, or one of its stage folders."
         ) from error
+    return parse_info(header, path)
+
+
+def parse_info(header: Mapping[str, str], path: Path) -> AdapterInfo:
+    """What the header of an adapter's file says.
+
+    Raises:
+        UserError: where it says nothing valid.
+    """
     try:
         return AdapterInfo.model_validate_json(header[HEADER_KEY], strict=False)
     except (KeyError, ValidationError) as error:
@@ -137,7 +150,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """The stage folders of an exported folder; itself where it is one.
+    """The stage folders of an exported folder; itself where it is a single adapter.
 
     Raises:
         UserError: where it is neither.
@@ -145,9 +158,18 @@ def stage_folders(folder: Path) -> list[Path]:
     inside = [folder / name for name in ("stage_1", "stage_2") if (folder / name).is_dir()]
     if inside:
         return inside
-    if (folder / "adapter_config.json").is_file():
+    if weights_file(folder) is not None:
         return [folder]
     raise UserError(
-        f"{folder} has no exported adapter (no stage_1, stage_2 or adapter_config.json in it); name"
-        " the adapters folder of a finished run."
+        f"{folder} has no exported adapter (no stage_1, stage_2 or .safetensors file in it); name"
+        " the adapters folder of a finished run, or another tool's adapter."
     )
+
+
+def weights_file(path: Path) -> Path | None:
+    """The safetensors file of a single adapter: itself, or in a folder; ``None``: there is none."""
+    if path.is_file():
+        return path if path.suffix == ".safetensors" else None
+    names = [path / name for name in (PEFT_WEIGHTS, LORA_WEIGHT_NAME_SAFE)]
+    found = [name for name in names if name.is_file()] or list(path.glob("*.safetensors"))
+    return found[0] if found and (found[0] in names or len(found) == 1) else None

@@ -1,63 +1,133 @@
 """Merging adapters of any kind into a UNet's weights, and taking them out again."""
 
-import json
+import logging
+from collections.abc import Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from adapters.errors import UserError
-from adapters.info import PEFT_WEIGHTS, AdapterInfo, BaseSignature, read_info
+from adapters.formats import listed, module_of, read_adapter
+from adapters.info import HEADER_KEY, AdapterInfo, BaseSignature, parse_info
 from adapters.kinds import ADAPTER_NAME
 from unets.frozen import Quantised, restored
 
-PEFT_PREFIX = "base_model.model."
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StageAdapter:
-    """The exported adapter of one stage, loaded."""
+    """The adapter of one stage, loaded: an exported one, or one that another tool wrote."""
 
     folder: Path
-    info: AdapterInfo
+    """Its folder or file."""
+    info: AdapterInfo | None
+    """What it says of itself; ``None``: another tool wrote it."""
     config: PeftConfig
     state: dict[str, Tensor]
     """Its tensors under PEFT's names without prefix, on the CPU."""
 
     @classmethod
     def load(cls, folder: Path) -> "StageAdapter":
-        """Load a stage's folder.
+        """Load a stage's folder, or a file of any style that :mod:`adapters.formats` knows.
 
         Raises:
-            UserError: where the folder holds no adapter of this toolkit.
+            UserError: where it holds no adapter, or one with keys that are unknown or unpaired.
         """
-        info = read_info(folder)
-        try:
-            config = PeftConfig.from_pretrained(str(folder))
-        except (OSError, ValueError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{folder / 'adapter_config.json'} cannot be read ({error}); export again."
-            ) from error
-        tensors = load_file(folder / PEFT_WEIGHTS)
-        state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        config, state, header = read_adapter(folder)
+        info = parse_info(header, folder) if HEADER_KEY in header else None
         return cls(folder, info, config, state)
 
     @cached_property
     def modules(self) -> dict[str, dict[str, Tensor]]:
         """The adapter's tensors by the module they adapt."""
-        prefixes = {f"{module}.": module for module in self.config.target_modules}
-        split: dict[str, dict[str, Tensor]] = {module: {} for module in self.config.target_modules}
+        split: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.state.items():
-            module = next(m for prefix, m in prefixes.items() if name.startswith(prefix))
-            split[module][name] = tensor
+            split.setdefault(module_of(name), {})[name] = tensor
         return split
+
+    def stage_among(self, configs: Mapping[int, Mapping[str, Any]]) -> int:
+        """The stage it belongs to: the one it names, or else the only one whose UNet it fits.
+
+        Args:
+            configs: the configurations of UNets, by stage.
+
+        Raises:
+            UserError: where it names none and fits none of these, listing what does not fit, or
+                fits both.
+        """
+        if self.info is not None:
+            return self.info.stage
+        misfits = {stage: self.misfits(config) for stage, config in configs.items()}
+        fitting = [stage for stage, names in misfits.items() if not names]
+        if len(fitting) > 1:
+            raise UserError(
+                f"{self.folder} does not say which stage it belongs to, and fits those of Stage"
+                f" {' and '.join(map(str, fitting))}; load it where only its own stage is loaded."
+            )
+        if not fitting:
+            nearest = min(misfits, key=lambda stage: len(misfits[stage]))
+            raise UserError(
+                f"{self.folder} fits no UNet here by the names and shapes of its"
+                f" {len(self.state)} tensors; of Stage {nearest}, the nearest, these are unknown,"
+                f" missing or of another shape: {listed(misfits[nearest])}; load the model that it"
+                " was trained on."
+            )
+        return fitting[0]
+
+    def misfits(self, config: Mapping[str, Any]) -> list[str]:
+        """The tensors that PEFT would not load into a UNet of a configuration, or would miss."""
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+            present = dict(unet.named_modules())
+            unknown = [name for name in self.modules if name not in present]
+            if len(unknown) < len(self.modules):
+                inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
+                needed = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
+            else:
+                needed = {}
+        names = dict.fromkeys([*self.state, *needed])
+        both = self.state.keys() & needed.keys()
+        return [n for n in names if n not in both or self.state[n].shape != needed[n].shape]
+
+    def check_base(self, base: BaseSignature, name: str) -> None:
+        """Check that it was trained on a base; where it does not say on which, say so.
+
+        Args:
+            base: the signature of the base's UNet.
+            name: the base's name, for messages.
+
+        Raises:
+            UserError: where it was trained on another.
+        """
+        if self.info is None or self.info.base_signature is None:
+            logger.warning(
+                "%s does not say on which base it was trained; it fits %s by names and shapes.",
+                self.folder,
+                name,
+            )
+            return
+        difference = self.info.base_signature.difference(base)
+        if difference is not None:
+            raise UserError(
+                f"The adapter {self.folder} was trained on Stage {self.info.stage} of"
+                f" {self.info.base_model!r}, not of {name!r} ({difference}); load the base that it"
+                " was trained on."
+            )
 
     def delta(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
         """What merging adds to a module's weight: PEFT's own merge, in float32.
@@ -72,6 +142,11 @@ class StageAdapter:
         root = _alone(name, copied)
         config = copy(self.config)
         config.target_modules = {name}  # PEFT would shorten many names to ambiguous endings
+        for field_name in vars(config).keys() & {"rank_pattern", "alpha_pattern"}:  # OFT has none
+            patterns = vars(config)[field_name]
+            vars(config)[field_name] = {
+                p: v for p, v in patterns.items() if get_pattern_key([p], name) == p
+            }
         with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten
             inject_adapter_in_model(config, root, ADAPTER_NAME)
         result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
@@ -79,7 +154,7 @@ class StageAdapter:
         layer = root.get_submodule(name)
         assert isinstance(layer, BaseTunerLayer)
         layer.merge()
-        return layer.get_base_layer().weight.detach() - weight.float()
+        return layer.get_base_layer().weight.detach().sub_(weight)
 
 
 def _alone(name: str, module: nn.Module) -> nn.Module:

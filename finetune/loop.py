@@ -65,7 +65,8 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
     if accelerator.is_main_process:
         with trainee.final_weights() as unet:
             samples = show(validate, tracker, trainee.step)
-            export_adapter(unet, folders.adapters, adapter_info(recipe, trainee, material))
+            info = adapter_info(recipe, trainee, material)
+            tracker.bar.write(export_adapter(unet, folders.adapters, info).message)
         infos = [read_info(folder) for folder in stage_folders(folders.adapters)]
         write_card(folders.adapters, infos, samples)
     tracker.close()

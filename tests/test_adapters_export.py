@@ -10,16 +10,19 @@ import torch
 from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from adapters.card import write_card
 from adapters.errors import UserError
 from adapters.export import AdapterInfo, Exported, export_adapter, read_info
 from adapters.info import NOTICE
-from adapters.kinds import KINDS, AdapterSpec, adapter_parameters, adapter_state, attach
+from adapters.kinds import AdapterSpec, adapter_parameters, adapter_state, attach
 from adapters.licence import licence_files
+from adapters.merge import StageAdapter
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_kinds import load_unet, output, unet_inputs
 
@@ -54,7 +57,12 @@ def trained_unet(base: Path, spec: AdapterSpec, seed: int = 0) -> UNet2DConditio
 
 
 def export(
-    unet: UNet2DConditionModel, folder: Path, base: Path, stage: int, spec: AdapterSpec
+    unet: UNet2DConditionModel,
+    folder: Path,
+    base: Path,
+    stage: int,
+    spec: AdapterSpec,
+    **options: int,
 ) -> Exported:
     info = AdapterInfo(
         base_model=str(base),
@@ -65,7 +73,7 @@ def export(
         recipe="name: test\n",
         version="1.2.3",
     )
-    return export_adapter(unet, folder, info)
+    return export_adapter(unet, folder, info, **options)
 
 
 def base_of(cascade: RandomCascade, stage: int) -> Path:
@@ -88,7 +96,7 @@ def test_diffusers_loads_every_tensor_exactly(
     loaded = sum("lora_" in name for name, _ in pipe.unet.named_parameters())
     written = load_file(exported.folder / "pytorch_lora_weights.safetensors")
     assert loaded == len(written) == exported.tensors == len(adapter_parameters(unet))
-    assert exported.diffusers_loads
+    assert exported.approximation is None
     # PyTorch's choice of kernel depends on requires_grad
     expected = output(unet.requires_grad_(False), inputs)
     assert torch.equal(output(pipe.unet.requires_grad_(False), inputs), expected)
@@ -110,17 +118,57 @@ def test_peft_loads_exactly(
     assert not torch.allclose(output(load_unet(base), inputs), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_kinds_that_diffusers_lacks_say_so(
-    random_cascade: RandomCascade, tmp_path: Path, kind: str
+def updates(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """What merging an attached adapter adds to each weight, as PEFT itself has it."""
+    layers = {n: m for n, m in unet.named_modules() if isinstance(m, BaseTunerLayer)}
+    before = {name: layer.get_base_layer().weight.clone() for name, layer in layers.items()}
+    unet.fuse_lora()
+    after = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    return {name: (after[name] - before[name]).flatten(1) for name in layers}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("spec", PEFT_SPECS, ids=name_of)
+def test_kinds_that_diffusers_lacks_reach_it_as_a_lora(
+    random_cascade: RandomCascade, tmp_path: Path, stage: int, spec: AdapterSpec
 ) -> None:
-    spec = AdapterSpec(kind=kind)
-    unet = trained_unet(random_cascade.stage_1, spec)
-    exported = export(unet, tmp_path, random_cascade.stage_1, 1, spec)
-    assert exported.diffusers_loads == KINDS[kind].diffusers
-    assert ("diffusers cannot load" in exported.message) == (not KINDS[kind].diffusers)
-    files = {path.name for path in exported.folder.iterdir()}
-    assert ("pytorch_lora_weights.safetensors" in files) == KINDS[kind].diffusers
+    base = base_of(random_cascade, stage)
+    unet = trained_unet(base, spec)
+    exported = export(unet, tmp_path, base, stage, spec)
+    assert exported.approximation is not None
+    expected = updates(unet)
+    values = {name: torch.linalg.svdvals(update) for name, update in expected.items()}
+    lost = sum(float(v[spec.rank :].square().sum()) for v in values.values())
+    error = (lost / sum(float(v.square().sum()) for v in values.values())) ** 0.5
+    assert 0.01 < error < 1
+    assert exported.approximation.error == pytest.approx(error, rel=1e-3)
+    assert f"rank {spec.rank}, relative Frobenius error {error:.2g}" in exported.message
+    pipe = PIPELINES[stage].from_pretrained(base, text_encoder=None)
+    pipe.load_lora_weights(exported.folder)
+    loaded = updates(pipe.unet)
+    assert loaded.keys() == expected.keys()
+    off = sum(float((loaded[name] - expected[name]).square().sum()) for name in loaded)
+    assert (off / sum(float(u.square().sum()) for u in expected.values())) ** 0.5 == pytest.approx(
+        error, rel=1e-3
+    )
+    info = StageAdapter.load(exported.folder / "pytorch_lora_weights.safetensors").info
+    assert info.approximation_error == exported.approximation.error
+    assert (info.spec.kind, info.spec.rank) == ("lora", spec.rank)
+
+
+@pytest.mark.parametrize("spec", PEFT_SPECS, ids=name_of)
+def test_as_a_lora_of_full_rank_nothing_is_lost(
+    random_cascade: RandomCascade, tmp_path: Path, spec: AdapterSpec
+) -> None:
+    base = random_cascade.stage_1
+    unet = trained_unet(base, spec)
+    exported = export(unet, tmp_path, base, 1, spec, as_lora_rank=10_000)
+    assert exported.approximation is not None
+    assert exported.approximation.error < 1e-6
+    pipe = PIPELINES[1].from_pretrained(base, text_encoder=None)
+    pipe.load_lora_weights(exported.folder)
+    inputs = unet_inputs(unet)
+    torch.testing.assert_close(output(pipe.unet, inputs), output(unet, inputs), rtol=0, atol=1e-4)
 
 
 def test_the_target_names_are_whole(random_cascade: RandomCascade, tmp_path: Path) -> None:
@@ -157,7 +205,8 @@ def test_exporting_again_replaces_the_stage_whole(
         exported = export(trained_unet(base, spec), tmp_path, base, 1, spec)
     assert [path.name for path in tmp_path.iterdir()] == ["stage_1"]
     assert read_info(exported.folder).spec.kind == "loha"
-    assert not (exported.folder / "pytorch_lora_weights.safetensors").exists()
+    approximation = StageAdapter.load(exported.folder / "pytorch_lora_weights.safetensors").info
+    assert approximation.approximation_error > 0
 
 
 def no_header(folder: Path) -> None:

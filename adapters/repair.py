@@ -1,0 +1,138 @@
+"""Files that diffusers loads in part, made whole: ``python -m adapters.repair FILE``."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import IFPipeline
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.utils import logging
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from adapters.errors import UserError, command_line
+from adapters.export import save_for_diffusers
+from adapters.files import replacing
+from adapters.formats import module_of, modules_of, read_adapter, scaling
+from adapters.info import weights_file
+from adapters.kinds import ADAPTER_NAME
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Repair one file, and say how much of it diffusers was losing."""
+    parser = argparse.ArgumentParser(prog="adapters.repair", description=__doc__)
+    parser.add_argument("file", type=Path, help="a LoRA's safetensors file, or its folder")
+    parser.add_argument("--out", type=Path, help="the new file (FILE_repaired.safetensors)")
+    options = parser.parse_args(arguments)
+    with command_line():
+        sys.stdout.write(f"{repair(options.file, options.out)}\n")
+
+
+def repair(path: Path, out: Path | None = None) -> str:
+    """Write a LoRA of any key style such that ``load_lora_weights`` takes all of it.
+
+    Args:
+        path: a safetensors file, or a folder with one; it stays as it is.
+        out: the new file; ``None``: beside the old one.
+
+    Returns:
+        What was wrong and where the new file is, for people.
+
+    Raises:
+        UserError: where the file is no LoRA, has keys that are unknown or unpaired, or is ``out``.
+    """
+    config, state, header = read_adapter(path)
+    file = weights_file(path)
+    assert file is not None
+    if not isinstance(config, LoraConfig):
+        raise UserError(
+            f"{file} is an adapter of kind {config.peft_type.value}, which diffusers cannot load in"
+            " any spelling; load it with load_cascade or PEFT."
+        )
+    out = out or file.with_name(f"{file.stem}_repaired.safetensors")
+    if out.exists() and out.samefile(file):
+        raise UserError(f"--out {out} is the file to repair, which stays; name another.")
+    lost = len(state) - len(arriving(file, config, state))
+    with replacing(out) as temporary:
+        save_for_diffusers(state, config, temporary, {"format": "pt"} | header)
+        assert len(arriving(temporary, config, state)) == len(state)
+    return f"{file}: diffusers loses {lost} of {len(state)} tensors; it loads all of {out}."
+
+
+def arriving(file: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of a LoRA file that diffusers' own ``load_lora_weights`` puts to use.
+
+    It loads the file into a pipeline whose UNet is only what the LoRA adapts.
+
+    Args:
+        file: the file.
+        config: what the file means, and
+        state: its tensors under PEFT's names.
+
+    Returns:
+        The names of those that arrive unchanged, in modules that scale them by alpha as meant.
+    """
+    pipe = IFPipeline(*[None] * 7, requires_safety_checker=False)
+    pipe.unet = AdaptedOnly(state)
+    try:
+        with silence():
+            pipe.load_lora_weights(file, adapter_name=ADAPTER_NAME)
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError):
+        return []  # it refuses the file
+    if "peft_config" not in vars(pipe.unet):
+        return []  # it found nothing to load
+    loaded = get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER_NAME)
+    layers = {name: pipe.unet.get_submodule(name) for name in modules_of(loaded)}
+    scaled = {
+        name
+        for name, layer in layers.items()
+        if layer.scaling[ADAPTER_NAME] == scaling(config, state, name)
+    }
+    return [
+        name
+        for name, tensor in state.items()
+        if name in loaded and torch.equal(loaded[name], tensor) and module_of(name) in scaled
+    ]
+
+
+class AdaptedOnly(nn.Module, PeftAdapterMixin):  # type: ignore[misc]  # diffusers is untyped
+    """A UNet of nothing but the modules that a LoRA adapts, whose weights take no memory."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name in modules_of(state):
+            *parents, last = name.split(".")
+            place: nn.Module = self
+            for part in parents:
+                if part not in dict(place.named_children()):
+                    place.add_module(part, nn.Module())
+                place = place.get_submodule(part)
+            a, b = (state[f"{name}.lora_{side}.weight"] for side in "AB")
+            inputs, outputs, kernel = a.shape[1], b.shape[0], a.shape[2:]
+            with torch.device("meta"):
+                layer: nn.Linear | nn.Conv2d = nn.Linear(inputs, outputs)
+                if kernel:
+                    layer = nn.Conv2d(inputs, outputs, (kernel[0], kernel[1]))
+            zeros = torch.zeros(()).expand(layer.weight.shape)  # one number in memory
+            layer.weight, layer.bias = nn.Parameter(zeros, requires_grad=False), None
+            place.add_module(last, layer)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Without what diffusers and PEFT say of keys that they do not know."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+if __name__ == "__main__":
+    main()
