@@ -155,6 +155,18 @@ def test_a_bf16_base_trains_a_float32_adapter(random_cascade: RandomCascade, kin
         assert {p.dtype for p in trainee.weights.parameters.values()} == {torch.float32}
 
 
+def test_gradients_in_bf16_are_those_in_float32_but_for_rounding(
+    random_cascade: RandomCascade,
+) -> None:
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainee = trainee_of(random_cascade, 1, dtype=dtype)
+        trainee.accumulate(batch_of(trainee))
+        gradients.append(trainee.weights.gradient.clone())
+    exact, rounded = gradients
+    assert (rounded - exact).norm() / exact.norm() < 0.1
+
+
 def test_final_weights_are_the_average_and_training_goes_on_unchanged(
     random_cascade: RandomCascade,
 ) -> None:

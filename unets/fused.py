@@ -82,6 +82,18 @@ def _sums(
     tl.store(out + C + c, second, here)
 
 
+@triton.jit
+def _summed(sums_ptr, n, c, here, C, blocks, BLOCK: tl.constexpr):
+    """Of one picture's channels c: both sums over all blocks of rows."""
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    for block in range(blocks):
+        at = sums_ptr + (n * blocks + block) * 2 * C + c
+        first += tl.load(at, here, other=0.0)
+        second += tl.load(at + C, here, other=0.0)
+    return first, second
+
+
 @triton.jit(do_not_specialize=["P", "blocks", "WIDTH", "stride"])
 def _coefficients(
     sums_ptr,
@@ -105,12 +117,7 @@ def _coefficients(
     lane = tl.arange(0, BLOCK)
     here = lane < WIDTH
     c = group * WIDTH + lane
-    first = tl.zeros((BLOCK,), tl.float32)
-    second = tl.zeros((BLOCK,), tl.float32)
-    for block in range(blocks):
-        at = sums_ptr + (n * blocks + block) * 2 * C + c
-        first += tl.load(at, here, other=0.0)
-        second += tl.load(at + C, here, other=0.0)
+    first, second = _summed(sums_ptr, n, c, here, C, blocks, BLOCK)
     mean = tl.sum(first, 0) / (P * WIDTH)
     variance = tl.maximum(tl.sum(second, 0) / (P * WIDTH) - mean * mean, 0.0)
     r = 1 / tl.sqrt(variance + eps)
@@ -175,12 +182,7 @@ def _gradient_coefficients(
     lane = tl.arange(0, BLOCK)
     here = lane < WIDTH
     c = group * WIDTH + lane
-    sum_g = tl.zeros((BLOCK,), tl.float32)
-    sum_gx = tl.zeros((BLOCK,), tl.float32)
-    for block in range(blocks):
-        at = sums_ptr + (n * blocks + block) * 2 * C + c
-        sum_g += tl.load(at, here, other=0.0)
-        sum_gx += tl.load(at + C, here, other=0.0)
+    sum_g, sum_gx = _summed(sums_ptr, n, c, here, C, blocks, BLOCK)
     stats = stats_ptr + (n * tl.num_programs(1) + group) * 2
     mean, r = tl.load(stats), tl.load(stats + 1)
     a = tl.load(ab_ptr + n * 2 * C + c, here, other=0.0)
