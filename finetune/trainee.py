@@ -17,6 +17,7 @@ from finetune.optimizers import OPTIMIZERS, averaged_weights, build_optimizer
 from finetune.recipe import Optimizer, Training
 from finetune.stages import Batch, Stage, noised
 from finetune.weights import FlatWeights
+from unets.adapted import fuse_adapters
 from unets.graphs import Replayed
 
 
@@ -72,6 +73,8 @@ class Trainee:
     ) -> "Trainee":
         """Attach a fresh adapter to a UNet and make its optimizer."""
         parameters = attach(unet, training.adapter, seed=seed)
+        if unet.device.type != "cpu":
+            fuse_adapters(unet)
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing(partial(_checkpoint, training.adapter.dropout > 0))
         unet.train()

@@ -16,6 +16,7 @@ from adapters.export import export_adapter
 from adapters.info import AdapterInfo
 from adapters.kinds import AdapterSpec, attach
 from tests.random_cascade import TEXT_WIDTH, RandomCascade
+from unets.adapted import AdaptedLinear, fuse_adapters
 from unets.blocks import FusedResnetBlock2D, RowAttention, fuse_blocks
 from unets.frozen import FORMATS, Quantised, freeze, quantisable, quantise
 
@@ -72,6 +73,52 @@ def test_fused_blocks_compute_what_diffusers_computes(
     assert {type(each) for each in unet.attn_processors.values()} == {RowAttention}
     for plain, fused in zip(*results, strict=True):
         assert torch.allclose(plain, fused, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("alpha", [4, 6])
+def test_a_fused_lora_computes_what_peft_computes(
+    random_cascade: RandomCascade, alpha: int
+) -> None:
+    unet = Source(str(random_cascade.stage_1), 1).unet("fp32", CPU).train()
+    parameters = attach(unet, AdapterSpec(alpha=alpha))
+    for index, parameter in enumerate(parameters.values()):
+        torch.manual_seed(index)
+        nn.init.normal_(parameter, std=0.1)
+    inputs = inputs_of(unet)
+    inputs["sample"].requires_grad_()
+    results = []
+    for fused in (False, True):
+        if fused:
+            fuse_adapters(unet)
+        output = unet(**inputs).sample
+        results.append(
+            (
+                output,
+                *torch.autograd.grad(
+                    output.square().sum(), [inputs["sample"], *parameters.values()]
+                ),
+            )
+        )
+    assert any(isinstance(layer, AdaptedLinear) for layer in unet.modules())
+    for plain, fused in zip(*results, strict=True):
+        assert torch.allclose(plain, fused, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_a_fused_lora_does_what_peft_is_asked_for(random_cascade: RandomCascade) -> None:
+    """Dropout, float32 beside a UNet in bf16, and no adapter at all are PEFT's own affair."""
+    unet = Source(str(random_cascade.stage_1), 1).unet("bf16", CPU).train()
+    attach(unet, AdapterSpec(dropout=0.5))
+    fuse_adapters(unet)
+    layer = unet.mid_block.attentions[0].to_q
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(1, 3, layer.in_features).bfloat16()
+    base = layer.base_layer(x)
+    assert not torch.equal(layer(x), layer(x))  # dropout draws
+    layer.eval()
+    assert layer(x).dtype == torch.bfloat16
+    assert not torch.equal(layer(x), base)
+    unet.disable_adapters()
+    assert torch.equal(layer(x), base)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -12,10 +12,35 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from unets.norms import norm_act
+from unets.frozen import FrozenConv2d
+from unets.norms import add, norm_act
 
 NAMES: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.SiLU: "silu"}
 """The activations of IF's blocks, as :func:`unets.norms.norm_act` names them."""
+
+
+def convolved(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A convolution of pictures, and its bias where that is still to be added."""
+    if isinstance(layer, FrozenConv2d):
+        return layer.without_bias(inputs), layer.bias
+    return layer(inputs), None
+
+
+def with_dense_gradient(result: Tensor) -> Tensor:
+    """A block's result, whose gradient reaches the block in one piece.
+
+    Of a tensor that was concatenated with another, the gradient is a part of a larger one, which
+    each of the operations that it passes on its way would copy anew.
+    """
+    if result.requires_grad and not torch.compiler.is_compiling():
+        result.register_hook(_dense)
+    return result
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    if gradient.dim() == 4:
+        return gradient.contiguous(memory_format=torch.channels_last)
+    return gradient.contiguous()
 
 
 class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers is untyped
@@ -28,15 +53,14 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers is u
         resample = self.upsample or self.downsample
         if resample is not None:
             input_tensor, hidden = resample(input_tensor), resample(hidden)
-        hidden = self.conv1(hidden)
+        hidden, bias = convolved(self.conv1, hidden)
         temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         scale, shift = temb.chunk(2, dim=1)
-        hidden = norm_act(hidden, self.norm2, activation, scale, shift)
-        hidden = self.conv2(self.dropout(hidden))
+        hidden = norm_act(hidden, self.norm2, activation, scale, shift, offset=bias)
+        hidden, bias = convolved(self.conv2, self.dropout(hidden))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        result = input_tensor + hidden
-        return result if self.output_scale_factor == 1 else result / self.output_scale_factor
+        return with_dense_gradient(add(input_tensor, hidden, bias, 1 / self.output_scale_factor))
 
 
 class RowAttention:
@@ -59,20 +83,26 @@ class RowAttention:
         if text is None:
             text = hidden_states.flatten(2).transpose(1, 2)
         elif attn.norm_cross:
-            text = attn.norm_encoder_hidden_states(text)
+            text = norm_act(text.transpose(1, 2), attn.norm_cross).transpose(1, 2)
         mask = attn.prepare_attention_mask(attention_mask, rows.shape[1], len(rows), out_dim=4)
 
         def heads(projected: Tensor) -> Tensor:
             return projected.view(*projected.shape[:2], attn.heads, -1).transpose(1, 2)
 
+        def joined(text_proj: nn.Module, row_proj: nn.Module) -> Tensor:
+            of_text = text_proj(text)
+            if attn.only_cross_attention:
+                return heads(of_text)
+            parts = [with_dense_gradient(of_text), with_dense_gradient(row_proj(rows))]
+            return heads(torch.cat(parts, dim=1))
+
         query = heads(attn.to_q(rows))
-        key, value = attn.add_k_proj(text), attn.add_v_proj(text)
-        if not attn.only_cross_attention:
-            key = torch.cat([key, attn.to_k(rows)], dim=1)
-            value = torch.cat([value, attn.to_v(rows)], dim=1)
-        attended = F.scaled_dot_product_attention(query, heads(key), heads(value), attn_mask=mask)
+        key = joined(attn.add_k_proj, attn.to_k)
+        value = joined(attn.add_v_proj, attn.to_v)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         result = attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
-        return result.transpose(1, 2).view(hidden_states.shape) + hidden_states
+        result = result.transpose(1, 2).view(hidden_states.shape) + hidden_states
+        return with_dense_gradient(result)
 
 
 def fuse_blocks(unet: UNet2DConditionModel) -> None:
@@ -85,5 +115,8 @@ def fuse_blocks(unet: UNet2DConditionModel) -> None:
         ):
             block.__class__ = FusedResnetBlock2D
     attentions = [m for m in unet.modules() if isinstance(m, Attention)]
-    if attentions and all(m.added_kv_proj_dim is not None for m in attentions):
+    if attentions and all(
+        m.added_kv_proj_dim is not None and isinstance(m.norm_cross, nn.GroupNorm | None)
+        for m in attentions
+    ):
         unet.set_attn_processor(RowAttention())

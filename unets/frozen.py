@@ -78,12 +78,12 @@ class _Linear(torch.autograd.Function):
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, layer: nn.Conv2d) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, layer: nn.Conv2d, bias: Tensor | None) -> Tensor:
         ctx.layer, ctx.shape = layer, inputs.shape
         return F.conv2d(
             inputs,
             layer.weight,
-            layer.bias,
+            bias,
             layer.stride,
             layer.padding,
             layer.dilation,
@@ -91,17 +91,21 @@ class _Conv2d(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         layer = ctx.layer
-        return conv2d_input(  # type: ignore[no-untyped-call]
-            ctx.shape,
-            layer.weight,
-            gradient,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        ), None
+        return (
+            conv2d_input(  # type: ignore[no-untyped-call]
+                ctx.shape,
+                layer.weight,
+                gradient,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                layer.groups,
+            ),
+            None,
+            None,
+        )
 
 
 class FrozenLinear(nn.Linear):
@@ -120,9 +124,16 @@ class FrozenConv2d(nn.Conv2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, in, H, W] to [B, out, h, w]."""
+        return self._convolved(inputs, self.bias)
+
+    def without_bias(self, inputs: Tensor) -> Tensor:
+        """The same, for a bias that is added elsewhere."""
+        return self._convolved(inputs, None)
+
+    def _convolved(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
-            return super().forward(inputs)
-        result: Tensor = _Conv2d.apply(inputs, self)  # type: ignore[no-untyped-call]
+            return self._conv_forward(inputs, self.weight, bias)
+        result: Tensor = _Conv2d.apply(inputs, self, bias)  # type: ignore[no-untyped-call]
         return result
 
 

@@ -1,4 +1,4 @@
-"""The Triton operator behind :func:`unets.norms.norm_act`, with its backward pass.
+"""The Triton operators behind :mod:`unets.norms`, with their backward passes.
 
 All tensors are rows of channels, x of shape [B, P, C] and contiguous (a channels_last picture has
 P = H * W). With mean m and deviation 1/r of each group, the result is act(a * x + b), where for
@@ -7,7 +7,8 @@ each picture and channel
     a = r * weight * (1 + scale)        b = (bias - m * r * weight) * (1 + scale) + shift
 
 so both passes need only the sums of two quantities over P: of x and x², and, for the gradient
-g = dy * act'(a x + b), of g and g x.
+g = dy * act'(a x + b), of g and g x. An offset, the bias c of the convolution that x comes from,
+stands for x + c throughout and costs nothing: it is worked into the sums, a and b.
 """
 
 import torch
@@ -99,6 +100,7 @@ def _coefficients(
     sums_ptr,
     weight_ptr,
     bias_ptr,
+    offset_ptr,
     scale_ptr,
     shift_ptr,
     stride,
@@ -109,6 +111,7 @@ def _coefficients(
     blocks,
     eps,
     WIDTH,
+    OFFSET: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -118,6 +121,11 @@ def _coefficients(
     here = lane < WIDTH
     c = group * WIDTH + lane
     first, second = _summed(sums_ptr, n, c, here, C, blocks, BLOCK)
+    offset = tl.zeros((BLOCK,), tl.float32)
+    if OFFSET:
+        offset = tl.load(offset_ptr + c, here, other=0.0).to(tl.float32)
+        second += offset * (2 * first + P * offset)
+        first += P * offset
     mean = tl.sum(first, 0) / (P * WIDTH)
     variance = tl.maximum(tl.sum(second, 0) / (P * WIDTH) - mean * mean, 0.0)
     r = 1 / tl.sqrt(variance + eps)
@@ -131,7 +139,7 @@ def _coefficients(
         a *= grow
         b = b * grow + tl.load(shift_ptr + n * stride + c, here, other=0.0).to(tl.float32)
     tl.store(ab_ptr + n * 2 * C + c, a, here)
-    tl.store(ab_ptr + n * 2 * C + C + c, b, here)
+    tl.store(ab_ptr + n * 2 * C + C + c, b + a * offset, here)
 
 
 @triton.jit(do_not_specialize=["P", "STEPS"])
@@ -167,6 +175,7 @@ def _gradient_coefficients(
     ab_ptr,
     weight_ptr,
     bias_ptr,
+    offset_ptr,
     de_ptr,
     dscale_ptr,
     dshift_ptr,
@@ -174,6 +183,7 @@ def _gradient_coefficients(
     C,
     blocks,
     WIDTH,
+    OFFSET: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -183,15 +193,19 @@ def _gradient_coefficients(
     here = lane < WIDTH
     c = group * WIDTH + lane
     sum_g, sum_gx = _summed(sums_ptr, n, c, here, C, blocks, BLOCK)
+    offset = tl.zeros((BLOCK,), tl.float32)
+    if OFFSET:
+        offset = tl.load(offset_ptr + c, here, other=0.0).to(tl.float32)
+        sum_gx += offset * sum_g
     stats = stats_ptr + (n * tl.num_programs(1) + group) * 2
     mean, r = tl.load(stats), tl.load(stats + 1)
     a = tl.load(ab_ptr + n * 2 * C + c, here, other=0.0)
     centred = r * (sum_gx - mean * sum_g)  # the sum of g times the normalised x
     mean_g = tl.sum(a * sum_g, 0) / (P * WIDTH)
     mean_gx = tl.sum(a * centred, 0) / (P * WIDTH)
-    ones = tl.full((BLOCK,), 1.0, tl.float32)
-    tl.store(de_ptr + n * 2 * C + c, ones * (-r * mean_gx), here)
-    tl.store(de_ptr + n * 2 * C + C + c, ones * (mean * r * mean_gx - mean_g), here)
+    d = tl.full((BLOCK,), 1.0, tl.float32) * (-r * mean_gx)
+    tl.store(de_ptr + n * 2 * C + c, d, here)
+    tl.store(de_ptr + n * 2 * C + C + c, d * (offset - mean) - mean_g, here)
     if SCALED:
         weight = tl.load(weight_ptr + c, here, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + c, here, other=0.0).to(tl.float32)
@@ -251,6 +265,7 @@ def norm_act_rows(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    offset: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
     groups: int,
@@ -285,6 +300,7 @@ def norm_act_rows(
         sums,
         weight,
         bias,
+        bias if offset is None else offset,
         scale if scaled else weight,
         shift if scaled else weight,
         scale.stride(0) if scaled else 0,
@@ -295,6 +311,7 @@ def norm_act_rows(
         blocks,
         eps,
         width,
+        OFFSET=offset is not None,
         SCALED=scaled,
         BLOCK=_lanes(width),
     )
@@ -313,7 +330,7 @@ def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @norm_act_rows.register_fake
-def _(x, weight, bias, scale, shift, groups, eps, activation):
+def _(x, weight, bias, offset, scale, shift, groups, eps, activation):
     return _results(x, groups)
 
 
@@ -323,6 +340,7 @@ def norm_act_rows_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    offset: Tensor | None,
     scaled: bool,
     stats: Tensor,
     ab: Tensor,
@@ -345,6 +363,7 @@ def norm_act_rows_backward(
         ab,
         weight,
         bias,
+        bias if offset is None else offset,
         de,
         dscale,
         dshift,
@@ -352,6 +371,7 @@ def norm_act_rows_backward(
         channels,
         blocks,
         width,
+        OFFSET=offset is not None,
         SCALED=scaled,
         BLOCK=_lanes(width),
     )
@@ -369,24 +389,67 @@ def _gradients(x: Tensor, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @norm_act_rows_backward.register_fake
-def _(dy, x, weight, bias, scaled, stats, ab, activation):
+def _(dy, x, weight, bias, offset, scaled, stats, ab, activation):
     return _gradients(x, scaled)
 
 
 def _keep(ctx, inputs, output):
-    x, weight, bias, scale, _, _, _, ctx.activation = inputs
+    x, weight, bias, offset, scale, _, _, _, ctx.activation = inputs
     ctx.scaled = scale is not None
-    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.set_materialize_grads(False)  # nobody uses the statistics' gradients
+    ctx.save_for_backward(x, weight, bias, offset, *output[1:])
 
 
 def _backward(ctx, dy, dstats, dab):
-    x, weight, bias, stats, ab = ctx.saved_tensors
+    x, weight, bias, offset, stats, ab = ctx.saved_tensors
     dx, dscale, dshift = norm_act_rows_backward(
-        dy, x, weight, bias, ctx.scaled, stats, ab, ctx.activation
+        dy, x, weight, bias, offset, ctx.scaled, stats, ab, ctx.activation
     )
     if not ctx.scaled:
         dscale = dshift = None
-    return dx, None, None, dscale, dshift, None, None, None
+    return dx, None, None, None, dscale, dshift, None, None, None
 
 
 norm_act_rows.register_autograd(_backward, setup_context=_keep)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _add(x_ptr, h_ptr, bias_ptr, y_ptr, factor, total, C, BLOCK: tl.constexpr):
+    """Y = (x + h + bias) * factor, over all elements."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + at, inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + at % C, inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, ((x + h + bias) * factor).to(y_ptr.dtype.element_ty), inside)
+
+
+ELEMENTS = 1024
+"""How many elements one program adds."""
+
+
+@torch.library.custom_op("unets::add_rows", mutates_args=())
+def add_rows(x: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
+    """(x + h + bias) * factor, x and h [B, P, C] and bias [C]."""
+    x, h = x.contiguous(), h.contiguous()
+    y = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), ELEMENTS),)
+    _add[grid](x, h, bias, y, factor, x.numel(), x.shape[-1], BLOCK=ELEMENTS)
+    return y
+
+
+@add_rows.register_fake
+def _(x, h, bias, factor):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_factor(ctx, inputs, output):
+    ctx.factor = inputs[-1]
+
+
+def _backward_add(ctx, dy):
+    dx = dy if ctx.factor == 1 else dy * ctx.factor
+    return dx, dx, None, None
+
+
+add_rows.register_autograd(_backward_add, setup_context=_keep_factor)

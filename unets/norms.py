@@ -1,9 +1,10 @@
-"""Group norm, scale and shift, and activation in one: act(norm(x) * (1 + scale) + shift).
+"""What surrounds IF's convolutions, in as few passes over memory as may be.
 
-Around IF's convolutions these are four passes over memory, and in PyTorch a group norm also turns
-channels_last tensors around and back. On a GPU one Triton operator does it in two passes, keeps
-nothing but its input for the backward pass, and computes in float32. Elsewhere, and while
-compiling, PyTorch's own operators do it, in the order in which diffusers applies them.
+Group norm, scale and shift, and activation are four passes, and in PyTorch a group norm also turns
+channels_last tensors around and back; a convolution's bias and a residual are two more. On a GPU
+Triton operators do the first in two passes and the second in one, compute in float32, and keep
+nothing but their input for the backward pass. Elsewhere, and while compiling, PyTorch's own
+operators do it, in the order in which diffusers applies them.
 """
 
 import importlib.util
@@ -18,14 +19,21 @@ ACTIVATIONS = {"identity": lambda x: x, "gelu": F.gelu, "silu": F.silu}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def _fused(x: Tensor) -> bool:
+    """Whether the Triton operators serve a tensor."""
+    return HAS_TRITON and x.device.type in ("cuda", "meta") and not torch.compiler.is_compiling()
+
+
 def norm_act(
     inputs: Tensor,
     norm: nn.GroupNorm,
     activation: str = "identity",
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    *,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """act(norm(x) * (1 + scale) + shift).
+    """act(norm(x + offset) * (1 + scale) + shift).
 
     Args:
         inputs: x, [B, C, ...].
@@ -33,8 +41,9 @@ def norm_act(
         activation: one of :data:`ACTIVATIONS`.
         scale: [B, C]; ``None``: 0.
         shift: [B, C]; ``None``: 0.
+        offset: [C], frozen; ``None``: 0.
     """
-    if HAS_TRITON and inputs.device.type in ("cuda", "meta") and not torch.compiler.is_compiling():
+    if _fused(inputs):
         from unets.fused import norm_act_rows
 
         rows = inputs.movedim(1, -1)
@@ -42,6 +51,7 @@ def norm_act(
             rows.flatten(1, -2),
             norm.weight,
             norm.bias,
+            offset,
             scale,
             shift,
             norm.num_groups,
@@ -49,8 +59,27 @@ def norm_act(
             activation,
         )[0]
         return result.view(rows.shape).movedim(-1, 1)
-    hidden = norm(inputs)
+    places = (...,) + (None,) * (inputs.dim() - 2)
+    hidden = norm(inputs if offset is None else inputs + offset[places])
     if scale is not None and shift is not None:
-        places = (...,) + (None,) * (inputs.dim() - 2)
         hidden = hidden * (1 + scale[places]) + shift[places]
     return ACTIVATIONS[activation](hidden)
+
+
+def add(x: Tensor, hidden: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    """(x + hidden + bias) * factor.
+
+    Args:
+        x: [B, C, H, W].
+        hidden: the same.
+        bias: [C], frozen; ``None``: 0.
+        factor: a number.
+    """
+    if bias is not None and _fused(x):
+        from unets.fused import add_rows
+
+        rows, hidden = x.movedim(1, -1), hidden.movedim(1, -1)
+        total = add_rows(rows.flatten(1, -2), hidden.flatten(1, -2), bias, factor)
+        return total.view(rows.shape).movedim(-1, 1)
+    total = x + (hidden if bias is None else hidden + bias[:, None, None])
+    return total if factor == 1 else total * factor
