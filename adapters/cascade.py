@@ -26,7 +26,7 @@ from torch import Tensor
 from adapters.errors import UserError
 from adapters.images import CascadeImages, finish, joined
 from adapters.info import stage_folders
-from adapters.merge import MergedAdapters, StageAdapter
+from adapters.merging import MergedAdapters, StageAdapter
 from adapters.sampling import Sampling
 from unets.graphs import Replayed
 

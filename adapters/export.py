@@ -28,7 +28,7 @@ from adapters.info import (
 from adapters.kinds import ADAPTER_NAME, adapted_modules, diffusers_loads
 from adapters.licence import is_deepfloyd
 from adapters.low_rank import Approximation
-from adapters.merge import StageAdapter
+from adapters.merging import StageAdapter
 
 __all__ = ["AdapterInfo", "Exported", "export_adapter", "read_info"]
 

@@ -15,7 +15,7 @@ from adapters.files import replacing
 from adapters.images import CascadeImages
 from adapters.info import AdapterInfo, stage_folders
 from adapters.load import Precision, load_cascade
-from adapters.merge import StageAdapter
+from adapters.merging import StageAdapter
 from adapters.sampling import Sampling
 from adapters.sheet import contact_sheet
 

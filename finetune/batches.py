@@ -144,7 +144,7 @@ def prefetch(
     """The batches of some indices in turn, on the device, made and copied in the background."""
     copying = None
     if device.type == "cuda":
-        copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        copying = torch.cuda.Stream(device)
 
     def make(index: int) -> Batch:
         batch = batches(index)

@@ -109,7 +109,7 @@ class Trainee:
             self.tables,
             min_snr_gamma=self.training.min_snr_gamma,
         )
-        ((losses.total * batch.weight).sum() / self.training.accumulation).backward()  # type: ignore[no-untyped-call]
+        ((losses.total * batch.weight).sum() / self.training.accumulation).backward()
         self.weights.collect()
         return replace(losses, total=losses.total.detach())
 

@@ -22,7 +22,7 @@ from adapters.export import AdapterInfo, Exported, export_adapter, read_info
 from adapters.info import NOTICE
 from adapters.kinds import AdapterSpec, adapter_parameters, adapter_state, attach
 from adapters.licence import licence_files
-from adapters.merge import StageAdapter
+from adapters.merging import StageAdapter
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_kinds import load_unet, output, unet_inputs
 

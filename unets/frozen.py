@@ -94,7 +94,7 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         layer = ctx.layer
         return (
-            conv2d_input(  # type: ignore[no-untyped-call]
+            conv2d_input(
                 ctx.shape,
                 layer.weight,
                 gradient,
@@ -115,7 +115,7 @@ class FrozenLinear(nn.Linear):
         """[..., in] to [..., out]."""
         if torch.compiler.is_compiling():  # the compiler decides itself what to keep
             return super().forward(inputs)
-        result: Tensor = _Linear.apply(inputs, self)  # type: ignore[no-untyped-call]
+        result: Tensor = _Linear.apply(inputs, self)
         return result
 
 
@@ -133,7 +133,7 @@ class FrozenConv2d(nn.Conv2d):
     def _convolved(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._conv_forward(inputs, self.weight, bias)
-        result: Tensor = _Conv2d.apply(inputs, self, bias)  # type: ignore[no-untyped-call]
+        result: Tensor = _Conv2d.apply(inputs, self, bias)
         return result
 
 

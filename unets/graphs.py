@@ -54,7 +54,7 @@ class Replayed(Generic[Result]):
 
     def _aside(self, tensors: Mapping[str, Tensor]) -> Result:
         """Run as it is, on a stream of its own as PyTorch asks for before recording."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

@@ -5,7 +5,7 @@ copy of the model, and a device never holds more of the full-precision weights t
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -73,27 +73,8 @@ def load_unet(
     """
     config = UNet2DConditionModel.load_config(folder)
     unet = empty_unet(config, precision, device)
-    quantised = set(quantisable(unet)) if precision in FORMATS else set()
-    dtype = compute_dtype(precision, device)
+    place = _placement(unet, precision, device, device)
     names = set(unet.state_dict())
-    layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
-
-    def place(name: str, tensor: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = unet.get_submodule(path)
-        wanted = getattr(module, leaf).shape
-        if tensor.shape != wanted:
-            raise ValueError(
-                f"{name} has the shape {list(tensor.shape)}, not {list(wanted)} as config.json says"
-            )
-        tensor = tensor.to(device, dtype, copy=True)
-        if leaf == "weight" and path in quantised:
-            quantise(module, tensor, precision, dtype)
-            return
-        if tensor.dim() == 4:
-            tensor = tensor.contiguous(memory_format=layout)
-        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-
     found = set()
     for file in weight_files(folder, variant):
         with safe_open(file, "pt") as opened:
@@ -110,7 +91,52 @@ def load_unet(
     return unet
 
 
-def _read(file: Path, names: list[str], place: Any) -> None:
+def blank_unet(
+    config: dict[str, Any], precision: str, device: torch.device
+) -> UNet2DConditionModel:
+    """What :func:`load_unet` gives on a device, without values and on the meta device."""
+    unet = empty_unet(config, precision, device)
+    place = _placement(unet, precision, device, torch.device("meta"))
+    for name, weight in unet.state_dict().items():
+        place(name, weight)
+    return unet
+
+
+def _placement(
+    unet: UNet2DConditionModel, precision: str, device: torch.device, target: torch.device
+) -> Callable[[str, Tensor], None]:
+    """A function that puts a weight, by its name, where it is used on a device.
+
+    Args:
+        unet: of :func:`empty_unet`.
+        precision: that of it.
+        device: decides on the layout.
+        target: where the weights go: to the device, or the meta device in its stead.
+    """
+    quantised = set(quantisable(unet)) if precision in FORMATS else set()
+    dtype = compute_dtype(precision, device)
+    layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
+
+    def place(name: str, tensor: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = unet.get_submodule(path)
+        wanted = module.get_parameter(leaf).shape
+        if tensor.shape != wanted:
+            raise ValueError(
+                f"{name} has the shape {list(tensor.shape)}, not {list(wanted)} as config.json says"
+            )
+        tensor = tensor.to(target, dtype, copy=True)
+        if leaf == "weight" and path in quantised:
+            quantise(module, tensor, precision, dtype)
+            return
+        if tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=layout)
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+    return place
+
+
+def _read(file: Path, names: list[str], place: Callable[[str, Tensor], None]) -> None:
     with safe_open(file, "pt") as opened:
         for name in names:
             place(name, opened.get_tensor(name))

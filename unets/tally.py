@@ -1,0 +1,107 @@
+"""What a computation takes, found out without doing it: on tensors that have no values.
+
+On the meta device PyTorch computes shapes only, so the step of a model of any size is run through
+within seconds on any machine, and each of its operations tells what it allocates, computes and
+moves.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+META = torch.device("meta")
+
+ALLOCATION_BYTES = 512
+"""What PyTorch's CUDA allocator rounds sizes up to."""
+
+
+class Tally(TorchDispatchMode):
+    """Counts what is done within it: memory at its highest, floating-point operations, bytes.
+
+    Args:
+        resident: tensors that are there anyway, such as weights; they are not counted.
+    """
+
+    def __init__(self, resident: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        """The most that was allocated at once."""
+        self.flops = 0
+        """Floating-point operations of matrix products and convolutions."""
+        self.moved_bytes = 0
+        """What all operations together read and write."""
+        self._live_bytes = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in resident}
+        self._attention = _FlashAttention()
+
+    def __enter__(self) -> "Tally":
+        self._attention.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._attention.__exit__(*error)
+
+    def __torch_dispatch__(
+        self,
+        operation: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Compute shapes, and count."""
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        count = flop_registry.get(operation.overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        new = [self._allocate(tensor) for tensor in results]
+        if any(new) or not results:  # a view moves nothing
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.moved_bytes += sum(_bytes(tensor) for tensor in inputs + results)
+        return result
+
+    def _allocate(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return False
+        size = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
+        self._known.add(key)
+        self._live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        weakref.finalize(storage, self._free, key, size)
+        return True
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live_bytes -= size
+
+
+class _FlashAttention(TorchFunctionMode):
+    """On the meta device attention would be its formula, with all its weights in memory."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return function(*args, **(kwargs or {}))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
