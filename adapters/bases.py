@@ -1,7 +1,7 @@
 """Loading the stages of a cascade from folders or hub names, with diffusers' own pipelines."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,12 @@ from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPConfig
+from transformers import CLIPConfig, T5Config, T5EncoderModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapters.errors import UserError
-from unets.loading import hub_patterns, load_unet
+from unets.frozen import freeze
+from unets.loading import fill, hub_patterns, load_unet, placement
 
 PIPELINES: dict[int, type[DiffusionPipeline]] = {
     1: IFPipeline,
@@ -94,14 +96,36 @@ class Source:
     def unet(self, precision: str, device: torch.device) -> UNet2DConditionModel:
         """The stage's UNet, frozen, in a precision of :func:`unets.loading.empty_unet`."""
 
-        def load(name: str, revision: str | None) -> UNet2DConditionModel:
-            folder = Path(name)
-            if not folder.is_dir():
-                files = [f"unet/{pattern}" for pattern in hub_patterns(self.variant)]
-                folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
-            return load_unet(folder / "unet", precision, device, self.variant)
+        def load(folder: Path) -> UNet2DConditionModel:
+            return load_unet(folder, precision, device, self.variant)
 
-        return self._load(load)
+        return self._from_folder("unet", hub_patterns(self.variant), load)
+
+    def text_encoder(
+        self, precision: str, dtype: torch.dtype, device: torch.device
+    ) -> T5EncoderModel:
+        """The stage's text encoder, frozen; ``dtype`` is that of what is not quantised."""
+
+        def load(folder: Path) -> T5EncoderModel:
+            encoder = _empty_text_encoder(T5Config.from_pretrained(folder), dtype)
+            place = placement(encoder, precision, dtype, device)
+            tied = T5EncoderModel._tied_weights_keys
+            fill(encoder, folder, place, SAFE_WEIGHTS_NAME, self.variant, optional=tied)
+            encoder.tie_weights()
+            return encoder
+
+        patterns = hub_patterns(self.variant, SAFE_WEIGHTS_NAME)
+        return self._from_folder("text_encoder", patterns, load)
+
+    def blank_text_encoder(self, precision: str, dtype: torch.dtype) -> T5EncoderModel:
+        """What :meth:`text_encoder` gives, without values and on the meta device."""
+        config = self._load(T5Config.from_pretrained, subfolder="text_encoder")
+        encoder = _empty_text_encoder(config, dtype)
+        place = placement(encoder, precision, dtype, torch.device("meta"))
+        for name, weight in encoder.state_dict().items():
+            place(name, weight)
+        encoder.tie_weights()
+        return encoder
 
     @property
     def unet_config(self) -> dict[str, Any]:
@@ -139,6 +163,20 @@ class Source:
     def _weights(self) -> dict[str, Any]:
         return {"variant": self.variant, "use_safetensors": True}
 
+    def _from_folder(
+        self, part: str, patterns: Sequence[str], load: Callable[[Path], Loaded]
+    ) -> Loaded:
+        """What ``load`` makes of a component's folder; of the hub's, files of these patterns."""
+
+        def find(name: str, revision: str | None) -> Loaded:
+            folder = Path(name)
+            if not folder.is_dir():
+                files = [f"{part}/{pattern}" for pattern in patterns]
+                folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+            return load(folder / part)
+
+        return self._load(find)
+
     def _load(self, load: Callable[..., Loaded], **options: Any) -> Loaded:
         _ = self.index  # checks the model's class before anything else of it is read
         return self._read(load, **options)
@@ -153,3 +191,11 @@ class Source:
                 " revision and variant, and on the hub accept its licence and log in (hf auth"
                 f" login): {reason}"
             ) from error
+
+
+def _empty_text_encoder(config: T5Config, dtype: torch.dtype) -> T5EncoderModel:
+    """A frozen text encoder on the meta device."""
+    with torch.device("meta"):
+        encoder = T5EncoderModel(config).to(dtype).eval()
+    freeze(encoder)
+    return encoder

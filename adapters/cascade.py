@@ -117,7 +117,6 @@ class Cascade:
         seeds: Sequence[int],
         sampling: Sampling | None = None,
         low_res: Tensor | None = None,
-        batch_size: int = 8,
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
         progress: bool = True,
@@ -133,7 +132,6 @@ class Cascade:
             seeds: of each picture, N.
             sampling: steps and guidance; ``None``: the published pipelines' defaults.
             low_res: [N, 3, s, s] in [-1, 1]: upsample these; Stage I is not run.
-            batch_size: how many pictures to sample at a time.
             prompts: N; Stage III reads them, and the result names them.
             negative_prompt: of Stage III.
             progress: show progress bars.
@@ -151,8 +149,8 @@ class Cascade:
             if (value := vars(sampling)[name]) > limit:
                 raise UserError(f"{name} is {value}, but this cascade allows {limit}; lower it.")
         parts = []
-        for start in range(0, len(seeds), batch_size):
-            part = slice(start, start + batch_size)
+        for start in range(0, len(seeds), sampling.batch_size):
+            part = slice(start, start + sampling.batch_size)
             parts.append(
                 self._sample_batch(
                     prompt_embeds[part],

@@ -14,10 +14,11 @@ from adapters.errors import UserError, command_line
 from adapters.files import replacing
 from adapters.images import CascadeImages
 from adapters.info import AdapterInfo, stage_folders
-from adapters.load import Precision, load_cascade
+from adapters.load import load_cascade
 from adapters.merging import StageAdapter
 from adapters.sampling import Sampling
 from adapters.sheet import contact_sheet
+from unets.loading import Precision
 
 SHEET_COLUMNS = 6
 
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="the first picture's seed (0)")
     add("--images-per-prompt", type=int, default=1, help="pictures of each prompt (1)")
     add("--device", default="auto", help="such as cuda or cpu (auto: the GPU where there is one)")
-    add("--dtype", choices=get_args(Precision), default="auto", help="precision (auto)")
+    add("--dtype", choices=("auto", *get_args(Precision)), default="auto", help="precision (auto)")
     for name, field in Sampling.model_fields.items():
         kind, text = type(field.default), f"{field.description} ({field.default:g})"
         add(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=text)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -10,9 +10,10 @@ from diffusers import UNet2DConditionModel
 from adapters.bases import GUARDS, Source
 from adapters.cascade import Cascade
 from adapters.errors import UserError
-from unets.loading import compute_dtype
+from unets.loading import Precision, automatic_precision, compute_dtype
 
-Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
+Chosen: TypeAlias = Literal["auto"] | Precision
+"""The precision of a UNet, or what suits the device."""
 
 
 def load_cascade(
@@ -25,7 +26,7 @@ def load_cascade(
     revision: str | None = None,
     variant: str | None = None,
     device: str | torch.device = "auto",
-    dtype: Precision = "auto",
+    dtype: Chosen | Mapping[int, Chosen] = "auto",
     text_encoder: bool = True,
     unets: Mapping[int, UNet2DConditionModel] | None = None,
 ) -> Cascade:
@@ -41,9 +42,9 @@ def load_cascade(
         revision: the hub revision of Stage I and II.
         variant: the weights' variant of Stage I and II, such as ``fp16``.
         device: ``auto``: the GPU where there is one.
-        dtype: the precision of the UNets; ``auto``: bf16 on a GPU, fp32 elsewhere. The text
-            encoder of fp16 UNets is bf16, as T5-XXL overflows in fp16, and that of quantised ones
-            is not quantised.
+        dtype: the precision of the UNets, or of each stage's; ``auto``: bf16 on a GPU, fp32
+            elsewhere. The text encoder of fp16 UNets is bf16, as T5-XXL overflows in fp16, and
+            that of quantised ones is not quantised.
         text_encoder: whether to load the text encoder of Stage I (of Stage II where that is alone).
         unets: UNets to sample from instead of loading them, by stage; they keep their precision.
 
@@ -53,10 +54,6 @@ def load_cascade(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = _available(device)
-    if dtype == "auto":
-        dtype = "fp32" if device.type == "cpu" else "bf16"
-    unet_dtype = compute_dtype(dtype, device)
-    text_dtype = torch.bfloat16 if unet_dtype == torch.float16 else unet_dtype
     sources = {
         number: Source(str(name), number, revision, variant)
         for number, name in ((1, stage_1), (2, stage_2))
@@ -64,24 +61,28 @@ def load_cascade(
     }
     if not sources:
         raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
+    precisions = {number: _precision(dtype, number, device) for number in sources}
+    dtypes = {number: compute_dtype(name, device) for number, name in precisions.items()}
     unets = {
-        number: (unets or {}).get(number) or source.unet(dtype, device)
+        number: (unets or {}).get(number) or source.unet(precisions[number], device)
         for number, source in sources.items()
     }
     no_text = {"text_encoder": None, "tokenizer": None}
     stages = {
-        number: source.pipeline(unet_dtype, **no_text, unet=unets[number]).to(device)
+        number: source.pipeline(dtypes[number], **no_text, unet=unets[number]).to(device)
         for number, source in sources.items()
     }
     text = None
     if text_encoder:
         # it draws no pictures, so it has nothing to guard
         no_pictures = dict.fromkeys(("unet", *GUARDS)) | {"requires_safety_checker": False}
-        text = sources[min(sources)].pipeline(text_dtype, **no_pictures).to(device)
+        first = min(sources)
+        text_dtype = torch.bfloat16 if dtypes[first] == torch.float16 else dtypes[first]
+        text = sources[first].pipeline(text_dtype, **no_pictures).to(device)
     upscaler = None
     if stage_3 is not None:
         last = stages[max(stages)]
-        upscaler = Source(str(stage_3), 3).pipeline(unet_dtype).to(device)
+        upscaler = Source(str(stage_3), 3).pipeline(dtypes[max(stages)]).to(device)
         guards = {name: last.components[name] for name in GUARDS}
         upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
     names = {number: source.name for number, source in sources.items()}
@@ -89,6 +90,12 @@ def load_cascade(
     for folder in adapters:
         cascade.add_adapter(folder, scale)
     return cascade
+
+
+def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.device) -> Precision:
+    """The precision of a stage's UNet."""
+    own = dtype if isinstance(dtype, str) else dtype.get(stage, "auto")
+    return automatic_precision(device) if own == "auto" else own
 
 
 def _available(name: str | torch.device) -> torch.device:

@@ -28,6 +28,8 @@ class Sampling(BaseModel):
     """Classifier-free guidance of the x4 upscaler."""
     stage_3_noise_level: Annotated[int, Field(ge=0)] = 20
     """The x4 upscaler's noise level."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """How many pictures are sampled at a time; they do not depend on it, beyond rounding."""
 
     def arguments(self, stage: int) -> dict[str, Any]:
         """The settings of a stage by the names that its diffusers pipeline gives them."""

@@ -49,17 +49,16 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from benchmarks.machine import ROOT, machine
 from benchmarks.observed import LAUNCHED_AT, SYNCHRONIZE_EVERY
 from benchmarks.photos import save_photos
 
-ROOT = Path(__file__).parent.parent
 PROMPT = "a photo of a sks dog"
 RANK = 4
 LEARNING_RATE = 1e-4
@@ -69,7 +68,6 @@ WARM_UP_STEPS = 20
 UNETS = {1: "IF-I-XL", 2: "IF-II-L-sized"}
 """The published sizes that are made where ``--model`` lacks a stage."""
 
-PACKAGES = ("torch", "diffusers", "peft", "accelerate", "bitsandbytes", "transformers")
 OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory")
 
 
@@ -305,19 +303,6 @@ def _ratios(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{ours / peer:.2f}" if ours and peer else "-" for ours, peer in pairs]
 
 
-def machine(peer: Path) -> dict[str, str]:
-    """Where, with what and of what the measurements are."""
-    on_gpu = torch.cuda.is_available()
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
-        **{name: version(name) for name in PACKAGES},
-        "commit": commit or "unknown",
-        "peer sha256": hashlib.sha256(peer.read_bytes()).hexdigest()[:12],
-    }
-
-
 def prepare_model(folder: Path, stage: int) -> None:
     """Make a stage that is missing, and read its files once."""
     target = folder / f"stage_{stage}"
@@ -338,7 +323,8 @@ class Benchmark:
         self.out: Path = options.out.resolve()
         self.model: Path = options.model.resolve()
         self.prepare_model = functools.cache(functools.partial(prepare_model, self.model))
-        self.results: dict[str, Any] = {"machine": machine(options.peer), "scenarios": {}}
+        peer = {"peer sha256": hashlib.sha256(options.peer.read_bytes()).hexdigest()[:12]}
+        self.results: dict[str, Any] = {"machine": machine() | peer, "scenarios": {}}
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         if (saved := self.out / "results.json").exists():
             earlier = json.loads(saved.read_text())

@@ -19,7 +19,7 @@ from finetune.batches import MODEL, Batches, derived_seed, prefetch
 from finetune.checkpoints import save_checkpoint
 from finetune.data import Picture
 from finetune.optimizers import learning_rate_factor, set_learning_rate
-from finetune.recipe import Recipe, Training
+from finetune.recipe import Recipe
 from finetune.run import Folders, identity, noise_levels, resume
 from finetune.stages import STAGES, Stage
 from finetune.tracking import Meter, Tracker, forget_peak_memory
@@ -140,17 +140,11 @@ def check_finite(loss: float, step: int) -> None:
         )
 
 
-def precision_of(training: Training, device: torch.device) -> str:
-    """The precision of a stage's frozen UNet; never ``auto``."""
-    automatic = "fp32" if device.type == "cpu" else "bf16"
-    return automatic if training.precision == "auto" else training.precision
-
-
 def load_trainee(recipe: Recipe, stage: Stage, device: torch.device) -> Trainee:
     """Load a stage's UNet and schedulers and attach a fresh adapter."""
     training = recipe.training(stage)
     source = recipe.source(stage)
-    unet = source.unet(precision_of(training, device), device)
+    unet = source.unet(training.precision_on(device), device)
     schedulers = tuple(source.scheduler(name) for name in stage.schedulers)
     return Trainee.of(
         stage, training, unet, schedulers, seed=derived_seed(recipe.seed, stage.number)

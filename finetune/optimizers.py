@@ -24,6 +24,9 @@ Betas = tuple[float, float]
 ADAM_BETAS = (0.9, 0.999)
 LION_BETAS = (0.9, 0.99)
 
+EIGHT_BIT = 1 + 4 / 256
+"""Bytes of an 8-bit moment: bitsandbytes keeps one float32 scale for 256 values."""
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -33,6 +36,8 @@ class Algorithm:
     """Takes the parameter groups, ``weight_decay``, and ``betas`` where it has any."""
     betas: Betas | None
     """Its own betas, for recipes that give none; ``None``: it has no betas."""
+    state_bytes: float
+    """How many bytes of GPU memory it keeps for each value."""
     whole_tensors: bool = False
     """Whether it treats a matrix as more than its elements, so that it needs each by itself."""
     finds_scale: bool = False
@@ -50,19 +55,20 @@ def _paged(groups: Groups, **options: Any) -> torch.optim.Optimizer:
 
 OPTIMIZERS: Mapping[str, Algorithm] = MappingProxyType(
     {
-        "adamw_8bit": Algorithm(bnb.optim.AdamW8bit, ADAM_BETAS),
-        "paged_adamw_8bit": Algorithm(_paged, ADAM_BETAS),
-        "adamw": Algorithm(torch.optim.AdamW, ADAM_BETAS),
-        "lion_8bit": Algorithm(bnb.optim.Lion8bit, LION_BETAS),
+        "adamw_8bit": Algorithm(bnb.optim.AdamW8bit, ADAM_BETAS, 2 * EIGHT_BIT),
+        "paged_adamw_8bit": Algorithm(_paged, ADAM_BETAS, 0),
+        "adamw": Algorithm(torch.optim.AdamW, ADAM_BETAS, 8),
+        "lion_8bit": Algorithm(bnb.optim.Lion8bit, LION_BETAS, EIGHT_BIT),
         "adafactor": Algorithm(
             partial(Adafactor, beta1=None, scale_parameter=False, relative_step=False),
             betas=None,
+            state_bytes=0,
             whole_tensors=True,
         ),
         "prodigy": Algorithm(
-            partial(prodigyopt.Prodigy, safeguard_warmup=True), ADAM_BETAS, finds_scale=True
+            partial(prodigyopt.Prodigy, safeguard_warmup=True), ADAM_BETAS, 16, finds_scale=True
         ),
-        "schedule_free": Algorithm(schedulefree.AdamWScheduleFree, ADAM_BETAS),
+        "schedule_free": Algorithm(schedulefree.AdamWScheduleFree, ADAM_BETAS, 8),
     }
 )
 """Optimizers by name."""

@@ -27,9 +27,6 @@ from finetune.stages import STAGES
 from finetune.text import model_identity
 from finetune.tracking import free_memory
 
-BATCH_SIZE = 8
-"""How many pictures are sampled at once; they do not depend on it, beyond rounding."""
-
 ATTEMPTS = 10
 """How many seeds a picture gets before its prompt is given up."""
 
@@ -88,7 +85,7 @@ def sampled_folder(
         "prompts": prior.prompts,
         "count": prior.count,
         "seed": recipe.seed,
-        "sampling": prior.sampling.model_dump(),
+        "sampling": prior.sampling.model_dump(exclude={"batch_size"}),
     }
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = recipe.cache / "class_pictures" / key
@@ -126,12 +123,13 @@ def _sample_missing(
         revision=base.revision,
         variant=base.variant,
         device=device,
-        dtype=recipe.training(recipe.trained[-1]).precision,
+        dtype=recipe.precisions(device),
         text_encoder=False,
     )
     with tqdm(total=len(missing), desc="Sampling class pictures") as progress:
-        for start in range(0, len(missing), BATCH_SIZE):
-            batch = missing[start : start + BATCH_SIZE]
+        size = prior.sampling.batch_size
+        for start in range(0, len(missing), size):
+            batch = missing[start : start + size]
             for index, image in _sample(cascade, recipe, prior, embeds, batch).items():
                 with replacing(files[index]) as temporary:
                     image.save(temporary)

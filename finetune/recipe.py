@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
 import yaml
 from peft import LoraConfig
 from pydantic import (
@@ -31,6 +32,7 @@ from adapters.sampling import Sampling
 from finetune.optimizers import OPTIMIZERS, SCHEDULES, Algorithm
 from finetune.stages import STAGES, Stage
 from finetune.yaml12 import Dumper
+from unets.loading import Precision, automatic_precision
 
 LEAST_SCALE = 0.1
 """The least learning rate that makes sense where the optimizer finds its own step size."""
@@ -238,6 +240,10 @@ class Training(Section):
     keep_checkpoints: Positive = 2
     """How many of the newest checkpoints to keep."""
 
+    def precision_on(self, device: torch.device) -> Precision:
+        """The precision of the frozen UNet on a device."""
+        return automatic_precision(device) if self.precision == "auto" else self.precision
+
 
 class Validation(Section):
     """Pictures sampled while training, for TensorBoard."""
@@ -337,6 +343,11 @@ class Recipe(Section):
         name = {1: self.base.stage_1, 2: self.base.stage_2}[stage.number]
         assert name is not None
         return name
+
+    def precisions(self, device: torch.device) -> dict[int, Precision]:
+        """The precision of each stage's UNet on a device: an untrained stage's is another's."""
+        trained = {s.number: self.training(s).precision_on(device) for s in self.trained}
+        return {number: trained.get(number, next(iter(trained.values()))) for number in STAGES}
 
     def source(self, stage: Stage) -> Source:
         """Where the base model of a stage is."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import IFPipeline
@@ -15,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig, T5EncoderModel
 
+from adapters.bases import GUARDS
 from adapters.errors import UserError
 from adapters.files import replacing
 from finetune.data import Picture, has_captions, load_captions
 from finetune.recipe import Base, Data, Recipe
+from finetune.stages import STAGES
 from finetune.tracking import free_memory
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -33,17 +33,6 @@ DTYPES = {
     "nf4": torch.bfloat16,
 }
 """The precision of what is not quantised, and of the encodings."""
-
-QUANTIZATIONS: dict[str, dict[str, Any]] = {
-    "int8": {"load_in_8bit": True},
-    "nf4": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    },
-}
-"""The bitsandbytes settings of the quantised precisions."""
 
 WHOLE_BYTES = 2**28
 """Up to this size, a model's file is hashed whole; a larger one in blocks."""
@@ -104,6 +93,34 @@ def captions_of(recipe: Recipe, pictures: Iterable[Picture]) -> list[str]:
     if recipe.comparison:
         captions.update(recipe.comparison.prompts, recipe.comparison.other_prompts)
     return sorted(captions)
+
+
+class _Measuring:
+    """A tokenizer and text encoder that only notes how many tokens are asked for."""
+
+    dtype = torch.float32
+    tokens = 1
+
+    def __call__(self, text: object, max_length: int = 1, **_: object) -> "_Measuring":
+        self.tokens = max(self.tokens, max_length)
+        return self
+
+    @property
+    def input_ids(self) -> Tensor:
+        return torch.zeros(1, self.tokens)
+
+    attention_mask = input_ids
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.input_ids[..., None]
+
+
+def prompt_tokens() -> int:
+    """How many tokens IF's pipelines pad a prompt to, as their own code asks for."""
+    pipeline = IFPipeline(*[None] * 7, requires_safety_checker=False)
+    pipeline.tokenizer = pipeline.text_encoder = measuring = _Measuring()
+    pipeline.encode_prompt("", do_classifier_free_guidance=False, device=torch.device("cpu"))
+    return measuring.tokens
 
 
 class CaptionCache:
@@ -186,35 +203,10 @@ def text_pipeline(recipe: Recipe, precision: str, device: torch.device) -> Itera
 
     It draws no pictures, so the components that guard pictures are not loaded either.
     """
-    base = recipe.base
-    quantization = QUANTIZATIONS.get(precision)
-    try:
-        text_encoder = T5EncoderModel.from_pretrained(
-            base.stage_1,
-            subfolder="text_encoder",
-            revision=base.revision,
-            variant=base.variant,
-            dtype=DTYPES[precision],
-            quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
-            device_map={"": device},
-            use_safetensors=True,
-        )
-        pipeline = IFPipeline.from_pretrained(
-            base.stage_1,
-            text_encoder=text_encoder,
-            unet=None,
-            safety_checker=None,
-            feature_extractor=None,
-            watermarker=None,
-            requires_safety_checker=False,
-            revision=base.revision,
-            variant=base.variant,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"The text encoder of base.stage_1 {base.stage_1!r} cannot be loaded"
-            f" ({_first_line(error)}): give a model in diffusers' layout with safetensors weights."
-        ) from error
+    source = recipe.source(STAGES[1])
+    text_encoder = source.text_encoder(precision, DTYPES[precision], device)
+    no_pictures = dict.fromkeys(("unet", *GUARDS)) | {"requires_safety_checker": False}
+    pipeline = source.pipeline(DTYPES[precision], text_encoder=text_encoder, **no_pictures)
     try:
         yield pipeline
     finally:

@@ -113,7 +113,7 @@ def stage_1_samples(
         revision=recipe.base.revision,
         variant=recipe.base.variant,
         device=device,
-        dtype=recipe.training(recipe.trained[-1]).precision,
+        dtype=recipe.precisions(device),
         text_encoder=False,
     )
     prompts = recipe.validation.prompts

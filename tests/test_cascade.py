@@ -135,9 +135,10 @@ def test_the_text_path_is_the_pipelines(random_cascade: RandomCascade) -> None:
 def test_a_picture_does_not_depend_on_its_batch(cascade: Cascade) -> None:
     prompts = ["a cat", "a dog", "a cat on blue"]
     embeds, negative = cascade.encode(prompts), cascade.encode([""] * 3)
-    settings = {"sampling": FEW_STEPS, "progress": False, "prompts": prompts}
-    together = cascade.sample(embeds, negative, seeds=[3, 4, 5], **settings)
-    apart = cascade.sample(embeds, negative, seeds=[3, 4, 5], batch_size=2, **settings)
+    settings = {"seeds": [3, 4, 5], "progress": False, "prompts": prompts}
+    together = cascade.sample(embeds, negative, sampling=FEW_STEPS, **settings)
+    in_twos = FEW_STEPS.model_copy(update={"batch_size": 2})
+    apart = cascade.sample(embeds, negative, sampling=in_twos, **settings)
     assert apart.prompts == together.prompts
     assert apart.seeds == together.seeds == (3, 4, 5)
     torch.testing.assert_close(apart.low_res, together.low_res, rtol=0, atol=1e-3)

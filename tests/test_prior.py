@@ -137,7 +137,6 @@ def test_what_decides_on_them_is_in_their_key(
 def test_interrupted_sampling_goes_on_to_the_same_pictures(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prior, "BATCH_SIZE", 2)
     whole = made(make_recipe(cache_dir=str(tmp_path / "other")))
     sampled: list[int] = []
 
@@ -149,7 +148,7 @@ def test_interrupted_sampling_goes_on_to_the_same_pictures(
         return images
 
     original = prior._sample
-    recipe = make_recipe()
+    recipe = make_recipe(prior=PRIOR | {"sampling": SAMPLING | {"batch_size": 2}})
     with monkeypatch.context() as patch:
         patch.setattr(prior, "_sample", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -1,19 +1,19 @@
-"""Loading a UNet's weights straight to where they are used, quantised on the way.
+"""Loading a model's weights straight to where they are used, quantised on the way.
 
 Tensors are read one by one from memory-mapped safetensors files, so host memory holds no second
 copy of the model, and a device never holds more of the full-precision weights than a few layers.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -23,8 +23,14 @@ from unets.frozen import FORMATS, freeze, quantisable, quantise
 READERS = 4
 """How many threads read weights; each holds one tensor at a time."""
 
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+"""What a model's weights are kept in."""
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The precisions of weights that are not quantised."""
+
+Place: TypeAlias = Callable[[str, Tensor], None]
+"""Puts a weight, by its name, where it is used."""
 
 
 def empty_unet(
@@ -50,6 +56,11 @@ def empty_unet(
     return unet
 
 
+def automatic_precision(device: torch.device) -> Precision:
+    """What suits a device: fp32 on a CPU, where it is the faster one, and bf16 elsewhere."""
+    return "fp32" if device.type == "cpu" else "bf16"
+
+
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The precision that a UNet computes in; of quantised ones bf16, and fp32 on a CPU."""
     if precision in FORMATS:
@@ -73,21 +84,8 @@ def load_unet(
     """
     config = UNet2DConditionModel.load_config(folder)
     unet = empty_unet(config, precision, device)
-    place = _placement(unet, precision, device, device)
-    names = set(unet.state_dict())
-    found = set()
-    for file in weight_files(folder, variant):
-        with safe_open(file, "pt") as opened:
-            keys = set(opened.keys())
-        found |= keys & names
-        with ThreadPoolExecutor(READERS) as pool:
-            read = partial(_read, file, place=place)
-            list(pool.map(read, _shares(sorted(keys & names))))
-    if missing := sorted(names - found):
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of the weights that its config.json asks for, such as"
-            f" {missing[0]}"
-        )
+    place = placement(unet, precision, compute_dtype(precision, device), device)
+    fill(unet, folder, place, SAFETENSORS_WEIGHTS_NAME, variant)
     return unet
 
 
@@ -96,36 +94,43 @@ def blank_unet(
 ) -> UNet2DConditionModel:
     """What :func:`load_unet` gives on a device, without values and on the meta device."""
     unet = empty_unet(config, precision, device)
-    place = _placement(unet, precision, device, torch.device("meta"))
+    dtype = compute_dtype(precision, device)
+    place = placement(unet, precision, dtype, torch.device("meta"), like=device)
     for name, weight in unet.state_dict().items():
         place(name, weight)
     return unet
 
 
-def _placement(
-    unet: UNet2DConditionModel, precision: str, device: torch.device, target: torch.device
-) -> Callable[[str, Tensor], None]:
-    """A function that puts a weight, by its name, where it is used on a device.
+def placement(
+    model: nn.Module,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    like: torch.device | None = None,
+) -> Place:
+    """A function that puts a weight, by its name, into a model whose layers are frozen.
 
     Args:
-        unet: of :func:`empty_unet`.
-        precision: that of it.
-        device: decides on the layout.
-        target: where the weights go: to the device, or the meta device in its stead.
+        model: on the meta device.
+        precision: ``int8`` and ``nf4`` quantise what :func:`unets.frozen.quantisable` names.
+        dtype: of all other weights, and of what the model computes in.
+        device: where the weights go.
+        like: the device whose memory layout they have; ``None``: that device.
     """
-    quantised = set(quantisable(unet)) if precision in FORMATS else set()
-    dtype = compute_dtype(precision, device)
-    layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
+    quantised = set(quantisable(model)) if precision in FORMATS else set()
+    on_cpu = (like or device).type == "cpu"
+    layout = torch.contiguous_format if on_cpu else torch.channels_last
 
     def place(name: str, tensor: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
-        module = unet.get_submodule(path)
+        module = model.get_submodule(path)
         wanted = module.get_parameter(leaf).shape
         if tensor.shape != wanted:
             raise ValueError(
                 f"{name} has the shape {list(tensor.shape)}, not {list(wanted)} as config.json says"
             )
-        tensor = tensor.to(target, dtype, copy=True)
+        tensor = tensor.to(device, dtype, copy=True)
         if leaf == "weight" and path in quantised:
             quantise(module, tensor, precision, dtype)
             return
@@ -136,7 +141,43 @@ def _placement(
     return place
 
 
-def _read(file: Path, names: list[str], place: Callable[[str, Tensor], None]) -> None:
+def fill(
+    model: nn.Module,
+    folder: Path,
+    place: Place,
+    file_name: str,
+    variant: str | None = None,
+    *,
+    optional: Collection[str] = (),
+) -> None:
+    """Read a model's weights from a folder, several at a time.
+
+    Args:
+        model: says which weights there are.
+        folder: holds the safetensors files.
+        place: takes the weights.
+        file_name: of the single file, after which those of several are named.
+        variant: see :func:`weight_files`.
+        optional: names of weights that may be missing.
+
+    Raises:
+        OSError, ValueError: where files or weights are missing.
+    """
+    names, found = set(model.state_dict()), set()
+    for file in weight_files(folder, variant, file_name):
+        with safe_open(file, "pt") as opened:
+            here = sorted(names.intersection(opened.keys()))
+        found.update(here)
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(partial(_read, file, place=place), _shares(here)))
+    if missing := sorted(names - found - set(optional)):
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the weights that its config.json asks for, such as"
+            f" {missing[0]}"
+        )
+
+
+def _read(file: Path, names: list[str], place: Place) -> None:
     with safe_open(file, "pt") as opened:
         for name in names:
             place(name, opened.get_tensor(name))
@@ -146,23 +187,30 @@ def _shares(names: list[str]) -> Iterator[list[str]]:
     return (names[start::READERS] for start in range(READERS))
 
 
-def hub_patterns(variant: str | None) -> list[str]:
-    """The files of a hub repository's UNet folder that :func:`load_unet` reads."""
-    stem, end = SAFETENSORS_WEIGHTS_NAME.split(".")
+def hub_patterns(variant: str | None, file_name: str = SAFETENSORS_WEIGHTS_NAME) -> list[str]:
+    """The files of a hub repository's folder that hold a model's configuration and weights."""
+    stem, end = file_name.split(".")
     weights = f"{stem}*.{variant}*" if variant else f"{stem}.{end}"
-    shards = () if variant else (f"{stem}-*.{end}", SAFE_WEIGHTS_INDEX_NAME)
+    shards = () if variant else (f"{stem}-*.{end}", f"{file_name}.index.json")
     return ["config.json", weights, *shards]
 
 
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
+def weight_files(
+    folder: Path, variant: str | None, file_name: str = SAFETENSORS_WEIGHTS_NAME
+) -> list[Path]:
     """The safetensors files that hold a model's weights.
+
+    Args:
+        folder: where they are.
+        variant: what stands before the files' ending, such as ``fp16``; ``None``: nothing.
+        file_name: of a single file; an index beside several is named after it.
 
     Raises:
         OSError: where there are none, or one of several is missing.
     """
     mark = f".{variant}" if variant else ""
-    single = folder / SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", f"{mark}.safetensors")
-    index = folder / SAFE_WEIGHTS_INDEX_NAME.replace(".json", f"{mark}.json")
+    single = folder / file_name.replace(".safetensors", f"{mark}.safetensors")
+    index = folder / f"{file_name}.index{mark}.json"
     if single.is_file():
         return [single]
     if not index.is_file():

@@ -38,6 +38,8 @@ class Tally(TorchDispatchMode):
         """Floating-point operations of matrix products and convolutions."""
         self.moved_bytes = 0
         """What all operations together read and write."""
+        self.operations = 0
+        """How many operations do more than look at a tensor another way."""
         self._live_bytes = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in resident}
         self._attention = _FlashAttention()
@@ -69,6 +71,7 @@ class Tally(TorchDispatchMode):
         if any(new) or not results:  # a view moves nothing
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self.moved_bytes += sum(_bytes(tensor) for tensor in inputs + results)
+            self.operations += 1
         return result
 
     def _allocate(self, tensor: Tensor) -> bool:

@@ -1,0 +1,173 @@
+"""What training a stage takes of a GPU, found out on any machine, without weights.
+
+The stage's own step is run on tensors that have no values (:mod:`unets.tally`), so that what is
+counted is what will run.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune.optimizers import OPTIMIZERS
+from finetune.recipe import Recipe
+from finetune.stages import STAGES, Batch, Stage
+from finetune.trainee import Trainee
+from unets.loading import blank_unet
+from unets.tally import META, Tally
+
+GIB = 2**30
+
+WORKSPACE_BYTES = 0.25 * GIB
+"""What cuBLAS and cuDNN keep for themselves in PyTorch's memory."""
+
+FRAGMENTATION = 0.03
+"""The share of memory that lies idle between allocations."""
+
+OPERATIONS_A_BYTE = 200
+"""How many floating-point operations a GPU does while it moves a byte; data-centre and desktop
+cards of the last generations are alike in this (H100: 230, RTX 4090: 165)."""
+
+OPERATIONS_A_KERNEL = 1.5e9
+"""How many floating-point operations a GPU could do in the time that a tiny kernel takes."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What training takes: bytes by part, and the work of one batch."""
+
+    weights: int
+    """The frozen UNet."""
+    adapter: int
+    """The adapter's weights and gradient, and its average where one is kept."""
+    optimizer: int
+    """The optimizer's state."""
+    activations: int
+    """The most that a forward and backward pass holds at once; what a CUDA graph's pool keeps."""
+    flops: int
+    """Floating-point operations."""
+    work: float
+    """A measure of the time it takes, to compare settings by: floating-point operations, and those
+    that could be done while memory is moved and kernels are started."""
+
+    @property
+    def resident(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.adapter + self.optimizer
+
+    @property
+    def reserved(self) -> int:
+        """What PyTorch reserves in training."""
+        return reserved(self.resident + self.activations)
+
+
+def reserved(allocated: float) -> int:
+    """What PyTorch reserves of a GPU where so many bytes are allocated at once."""
+    return int(allocated * (1 + FRAGMENTATION) + WORKSPACE_BYTES)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A stage of a recipe on tensors without values."""
+
+    trainee: Trainee
+    optimizer: str
+    """The name of the recipe's optimizer."""
+    text_tokens: int
+    """T, how many tokens a prompt is padded to."""
+    low_res_px: int | None
+    """The picture size of the stage below; ``None`` in Stage I."""
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, stage: Stage, device: torch.device, text_tokens: int
+    ) -> "Rehearsal":
+        """Set a stage up as it would be on a device, which need not be there.
+
+        Raises:
+            UserError: where the base's configuration is not there, or a target matches nothing.
+        """
+        training, source = recipe.training(stage), recipe.source(stage)
+        name = training.optimizer.name
+        # its state is counted by the algorithm's own figure, and not all can be made without a GPU
+        plain = training.optimizer.model_copy(update={"name": "adamw_8bit"})
+        trainee = Trainee.of(
+            stage,
+            training.model_copy(update={"optimizer": plain}),
+            blank_unet(source.unet_config, training.precision_on(device), device),
+            tuple(source.scheduler(name) for name in stage.schedulers),
+            seed=0,
+        )
+        below = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
+        return cls(trainee, name, text_tokens, below)
+
+    def batch(self, batch_size: int) -> Batch:
+        """A batch of the stage's shapes."""
+        config, dtype = self.trainee.unet.config, self.trainee.unet.dtype
+        pixels = torch.empty(batch_size, 3, config.sample_size, config.sample_size, device=META)
+        text_size = (batch_size, self.text_tokens, config.encoder_hid_dim)
+        integers = torch.empty(batch_size, dtype=torch.int64, device=META)
+        low_res = {}
+        if self.low_res_px is not None:
+            size = (batch_size, 3, self.low_res_px, self.low_res_px)
+            low_res = {
+                "low_res": torch.empty(size, device=META),
+                "low_res_noise": torch.empty_like(pixels),
+                "noise_level": torch.empty_like(integers),
+            }
+        return Batch(
+            pixels=pixels,
+            prompt_embeds=torch.empty(text_size, dtype=dtype, device=META),
+            weight=torch.empty(batch_size, device=META),
+            noise=torch.empty_like(pixels),
+            timesteps=integers,
+            **low_res,
+        )
+
+    def footprint(self) -> Footprint:
+        """What a training step takes."""
+        batch = self.batch(self.trainee.training.batch_size)
+        with Tally(self._resident(batch)) as tally:
+            self.trainee.accumulate(batch)
+        values = self.trainee.weights.values.numel()
+        return Footprint(
+            weights=total_bytes(self._weights()),
+            adapter=total_bytes(self._adapter()),
+            optimizer=int(values * OPTIMIZERS[self.optimizer].state_bytes),
+            activations=tally.peak_bytes,
+            flops=tally.flops,
+            work=tally.flops
+            + OPERATIONS_A_BYTE * tally.moved_bytes
+            + OPERATIONS_A_KERNEL * tally.operations,
+        )
+
+    def sampling_bytes(self, pictures: int) -> int:
+        """The most that sampling pictures at once holds, each with its unguided twin."""
+        batch, trainee = self.batch(2 * pictures), self.trainee
+        noisy = torch.empty_like(batch.pixels)
+        inputs = trainee.stage.unet_inputs(batch, noisy, trainee.schedulers, trainee.unet.dtype)
+        resident = [*self._resident(batch), *inputs.values()]
+        with trainee.final_weights() as unet, torch.no_grad(), Tally(resident) as tally:
+            unet(**inputs)
+        return tally.peak_bytes
+
+    def _weights(self) -> list[Tensor]:
+        adapter = set(self.trainee.weights.parameters)
+        state = self.trainee.unet.state_dict()
+        return [tensor for name, tensor in state.items() if name not in adapter]
+
+    def _adapter(self) -> list[Tensor]:
+        flat = self.trainee.weights
+        vectors = [flat.values, flat.gradient, flat.working, flat.working_gradient]
+        if self.trainee.average is not None:
+            vectors.append(self.trainee.average)
+        return list({id(vector): vector for vector in vectors}.values())
+
+    def _resident(self, batch: Batch) -> list[Tensor]:
+        return [*self._weights(), *self._adapter(), *batch.tensors().values()]
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes of tensors together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,140 @@
+"""What a run will take of a GPU, and the fastest settings that fit one: before it starts.
+
+python -m finetune.plan RECIPE [key=value …] [--vram 8GB]
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+from adapters.errors import UserError, command_line
+from finetune.footprint import GIB
+from finetune.loading import load_recipe
+from finetune.planning import DRIVER_BYTES, Plan, fit, plan
+from finetune.recipe import Recipe
+
+
+def budget_of(vram: str) -> float:
+    """What PyTorch may reserve of a card, in bytes.
+
+    Args:
+        vram: the card's memory, such as ``8GB`` (of 2^30 bytes, as cards are sold).
+
+    Raises:
+        UserError: where it is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", vram.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) * GIB <= DRIVER_BYTES:
+        raise UserError(f"--vram must be the memory of a card, such as 8GB (got {vram!r}).")
+    return float(match[1]) * GIB - DRIVER_BYTES
+
+
+Row = tuple[str, ...]
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """Rows as text, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan, as a person reads it."""
+    return "\n".join([*_table([*_parts(plan), *_arithmetic(plan)]), "", *_phases(plan)])
+
+
+def _parts(plan: Plan) -> Iterator[Row]:
+    """Memory in training by part and stage."""
+    where = "CPU" if plan.device.type == "cpu" else "GPU"
+    yield (f"{where} memory in training, GiB", *(stage.name for stage in plan.footprints))
+    parts = plan.footprints.values()
+    yield ("frozen weights", *(_gib(part.weights) for part in parts))
+    yield ("adapter and its gradient", *(_gib(part.adapter) for part in parts))
+    yield ("optimizer's state", *(_gib(part.optimizer) for part in parts))
+    yield ("activations, kept by the CUDA graph", *(_gib(part.activations) for part in parts))
+    rest = [part.reserved - part.resident - part.activations for part in parts]
+    yield ("workspaces and fragmentation", *(_gib(size) for size in rest))
+    yield ("in all", *(_gib(part.reserved) for part in parts))
+
+
+def _arithmetic(plan: Plan) -> Iterator[Row]:
+    """The arithmetic of the steps."""
+    own = [plan.recipe.training(stage) for stage in plan.footprints]
+    flops = [
+        part.flops * training.accumulation
+        for part, training in zip(plan.footprints.values(), own, strict=True)
+    ]
+    yield ("base", *(training.precision_on(plan.device) for training in own))
+    yield ("pictures a step", *(f"{each.batch_size * each.accumulation:,}" for each in own))
+    yield ("TFLOP a step", *(f"{each / 1e12:.3g}" for each in flops))
+    yield ("steps", *(f"{training.steps:,}" for training in own))
+    totals = [each * training.steps for each, training in zip(flops, own, strict=True)]
+    yield ("TFLOP in all", *(f"{total / 1e12:,.0f}" for total in totals))
+
+
+def _phases(plan: Plan) -> list[str]:
+    """What the run takes, phase by phase."""
+    rows = [("phase of the run", "GiB"), *((p.name, _gib(p.bytes)) for p in plan.phases)]
+    peak = plan.peak
+    return [*_table(rows), "", f"At most {_gib(peak.bytes)} GiB, in {peak.name}."]
+
+
+def fit_text(recipe: Recipe, vram: str) -> str:
+    """What fits a card, for people."""
+    budget = budget_of(vram)
+    found = fit(recipe, budget)
+    lines = [f"On a card of {vram}, {_gib(budget)} GiB beside the driver's own:", ""]
+    for stage, choices in found.choices.items():
+        fastest = min((each.accumulation * taken.work for each, taken in choices), default=1)
+        rows = [(stage.name, "base", "checkpointing", "batch", "accumulation", "GiB", "time")]
+        rows += [
+            (
+                "",
+                each.precision,
+                "yes" if each.gradient_checkpointing else "no",
+                str(each.batch_size),
+                str(each.accumulation),
+                _gib(footprint.reserved),
+                f"{each.accumulation * footprint.work / fastest:.2f}x",
+            )
+            for each, footprint in choices
+        ]
+        lines += [*_table(rows), ""] if choices else [f"{stage.name}: nothing fits.", ""]
+    if found.recipe is None:
+        return "\n".join([*lines, "No settings of this recipe fit: take a smaller base.", ""])
+    overrides = " ".join(found.overrides) or "(none: the recipe fits as it is)"
+    return "\n".join(
+        [*lines, "The fastest, as overrides:", overrides, "", plan_text(plan(found.recipe)), ""]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="finetune.plan", description="What a recipe will take of a GPU; none is needed here."
+    )
+    parser.add_argument("recipe", help="a YAML file, such as recipes/dreambooth_6gb.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. stage_1.batch_size=2"
+    )
+    parser.add_argument("--vram", help="find the fastest settings that fit a card, such as 8GB")
+    options = parser.parse_intermixed_args(arguments)
+    with command_line():
+        recipe = load_recipe(options.recipe, options.overrides)
+        text = fit_text(recipe, options.vram) if options.vram else f"{plan_text(plan(recipe))}\n"
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
