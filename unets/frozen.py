@@ -66,14 +66,18 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 
 
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, layer: nn.Linear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(inputs, layer.weight, layer.bias)
+    """Of a Linear, or of a convolution of 1 x 1 on rows of channels."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.weight, None
+    def forward(
+        ctx: Any, inputs: Tensor, layer: nn.Linear | nn.Conv2d, bias: Tensor | None
+    ) -> Tensor:
+        ctx.layer = layer
+        return F.linear(inputs, layer.weight.flatten(1), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.layer.weight.flatten(1), None, None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -115,7 +119,7 @@ class FrozenLinear(nn.Linear):
         """[..., in] to [..., out]."""
         if torch.compiler.is_compiling():  # the compiler decides itself what to keep
             return super().forward(inputs)
-        result: Tensor = _Linear.apply(inputs, self)
+        result: Tensor = _Linear.apply(inputs, self, self.bias)
         return result
 
 
@@ -133,8 +137,18 @@ class FrozenConv2d(nn.Conv2d):
     def _convolved(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._conv_forward(inputs, self.weight, bias)
-        result: Tensor = _Conv2d.apply(inputs, self, bias)
+        result: Tensor
+        if self.weights_alone and inputs.is_contiguous(memory_format=torch.channels_last):
+            result = _Linear.apply(inputs.movedim(1, -1), self, bias).movedim(-1, 1)
+        else:
+            result = _Conv2d.apply(inputs, self, bias)
         return result
+
+    @property
+    def weights_alone(self) -> bool:
+        """Whether it is a matrix product of each pixel's channels, and nothing else."""
+        size = (self.kernel_size, self.stride, self.padding, self.groups)
+        return size == ((1, 1), (1, 1), (0, 0), 1)
 
 
 class Quantised(nn.Module):
