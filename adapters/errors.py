@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """A mistake that the user can mend, in one sentence: what, where, expected, found, what to do.
@@ -16,6 +18,7 @@ class UserError(Exception):
 def command_line() -> Iterator[None]:
     """Run a command: our own progress bars only, and mistakes as sentences on standard error."""
     import datasets
+    import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -25,8 +28,13 @@ def command_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        tqdm.write(f"error: {error}", file=sys.stderr)  # not into an open progress bar
+        raise SystemExit(2) from None
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        advice = "take fewer pictures at a time, or a precision of nf4"
+        tqdm.write(f"error: {reason}: {advice}.", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        tqdm.write("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -125,9 +125,9 @@ class Rehearsal:
             **low_res,
         )
 
-    def footprint(self) -> Footprint:
-        """What a training step takes."""
-        batch = self.batch(self.trainee.training.batch_size)
+    def footprint(self, batch_size: int | None = None) -> Footprint:
+        """What a training step takes, with the recipe's batch size or another."""
+        batch = self.batch(batch_size or self.trainee.training.batch_size)
         with Tally(self._resident(batch)) as tally:
             self.trainee.accumulate(batch)
         values = self.trainee.weights.values.numel()

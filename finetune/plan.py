@@ -96,19 +96,18 @@ def fit_text(recipe: Recipe, vram: str) -> str:
     found = fit(recipe, budget)
     lines = [f"On a card of {vram}, {_gib(budget)} GiB beside the driver's own:", ""]
     for stage, choices in found.choices.items():
-        fastest = min((each.accumulation * taken.work for each, taken in choices), default=1)
         rows = [(stage.name, "base", "checkpointing", "batch", "accumulation", "GiB", "time")]
         rows += [
             (
                 "",
-                each.precision,
-                "yes" if each.gradient_checkpointing else "no",
-                str(each.batch_size),
-                str(each.accumulation),
-                _gib(footprint.reserved),
-                f"{each.accumulation * footprint.work / fastest:.2f}x",
+                choice.settings.precision,
+                "yes" if choice.settings.gradient_checkpointing else "no",
+                str(choice.settings.batch_size),
+                str(choice.settings.accumulation),
+                _gib(choice.footprint.reserved),
+                f"{choice.work / choices[0].work:.2f}x",
             )
-            for each, footprint in choices
+            for choice in choices
         ]
         lines += [*_table(rows), ""] if choices else [f"{stage.name}: nothing fits.", ""]
     if found.recipe is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from adapters.errors import UserError
 from finetune.footprint import GIB, Footprint, Rehearsal, reserved, total_bytes
 from finetune.recipe import Recipe
 from finetune.stages import STAGES, Stage
@@ -107,8 +108,18 @@ class Settings:
     accumulation: int
 
 
-Choice = tuple[Settings, Footprint]
-"""Settings, and what they take."""
+@dataclass(frozen=True)
+class Choice:
+    """Settings, and what they take."""
+
+    settings: Settings
+    rehearsal: Rehearsal
+    footprint: Footprint
+
+    @property
+    def work(self) -> float:
+        """A measure of the time of an optimizer step."""
+        return self.settings.accumulation * self.footprint.work
 
 
 def fitting_settings(recipe: Recipe, stage: Stage, budget: float, text_tokens: int) -> list[Choice]:
@@ -131,15 +142,16 @@ def fitting_settings(recipe: Recipe, stage: Stage, budget: float, text_tokens: i
     found = []
     choices = [(precision, again) for precision in BASES for again in (False, True)]
     for precision, again in tqdm(choices, f"Settings of {stage.name}", leave=False, delay=2):
+        fields = {"precision": precision, "gradient_checkpointing": again}
+        tried = recipe.model_copy(update={stage.name: own.model_copy(update=fields)})
+        rehearsal = Rehearsal.of(tried, stage, GPU, text_tokens)
         for size in sizes:
-            settings = Settings(precision, again, size, pictures // size)
-            changed = own.model_copy(update=asdict(settings))
-            tried = recipe.model_copy(update={stage.name: changed})
-            footprint = Rehearsal.of(tried, stage, GPU, text_tokens).footprint()
+            footprint = rehearsal.footprint(size)
             if footprint.reserved <= budget:
-                found.append((settings, footprint))
+                settings = Settings(precision, again, size, pictures // size)
+                found.append(Choice(settings, rehearsal, footprint))
                 break
-    return sorted(found, key=lambda pair: pair[0].accumulation * pair[1].work)
+    return sorted(found, key=lambda choice: choice.work)
 
 
 @dataclass(frozen=True)
@@ -158,25 +170,59 @@ def fit(recipe: Recipe, budget: float, text_tokens: int | None = None) -> Fit:
     """The fastest settings of a recipe, in all its phases, that fit a budget in bytes."""
     tokens = text_tokens or prompt_tokens()
     choices = {s: fitting_settings(recipe, s, budget, tokens) for s in recipe.trained}
-    changed = recipe
-    for stage, found in choices.items():
-        if not found:
-            return Fit(choices, None, ())
-        own, fields = recipe.training(stage), asdict(found[0][0])
+    text = _fitting_text(recipe, budget)
+    if not all(choices.values()):
+        return Fit(choices, None, ())
+    for rank in range(max(map(len, choices.values()))):  # the fastest of all stages, then the next
+        chosen = {stage: found[min(rank, len(found) - 1)] for stage, found in choices.items()}
+        for at_once in SAMPLED_AT_ONCE:
+            changed = _sampling(_changed(text, chosen), at_once)
+            rehearsals = {stage: choice.rehearsal for stage, choice in chosen.items()}
+            footprints = {stage: choice.footprint for stage, choice in chosen.items()}
+            phases = _run(changed, GPU, rehearsals, footprints)
+            if max(phase.bytes for phase in phases) <= budget:
+                return Fit(choices, changed, tuple(_differences(recipe, changed)))
+    return Fit(choices, None, ())
+
+
+def _changed(recipe: Recipe, chosen: Mapping[Stage, Choice]) -> Recipe:
+    """A recipe with the settings of its stages; what comes to the same is left as it is."""
+    changes = {}
+    for stage, choice in chosen.items():
+        own, fields = recipe.training(stage), asdict(choice.settings)
         if own.precision_on(GPU) == fields["precision"]:
             del fields["precision"]
-        changed = changed.model_copy(update={stage.name: own.model_copy(update=fields)})
-    if changed.text.device == "auto" and _text_encoder_bytes(changed, GPU) > budget:
-        small = changed.text.model_copy(update={"precision": BASES[-1]})
-        changed = changed.model_copy(update={"text": small})
-        if _text_encoder_bytes(changed, GPU) > budget:
-            there = recipe.text.model_copy(update={"device": "cpu"})
-            changed = changed.model_copy(update={"text": there})
-    for at_once in SAMPLED_AT_ONCE:
-        sampled = _sampling(changed, at_once)
-        if plan(sampled, GPU, tokens).peak.bytes <= budget:
-            return Fit(choices, sampled, tuple(_differences(recipe, sampled)))
-    return Fit(choices, None, ())
+        changes[stage.name] = own.model_copy(update=fields)
+    return recipe.model_copy(update=changes)
+
+
+def _fitting_text(recipe: Recipe, budget: float) -> Recipe:
+    """A recipe whose text encoder fits: as it is, in NF4, or else on the CPU."""
+    if recipe.text.device == "cpu":
+        return recipe
+    for changes in ({}, {"precision": BASES[-1]}):
+        changed = recipe.model_copy(update={"text": recipe.text.model_copy(update=changes)})
+        if _text_encoder_bytes(changed, GPU) <= budget:
+            return changed
+    return recipe.model_copy(update={"text": recipe.text.model_copy(update={"device": "cpu"})})
+
+
+def out_of_memory(recipe: Recipe, device: torch.device) -> UserError:
+    """What running out of a GPU's memory ends in: one sentence, with overrides that would fit."""
+    free, _ = torch.cuda.mem_get_info(device)
+    available = free + torch.cuda.memory_reserved(device)
+    taken = plan(recipe, device).peak
+    # a plan that fits by calculation was no good: the next smaller one is wanted
+    found = fit(recipe, min(available, 0.97 * taken.bytes))
+    advice = (
+        f"give the overrides {' '.join(found.overrides)}"
+        if found.recipe
+        else ("no settings of this recipe fit, so take a smaller base")
+    )
+    return UserError(
+        f"The GPU ran out of memory: PyTorch can have {available / GIB:.1f} GiB of it, and the"
+        f" recipe takes about {taken.bytes / GIB:.1f} GiB in {taken.name}; {advice}."
+    )
 
 
 def _sampling(recipe: Recipe, at_once: int) -> Recipe:

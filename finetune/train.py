@@ -7,20 +7,27 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from tqdm import tqdm
 
 from adapters.errors import command_line
 from adapters.files import write_text
 from finetune.data import load_pictures
 from finetune.loading import load_recipe
 from finetune.loop import Material, train_stage
+from finetune.plan import plan_text
+from finetune.planning import out_of_memory, plan
 from finetune.prior import class_pictures
 from finetune.recipe import Recipe
 from finetune.run import Folders, check_recipe, finished
+from finetune.stages import Stage
 from finetune.text import captions_of, embed_captions
+from unets.loading import compute_dtype
+from unets.norms import compile_ahead
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,17 +62,39 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return
     check_recipe(recipe)
+    first = pending[0]
+    precision = recipe.training(first).precision_on(accelerator.device)
+    compile_ahead(
+        accelerator.device,
+        compute_dtype(precision, accelerator.device),
+        recipe.source(first).unet_config["act_fn"],
+    )
     if accelerator.is_main_process:
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
-    with accelerator.main_process_first():
-        material = gather(recipe, accelerator)
-    for stage in pending:
-        train_stage(recipe, stage, material, accelerator)
+    try:
+        run(recipe, pending, accelerator)
+    except torch.OutOfMemoryError:
+        raise out_of_memory(recipe, accelerator.device) from None
     if accelerator.is_main_process:
         accelerator.print(
             f"Adapters:    {folders.adapters}\n"
             f"TensorBoard: tensorboard --logdir {folders.run / 'logs'}"
         )
+
+
+def run(recipe: Recipe, pending: Sequence[Stage], accelerator: Accelerator) -> None:
+    """Say what the run will take, gather its material, and teach the stages."""
+    device = accelerator.device
+    with ThreadPoolExecutor(1) as beside:
+        planned = []
+        if accelerator.is_main_process:
+            planned.append(beside.submit(lambda: tqdm.write(plan_text(plan(recipe, device)))))
+        with accelerator.main_process_first():
+            material = gather(recipe, accelerator)
+        for plans in planned:
+            plans.result()
+    for stage in pending:
+        train_stage(recipe, stage, material, accelerator)
 
 
 def gather(recipe: Recipe, accelerator: Accelerator) -> Material:

@@ -70,6 +70,23 @@ def test_every_optimizer_descends_and_continues_from_its_state(name: str, tmp_pa
         assert torch.equal(values[key], tensor)
 
 
+@pytest.mark.parametrize("name", ON_CPU)
+def test_the_state_takes_what_its_row_says(name: str) -> None:
+    values = {"slow": nn.Parameter(torch.randn(256, 256))}
+    optimizer = build(name, values)
+    values["slow"].square().mean().backward()
+    optimizer.step()
+    tensors = {
+        tensor.data_ptr(): tensor
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    taken = sum(tensor.nbytes for tensor in tensors.values()) / values["slow"].numel()
+    tables = 2 * 4 * 256 / values["slow"].numel() if "8bit" in name else 0  # their 256 levels
+    assert OPTIMIZERS[name].state_bytes == pytest.approx(taken - tables, abs=0.05)
+
+
 @pytest.mark.parametrize("name", [n for n in ON_CPU if OPTIMIZERS[n].betas is not None])
 def test_betas_are_the_optimizers_own_unless_given(name: str) -> None:
     def betas(**options: Any) -> tuple[float, float]:

@@ -286,7 +286,7 @@ def norm_act_rows(
         rows,
         channels,
         blocks,
-        activation,
+        "identity",
         GRADIENT=False,
         STEPS=steps,
         ROWS=ROWS,

@@ -8,6 +8,7 @@ operators do it, in the order in which diffusers applies them.
 """
 
 import importlib.util
+from threading import Thread
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,31 @@ ACTIVATIONS = {"identity": lambda x: x, "gelu": F.gelu, "silu": F.silu}
 """The activations that the fused operator knows."""
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def compile_ahead(device: torch.device, dtype: torch.dtype, activation: str) -> None:
+    """Compile the operators for a GPU in the background, while a model is being loaded to it.
+
+    Args:
+        device: where they will run; on a CPU there is nothing to compile.
+        dtype: of the pictures.
+        activation: the blocks' own.
+    """
+    if HAS_TRITON and device.type == "cuda":
+        for name, scaled in ((activation, False), (activation, True), ("identity", False)):
+            Thread(target=_try_out, args=(device, dtype, name, scaled), daemon=True).start()
+
+
+def _try_out(device: torch.device, dtype: torch.dtype, activation: str, scaled: bool) -> None:
+    channels = 64
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+        x = torch.zeros(1, channels, 4, 4, device=device, dtype=dtype, requires_grad=True)
+        vector = torch.zeros(channels, device=device, dtype=dtype)
+        norm = nn.GroupNorm(1, channels, device=device, dtype=dtype).requires_grad_(False)
+        scale, shift = torch.zeros(1, 2 * channels, device=device, dtype=dtype).chunk(2, dim=1)
+        settings = {"scale": scale, "shift": shift, "offset": vector} if scaled else {}
+        result = norm_act(x, norm, activation, **settings)
+        add(x, result, vector, 1.0).sum().backward()
 
 
 def _fused(x: Tensor) -> bool:

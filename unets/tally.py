@@ -101,7 +101,7 @@ class _FlashAttention(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and args[0].device == META:
             return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
         return function(*args, **(kwargs or {}))
 
