@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from adapters.errors import UserError
+from adapters.hub import adapter_path
 from adapters.images import CascadeImages, finish, joined
 from adapters.info import stage_folders
 from adapters.merging import MergedAdapters, StageAdapter
@@ -232,7 +233,8 @@ class Cascade:
 
         Args:
             folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these,
-                or the file or folder of another tool. The latter goes to the stage whose UNet it
+                the file or folder of another tool, or any of them by its name on the hub, see
+                :func:`adapters.hub.adapter_path`. Another tool's goes to the stage whose UNet it
                 fits by names and shapes, and is not held against any base.
             scale: how much of it: each weight W becomes W + scale * (W merged - W). Adapters that
                 are added one after the other add up.
@@ -241,7 +243,7 @@ class Cascade:
             UserError: where the folder has no adapter for a stage of this cascade, or one that was
                 trained on another base. Nothing is merged then.
         """
-        adapters = [StageAdapter.load(place) for place in stage_folders(Path(folder))]
+        adapters = [StageAdapter.load(place) for place in stage_folders(adapter_path(folder))]
         configs = {number: pipe.unet.config for number, pipe in self.stages.items()}
         staged = [(adapter.stage_among(configs), adapter) for adapter in adapters]
         fitting = [(stage, adapter) for stage, adapter in staged if stage in self.stages]

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from adapters.errors import UserError, command_line
 from adapters.files import replacing
+from adapters.hub import adapter_path
 from adapters.images import CascadeImages
 from adapters.info import AdapterInfo, stage_folders
 from adapters.load import Precision, load_cascade
@@ -39,7 +40,12 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", required=True, help="what to draw; may be repeated")
     add("--negative-prompt", help="what to lead away from")
     add("--out", type=Path, required=True, help="the folder for the pictures")
-    add("--adapter", action="append", default=[], help="an exported folder; may be repeated")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        help="an exported folder, or owner/name[@revision]; may be repeated",
+    )
     add("--scale", type=float, default=1.0, help="how much of the adapters (1)")
     add("--stage-1", help="Stage I, folder or hub name (the adapter's own base)")
     add("--stage-2", help="Stage II (the adapter's own base; otherwise none)")
@@ -59,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 def generate(options: argparse.Namespace) -> Path:
     """Sample and write; returns the folder."""
     settings = sampling(options)
-    own = {info.stage: info for folder in options.adapter for info in infos(Path(folder))}
+    own = {info.stage: info for folder in options.adapter for info in infos(folder)}
     bases = {stage: info.base_model for stage, info in own.items()}
     revisions = (info.base_revision for info in own.values())
     cascade = load_cascade(
@@ -83,9 +89,9 @@ def generate(options: argparse.Namespace) -> Path:
     return write(images, options.out)
 
 
-def infos(folder: Path) -> list[AdapterInfo]:
+def infos(folder: str | Path) -> list[AdapterInfo]:
     """What the adapters in a folder say of themselves; those of other tools say nothing."""
-    loaded = (StageAdapter.load(place) for place in stage_folders(folder))
+    loaded = (StageAdapter.load(place) for place in stage_folders(adapter_path(folder)))
     return [adapter.info for adapter in loaded if adapter.info is not None]
 
 

@@ -18,6 +18,9 @@ from adapters.kinds import AdapterSpec
 PEFT_WEIGHTS = "adapter_model.safetensors"
 """The file of an exported stage that PEFT and our own loader read."""
 
+STAGE_FOLDERS = ("stage_1", "stage_2")
+"""The folders of an export, one a stage."""
+
 HEADER_KEY = "if_adapter"
 """The entry of the safetensors header that holds an :class:`AdapterInfo` as JSON."""
 
@@ -155,7 +158,7 @@ def stage_folders(folder: Path) -> list[Path]:
     Raises:
         UserError: where it is neither.
     """
-    inside = [folder / name for name in ("stage_1", "stage_2") if (folder / name).is_dir()]
+    inside = [folder / name for name in STAGE_FOLDERS if (folder / name).is_dir()]
     if inside:
         return inside
     if weights_file(folder) is not None:
@@ -164,6 +167,21 @@ def stage_folders(folder: Path) -> list[Path]:
         f"{folder} has no exported adapter (no stage_1, stage_2 or .safetensors file in it); name"
         " the adapters folder of a finished run, or another tool's adapter."
     )
+
+
+def export_stages(folder: Path) -> list[Path]:
+    """The stage folders of an exported folder, which holds one or both.
+
+    Raises:
+        UserError: where it is something else, such as one of its stage folders.
+    """
+    places = stage_folders(folder)
+    if places == [folder]:
+        raise UserError(
+            f"{folder} is a single adapter, and no exported folder with"
+            f" {' or '.join(STAGE_FOLDERS)} in it; name the adapters folder of a finished run."
+        )
+    return places
 
 
 def weights_file(path: Path) -> Path | None:

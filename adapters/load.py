@@ -36,7 +36,8 @@ def load_cascade(
         stage_2: Stage II.
         stage_3: the x4 upscaler. It is guarded by the modules of the stage before it, as the
             published cascade's is.
-        adapters: exported folders to merge, see :meth:`Cascade.add_adapter`.
+        adapters: exported folders or hub names (``owner/name@revision``) to merge, see
+            :meth:`Cascade.add_adapter`.
         scale: of these adapters.
         revision: the hub revision of Stage I and II.
         variant: the weights' variant of Stage I and II, such as ``fp16``.
