@@ -17,7 +17,7 @@ from PIL import Image
 
 from adapters.bases import PIPELINES
 from adapters.errors import command_line
-from adapters.files import replacing, write_text
+from adapters.files import write_png, write_text
 from adapters.hub import is_hub_name
 from adapters.info import AdapterInfo, export_stages, read_info
 from adapters.kinds import diffusers_loads
@@ -172,8 +172,7 @@ def save_samples(folder: Path, pictures: Mapping[str, Image.Image]) -> dict[str,
     samples = {}
     for index, (prompt, picture) in enumerate(pictures.items()):
         name = f"{SAMPLES}/{index:02d}.png"
-        with replacing(folder / name) as temporary:
-            picture.save(temporary, format="PNG")
+        write_png(folder / name, picture)
         samples[name] = prompt
     return samples
 

@@ -71,6 +71,16 @@ def export_adapter(
             notice are filled in.
         as_lora_rank: the rank of the LoRA that stands in for a kind that diffusers cannot load;
             ``None``: the adapter's own.
+
+    Example:
+        >>> base, spec = "models/if-tiny/stage_1", AdapterSpec(kind="loha", rank=2)
+        >>> unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+        >>> parameters = attach(unet, spec)  # and train them
+        >>> info = AdapterInfo(
+        ...     base_model=base, stage=1, spec=spec, step=100, recipe="", version="0.1.0"
+        ... )
+        >>> export_adapter(unet, "my_adapters", info)
+        Exported(folder=PosixPath('my_adapters/stage_1'), tensors=...
     """
     info = completed(info, unet)
     config = peft_config_of(unet, info)

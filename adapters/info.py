@@ -102,7 +102,7 @@ class AdapterInfo(BaseModel):
     """Prompts that show what it has learned."""
     step: int
     """Optimizer steps it was trained for."""
-    recipe: str
+    recipe: str = Field(repr=False)
     """The resolved recipe of the run, YAML."""
     version: str
     """The version of this toolkit."""
@@ -112,7 +112,7 @@ class AdapterInfo(BaseModel):
     """The attribution notice that its base's licence asks for."""
     approximation_error: float | None = None
     """The relative Frobenius error, where this approximates another adapter or a model."""
-    base_signature: BaseSignature | None = None
+    base_signature: BaseSignature | None = Field(default=None, repr=False)
     """Which weights its base has; filled in at export."""
 
 
@@ -124,6 +124,11 @@ def read_info(folder: str | Path) -> AdapterInfo:
 
     Raises:
         UserError: where there is no adapter of this toolkit's making.
+
+    Example:
+        >>> read_info("runs/quickstart/adapters/stage_1")
+        AdapterInfo(base_model='models/if-tiny/stage_1', base_revision=None, stage=1,
+        spec=AdapterSpec(kind='lora', rank=4, alpha=None, dropout=0.0, targets='attention'), ...)
     """
     path = Path(folder) / PEFT_WEIGHTS
     try:

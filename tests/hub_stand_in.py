@@ -163,9 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         wanted = json.loads(self.body)
         repo = f"{wanted['organization']}/{wanted['name']}"
         if wanted["organization"] != self.user:
-            raise RefusedError(
-                403, "You don't have the rights to create a model under this namespace"
-            )
+            raise RefusedError(403, "You may not create a model under this namespace")
         there = {"url": f"{ENDPOINT}/{repo}", "name": repo}
         if repo in self.server.repositories:
             raise RefusedError(409, "You already created this model repo", more=there)
