@@ -22,10 +22,6 @@ class Approximation:
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Squared Frobenius norms by module: of what was lost, and of the update."""
 
-    def __repr__(self) -> str:
-        size = f"{len(self.squares)} modules, rank {self.rank}"
-        return f"Approximation({size}, relative Frobenius error {self.error:.2g})"
-
     def add_product(self, module: str, b: Tensor, a: Tensor) -> None:
         """Approximate B A, B [out, r] and A [r, in, ...], without forming it: by QR, then SVD."""
         q_b, r_b = torch.linalg.qr(b.double())
@@ -54,7 +50,7 @@ class Approximation:
     @property
     def error(self) -> float:
         """The relative Frobenius error of all modules together, 0 to 1."""
-        lost, whole = (sum(pair[i] for pair in self.squares.values()) for i in (0, 1))
+        lost, whole = (sum(column) for column in zip(*self.squares.values(), strict=True))
         return _relative(lost, whole)
 
     @property
