@@ -9,7 +9,25 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 )
 
 from adapters.cascade import Cascade
-from adapters.images import CascadeImages
+from adapters.errors import UserError
+from adapters.export import Exported, export_adapter
+from adapters.images import CascadeImages, Sample
+from adapters.info import AdapterInfo, read_info
+from adapters.kinds import AdapterSpec, attach
 from adapters.load import load_cascade
+from adapters.sampling import Sampling
 
-__all__ = ["Cascade", "CascadeImages", "load_cascade"]
+__all__ = [
+    "load_cascade",
+    "Cascade",
+    "Sampling",
+    "CascadeImages",
+    "Sample",
+    "AdapterSpec",
+    "attach",
+    "AdapterInfo",
+    "export_adapter",
+    "Exported",
+    "read_info",
+    "UserError",
+]

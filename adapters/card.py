@@ -1,22 +1,43 @@
-"""The model card of an exported folder: what it is, how to load it, what it draws, its licence."""
+"""The model card of an exported folder: what it is, how to load it, what it draws, its licence.
 
+Export writes it; ``python -m adapters.card FOLDER`` writes it anew.
+"""
+
+import argparse
+import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import ModelCardData
 from huggingface_hub.constants import ENDPOINT
 from PIL import Image
 
 from adapters.bases import PIPELINES
-from adapters.files import replacing, write_text
-from adapters.info import AdapterInfo
+from adapters.errors import command_line
+from adapters.files import write_png, write_text
+from adapters.hub import is_hub_name
+from adapters.info import AdapterInfo, export_stages, read_info
 from adapters.kinds import diffusers_loads
-from adapters.licence import copy_licences
+from adapters.licence import copy_licences, handed_on
 
+CARD = "README.md"
 SAMPLES = "samples"
+
+SAMPLE_LINE = re.compile(rf"^!\[(.+)\]\(({SAMPLES}/\d+\.png)\)", re.MULTILINE)
+"""A prompt and its picture, as the card shows them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a folder's card and its base's licence files anew; its sample pictures stay."""
+    parser = argparse.ArgumentParser(prog="adapters.card", description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="an exported folder")
+    folder: Path = parser.parse_args(arguments).folder
+    with command_line():
+        infos = [read_info(stage) for stage in export_stages(folder)]
+        sys.stdout.write(f"{write_card(folder, infos, samples_of(folder))}\n")
 
 
 def write_card(
@@ -36,10 +57,11 @@ def write_card(
     """
     folder = Path(folder)
     samples = save_samples(folder, sample_pictures or {})
-    copied = (copy_licences(i.base_model, i.base_revision, folder, i.stage) for i in infos)
-    licences = [[path.name for path in paths] for paths in copied]
+    for info in infos:
+        copy_licences(info.base_model, info.base_revision, folder, info.stage)
+    licences = [[path.name for path in handed_on(folder, info.stage)] for info in infos]
     parts = [
-        f"---\n{yaml.safe_dump(front_matter(infos), sort_keys=False)}---",
+        f"---\n{front_matter(infos, licences, samples)}\n---",
         f"# {' and '.join(f'Stage {info.stage}' for info in infos)} adapter for DeepFloyd IF",
         table(infos),
         "## Use",
@@ -47,28 +69,45 @@ def write_card(
         *(with_diffusers(info) for info in infos),
         "## Prompts",
         "\n".join(f"- `{prompt}`" for prompt in prompts(infos)),
-        *samples,
+        "## Samples" if samples else "",
+        "\n\n".join(f"![{prompt}]({name}) {prompt}" for name, prompt in samples.items()),
         "## Licence",
         licence(infos, licences),
     ]
-    card = folder / "README.md"
+    card = folder / CARD
     write_text(card, "\n\n".join(part for part in parts if part) + "\n")
     return card
 
 
-def front_matter(infos: Sequence[AdapterInfo]) -> dict[str, Any]:
-    """The card's metadata, in the Hugging Face hub's terms."""
-    hub_names = list(
-        dict.fromkeys(info.base_model for info in infos if not Path(info.base_model).exists())
-    )
+def front_matter(
+    infos: Sequence[AdapterInfo],
+    licences: Sequence[Sequence[str]] = (),
+    samples: Mapping[str, str] | None = None,
+) -> ModelCardData:
+    """The card's metadata, in the Hugging Face hub's terms.
+
+    Args:
+        infos: what the adapters say of themselves.
+        licences: the licence files of each.
+        samples: the prompts of sample pictures, by file.
+    """
+    bases = list(dict.fromkeys(i.base_model for i in infos if is_hub_name(i.base_model)))
     deepfloyd = any(info.licence_notice for info in infos)
-    matter: dict[str, Any] = {"base_model": hub_names} if hub_names else {}
-    return matter | {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "license": "deepfloyd-if-license" if deepfloyd else "other",
-        "tags": ["deepfloyd-if", "text-to-image", "peft", *sorted({i.spec.kind for i in infos})],
-    }
+    links = [name for names in licences for name in names] + [base_page(base) for base in bases]
+    link = None if deepfloyd else next(iter(links), None)
+    return ModelCardData(
+        license="deepfloyd-if-license" if deepfloyd else "other",  # the hub's name for it
+        license_name="license-of-the-base-model" if link else None,
+        license_link=link,
+        base_model=bases or None,
+        base_model_relation="adapter" if bases else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["deepfloyd-if", "text-to-image", "peft", *sorted({i.spec.kind for i in infos})],
+        instance_prompt=next(iter(prompts(infos)), None),
+        widget=[{"text": text, "output": {"url": url}} for url, text in (samples or {}).items()]
+        or None,
+    )
 
 
 def table(infos: Sequence[AdapterInfo]) -> str:
@@ -98,7 +137,8 @@ def ours(infos: Sequence[AdapterInfo]) -> str:
     names = ", ".join(f'stage_{info.stage}="{info.base_model}"' for info in infos)
     prompt = next(iter(prompts(infos)), "")
     return (
-        "With this toolkit, from the folder of this file (any kind, all stages, merged):\n\n"
+        "With this toolkit, from the folder of this file or by its name on the hub, `owner/name`"
+        " (any kind, all stages, merged):\n\n"
         "```python\nfrom adapters import load_cascade\n\n"
         f'cascade = load_cascade({names}, adapters=["."])\n'
         f'pictures = cascade("{prompt}", seed=0).final\n```'
@@ -126,16 +166,28 @@ def with_diffusers(info: AdapterInfo) -> str:
     )
 
 
-def save_samples(folder: Path, pictures: Mapping[str, Image.Image]) -> list[str]:
-    """Write the sample pictures anew, and return the card's section on them."""
+def save_samples(folder: Path, pictures: Mapping[str, Image.Image]) -> dict[str, str]:
+    """Write the sample pictures anew; returns their prompts by file."""
     shutil.rmtree(folder / SAMPLES, ignore_errors=True)
-    lines = []
+    samples = {}
     for index, (prompt, picture) in enumerate(pictures.items()):
         name = f"{SAMPLES}/{index:02d}.png"
-        with replacing(folder / name) as temporary:
-            picture.save(temporary, format="PNG")
-        lines.append(f"![{prompt}]({name}) {prompt}")
-    return ["## Samples", "\n\n".join(lines)] if lines else []
+        write_png(folder / name, picture)
+        samples[name] = prompt
+    return samples
+
+
+def samples_of(folder: Path) -> dict[str, Image.Image]:
+    """The sample pictures that a folder's card shows, by prompt; none without a card."""
+    card = folder / CARD
+    samples = shown(card.read_text(encoding="utf-8")) if card.is_file() else {}
+    present = {prompt: folder / name for name, prompt in samples.items()}
+    return {prompt: Image.open(path).copy() for prompt, path in present.items() if path.is_file()}
+
+
+def shown(card: str) -> dict[str, str]:
+    """The prompts of the sample pictures in a card's text, by file."""
+    return {name: prompt for prompt, name in SAMPLE_LINE.findall(card)}
 
 
 def licence(infos: Sequence[AdapterInfo], files: Sequence[Sequence[str]]) -> str:
@@ -143,13 +195,22 @@ def licence(infos: Sequence[AdapterInfo], files: Sequence[Sequence[str]]) -> str
     notices = dict.fromkeys(info.licence_notice for info in infos if info.licence_notice)
     lines = [
         f"The licence of its base model applies to the Stage {info.stage} adapter: "
-        + (", ".join(f"[{name}]({name})" for name in names) or base_page(info.base_model))
+        + (", ".join(f"[{name}]({name})" for name in names) or linked_base(info.base_model))
         for info, names in zip(infos, files, strict=True)
     ]
     return "\n\n".join([*notices, *lines])
 
 
+def linked_base(base_model: str) -> str:
+    """A base, and where it is to be found: its licence is there when its files are not at hand."""
+    hub = is_hub_name(base_model)
+    return f"[{base_model}]({base_page(base_model)})" if hub else f"`{base_model}`"
+
+
 def base_page(base_model: str) -> str:
-    """Where a base's licence is to be found when its files are not at hand."""
-    hub = not Path(base_model).exists()
-    return f"[{base_model}]({ENDPOINT}/{base_model})" if hub else f"`{base_model}`"
+    """The page of a base on the hub."""
+    return f"{ENDPOINT}/{base_model}"
+
+
+if __name__ == "__main__":
+    main()

@@ -24,9 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 from adapters.errors import UserError
+from adapters.hub import adapter_path
 from adapters.images import CascadeImages, finish, joined
 from adapters.info import stage_folders
 from adapters.merging import MergedAdapters, StageAdapter
+from adapters.overview import as_html, as_text, overview
 from adapters.sampling import Sampling
 from unets.graphs import Replayed
 
@@ -44,7 +46,7 @@ class Cascade:
     text: IFPipeline | None
     """The tokenizer and text encoder; ``None``: embeddings must be given."""
     base_names: Mapping[int, str]
-    """The bases' names, for messages."""
+    """The models' names, by stage, for people."""
     merged: dict[int, MergedAdapters] = field(init=False)
     recorded: dict[int, Replayed[Tensor]] = field(init=False)
     """The UNets' forward passes: on a GPU one CUDA graph for each size of batch."""
@@ -55,6 +57,19 @@ class Cascade:
             for number, pipe in self.stages.items()
         }
         self.merged = {number: MergedAdapters(pipe.unet) for number, pipe in self.stages.items()}
+
+    def __repr__(self) -> str:
+        return as_text(self._overview())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._overview())
+
+    def _overview(self) -> list[Sequence[str]]:
+        return overview(self._pipelines(), self.text, self.base_names, self.merged)
+
+    def _pipelines(self) -> dict[int, DiffusionPipeline]:
+        """The pipelines of all stages, by number."""
+        return dict(self.stages) | ({} if self.upscaler is None else {3: self.upscaler})
 
     def __call__(
         self,
@@ -80,6 +95,13 @@ class Cascade:
 
         Raises:
             UserError: where there is nothing to draw, and as :meth:`sample`.
+
+        Example:
+            >>> few = Sampling(stage_1_steps=4, stage_2_steps=2)
+            >>> images = cascade("a car on a pink background", images_per_prompt=2, sampling=few)
+            >>> images
+            CascadeImages(2 pictures, 32 → 128 px, of 'a car on a pink background')
+            >>> images.final[0].save("car.png")
         """
         distinct = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in distinct for _ in range(images_per_prompt)]
@@ -167,8 +189,10 @@ class Cascade:
 
     def _limits(self) -> dict[str, int]:
         """The largest values of sampling settings, from the schedulers of the stages."""
-        pipes = dict(self.stages) | ({} if self.upscaler is None else {3: self.upscaler})
-        limits = {f"stage_{n}_steps": _timesteps(pipe.scheduler) for n, pipe in pipes.items()}
+        limits = {
+            f"stage_{number}_steps": _timesteps(pipe.scheduler)
+            for number, pipe in self._pipelines().items()
+        }
         if 2 in self.stages:
             limits["noise_level"] = _timesteps(self.stages[2].image_noising_scheduler) - 1
         if self.upscaler is not None:
@@ -230,7 +254,8 @@ class Cascade:
 
         Args:
             folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these,
-                or the file or folder of another tool. The latter goes to the stage whose UNet it
+                the file or folder of another tool, or any of them by its name on the hub, see
+                :func:`adapters.hub.adapter_path`. Another tool's goes to the stage whose UNet it
                 fits by names and shapes, and is not held against any base.
             scale: how much of it: each weight W becomes W + scale * (W merged - W). Adapters that
                 are added one after the other add up.
@@ -238,8 +263,15 @@ class Cascade:
         Raises:
             UserError: where the folder has no adapter for a stage of this cascade, or one that was
                 trained on another base. Nothing is merged then.
+
+        Example:
+            >>> before = cascade.stages[1].unet.conv_in.weight.clone()
+            >>> cascade.add_adapter("runs/quickstart/adapters", 0.8)
+            >>> cascade.remove_adapters()
+            >>> torch.equal(cascade.stages[1].unet.conv_in.weight, before)
+            True
         """
-        adapters = [StageAdapter.load(place) for place in stage_folders(Path(folder))]
+        adapters = [StageAdapter.load(place) for place in stage_folders(adapter_path(folder))]
         configs = {number: pipe.unet.config for number, pipe in self.stages.items()}
         staged = [(adapter.stage_among(configs), adapter) for adapter in adapters]
         fitting = [(stage, adapter) for stage, adapter in staged if stage in self.stages]

@@ -43,6 +43,10 @@ class Exported:
     approximation: Approximation | None
     """What plain diffusers pipelines load in its stead; ``None``: they load it itself."""
 
+    def __repr__(self) -> str:
+        less = "" if self.approximation is None else f", for diffusers {self.approximation.message}"
+        return f"Exported({str(self.folder)!r}, {self.tensors} tensors{less})"
+
     @property
     def message(self) -> str:
         """Where it is and what loads it, for people."""
@@ -71,6 +75,16 @@ def export_adapter(
             notice are filled in.
         as_lora_rank: the rank of the LoRA that stands in for a kind that diffusers cannot load;
             ``None``: the adapter's own.
+
+    Example:
+        >>> base, spec = "models/if-tiny/stage_1", AdapterSpec(kind="dora", rank=2)
+        >>> unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+        >>> parameters = attach(unet, spec)  # and train them
+        >>> info = AdapterInfo(
+        ...     base_model=base, stage=1, spec=spec, step=100, recipe="", version="0.1.0"
+        ... )
+        >>> export_adapter(unet, "my_adapters", info)
+        Exported('my_adapters/stage_1', 198 tensors)
     """
     info = completed(info, unet)
     config = peft_config_of(unet, info)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image, PngImagePlugin
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -26,3 +28,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_png(path: Path, picture: Image.Image, text: PngImagePlugin.PngInfo | None = None) -> None:
+    """Write a PNG whole, with texts that it carries."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=text)

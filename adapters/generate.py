@@ -1,34 +1,28 @@
 """Pictures from the shell: ``python -m adapters.generate --adapter A --prompt P --out DIR``."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from PIL import Image, PngImagePlugin
 from pydantic import ValidationError
 
 from adapters.errors import UserError, command_line
-from adapters.files import replacing
-from adapters.images import CascadeImages
+from adapters.hub import adapter_path
 from adapters.info import AdapterInfo, stage_folders
 from adapters.load import load_cascade
 from adapters.merging import StageAdapter
 from adapters.sampling import Sampling
-from adapters.sheet import contact_sheet
 from unets.loading import Precision
-
-SHEET_COLUMNS = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Sample prompts and write every stage's pictures and a contact sheet."""
     options = parser().parse_args(arguments)
     with command_line():
-        out = generate(options)
-    sys.stdout.write(f"{out / 'contact_sheet.png'}\n")
+        sheet = generate(options)
+    sys.stdout.write(f"{sheet}\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +34,12 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", required=True, help="what to draw; may be repeated")
     add("--negative-prompt", help="what to lead away from")
     add("--out", type=Path, required=True, help="the folder for the pictures")
-    add("--adapter", action="append", default=[], help="an exported folder; may be repeated")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        help="an exported folder, or owner/name[@revision]; may be repeated",
+    )
     add("--scale", type=float, default=1.0, help="how much of the adapters (1)")
     add("--stage-1", help="Stage I, folder or hub name (the adapter's own base)")
     add("--stage-2", help="Stage II (the adapter's own base; otherwise none)")
@@ -58,9 +57,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def generate(options: argparse.Namespace) -> Path:
-    """Sample and write; returns the folder."""
+    """Sample and write; returns the path of the contact sheet."""
     settings = sampling(options)
-    own = {info.stage: info for folder in options.adapter for info in infos(Path(folder))}
+    own = {info.stage: info for folder in options.adapter for info in infos(folder)}
     bases = {stage: info.base_model for stage, info in own.items()}
     revisions = (info.base_revision for info in own.values())
     cascade = load_cascade(
@@ -81,12 +80,12 @@ def generate(options: argparse.Namespace) -> Path:
         images_per_prompt=options.images_per_prompt,
         sampling=settings,
     )
-    return write(images, options.out)
+    return images.save(options.out)
 
 
-def infos(folder: Path) -> list[AdapterInfo]:
+def infos(folder: str | Path) -> list[AdapterInfo]:
     """What the adapters in a folder say of themselves; those of other tools say nothing."""
-    loaded = (StageAdapter.load(place) for place in stage_folders(folder))
+    loaded = (StageAdapter.load(place) for place in stage_folders(adapter_path(folder)))
     return [adapter.info for adapter in loaded if adapter.info is not None]
 
 
@@ -102,36 +101,6 @@ def sampling(options: argparse.Namespace) -> Sampling:
         mistake = error.errors()[0]
         flag = "--" + str(mistake["loc"][0]).replace("_", "-")
         raise UserError(f"{flag}: {mistake['msg']} (got {mistake['input']}).") from None
-
-
-def write(images: CascadeImages, out: Path) -> Path:
-    """Write each picture of each stage as ``000-a-prompt-seed0-stage_1.png``, and a contact sheet.
-
-    PNGs carry prompt and seed as text.
-    """
-    stages = {"stage_1": images.stage_1, "stage_2": images.stage_2, "stage_3": images.stage_3}
-    titles = []
-    for index, (prompt, seed) in enumerate(zip(images.prompts, images.seeds, strict=True)):
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        text = PngImagePlugin.PngInfo()
-        text.add_itxt("prompt", prompt)
-        text.add_text("seed", str(seed))
-        for stage, pictures in stages.items():
-            if pictures:
-                name = f"{index:03d}-{words}-seed{seed}-{stage}.png"
-                save(pictures[index], out / name, text)
-        titles.append(f"{prompt} (seed {seed})")
-    starts = range(0, len(titles), SHEET_COLUMNS)
-    rows = [images.final[start : start + SHEET_COLUMNS] for start in starts]
-    captions = [titles[start : start + SHEET_COLUMNS] for start in starts]
-    save(contact_sheet(rows, captions=captions), out / "contact_sheet.png")
-    return out
-
-
-def save(picture: Image.Image, path: Path, text: PngImagePlugin.PngInfo | None = None) -> None:
-    """Write a PNG whole."""
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=text)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,86 @@
 Shapes: N pictures, S a stage's picture size, s that of Stage I. Pixels are in [-1, 1].
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import base64
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, overload
 
 import torch
 from diffusers import IFPipeline, IFSuperResolutionPipeline
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+from adapters.files import write_png
+from adapters.sheet import CELL_PX, contact_sheet
+
+SHEET = "contact_sheet.png"
+SHEET_COLUMNS = 6
+
+SHEET_PX = 1200
+"""How wide few large pictures may make a contact sheet."""
+
+SHOWN_INLINE = 24
+"""How many pictures a notebook shows of a result."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was drawn from one seed: a picture of each stage that was run. Notebooks show it."""
+
+    pictures: Mapping[int, Image.Image]
+    """By stage."""
+    prompt: str
+    """Empty where only an embedding was given."""
+    seed: int
+    flagged: bool
+    """Whether a safety checker has blackened it, in any stage."""
+
+    @property
+    def final(self) -> Image.Image:
+        """The picture of the last stage that was run."""
+        return self.pictures[max(self.pictures)]
+
+    @property
+    def title(self) -> str:
+        """Prompt and seed, for people."""
+        return f"{self.prompt} (seed {self.seed})" if self.prompt else f"seed {self.seed}"
+
+    def __repr__(self) -> str:
+        sizes = " → ".join(str(picture.width) for picture in self.pictures.values())
+        flagged = ", flagged" * self.flagged
+        return f"Sample({shorten(self.prompt, 60)!r}, seed {self.seed}, {sizes} px{flagged})"
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.final)
 
 
 @dataclass(frozen=True)
 class CascadeImages:
-    """The pictures of N samples; a stage that was not run has none."""
+    """The pictures of N samples; a stage that was not run has none.
+
+    They are a sequence of :class:`Sample`. A notebook shows them as a contact sheet, and they can
+    be pickled.
+
+    Example:
+        >>> prompts = ["a cat face on a red background", "a frog face on a blue background"]
+        >>> images = cascade(prompts, sampling=Sampling(stage_1_steps=4, stage_2_steps=2))
+        >>> images
+        CascadeImages(2 pictures, 32 → 128 px, of 'a cat face on a red background', 'a frog face...
+        >>> images[1]
+        Sample('a frog face on a blue background', seed 1, 32 → 128 px)
+        >>> images[1].final.size
+        (128, 128)
+        >>> [sample.seed for sample in images]
+        [0, 1]
+        >>> images.save("pictures")
+        PosixPath('pictures/contact_sheet.png')
+    """
 
     stage_1: tuple[Image.Image, ...]
     stage_2: tuple[Image.Image, ...]
@@ -24,7 +91,7 @@ class CascadeImages:
     """The prompt of each picture; empty where only embeddings were given."""
     seeds: tuple[int, ...]
     """The seed of each picture."""
-    low_res: Tensor
+    low_res: Tensor = field(compare=False)
     """[N, 3, s, s] float32 on the CPU in [-1, 1]: Stage I's pictures before quantisation."""
     flagged: tuple[bool, ...]
     """Whether a safety checker has blackened the picture, in any stage."""
@@ -33,6 +100,91 @@ class CascadeImages:
     def final(self) -> tuple[Image.Image, ...]:
         """The pictures of the last stage that was run."""
         return self.stage_3 or self.stage_2 or self.stage_1
+
+    @property
+    def stages(self) -> dict[int, tuple[Image.Image, ...]]:
+        """The pictures of the stages that were run, by number."""
+        every = {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}
+        return {number: pictures for number, pictures in every.items() if pictures}
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "CascadeImages": ...
+
+    def __getitem__(self, index: int | slice) -> "Sample | CascadeImages":
+        if isinstance(index, slice):
+            return CascadeImages(**{name: values[index] for name, values in vars(self).items()})
+        return Sample(
+            pictures={number: pictures[index] for number, pictures in self.stages.items()},
+            prompt=self.prompts[index] if self.prompts else "",
+            seed=self.seeds[index],
+            flagged=self.flagged[index],
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        sizes = " → ".join(str(pictures[0].width) for pictures in self.stages.values())
+        prompts = ", ".join(repr(shorten(text, 40)) for text in dict.fromkeys(self.prompts))
+        said = [
+            f"{len(self)} picture{'s' * (len(self) != 1)}",
+            f"{sizes} px" * bool(sizes),
+            f"{sum(self.flagged)} flagged" * any(self.flagged),
+            f"of {shorten(prompts, 120)}" * bool(prompts),
+        ]
+        return f"CascadeImages({', '.join(filter(None, said))})"
+
+    def _repr_html_(self) -> str:
+        """The contact sheet, inline; of many pictures the first."""
+        shown = self[:SHOWN_INLINE]
+        if not shown:
+            return html.escape(repr(self))
+        sheet = shown.sheet()
+        data = base64.b64encode(_png(sheet)).decode()
+        text = html.escape(", ".join(sample.title for sample in shown))
+        more = f"<p>and {len(self) - len(shown)} more</p>" * (len(self) > len(shown))
+        return (
+            f'<img src="data:image/png;base64,{data}" alt="{text}" width="{sheet.width}"'
+            f' style="max-width: 100%">{more}'
+        )
+
+    def sheet(self) -> Image.Image:
+        """A contact sheet of the final pictures, with prompts and seeds."""
+        columns = min(len(self), SHEET_COLUMNS)
+        cell_px = max(CELL_PX, min(self.final[0].width, SHEET_PX // columns))
+        starts = range(0, len(self), columns)
+        rows = [self[start : start + columns] for start in starts]
+        captions = [[sample.title for sample in row] for row in rows]
+        return contact_sheet([row.final for row in rows], captions=captions, cell_px=cell_px)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write each stage's picture as ``000-a-prompt-seed0-stage_1.png``, and a contact sheet.
+
+        PNGs carry prompt and seed as text. Returns the path of the contact sheet.
+        """
+        folder = Path(folder)
+        for index, sample in enumerate(self):
+            words = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower()).strip("-")[:60]
+            text = PngImagePlugin.PngInfo()
+            text.add_itxt("prompt", sample.prompt)
+            text.add_text("seed", str(sample.seed))
+            name = "-".join(filter(None, (f"{index:03d}", words, f"seed{sample.seed}")))
+            for number, picture in sample.pictures.items():
+                write_png(folder / f"{name}-stage_{number}.png", picture, text)
+        write_png(folder / SHEET, self.sheet())
+        return folder / SHEET
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def finish(

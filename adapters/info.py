@@ -18,6 +18,9 @@ from adapters.kinds import AdapterSpec
 PEFT_WEIGHTS = "adapter_model.safetensors"
 """The file of an exported stage that PEFT and our own loader read."""
 
+STAGE_FOLDERS = ("stage_1", "stage_2")
+"""The folders of an export, one a stage."""
+
 HEADER_KEY = "if_adapter"
 """The entry of the safetensors header that holds an :class:`AdapterInfo` as JSON."""
 
@@ -99,7 +102,7 @@ class AdapterInfo(BaseModel):
     """Prompts that show what it has learned."""
     step: int
     """Optimizer steps it was trained for."""
-    recipe: str
+    recipe: str = Field(repr=False)
     """The resolved recipe of the run, YAML."""
     version: str
     """The version of this toolkit."""
@@ -109,7 +112,7 @@ class AdapterInfo(BaseModel):
     """The attribution notice that its base's licence asks for."""
     approximation_error: float | None = None
     """The relative Frobenius error, where this approximates another adapter or a model."""
-    base_signature: BaseSignature | None = None
+    base_signature: BaseSignature | None = Field(default=None, repr=False)
     """Which weights its base has; filled in at export."""
 
 
@@ -121,6 +124,11 @@ def read_info(folder: str | Path) -> AdapterInfo:
 
     Raises:
         UserError: where there is no adapter of this toolkit's making.
+
+    Example:
+        >>> read_info("runs/quickstart/adapters/stage_1")
+        AdapterInfo(base_model='models/if-tiny/stage_1', base_revision=None, stage=1,
+        spec=AdapterSpec(kind='lora', rank=4, alpha=None, dropout=0.0, targets='attention'), ...)
     """
     path = Path(folder) / PEFT_WEIGHTS
     try:
@@ -155,7 +163,7 @@ def stage_folders(folder: Path) -> list[Path]:
     Raises:
         UserError: where it is neither.
     """
-    inside = [folder / name for name in ("stage_1", "stage_2") if (folder / name).is_dir()]
+    inside = [folder / name for name in STAGE_FOLDERS if (folder / name).is_dir()]
     if inside:
         return inside
     if weights_file(folder) is not None:
@@ -164,6 +172,21 @@ def stage_folders(folder: Path) -> list[Path]:
         f"{folder} has no exported adapter (no stage_1, stage_2 or .safetensors file in it); name"
         " the adapters folder of a finished run, or another tool's adapter."
     )
+
+
+def export_stages(folder: Path) -> list[Path]:
+    """The stage folders of an exported folder, which holds one or both.
+
+    Raises:
+        UserError: where it is something else, such as one of its stage folders.
+    """
+    places = stage_folders(folder)
+    if places == [folder]:
+        raise UserError(
+            f"{folder} is a single adapter, and no exported folder with"
+            f" {' or '.join(STAGE_FOLDERS)} in it; name the adapters folder of a finished run."
+        )
+    return places
 
 
 def weights_file(path: Path) -> Path | None:

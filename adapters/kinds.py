@@ -183,6 +183,12 @@ def attach(
 
     Raises:
         UserError: where a target matches no module.
+
+    Example:
+        >>> unet = UNet2DConditionModel.from_pretrained("models/if-tiny/stage_1", subfolder="unet")
+        >>> parameters = attach(unet, AdapterSpec(rank=2, targets=("to_q", "mid_block.*.conv1")))
+        >>> sum(parameter.numel() for parameter in parameters.values())
+        10112
     """
     config = peft_config(unet, spec)
     unet.requires_grad_(False)

@@ -8,6 +8,9 @@ from huggingface_hub.errors import HFValidationError
 
 NAMES = tuple(f"{name}*" for name in ("LICENSE", "LICENCE", "License", "license", "NOTICE"))
 
+DEEPFLOYD = "DeepFloyd/"
+"""What the hub names of DeepFloyd's models begin with."""
+
 STAGE_NAMES = ("stage_1", "stage_2", "stage_3")
 """The folders of a cascade, whose licence may lie beside them."""
 
@@ -34,10 +37,15 @@ def licence_files(base_model: str, revision: str | None = None) -> tuple[Path, .
 
 def is_deepfloyd(base_model: str, revision: str | None = None) -> bool:
     """Whether a base is under the DeepFloyd licence: by its hub name or its licence file."""
-    return base_model.startswith("DeepFloyd/") or any(
+    return base_model.startswith(DEEPFLOYD) or any(
         "DeepFloyd" in path.read_text(encoding="utf-8", errors="replace")
         for path in licence_files(base_model, revision)
     )
+
+
+def handed_on(folder: Path, stage: int) -> tuple[Path, ...]:
+    """The licence files in an exported folder that :func:`copy_licences` names after a stage."""
+    return tuple(path for name in NAMES for path in sorted(folder.glob(f"stage_{stage}-{name}")))
 
 
 def copy_licences(

@@ -37,7 +37,8 @@ def load_cascade(
         stage_2: Stage II.
         stage_3: the x4 upscaler. It is guarded by the modules of the stage before it, as the
             published cascade's is.
-        adapters: exported folders to merge, see :meth:`Cascade.add_adapter`.
+        adapters: exported folders or hub names (``owner/name@revision``) to merge, see
+            :meth:`Cascade.add_adapter`.
         scale: of these adapters.
         revision: the hub revision of Stage I and II.
         variant: the weights' variant of Stage I and II, such as ``fp16``.
@@ -50,6 +51,15 @@ def load_cascade(
 
     Raises:
         UserError: where a model, an adapter or the device is not there or does not fit.
+
+    Example:
+        >>> load_cascade("models/if-tiny/stage_1", "models/if-tiny/stage_2", device="cpu")
+                      model                   pictures  parameters  precision  device  adapters
+        Stage 1       models/if-tiny/stage_1  32 px     6.8 M       float32    cpu
+        Stage 2       models/if-tiny/stage_2  128 px    2.6 M       float32    cpu
+        Stage 3       none
+        text encoder  T5EncoderModel                    0.5 M       float32    cpu
+        guards        none
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +96,7 @@ def load_cascade(
         guards = {name: last.components[name] for name in GUARDS}
         upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
     names = {number: source.name for number, source in sources.items()}
+    names |= {} if stage_3 is None else {3: str(stage_3)}
     cascade = Cascade(stages, upscaler, text, names)
     for folder in adapters:
         cascade.add_adapter(folder, scale)

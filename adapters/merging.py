@@ -52,6 +52,17 @@ class StageAdapter:
         info = parse_info(header, folder) if HEADER_KEY in header else None
         return cls(folder, info, config, state)
 
+    def __repr__(self) -> str:
+        kind, rank = self.config.peft_type.value.lower(), vars(self.config)["r"]
+        if self.info is not None:
+            kind, rank = self.info.spec.kind, self.info.spec.rank
+        stage = "" if self.info is None else f"Stage {self.info.stage}, "
+        size = sum(tensor.numel() for tensor in self.state.values())
+        return (
+            f"StageAdapter({str(self.folder)!r}, {stage}{kind} of rank {rank},"
+            f" {len(self.modules)} modules, {size} parameters)"
+        )
+
     @cached_property
     def modules(self) -> dict[str, dict[str, Tensor]]:
         """The adapter's tensors by the module they adapt."""

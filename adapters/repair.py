@@ -18,6 +18,7 @@ from adapters.errors import UserError, command_line
 from adapters.export import save_for_diffusers
 from adapters.files import replacing
 from adapters.formats import module_of, modules_of, read_adapter, scaling
+from adapters.hub import adapter_path
 from adapters.info import weights_file
 from adapters.kinds import ADAPTER_NAME
 
@@ -25,11 +26,14 @@ from adapters.kinds import ADAPTER_NAME
 def main(arguments: Sequence[str] | None = None) -> None:
     """Repair one file, and say how much of it diffusers was losing."""
     parser = argparse.ArgumentParser(prog="adapters.repair", description=__doc__)
-    parser.add_argument("file", type=Path, help="a LoRA's safetensors file, or its folder")
+    parser.add_argument("file", help="a LoRA's safetensors file, its folder, or its hub name")
     parser.add_argument("--out", type=Path, help="the new file (FILE_repaired.safetensors)")
     options = parser.parse_args(arguments)
     with command_line():
-        sys.stdout.write(f"{repair(options.file, options.out)}\n")
+        file = adapter_path(options.file)
+        if options.out is None and not Path(options.file).exists() and file.exists():
+            raise UserError(f"{options.file} is on the hub; say where to with --out.")
+        sys.stdout.write(f"{repair(file, options.out)}\n")
 
 
 def repair(path: Path, out: Path | None = None) -> str:

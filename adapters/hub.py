@@ -1,0 +1,144 @@
+"""Adapters on the Hugging Face hub: what a user names becomes a local path, mistakes sentences."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+import httpx
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import get_cached_repo_tree, snapshot_download
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft.utils import CONFIG_NAME
+
+from adapters.errors import UserError
+from adapters.formats import listed
+from adapters.info import PEFT_WEIGHTS, STAGE_FOLDERS, weights_file
+
+HUB_NAME = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    rf"(?:/(?P<inside>{'|'.join(STAGE_FOLDERS)}|[^@]+\.safetensors))?"
+    r"(?:@(?P<revision>.+))?"
+)
+"""``owner/name``, and the stage or file in it, and the revision: ``owner/name/stage_1@v2``."""
+
+ADAPTER_FILES = (
+    *(f"{stage}/{name}" for stage in STAGE_FOLDERS for name in (PEFT_WEIGHTS, CONFIG_NAME)),
+    *(PEFT_WEIGHTS, CONFIG_NAME, LORA_WEIGHT_NAME_SAFE),
+)
+"""What is downloaded of a repository: our own exports, PEFT's adapters, those of diffusers."""
+
+MISTAKES: Mapping[type[Exception], str] = MappingProxyType(
+    {
+        HFValidationError: "{name} is no hub name; write owner/name, in letters, digits, '-', '_'"
+        " and '.'.",
+        LocalTokenNotFoundError: "You are not logged in to the hub, which {name} needs; run"
+        " `hf auth login` with a token that may write, or set HF_TOKEN.",
+        GatedRepoError: "{name} is gated; accept its terms at {endpoint}/{repo}, and log in with"
+        " `hf auth login`.",
+        RevisionNotFoundError: "The hub has {repo}, but not the revision that {name} names; name a"
+        " branch, a tag or a commit of it.",
+        RepositoryNotFoundError: "{repo} is neither a path here nor, as far as you may see it, on"
+        " the hub; correct the name, or log in with a token that may read it (`hf auth login`).",
+        OfflineModeIsEnabled: "The hub cannot be asked for {name} in offline mode; unset"
+        " HF_HUB_OFFLINE.",
+        LocalEntryNotFoundError: "{name} is neither here nor in the local cache, and the hub at"
+        " {endpoint} cannot be reached; check the name and the connection (and HF_ENDPOINT,"
+        " HF_HUB_OFFLINE).",
+        httpx.TransportError: "The hub at {endpoint} cannot be reached for {name} ({reason}); check"
+        " the connection and HF_ENDPOINT.",
+    }
+)
+"""What can go wrong on the way to the hub, the particular before the general."""
+
+REFUSALS: Mapping[int, str] = MappingProxyType(
+    {
+        401: "The hub does not accept your token for {name}; log in again with `hf auth login` (a"
+        " token in HF_TOKEN comes first).",
+        403: "Your token may not do this to {repo} ({reason}); log in with one that may write"
+        " there, or name a repository of your own.",
+        413: "The hub refuses a file of {name} as too large ({reason}); export with a lower rank.",
+    }
+)
+"""What the hub answers, by HTTP status."""
+
+REFUSED = "The hub refuses {name}: {reason}"
+
+
+def adapter_path(name: str | Path) -> Path:
+    """The local folder or file of what a user names as an adapter, downloaded where need be.
+
+    What exists here comes first. Otherwise the name is the hub's: ``owner/name``, of which the
+    adapter's safetensors and JSON files are downloaded and no others. ``owner/name/stage_1`` is
+    one stage of it, ``owner/name/FILE.safetensors`` one file, and ``@revision`` at the end a
+    branch, a tag, a commit, or a pull request (``@refs/pr/1``); without one it is ``main``.
+
+    Args:
+        name: a path, or a hub name. One that can be neither is returned as it is.
+
+    Raises:
+        UserError: where the hub has no such adapter, does not show it, or cannot be reached and
+            the adapter is not in the local cache.
+    """
+    path = Path(name)
+    match = None if path.exists() else HUB_NAME.fullmatch(str(name))
+    if match is None:
+        return path
+    repo, inside, revision = match["repo"], match["inside"] or "", match["revision"]
+    wanted = [inside] if inside.endswith(".safetensors") else list(ADAPTER_FILES)
+    if inside in STAGE_FOLDERS:
+        wanted = [file for file in wanted if file.startswith(inside)]
+    with asking_the_hub(str(name)):
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    place = snapshot / inside
+    if not any(weights_file(path) for path in (place, *(place / n for n in STAGE_FOLDERS))):
+        tree = get_cached_repo_tree(repo, revision=snapshot.name)
+        others = [file.path for file in tree if file.path.endswith(".safetensors")]
+        raise UserError(
+            f"{name} has no adapter on the hub ({', '.join(STAGE_FOLDERS)}, {PEFT_WEIGHTS} or"
+            f" {LORA_WEIGHT_NAME_SAFE}); name one of its safetensors files, as in"
+            f" {repo}/FILE.safetensors: it has {listed(others) or 'none'}."
+        )
+    return place
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is ``owner/name`` on the hub, and not a path here."""
+    match = HUB_NAME.fullmatch(name)
+    return match is not None and match["repo"] == name and not Path(name).exists()
+
+
+@contextmanager
+def asking_the_hub(name: str) -> Iterator[None]:
+    """Turn what goes wrong between here and the hub over a hub name into a UserError."""
+    try:
+        yield
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        # the hub's client wraps what went wrong with a single file
+        cause = error.__cause__ if isinstance(error, RuntimeError) else None
+        raise UserError(sentence(cause or error, name)) from error
+
+
+def sentence(error: BaseException, name: str) -> str:
+    """What an error of the hub's client means, and what to do."""
+    known = next((text for kind, text in MISTAKES.items() if isinstance(error, kind)), REFUSED)
+    reason = str(error)
+    if isinstance(error, HfHubHTTPError):
+        reason = error.server_message or reason
+        if known is REFUSED:
+            known = REFUSALS.get(error.response.status_code, REFUSED)
+    match = HUB_NAME.fullmatch(name)
+    repo = match["repo"] if match else name
+    words = " ".join(reason.split()).rstrip(".")
+    return known.format(name=name, repo=repo, endpoint=ENDPOINT, reason=words)
