@@ -17,6 +17,7 @@ from adapters.sheet import contact_sheet
 from finetune import __version__
 from finetune.batches import MODEL, Batches, derived_seed, prefetch
 from finetune.checkpoints import save_checkpoint
+from finetune.compiling import Compiling
 from finetune.data import Picture
 from finetune.optimizers import learning_rate_factor, set_learning_rate
 from finetune.recipe import Recipe
@@ -84,6 +85,7 @@ def run_steps(
     """Take every step that is left, reporting, validating and saving on the way."""
     training, first = trainee.training, trainee.step
     gradient = trainee.weights.gradient
+    compiling = Compiling.of(recipe, trainee, accelerator.num_processes)
     meter = Meter(batches.num_train_timesteps, accelerator.device)
     forget_peak_memory(accelerator.device)
     indices = range(first * training.accumulation, training.steps * training.accumulation)
@@ -107,6 +109,8 @@ def run_steps(
             points = meter.read(accelerator, training.accumulation)
             check_finite(points["loss"], done)
             tracker.points(points | {"learning_rate": options.learning_rate * factor}, done)
+            if reason := compiling.consider(points["pictures_per_second"]):
+                tracker.bar.write(reason)
         started = time.perf_counter()
         if validate and done % recipe.validation.every == 0 and not last:
             with trainee.final_weights():

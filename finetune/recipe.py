@@ -228,6 +228,8 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cuda_graph: bool = True
     """On a GPU, record the step as one CUDA graph and replay it."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the UNet; ``auto``: where the run is long enough to win back the minutes it takes."""
     noise_level: Levels | None = None
     """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
     ``None``: all levels of the model's schedule."""

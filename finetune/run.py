@@ -78,7 +78,7 @@ def noise_levels(training: Training, scheduler: DDPMScheduler) -> tuple[int, int
 
 def identity(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """What must stay the same for a run to be continued."""
-    free = {"steps", "checkpoint_every", "keep_checkpoints", "cuda_graph"}
+    free = {"steps", "checkpoint_every", "keep_checkpoints", "cuda_graph", "compile"}
     parts = recipe.model_dump(mode="json", include={"seed", "base", "data", "prior", "text"})
     return parts | {stage.name: recipe.training(stage).model_dump(mode="json", exclude=free)}
 

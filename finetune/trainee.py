@@ -1,6 +1,6 @@
 """The UNet being taught, and all the state that training it changes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,8 +55,11 @@ class Trainee:
     step: int = field(default=0)
     recorded: Replayed[Losses] = field(init=False)
     """The forward and backward pass."""
+    predict: Callable[..., Any] = field(init=False)
+    """The UNet's forward pass, as it is or compiled."""
 
     def __post_init__(self) -> None:
+        self.predict = self.unet
         self.recorded = Replayed(
             self._forward_backward, "The training step", enabled=self.training.cuda_graph
         )
@@ -99,7 +102,7 @@ class Trainee:
         batch = Batch(**tensors)
         noisy = noised(batch, self.schedulers[0])
         inputs = self.stage.unet_inputs(batch, noisy, self.schedulers, self.unet.dtype)
-        prediction = self.unet(**inputs, return_dict=False)[0]
+        prediction = self.predict(**inputs, return_dict=False)[0]
         losses = hybrid_loss(
             prediction,
             batch.pixels,
@@ -112,6 +115,11 @@ class Trainee:
         ((losses.total * batch.weight).sum() / self.training.accumulation).backward()
         self.weights.collect()
         return replace(losses, total=losses.total.detach())
+
+    def compile(self) -> None:
+        """Compile the UNet, which takes minutes when the next batch comes."""
+        self.recorded.forget()
+        self.predict = torch.compile(self.unet, dynamic=False)
 
     def update(self) -> Tensor:
         """Take an optimizer step with the gradients so far, and return their norm."""

@@ -3,8 +3,8 @@
 Group norm, scale and shift, and activation are four passes, and in PyTorch a group norm also turns
 channels_last tensors around and back; a convolution's bias and a residual are two more. On a GPU
 Triton operators do the first in two passes and the second in one, compute in float32, and keep
-nothing but their input for the backward pass. Elsewhere, and while compiling, PyTorch's own
-operators do it, in the order in which diffusers applies them.
+nothing but their input for the backward pass. Elsewhere PyTorch's own operators do it, in the order
+in which diffusers applies them.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ def _try_out(device: torch.device, dtype: torch.dtype, activation: str, scaled: 
 
 def _fused(x: Tensor) -> bool:
     """Whether the Triton operators serve a tensor."""
-    return HAS_TRITON and x.device.type in ("cuda", "meta") and not torch.compiler.is_compiling()
+    return HAS_TRITON and x.device.type in ("cuda", "meta")
 
 
 def norm_act(
