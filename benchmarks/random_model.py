@@ -3,7 +3,8 @@
     python -m benchmarks.random_model FOLDER --unet IF-I-XL
 
 Sizes: ``if_unets.json``. The text encoder has T5-XXL's width but a single layer, as measurements
-of training read cached encodings; its tokenizer is the embedded cascade's.
+of training read cached encodings, unless ``--t5-xxl`` asks for all of it; its tokenizer is the
+embedded cascade's.
 """
 
 import argparse
@@ -16,6 +17,9 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 ROOT = Path(__file__).parent.parent
 UNETS = json.loads((Path(__file__).parent / "if_unets.json").read_text())
+T5_XXL = {"vocab_size": 32128, "d_ff": 10240, "num_heads": 64, "num_layers": 24}
+"""T5 v1.1 XXL's encoder; its width is the UNets' ``encoder_hid_dim``."""
+
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "squaredcos_cap_v2",
@@ -38,23 +42,37 @@ def random_unet(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> UN
     return unet.to(device, dtype)
 
 
+def random_text_encoder(config: T5Config, device: str, dtype: torch.dtype) -> T5EncoderModel:
+    """A T5 encoder with random weights."""
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return T5EncoderModel(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def save_random_model(
-    folder: Path, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+    folder: Path,
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    t5_xxl: bool = False,
 ) -> None:
     """Write one stage as a folder that its pipeline's ``from_pretrained`` loads."""
     config = UNETS[name]
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/if-tiny/stage_1/tokenizer")
-    text_encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=config["encoder_hid_dim"],
-            d_kv=64,
-            d_ff=64,
-            num_heads=1,
-            num_layers=1,
-            feed_forward_proj="gated-gelu",
-        )
-    ).to(dtype)
+    small = {"vocab_size": len(tokenizer), "d_ff": 64, "num_heads": 1, "num_layers": 1}
+    text = T5Config(
+        d_model=config["encoder_hid_dim"],
+        d_kv=64,
+        feed_forward_proj="gated-gelu",
+        **(T5_XXL if t5_xxl else small),
+    )
+    text_encoder = random_text_encoder(text, device, dtype)
     shared = {
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
@@ -82,8 +100,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--unet", required=True, choices=[n for n in UNETS if n[0] != "_"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--t5-xxl", action="store_true", help="with the whole text encoder")
     options = parser.parse_args()
-    save_random_model(options.folder, options.unet, device=options.device)
+    save_random_model(options.folder, options.unet, device=options.device, t5_xxl=options.t5_xxl)
 
 
 if __name__ == "__main__":
