@@ -4,18 +4,15 @@ Shapes: N pictures, S a stage's picture size, s the size of the stage below, T t
 width. Pixels are in [-1, 1].
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import (
     DiffusionPipeline,
     IFPipeline,
-    IFSuperResolutionPipeline,
     SchedulerMixin,
     StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
@@ -23,40 +20,22 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+from adapters.adapted import AdaptedStages
 from adapters.errors import UserError
-from adapters.hub import adapter_path
 from adapters.images import CascadeImages, finish, joined
-from adapters.info import stage_folders
-from adapters.merging import MergedAdapters, StageAdapter
 from adapters.overview import as_html, as_text, overview
 from adapters.sampling import Sampling
 from unets.graphs import Replayed
 
-Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
 
-
-@dataclass
-class Cascade:
+@dataclass(kw_only=True)
+class Cascade(AdaptedStages):
     """Stages I to III, each optional, one text encoder for I and II, and merged adapters."""
 
-    stages: Mapping[int, Stage]
-    """Stage I and II, by number; their text encoder is ``text``."""
     upscaler: StableDiffusionUpscalePipeline | None
     """Stage III, with its own text encoder."""
     text: IFPipeline | None
-    """The tokenizer and text encoder; ``None``: embeddings must be given."""
-    base_names: Mapping[int, str]
-    """The models' names, by stage, for people."""
-    merged: dict[int, MergedAdapters] = field(init=False)
-    recorded: dict[int, Replayed[Tensor]] = field(init=False)
-    """The UNets' forward passes: on a GPU one CUDA graph for each size of batch."""
-
-    def __post_init__(self) -> None:
-        self.recorded = {
-            number: Replayed(partial(_predict, pipe.unet), f"Stage {number}'s UNet")
-            for number, pipe in self.stages.items()
-        }
-        self.merged = {number: MergedAdapters(pipe.unet) for number, pipe in self.stages.items()}
+    """The tokenizer and text encoder of Stage I and II; ``None``: embeddings must be given."""
 
     def __repr__(self) -> str:
         return as_text(self._overview())
@@ -245,63 +224,6 @@ class Cascade:
             flagged=tuple(any(stages) for stages in zip(*flags, strict=True)),
         )
 
-    def add_adapter(self, folder: str | Path, scale: float = 1.0) -> None:
-        """Merge an exported adapter into the stages that it and this cascade have.
-
-        Whether an adapter belongs to a base is decided by the base's weights, not by its name,
-        since folders move and hub repositories are mirrored: the UNet's configuration and a few of
-        its weights, recorded at export, must be those of this cascade's UNet before any merging.
-
-        Args:
-            folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these,
-                the file or folder of another tool, or any of them by its name on the hub, see
-                :func:`adapters.hub.adapter_path`. Another tool's goes to the stage whose UNet it
-                fits by names and shapes, and is not held against any base.
-            scale: how much of it: each weight W becomes W + scale * (W merged - W). Adapters that
-                are added one after the other add up.
-
-        Raises:
-            UserError: where the folder has no adapter for a stage of this cascade, or one that was
-                trained on another base. Nothing is merged then.
-
-        Example:
-            >>> before = cascade.stages[1].unet.conv_in.weight.clone()
-            >>> cascade.add_adapter("runs/quickstart/adapters", 0.8)
-            >>> cascade.remove_adapters()
-            >>> torch.equal(cascade.stages[1].unet.conv_in.weight, before)
-            True
-        """
-        adapters = [StageAdapter.load(place) for place in stage_folders(adapter_path(folder))]
-        configs = {number: pipe.unet.config for number, pipe in self.stages.items()}
-        staged = [(adapter.stage_among(configs), adapter) for adapter in adapters]
-        fitting = [(stage, adapter) for stage, adapter in staged if stage in self.stages]
-        if not fitting:
-            raise UserError(
-                f"{folder} has an adapter of Stage"
-                f" {' and '.join(str(stage) for stage, _ in staged)}, but this"
-                f" cascade has Stage {' and '.join(map(str, self.stages))}; load the stage that it"
-                " belongs to."
-            )
-        for stage, adapter in fitting:
-            adapter.check_base(self.merged[stage].base, self.base_names[stage])
-        for stage, adapter in fitting:
-            merged = self.merged[stage]
-            merged.add(adapter, scale)
-            if merged.quantised:  # layers were replaced, whose memory a recording reads
-                self.recorded[stage].forget()
-
-    def remove_adapters(self) -> None:
-        """Take all adapters out; every weight is the base's own again, to the bit."""
-        for number, merged in self.merged.items():
-            if merged.quantised:
-                self.recorded[number].forget()
-            merged.remove()
-
-    def free_graphs(self) -> None:
-        """Free the GPU memory of recorded forward passes; the next pictures record them again."""
-        for recorded in self.recorded.values():
-            recorded.forget()
-
 
 def _timesteps(scheduler: SchedulerMixin) -> int:
     return int(scheduler.config.num_train_timesteps)
@@ -316,11 +238,6 @@ def _evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
         yield
     finally:
         unet.train(training)
-
-
-def _predict(unet: UNet2DConditionModel, **inputs: Tensor) -> Tensor:
-    prediction: Tensor = type(unet).forward(unet, **inputs, return_dict=False)[0]
-    return prediction
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from adapters.info import AdapterInfo, stage_folders
 from adapters.load import load_cascade
 from adapters.merging import StageAdapter
 from adapters.sampling import Sampling
+from adapters.scales import parse_scaled
 from unets.loading import Precision
 
 
@@ -34,13 +35,12 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", required=True, help="what to draw; may be repeated")
     add("--negative-prompt", help="what to lead away from")
     add("--out", type=Path, required=True, help="the folder for the pictures")
-    add(
-        "--adapter",
-        action="append",
-        default=[],
-        help="an exported folder, or owner/name[@revision]; may be repeated",
+    help_ = (
+        "an exported folder or owner/name[@revision], and its scale: A, A=0.7, by stage"
+        " A=1:0.5,2:1; may be repeated"
     )
-    add("--scale", type=float, default=1.0, help="how much of the adapters (1)")
+    add("--adapter", action="append", default=[], metavar="ADAPTER[=SCALE]", help=help_)
+    add("--scale", type=float, default=1.0, help="of adapters without a scale of their own (1)")
     add("--stage-1", help="Stage I, folder or hub name (the adapter's own base)")
     add("--stage-2", help="Stage II (the adapter's own base; otherwise none)")
     add("--stage-3", help="the x4 upscaler (none)")
@@ -59,20 +59,21 @@ def parser() -> argparse.ArgumentParser:
 def generate(options: argparse.Namespace) -> Path:
     """Sample and write; returns the path of the contact sheet."""
     settings = sampling(options)
-    own = {info.stage: info for folder in options.adapter for info in infos(folder)}
+    adapters = [parse_scaled(argument) for argument in options.adapter]
+    own = {info.stage: info for name, _ in adapters for info in infos(name)}
     bases = {stage: info.base_model for stage, info in own.items()}
     revisions = (info.base_revision for info in own.values())
     cascade = load_cascade(
         options.stage_1 or bases.get(1),
         options.stage_2 or bases.get(2),
         options.stage_3,
-        adapters=options.adapter,
-        scale=options.scale,
         revision=options.revision or next(revisions, None),
         variant=options.variant,
         device=options.device,
         dtype=options.dtype,
     )
+    for folder, scale in adapters:
+        cascade.add_adapter(folder, options.scale if scale is None else scale)
     images = cascade(
         options.prompt,
         negative_prompt=options.negative_prompt,

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from adapters.bases import GUARDS, Source
 from adapters.cascade import Cascade
 from adapters.errors import UserError
+from adapters.scales import Scale
 from unets.loading import Precision, automatic_precision, compute_dtype
 
 Chosen: TypeAlias = Literal["auto"] | Precision
@@ -21,8 +22,9 @@ def load_cascade(
     stage_2: str | Path | None = None,
     stage_3: str | Path | None = None,
     *,
-    adapters: Sequence[str | Path] = (),
-    scale: float = 1.0,
+    adapters: Sequence[str | Path] | Mapping[str, Scale] | Mapping[Path, Scale] = (),
+    scale: Scale = 1.0,
+    originals: Literal["device", "cpu"] = "device",
     revision: str | None = None,
     variant: str | None = None,
     device: str | torch.device = "auto",
@@ -37,9 +39,12 @@ def load_cascade(
         stage_2: Stage II.
         stage_3: the x4 upscaler. It is guarded by the modules of the stage before it, as the
             published cascade's is.
-        adapters: exported folders or hub names (``owner/name@revision``) to merge, see
-            :meth:`Cascade.add_adapter`.
-        scale: of these adapters.
+        adapters: exported folders or hub names (``owner/name@revision``) to merge, or these with
+            the scale of each, see :meth:`Cascade.add_adapter`.
+        scale: of adapters that are given without.
+        originals: where the base's own values of the weights that adapters change are kept: beside
+            the UNet, so that adapters are switched in milliseconds, or on the ``cpu``, which saves
+            that memory (:class:`adapters.mixing.MergedAdapters`) and takes a transfer each time.
         revision: the hub revision of Stage I and II.
         variant: the weights' variant of Stage I and II, such as ``fp16``.
         device: ``auto``: the GPU where there is one.
@@ -63,7 +68,7 @@ def load_cascade(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = _available(device)
+    device = available(device)
     sources = {
         number: Source(str(name), number, revision, variant)
         for number, name in ((1, stage_1), (2, stage_2))
@@ -97,9 +102,16 @@ def load_cascade(
         upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
     names = {number: source.name for number, source in sources.items()}
     names |= {} if stage_3 is None else {3: str(stage_3)}
-    cascade = Cascade(stages, upscaler, text, names)
-    for folder in adapters:
-        cascade.add_adapter(folder, scale)
+    cascade = Cascade(
+        stages=stages,
+        base_names=names,
+        originals=torch.device("cpu") if originals == "cpu" else None,
+        upscaler=upscaler,
+        text=text,
+    )
+    scaled = adapters.items() if isinstance(adapters, Mapping) else ((a, scale) for a in adapters)
+    for folder, own_scale in scaled:
+        cascade.add_adapter(folder, own_scale)
     return cascade
 
 
@@ -109,7 +121,7 @@ def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.d
     return automatic_precision(device) if own == "auto" else own
 
 
-def _available(name: str | torch.device) -> torch.device:
+def available(name: str | torch.device) -> torch.device:
     """The device of a name, once something has been placed on it."""
     try:
         return torch.empty(0, device=name).device

@@ -1,16 +1,19 @@
-"""Merging adapters of any kind into a UNet's weights, and taking them out again."""
+"""The adapter of one stage: loading it, finding its base, and what it makes of each weight."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
-from copy import copy, deepcopy
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import (
+    LoraConfig,
     PeftConfig,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -21,12 +24,26 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from adapters.errors import UserError
-from adapters.formats import listed, module_of, read_adapter
+from adapters.formats import listed, module_of, read_adapter, scaling
 from adapters.info import HEADER_KEY, AdapterInfo, BaseSignature, parse_info
 from adapters.kinds import ADAPTER_NAME
-from unets.frozen import Quantised, restored
+from adapters.updates import Dense, Update, as_matrix, delta, in_order_of, low_rank
 
 logger = logging.getLogger(__name__)
+
+IN_FACTORS = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
+    *("init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_version", "task_type"),
+}
+"""The settings of a ``LoraConfig`` that change nothing about a merged weight but its factors."""
+
+SETTINGS: Mapping[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
+}
+"""What the modules that adapters change are made of, beside weight and bias."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +70,21 @@ class StageAdapter:
         return cls(folder, info, config, state)
 
     def __repr__(self) -> str:
-        kind, rank = self.config.peft_type.value.lower(), vars(self.config)["r"]
-        if self.info is not None:
-            kind, rank = self.info.spec.kind, self.info.spec.rank
+        rank = vars(self.config)["r"] if self.info is None else self.info.spec.rank
         stage = "" if self.info is None else f"Stage {self.info.stage}, "
         size = sum(tensor.numel() for tensor in self.state.values())
         return (
-            f"StageAdapter({str(self.folder)!r}, {stage}{kind} of rank {rank},"
+            f"StageAdapter({str(self.folder)!r}, {stage}{self.kind} of rank {rank},"
             f" {len(self.modules)} modules, {size} parameters)"
         )
+
+    @property
+    def kind(self) -> str:
+        """LoRA, rsLoRA or DoRA, or what PEFT calls other kinds, in small letters."""
+        lora = isinstance(self.config, LoraConfig)
+        if lora and self.config.use_dora:
+            return "dora"
+        return "rslora" if lora and self.config.use_rslora else self.config.peft_type.value.lower()
 
     @cached_property
     def modules(self) -> dict[str, dict[str, Tensor]]:
@@ -140,17 +163,61 @@ class StageAdapter:
                 " was trained on."
             )
 
-    def delta(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
-        """What merging adds to a module's weight: PEFT's own merge, in float32.
+    @cached_property
+    def digest(self) -> str:
+        """Of settings and tensors: orders adapters the same wherever and whenever they came."""
+        settings = json.dumps(self.config.to_dict(), sort_keys=True, default=sorted)
+        digest = hashlib.sha256(settings.encode())
+        for name, tensor in sorted(self.state.items()):
+            digest.update(name.encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @cached_property
+    def has_factors(self) -> bool:
+        """Whether :class:`adapters.updates.LowRank` is all that it does to a weight."""
+        biases = any(name.endswith(".bias") for name in self.state)
+        if biases or not isinstance(self.config, LoraConfig):
+            return False
+        own, usual = self.config.to_dict(), LoraConfig().to_dict()
+        changed = {key for key, value in own.items() if value != usual[key]}
+        start = own["init_lora_weights"]  # some others change the base too
+        return changed <= IN_FACTORS and (isinstance(start, bool) or start == "gaussian")
+
+    def update(self, name: str, module: nn.Module, weight: Tensor) -> Update:
+        """What merging makes of a module's weight, as PEFT merges, in float32.
 
         Args:
             name: the module's full name.
-            module: the module, for its shape and settings.
-            weight: its weight in the base.
+            module: the module, for its settings.
+            weight: its weight in the base, [out, in, ...].
+
+        Raises:
+            UserError: where its tensors do not fit the module, or it changes more than the weight.
         """
-        own = nn.Parameter(weight.to(torch.float32, copy=True))  # PEFT merges in place
-        copied = deepcopy(module, {id(module.weight): own})
-        root = _alone(name, copied)
+        tensors = self.modules[name]
+        if f"{name}.lora_B.bias" in tensors:
+            raise UserError(
+                f"{self.folder} also changes biases ({name}.lora_B.bias), and only updates of"
+                " weights can be merged here; train it without lora_bias, or load it with PEFT."
+            )
+        if not self.has_factors:
+            merged = in_order_of(weight, self._merged(name, module, weight)).flatten(1)
+            return Dense(merged.sub_(as_matrix(weight)).cpu())
+        assert isinstance(self.config, LoraConfig)
+        b, a = (tensors[f"{name}.lora_{side}.weight"] for side in "BA")
+        if (len(b), *a.shape[1:]) != weight.shape:
+            self._misfit(name, module)
+        magnitude = tensors.get(f"{name}.lora_magnitude_vector")
+        return low_rank(weight, b, a, scaling(self.config, self.state, name), magnitude)
+
+    def delta(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
+        """What merging adds to a module's weight, [out, in, ...] in float32; see :meth:`update`."""
+        return delta(weight, self.update(name, module, weight))
+
+    def _merged(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
+        """What PEFT's own merge makes of a weight, in float32."""
+        root = _alone(name, _plain(module, weight))
         config = copy(self.config)
         config.target_modules = {name}  # PEFT would shorten many names to ambiguous endings
         for field_name in vars(config).keys() & {"rank_pattern", "alpha_pattern"}:  # OFT has none
@@ -160,12 +227,32 @@ class StageAdapter:
             }
         with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten
             inject_adapter_in_model(config, root, ADAPTER_NAME)
-        result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
+        try:
+            result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
+        except RuntimeError:  # of a tensor of another shape
+            self._misfit(name, module)
         assert not result.unexpected_keys
         layer = root.get_submodule(name)
         assert isinstance(layer, BaseTunerLayer)
         layer.merge()
-        return layer.get_base_layer().weight.detach().sub_(weight)
+        return layer.get_base_layer().weight.detach()
+
+    def _misfit(self, name: str, module: nn.Module) -> NoReturn:
+        shapes = {tensor: list(values.shape) for tensor, values in self.modules[name].items()}
+        raise UserError(
+            f"{self.folder} does not fit {name}, a {module}: its tensors have the shapes {shapes};"
+            " load the model that it was trained on."
+        )
+
+
+def _plain(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A module with the settings of another and a copy of a weight in float32, without bias."""
+    kind = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    settings = {name: vars(module)[name] for name in SETTINGS[kind]}
+    plain: nn.Module = kind(**settings, bias=False, device="meta")
+    copied = weight.to(torch.float32, copy=True)  # PEFT merges in place
+    plain.weight = nn.Parameter(copied, requires_grad=False)
+    return plain
 
 
 def _alone(name: str, module: nn.Module) -> nn.Module:
@@ -175,56 +262,3 @@ def _alone(name: str, module: nn.Module) -> nn.Module:
         parent.add_module(part, module)
         module = parent
     return module
-
-
-@dataclass
-class MergedAdapters:
-    """The adapters merged into one UNet; their updates add up.
-
-    Every update is computed from the base's own weights, so the order of adapters does not matter,
-    and the base's weights are kept on the CPU, so that removing adapters restores them to the bit.
-    Of a quantised base the layers that adapters change are in the UNet's precision while merged, as
-    quantising them again would drown a small update in its rounding.
-    """
-
-    unet: UNet2DConditionModel
-    adapters: list[tuple[StageAdapter, float]] = field(default_factory=list)
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    """The base's weights of all modules that adapters have changed, by module."""
-    quantised: dict[str, nn.Module] = field(default_factory=dict)
-    """The layers of a quantised base that layers in full precision stand in for, by name."""
-    base: BaseSignature = field(init=False)
-    """The base's signature, from before any merging."""
-
-    def __post_init__(self) -> None:
-        self.base = BaseSignature.of(self.unet)
-
-    @torch.no_grad()
-    def add(self, adapter: StageAdapter, scale: float) -> None:
-        """Merge one more adapter: each weight W becomes W + scale * (W merged - W)."""
-        self.adapters.append((adapter, scale))
-        for name in adapter.modules:
-            module = self.unet.get_submodule(name)
-            if isinstance(module, Quantised):
-                self.quantised[name], module = module, restored(module)
-                self.unet.set_submodule(name, module)
-            if name not in self.originals:
-                self.originals[name] = module.weight.detach().to("cpu", copy=True)
-            weight = self.originals[name].to(module.weight.device)
-            merged = weight.float()
-            for other, factor in self.adapters:
-                if name in other.modules:
-                    merged = merged + factor * other.delta(name, module, weight)
-            module.weight.copy_(merged)
-
-    @torch.no_grad()
-    def remove(self) -> None:
-        """Take all adapters out."""
-        for name, layer in self.quantised.items():
-            self.unet.set_submodule(name, layer)
-            del self.originals[name]
-        for name, original in self.originals.items():
-            self.unet.get_submodule(name).weight.copy_(original)
-        self.adapters.clear()
-        self.originals.clear()
-        self.quantised.clear()

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from transformers import PreTrainedModel
 
 from adapters.bases import GUARDS
-from adapters.merging import MergedAdapters
+from adapters.mixing import MergedAdapters
 from unets.frozen import Quantised
 
 COLUMNS = ("", "model", "pictures", "parameters", "precision", "device", "adapters")
@@ -61,7 +61,7 @@ def described(model: ModelMixin | PreTrainedModel) -> tuple[str, str, str]:
 
 def adapter_names(merged: MergedAdapters) -> str:
     """The adapters that are merged into a stage, and how much of each."""
-    return ", ".join(f"{adapter.folder} ({scale:g})" for adapter, scale in merged.adapters)
+    return ", ".join(f"{name} ({merged.scales[name]:g})" for name in merged.adapters)
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:

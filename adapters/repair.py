@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from diffusers import IFPipeline
-from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils import logging
 from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.errors import UserError, command_line
 from adapters.export import save_for_diffusers
@@ -21,6 +20,7 @@ from adapters.formats import module_of, modules_of, read_adapter, scaling
 from adapters.hub import adapter_path
 from adapters.info import weights_file
 from adapters.kinds import ADAPTER_NAME
+from adapters.skeleton import AdaptedOnly
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,29 +101,6 @@ def arriving(file: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> lis
         for name, tensor in state.items()
         if name in loaded and torch.equal(loaded[name], tensor) and module_of(name) in scaled
     ]
-
-
-class AdaptedOnly(nn.Module, PeftAdapterMixin):  # type: ignore[misc]  # diffusers is untyped
-    """A UNet of nothing but the modules that a LoRA adapts, whose weights take no memory."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name in modules_of(state):
-            *parents, last = name.split(".")
-            place: nn.Module = self
-            for part in parents:
-                if part not in dict(place.named_children()):
-                    place.add_module(part, nn.Module())
-                place = place.get_submodule(part)
-            a, b = (state[f"{name}.lora_{side}.weight"] for side in "AB")
-            inputs, outputs, kernel = a.shape[1], b.shape[0], a.shape[2:]
-            with torch.device("meta"):
-                layer: nn.Linear | nn.Conv2d = nn.Linear(inputs, outputs)
-                if kernel:
-                    layer = nn.Conv2d(inputs, outputs, (kernel[0], kernel[1]))
-            zeros = torch.zeros(()).expand(layer.weight.shape)  # one number in memory
-            layer.weight, layer.bias = nn.Parameter(zeros, requires_grad=False), None
-            place.add_module(last, layer)
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def test_a_cascade_shows_what_it_is_made_of(guarded_cascade: RandomCascade, tmp_
     one, two, three, text, guards = cells[1:]
     size = f"{parameters[1] / 1e6:.1f} M"
     assert one[:6] == ["Stage 1", str(base), "32 px", size, "float32", "cpu"]
-    assert str(tmp_path / "stage_1") in one[6]
+    assert f"{tmp_path.name} (0.5)" in one[6]
     assert "0.5" in one[6]
     assert two == ["Stage 2", "none"]
     assert three[:3] == ["Stage 3", str(guarded_cascade.stage_3), "128 px"]

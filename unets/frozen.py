@@ -6,7 +6,6 @@ forward pass and once more in the backward pass, and keeps it in neither.
 """
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -151,6 +150,33 @@ class FrozenConv2d(nn.Conv2d):
         return size == ((1, 1), (1, 1), (0, 0), 1)
 
 
+@dataclass(eq=False)
+class Overlay:
+    """What a quantised layer makes of its own weight W at every reading: gain ⊙ W + dense + B A.
+
+    W is a matrix [out, in], a convolution's with the columns of its codes. A recording of the layer
+    reads these tensors where they are: their values may change in place, they themselves may not.
+    """
+
+    b: Tensor
+    """[out, rank], in the layer's precision."""
+    a: Tensor
+    """[rank, in], in the layer's precision."""
+    gain: Tensor | None = None
+    """[out, 1] in float32, as its rounding would be that of whole rows; ``None``: one."""
+    dense: Tensor | None = None
+    """[out, in], in the layer's precision; ``None``: zero."""
+
+    def apply_(self, rows: Tensor) -> None:
+        """Lay it over W, in place."""
+        if self.gain is not None:
+            rows.mul_(self.gain)
+        if self.dense is not None:
+            rows.add_(self.dense)
+        if len(self.a):
+            rows.addmm_(self.b, self.a)
+
+
 class Quantised(nn.Module):
     """A frozen layer that stores codes and scales; its ``weight`` is restored at every reading.
 
@@ -163,6 +189,8 @@ class Quantised(nn.Module):
     format: str
     shape: torch.Size
     dtype: torch.dtype
+    overlay: Overlay | None = None
+    """What merged adapters make of the weight; ``None``: nothing."""
 
     def store(self, weight: Tensor, format: str, dtype: torch.dtype) -> None:  # noqa: A002
         """Quantise a weight, on its device; it reads as ``dtype`` afterwards."""
@@ -173,9 +201,19 @@ class Quantised(nn.Module):
         self.register_buffer("scales", scales)
 
     @property
+    def own_weight(self) -> Tensor:
+        """The weight without an overlay, made anew."""
+        return self._restored(None)
+
+    @property
     def weight(self) -> Tensor:
         """The weight as the layer computes with it, made anew."""
+        return self._restored(self.overlay)
+
+    def _restored(self, overlay: Overlay | None) -> Tensor:
         rows = FORMATS[self.format].restore(self.codes, self.scales, self.shape, self.dtype)
+        if overlay is not None:
+            overlay.apply_(rows.view(len(rows), -1))
         return rows if rows.dim() == 2 else rows.permute(0, 3, 1, 2)
 
 
@@ -220,14 +258,3 @@ def quantise(layer: nn.Module, weight: Tensor, format: str, dtype: torch.dtype) 
     layer.__class__ = QUANTISED[type(layer)]
     assert isinstance(layer, Quantised)
     layer.store(weight, format, dtype)
-
-
-def restored(layer: nn.Module) -> nn.Module:
-    """A frozen layer with the weight of a quantised one as its parameter; their bias is shared."""
-    assert isinstance(layer, Quantised)
-    weight = layer.weight.contiguous()
-    plain: nn.Module = copy(layer)
-    plain.__class__ = next(kind for kind, other in QUANTISED.items() if type(layer) is other)
-    plain._parameters, plain._buffers = dict(layer._parameters), {}
-    plain.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    return plain

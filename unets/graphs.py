@@ -87,6 +87,11 @@ class Replayed(Generic[Result]):
         graph.replay()
         return result
 
+    def renew(self) -> None:
+        """Forget, where the function itself has changed: the next call runs as it is again."""
+        self._seen.clear()
+        self.forget()
+
     def forget(self) -> None:
         """Drop what was recorded and free its memory; the next calls record again."""
         if self._graphs:

@@ -1,0 +1,249 @@
+"""The stages of a cascade and their adapters: loaded by name, mixed, and taken out again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from adapters.combining import Part, combined
+from adapters.errors import UserError
+from adapters.hub import adapter_path
+from adapters.info import stage_folders
+from adapters.listing import Listing
+from adapters.merging import StageAdapter
+from adapters.methods import Combination
+from adapters.mixing import MergedAdapters
+from adapters.saving import save_adapters
+from adapters.scales import Scale, by_stage
+from unets.graphs import Replayed
+
+Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
+
+
+@dataclass(kw_only=True)
+class AdaptedStages:
+    """Stages whose UNets take adapters, in place: recorded forward passes read what they become."""
+
+    stages: Mapping[int, Stage]
+    """Stage I and II, by number."""
+    base_names: Mapping[int, str]
+    """The bases' names, for messages."""
+    originals: torch.device | None = None
+    """Where copies of the base's weights are kept, see :class:`MergedAdapters`."""
+    merged: dict[int, MergedAdapters] = field(init=False)
+    recorded: dict[int, Replayed[Tensor]] = field(init=False)
+    """The UNets' forward passes: on a GPU one CUDA graph for each size of batch."""
+
+    def __post_init__(self) -> None:
+        self.recorded = {
+            number: Replayed(partial(_predict, pipe.unet), f"Stage {number}'s UNet")
+            for number, pipe in self.stages.items()
+        }
+        self.merged = {
+            number: MergedAdapters(pipe.unet, self.originals, self.recorded[number].renew)
+            for number, pipe in self.stages.items()
+        }
+
+    @property
+    def adapters(self) -> Listing:
+        """The loaded adapters and their scales; print it to see more of them."""
+        loaded: dict[str, dict[int, tuple[StageAdapter, float]]] = {}
+        for stage, merged in self.merged.items():
+            for name, adapter in merged.adapters.items():
+                loaded.setdefault(name, {})[stage] = adapter, merged.scales[name]
+        return Listing(loaded)
+
+    def add_adapter(self, folder: str | Path, scale: Scale = 1.0, name: str | None = None) -> str:
+        """Load an adapter into the stages that it and this cascade have, and merge it.
+
+        Whether an adapter belongs to a base is decided by the base's weights, not by its name,
+        since folders move and hub repositories are mirrored: the UNet's configuration and a few of
+        its weights, recorded at export, must be those of this cascade's UNet before any merging.
+
+        Args:
+            folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these,
+                the file or folder of another tool, or any of them by its name on the hub, see
+                :func:`adapters.hub.adapter_path`. Another tool's goes to the stage whose UNet it
+                fits by names and shapes, and is not held against any base.
+            scale: how much of it, in all stages or by stage: each weight W becomes
+                W + scale * (W merged - W). Adapters add up.
+            name: what to call it; ``None``: after its folder.
+
+        Returns:
+            Its name.
+
+        Raises:
+            UserError: where the folder has no adapter for a stage of this cascade or one that was
+                trained on another base, the scale is not finite, or the name is taken. Nothing is
+                loaded or merged then.
+
+        Example:
+            >>> before = cascade.stages[1].unet.conv_in.weight.clone()
+            >>> cascade.add_adapter("runs/quickstart/adapters", 0.8)
+            'quickstart'
+            >>> cascade.remove_adapters()
+            >>> torch.equal(cascade.stages[1].unet.conv_in.weight, before)
+            True
+        """
+        adapters = self._for_stages(folder)
+        return self._load(adapters, scale, name or self.adapters.free_name(Path(folder)))
+
+    def set_adapters(self, scales: Mapping[str, Scale]) -> None:
+        """Switch to adapters that are loaded, each with its scale.
+
+        It takes milliseconds, and no recorded forward pass has to be made anew, but of a quantised
+        base where more is switched on in a layer than at any time before
+        (:class:`adapters.layers.Coded`).
+
+        Args:
+            scales: by name, in all stages or by stage (``{"dog": 0.8, "style": {1: 0.5, 2: 1}}``).
+                Adapters that are not named are switched off, and stay loaded.
+
+        Raises:
+            UserError: where a name is unknown or a scale not finite. Nothing has changed then.
+        """
+        factors, before = self._by_stage(scales), self.adapters
+        try:
+            self._set(factors)
+        except BaseException:  # the device has no room
+            self._set(before)
+            raise
+
+    def combine(
+        self,
+        scales: Mapping[str, Scale],
+        method: str = "linear",
+        *,
+        name: str | None = None,
+        density: float | None = None,
+        rank: int | None = None,
+        majority_sign: str | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Make one LoRA of several that are loaded, by a method of PEFT; it starts switched off.
+
+        Args:
+            scales: of the adapters to combine, by name, in all stages or by stage. What has the
+                scale 0 takes no part.
+            method: one of :data:`adapters.methods.METHODS`.
+            name: what to call it; ``None``: its adapters' names with ``+`` between them.
+            density: this and the rest are settings of :class:`adapters.methods.Combination`.
+            rank: see there.
+            majority_sign: see there.
+            seed: see there.
+
+        Returns:
+            Its name, for :meth:`set_adapters` and :meth:`save_adapter`.
+
+        Raises:
+            UserError: where a name is unknown or taken, or the method cannot take an adapter.
+        """
+        how = Combination(method, density, rank, majority_sign, seed)
+        factors = self._by_stage(scales)
+        name = self.adapters.free(name or "+".join(factors))
+        adapters = {}
+        for stage, merged in self.merged.items():
+            parts = [
+                Part(each, merged.adapters[each], own[stage])
+                for each, own in factors.items()
+                if own.get(stage)
+            ]
+            if parts:
+                adapters[stage] = combined(parts, how, name, merged.unet.device)
+        if not adapters:
+            raise UserError("There is nothing to combine; give adapters scales other than 0.")
+        return self._load(adapters, 0.0, name)
+
+    def save_adapter(self, name: str, folder: str | Path) -> None:
+        """Write a loaded LoRA as a folder that travels, see :func:`adapters.saving.save_adapters`.
+
+        Raises:
+            UserError: where the name is unknown, it is no LoRA, or the folder holds something.
+        """
+        self.adapters.known(name)
+        save_adapters(
+            {
+                stage: merged.adapters[name]
+                for stage, merged in self.merged.items()
+                if name in merged.adapters
+            },
+            Path(folder),
+        )
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter out and free what was kept for it.
+
+        Raises:
+            UserError: where the name is unknown.
+        """
+        self.adapters.known(name)
+        for merged in self.merged.values():
+            if name in merged.adapters:
+                merged.remove(name)
+
+    def remove_adapters(self) -> None:
+        """Take all adapters out; every weight is the base's own again, to the bit."""
+        self.set_adapters({})
+        for name in self.adapters:
+            self.remove_adapter(name)
+
+    def free_graphs(self) -> None:
+        """Free the GPU memory of recorded forward passes; the next pictures record them again."""
+        for recorded in self.recorded.values():
+            recorded.forget()
+
+    def _for_stages(self, folder: str | Path) -> dict[int, StageAdapter]:
+        """The adapters of a folder, by stage, where they belong to this cascade's bases."""
+        adapters = [StageAdapter.load(place) for place in stage_folders(adapter_path(folder))]
+        configs = {number: pipe.unet.config for number, pipe in self.stages.items()}
+        staged = [(adapter.stage_among(configs), adapter) for adapter in adapters]
+        fitting = [(stage, adapter) for stage, adapter in staged if stage in self.stages]
+        if not fitting:
+            raise UserError(
+                f"{folder} has an adapter of Stage"
+                f" {' and '.join(str(stage) for stage, _ in staged)}, but this"
+                f" cascade has Stage {' and '.join(map(str, self.stages))}; load the stage that it"
+                " belongs to."
+            )
+        for stage, adapter in fitting:
+            adapter.check_base(self.merged[stage].base, self.base_names[stage])
+        if len(dict(fitting)) < len(fitting):
+            raise UserError(
+                f"{folder} has two adapters of Stage {fitting[0][0]}; load them one by one."
+            )
+        return dict(fitting)
+
+    def _load(self, adapters: Mapping[int, StageAdapter], scale: Scale, name: str) -> str:
+        before = self.adapters
+        factors = by_stage(scale, adapters, self.stages, f"adapter {before.free(name)!r}")
+        try:
+            for stage, adapter in adapters.items():
+                self.merged[stage].add(name, adapter)
+            self._set(before | {name: factors})
+        except BaseException:
+            if name in self.adapters:
+                self.remove_adapter(name)
+            raise
+        return name
+
+    def _set(self, factors: Mapping[str, Mapping[int, float]]) -> None:
+        for stage, merged in self.merged.items():
+            merged.set({name: own[stage] for name, own in factors.items() if stage in own})
+
+    def _by_stage(self, scales: Mapping[str, Scale]) -> dict[str, dict[int, float]]:
+        """Checked scales, by adapter and each of its stages."""
+        listing = self.adapters
+        return {
+            name: by_stage(scale, listing[listing.known(name)], self.stages, f"adapter {name!r}")
+            for name, scale in scales.items()
+        }
+
+
+def _predict(unet: UNet2DConditionModel, **inputs: Tensor) -> Tensor:
+    prediction: Tensor = type(unet).forward(unet, **inputs, return_dict=False)[0]
+    return prediction

@@ -1,0 +1,69 @@
+"""How much of each adapter is merged: one factor, or one for each stage."""
+
+import math
+import numbers
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from adapters.errors import UserError
+
+Scale: TypeAlias = float | Mapping[int, float]
+"""The factor of an adapter's updates: in all its stages, or by stage, 0 in those not named."""
+
+STAGES = (1, 2)
+"""The stages that adapters belong to."""
+
+
+def by_stage(
+    scale: Scale, own: Collection[int], loaded: Collection[int], what: str
+) -> dict[int, float]:
+    """The factor in each stage of an adapter.
+
+    Args:
+        scale: of the adapter.
+        own: its stages, of those that are loaded.
+        loaded: the stages that are loaded; factors for others are passed over, as adapters are.
+        what: the adapter, for messages.
+
+    Raises:
+        UserError: where a factor is no finite number, or for a stage that the adapter lacks.
+    """
+    factors = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(own, scale)
+    for stage, factor in factors.items():
+        if not isinstance(factor, numbers.Real) or not math.isfinite(factor):
+            raise UserError(f"The scale of {what} must be a finite number (got {factor!r}).")
+        if stage not in STAGES or (stage in loaded and stage not in own):
+            raise UserError(
+                f"A scale of {what} is for Stage {stage!r}, but it has Stage"
+                f" {' and '.join(map(str, own))} only; leave the other out."
+            )
+    return {stage: float(factors.get(stage, 0.0)) for stage in own}
+
+
+def parse_scaled(argument: str) -> tuple[str, Scale | None]:
+    """An adapter and its scale from a command line.
+
+    Args:
+        argument: ``FOLDER``, ``FOLDER=0.7``, or by stage ``FOLDER=1:0.5,2:1``. It is all a folder
+            where there is one of that name.
+
+    Returns:
+        The folder, and its scale; ``None``: none was given.
+
+    Raises:
+        UserError: where what follows the last ``=`` is no scale.
+    """
+    folder, sign, text = argument.rpartition("=")
+    if not sign or Path(argument).exists():
+        return argument, None
+    try:
+        if ":" not in text:
+            return folder, float(text)
+        pairs = (pair.split(":") for pair in text.split(","))
+        return folder, {int(stage): float(factor) for stage, factor in pairs}
+    except ValueError:
+        raise UserError(
+            f"{argument!r} ends in {text!r}, which is no scale; give FOLDER=0.7, or one for each"
+            " stage as in FOLDER=1:0.5,2:1."
+        ) from None

@@ -1,0 +1,152 @@
+"""What adapters make of one weight, and the weighted sum of several.
+
+Here a weight [out, in, ...] is a matrix W [out, in]; a convolution's columns are in the order in
+which its memory has them. Adapters with factors c make of it
+
+    W + Σ c (W merged - W)
+
+as PEFT merges each of them into the base's own W. All sums are in float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """Of LoRA, rsLoRA and DoRA: W merged = gain ⊙ W + scaling B A."""
+
+    b: Tensor
+    """[out, rank], float32."""
+    a: Tensor
+    """[rank, in], float32."""
+    scaling: float
+    gain: Tensor | None = None
+    """[out, 1], float32; DoRA's magnitude by the norm of W + scaling B A. ``None``: one."""
+
+    @property
+    def rank(self) -> int:
+        """Of B A."""
+        return len(self.a)
+
+    def added(self, change: Tensor | None, factor: float, device: torch.device) -> Tensor:
+        """Add ``factor`` times B A to a change [out, in], in place; ``None``: to nothing."""
+        b, a = self.b.to(device), self.a.to(device)
+        if change is None:
+            nothing = b.new_empty(()).expand(len(b), a.shape[1])
+            return torch.addmm(nothing, b, a, beta=0, alpha=factor * self.scaling)
+        return change.addmm_(b, a, alpha=factor * self.scaling)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """Of any kind: W merged - W, [out, in] in float32 in main memory."""
+
+    matrix: Tensor
+
+    def added(self, change: Tensor | None, factor: float, device: torch.device) -> Tensor:
+        """Add ``factor`` times it to a change [out, in], in place; ``None``: to nothing."""
+        matrix = self.matrix.to(device)
+        return matrix * factor if change is None else change.add_(matrix, alpha=factor)
+
+
+Update: TypeAlias = LowRank | Dense
+
+
+class Term(NamedTuple):
+    """One adapter's part in a weight."""
+
+    factor: float
+    update: Update
+
+
+Terms: TypeAlias = tuple[Term, ...]
+"""The adapters that are switched on, in an order that does not depend on when they came."""
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight [out, in, ...] as the matrix [out, in] that shares its memory."""
+    return in_order_of(weight, weight).view(len(weight), -1)
+
+
+def in_order_of(weight: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor [n, in, ...] with its dimensions in the order of a weight's memory."""
+    return tensor if weight.is_contiguous() else tensor.permute(0, 2, 3, 1)
+
+
+def low_rank(
+    weight: Tensor, b: Tensor, a: Tensor, scaling: float, magnitude: Tensor | None
+) -> LowRank:
+    """The update of LoRA's factors, on the device of the weight.
+
+    Args:
+        weight: the base's own, [out, in, ...].
+        b: [out, rank] or [out, rank, 1, 1].
+        a: [rank, in, ...].
+        scaling: of B A.
+        magnitude: DoRA's, with ``out`` values; its gain is that of ``merge`` in PEFT, equation 5 of
+            arXiv 2402.09353. ``None``: no DoRA.
+    """
+    device = weight.device
+    columns = in_order_of(weight, a).flatten(1).to(device, torch.float32)
+    rows = b.flatten(1).to(device, torch.float32)
+    plain = LowRank(rows, columns, scaling)
+    if magnitude is None:
+        return plain
+    changed = plain.added(None, 1.0, device).add_(as_matrix(weight))
+    norm = torch.linalg.norm(changed, dim=1, keepdim=True)
+    gain = magnitude.to(device, torch.float32).view(-1, 1) / norm
+    return LowRank(rows * gain, columns, scaling, gain)
+
+
+def change(terms: Sequence[Term], device: torch.device) -> Tensor | None:
+    """What terms add to the (scaled) W, [out, in] in float32; ``None``: nothing."""
+    total = None
+    for factor, update in terms:
+        total = update.added(total, factor, device)
+    return total
+
+
+def gain(terms: Sequence[Term], device: torch.device) -> Tensor | None:
+    """What terms multiply W by, [out, 1] in float32; ``None``: one."""
+    gains = [
+        (factor, update.gain)
+        for factor, update in terms
+        if isinstance(update, LowRank) and update.gain is not None
+    ]
+    if not gains:
+        return None
+    total = torch.zeros((), device=device) + (1 - sum(factor for factor, _ in gains))
+    for factor, scale in gains:
+        total = total + factor * scale.to(device)
+    return total
+
+
+def merge(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
+    """Write what terms make of the base's own W over a matrix.
+
+    Args:
+        base: W, [out, in] in the base's precision.
+        terms: at least one.
+        out: [out, in], rounded to its precision once.
+    """
+    added = change(terms, base.device)
+    assert added is not None
+    scale = gain(terms, base.device)
+    torch.add(base if scale is None else base * scale, added, out=out)
+
+
+def delta(weight: Tensor, update: Update) -> Tensor:
+    """What an update adds to the base's own weight, in its shape and float32."""
+    terms = [Term(1.0, update)]
+    added, scale = change(terms, weight.device), gain(terms, weight.device)
+    assert added is not None
+    if scale is not None:
+        added += (scale - 1) * as_matrix(weight)
+    result = torch.empty_like(weight, dtype=torch.float32)  # in the order of its memory
+    as_matrix(result).copy_(added)
+    return result

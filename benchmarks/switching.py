@@ -1,0 +1,217 @@
+"""How long adapters take to add, switch, scale and remove in a running cascade, and what they cost.
+
+    python -m benchmarks.switching --unet IF-I-XL
+    python -m benchmarks.switching --unet IF-I-XL --targets attention+conv --precision nf4
+    python -m benchmarks.switching --model models/if-tiny/stage_1
+
+A model that is not at ``--model`` is made there with random weights of the published size; two
+LoRAs are random too. Times are medians over ``--repeats`` changes forth and back, those of adding
+and removing of one, with the reading of files; the device is waited for. The UNet's pass is that of
+one picture with guidance, replayed on a GPU; "recordings made" counts those that changes made
+necessary. After each change the pass is held against one that runs as it is: "off by" is the
+largest difference relative to the largest value.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from adapters import load_cascade
+from adapters.export import write_adapter
+from adapters.formats import lora_config
+from adapters.info import AdapterInfo, BaseSignature
+from adapters.kinds import PRESETS, AdapterSpec, match_targets
+from adapters.load import Precision
+from adapters.merging import StageAdapter
+from benchmarks.random_model import UNETS, save_random_model
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+TOKENS = 77
+
+CHANGES: Mapping[str, tuple[dict[str, float], dict[str, float]]] = {
+    "switch": ({"one": 1.0}, {"two": 1.0}),
+    "scale": ({"one": 0.5}, {"one": 0.75}),
+    "mix of two": ({"one": 0.5, "two": 0.5}, {"one": 0.75, "two": 0.25}),
+    "off and on": ({}, {"one": 1.0}),
+}
+"""What is measured: scales that are set in turn."""
+
+
+class Switching:
+    """A cascade of one stage, two random LoRAs for it, and what was measured."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.stage = 2 if options.unet.startswith("IF-II-") else 1
+        self.cascade = load_cascade(
+            **{f"stage_{self.stage}": options.model},
+            dtype=options.precision,
+            device=options.device,
+            originals=options.originals,
+            text_encoder=False,
+        )
+        self.unet = self.cascade.stages[self.stage].unet
+        self.recorded = self.cascade.recorded[self.stage]
+        self.inputs = self.random_inputs()
+        self.rows: dict[str, str] = {}
+
+    @torch.no_grad()
+    def run(self) -> dict[str, str]:
+        """Measure everything; the rows of the table."""
+        original = self.weights()
+        with tempfile.TemporaryDirectory() as temporary:
+            folders = [self.random_adapter(Path(temporary) / name) for name in ("one", "two")]
+            self.time_pass("the base")
+            self.note_memory("the base")
+            for folder in folders:
+                added = self.seconds(lambda folder=folder: self.cascade.add_adapter(folder, 0.5))
+                self.rows[f"add {folder.name}"] = f"{added * 1e3:.0f} ms"
+        self.time_pass("two adapters")
+        self.note_memory("two adapters")
+        for what, pair in CHANGES.items():
+            self.rows[what] = self.change(pair)
+        self.rows["remove both"] = f"{self.seconds(self.cascade.remove_adapters) * 1e3:.0f} ms"
+        same = all(torch.equal(original[name], w) for name, w in self.weights().items())
+        self.rows["then the weights are the base's, to the bit"] = "yes" if same else "NO"
+        return self.rows
+
+    def change(self, pair: tuple[dict[str, float], dict[str, float]]) -> str:
+        """Set scales in turn: how long that takes, and whether recordings stay valid."""
+        for scales in pair:  # room is made once
+            self.cascade.set_adapters(scales)
+        self.record()
+        function, made = self.recorded.function, []
+        self.recorded.function = lambda **tensors: made.append(0) or function(**tensors)
+        times, off = [], []
+        for repeat in range(2 * self.options.repeats):
+            scales = pair[repeat % 2]
+            times.append(self.seconds(lambda scales=scales: self.cascade.set_adapters(scales)))
+            replayed = self.recorded(**self.inputs).float()
+            exact = function(**self.inputs).float()
+            off.append(float((replayed - exact).abs().max() / exact.abs().max()))
+        self.recorded.function = function
+        recordings = f", recordings made: {len(made)}" if self.unet.device.type == "cuda" else ""
+        return f"{statistics.median(times) * 1e3:.1f} ms, off by {max(off):.1g}{recordings}"
+
+    def time_pass(self, what: str) -> None:
+        """Note how long a pass of the UNet takes."""
+        self.record()
+        times = [
+            self.seconds(lambda: self.recorded(**self.inputs))
+            for _ in range(2 * self.options.repeats)
+        ]
+        self.rows[f"pass with {what}"] = f"{statistics.median(times) * 1e3:.1f} ms"
+
+    def record(self) -> None:
+        """Make the recording, which is made of the second pass."""
+        for _ in range(3):
+            self.recorded(**self.inputs)
+
+    def note_memory(self, what: str) -> None:
+        """Note what is allocated on a GPU."""
+        if self.unet.device.type == "cuda":
+            self.rows[f"memory with {what}"] = f"{torch.cuda.memory_allocated() / GIB:.2f} GiB"
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """How long something takes, the device's work included."""
+        start = self.now()
+        function()
+        return self.now() - start
+
+    def now(self) -> float:
+        """The time once the device is idle."""
+        if self.unet.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Of all Linears and Conv2ds, as they compute, in main memory."""
+        return {
+            name: module.weight.detach().to("cpu", copy=True)
+            for name, module in self.unet.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+
+    def random_inputs(self) -> dict[str, Tensor]:
+        """A batch of two, with and without text."""
+        config, like = self.unet.config, {"device": self.unet.device, "dtype": self.unet.dtype}
+        inputs = {
+            "sample": torch.randn(2, config.in_channels, *[config.sample_size] * 2, **like),
+            "timestep": torch.tensor(500, device=self.unet.device),
+            "encoder_hidden_states": torch.randn(2, TOKENS, config.encoder_hid_dim, **like),
+        }
+        if config.class_embed_type:
+            inputs["class_labels"] = torch.full((2,), 250, device=self.unet.device)
+        return inputs
+
+    def random_adapter(self, folder: Path) -> Path:
+        """Write a LoRA with random values, as if trained."""
+        spec = AdapterSpec(rank=self.options.rank, targets=self.options.targets)
+        state = {}
+        for name in match_targets(self.unet, spec.targets):
+            out, *columns = self.unet.get_submodule(name).weight.shape
+            ones = [1] * len(columns[1:])
+            state[f"{name}.lora_A.weight"] = torch.randn(spec.rank, *columns) / columns[0]
+            state[f"{name}.lora_B.weight"] = torch.randn(out, spec.rank, *ones) * 0.01
+        info = AdapterInfo(
+            base_model=str(self.options.model),
+            base_signature=BaseSignature.of(self.unet),
+            stage=self.stage,
+            spec=spec,
+            step=0,
+            recipe="",
+            version="",
+        )
+        place = folder / f"stage_{self.stage}"
+        write_adapter(StageAdapter(place, info, lora_config(state, {}, None), state))
+        return folder
+
+
+def table(options: argparse.Namespace, rows: Mapping[str, str]) -> str:
+    """The measurements and what they are of, in Markdown."""
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    what = f"{options.model}, {options.precision}, {options.targets}, rank {options.rank}"
+    lines = [f"| {what} | {device} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--unet", choices=[n for n in UNETS if n[0] != "_"], default="IF-I-XL")
+    add("--model", type=Path, help="one stage (.cache/switching/UNET)")
+    add("--precision", choices=get_args(Precision), default="auto")
+    add("--targets", choices=PRESETS, default="attention")
+    add("--rank", type=int, default=16)
+    add("--device", default="auto")
+    add("--originals", choices=("device", "cpu"), default="device")
+    add("--repeats", type=int, default=10)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> str:
+    """Measure, and print the table."""
+    options = parser().parse_args(arguments)
+    options.model = options.model or ROOT / ".cache/switching" / options.unet
+    if not (options.model / "model_index.json").exists():
+        save_random_model(options.model, options.unet)
+    result = table(options, Switching(options).run())
+    sys.stdout.write(result)
+    return result
+
+
+if __name__ == "__main__":
+    main()
