@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 
+from adapters.errors import UserError
 from finetune.recipe import Recipe
 from finetune.trainee import Trainee
 
@@ -34,13 +35,23 @@ class Compiling:
 
     @classmethod
     def of(cls, recipe: Recipe, trainee: Trainee, processes: int) -> "Compiling":
-        """Compile at once where the recipe says so; ``auto`` is decided later, on a GPU."""
+        """Compile at once where the recipe says so; ``auto`` is decided later, on a GPU.
+
+        Raises:
+            UserError: where there is no GPU to compile for.
+        """
         training, cache = trainee.training, recipe.cache / "compiled"
+        on_cpu = trainee.unet.device.type == "cpu"
+        if training.compile is True and on_cpu:
+            raise UserError(
+                f"{trainee.stage.name}.compile: true needs a GPU, and this machine has none that is"
+                " used: leave it at auto."
+            )
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve()))
         if training.compile is True:
             trainee.compile()
         pictures = training.batch_size * training.accumulation * processes
-        undecided = training.compile == "auto" and trainee.unet.device.type != "cpu"
+        undecided = training.compile == "auto" and not on_cpu
         return cls(trainee, pictures, undecided)
 
     def consider(self, pictures_per_second: float) -> str | None:
