@@ -84,14 +84,14 @@ class Source:
         """
         checker = self.index.get("safety_checker", (None, None))[1]
         if checker == IFSafetyChecker.__name__ and "safety_checker" not in components:
-            components["safety_checker"] = self._load(
+            components["safety_checker"] = self.load(
                 SafetyChecker.from_pretrained,
                 subfolder="safety_checker",
                 dtype=dtype,
                 **self._weights,
             )
         kind = PIPELINES[self.stage]
-        return self._load(kind.from_pretrained, **components, dtype=dtype, **self._weights)
+        return self.load(kind.from_pretrained, **components, dtype=dtype, **self._weights)
 
     def unet(self, precision: str, device: torch.device) -> UNet2DConditionModel:
         """The stage's UNet, frozen, in a precision of :func:`unets.loading.empty_unet`."""
@@ -119,7 +119,7 @@ class Source:
 
     def blank_text_encoder(self, precision: str, dtype: torch.dtype) -> T5EncoderModel:
         """What :meth:`text_encoder` gives, without values and on the meta device."""
-        config = self._load(T5Config.from_pretrained, subfolder="text_encoder")
+        config = self.load(T5Config.from_pretrained, subfolder="text_encoder")
         encoder = _empty_text_encoder(config, dtype)
         place = placement(encoder, precision, dtype, torch.device("meta"))
         for name, weight in encoder.state_dict().items():
@@ -130,11 +130,11 @@ class Source:
     @property
     def unet_config(self) -> dict[str, Any]:
         """The configuration of the stage's UNet."""
-        return dict(self._load(UNet2DConditionModel.load_config, subfolder="unet"))
+        return dict(self.load(UNet2DConditionModel.load_config, subfolder="unet"))
 
     def scheduler(self, name: str) -> DDPMScheduler:
         """The noise schedule of a component: ``scheduler``, or ``image_noising_scheduler``."""
-        return self._load(DDPMScheduler.from_pretrained, subfolder=name)
+        return self.load(DDPMScheduler.from_pretrained, subfolder=name)
 
     @property
     def picture_size_px(self) -> int:
@@ -175,9 +175,10 @@ class Source:
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
             return load(folder / part)
 
-        return self._load(find)
+        return self.load(find)
 
-    def _load(self, load: Callable[..., Loaded], **options: Any) -> Loaded:
+    def load(self, load: Callable[..., Loaded], **options: Any) -> Loaded:
+        """What ``load(name, revision=…, …)`` gives, once the model is of the stage's class."""
         _ = self.index  # checks the model's class before anything else of it is read
         return self._read(load, **options)
 

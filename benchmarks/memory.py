@@ -21,9 +21,9 @@ from typing import Any
 
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
-from finetune.footprint import GIB
 from finetune.loading import load_recipe
 from finetune.planning import plan
+from unets.tally import GIB
 
 RECIPE = "recipes/dreambooth_6gb.yaml"
 FEWER = (

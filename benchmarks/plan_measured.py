@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 
+from adapters.tokens import prompt_tokens
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
 from benchmarks.random_model import save_random_model
-from finetune.footprint import GIB, Rehearsal
+from finetune.footprint import Rehearsal
 from finetune.loop import load_trainee
 from finetune.recipe import Recipe
 from finetune.stages import STAGES, Batch
-from finetune.text import prompt_tokens
+from unets.tally import GIB
 
 CONFIGURATIONS = (
     *(

@@ -22,10 +22,10 @@ from PIL import Image
 
 from adapters import load_cascade
 from adapters.sampling import Sampling
+from adapters.tokens import prompt_tokens
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
 from benchmarks.random_model import save_random_model
-from finetune.text import prompt_tokens
 from unets.loading import PRECISIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

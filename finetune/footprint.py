@@ -4,7 +4,6 @@ The stage's own step is run on tensors that have no values (:mod:`unets.tally`),
 counted is what will run.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +14,7 @@ from finetune.recipe import Recipe
 from finetune.stages import STAGES, Batch, Stage
 from finetune.trainee import Trainee
 from unets.loading import blank_unet
-from unets.tally import META, Tally
-
-GIB = 2**30
-
-WORKSPACE_BYTES = 0.25 * GIB
-"""What cuBLAS and cuDNN keep for themselves in PyTorch's memory."""
-
-FRAGMENTATION = 0.03
-"""The share of memory that lies idle between allocations."""
+from unets.tally import META, Tally, reserved, total_bytes
 
 OPERATIONS_A_BYTE = 200
 """How many floating-point operations a GPU does while it moves a byte; data-centre and desktop
@@ -60,11 +51,6 @@ class Footprint:
     def reserved(self) -> int:
         """What PyTorch reserves in training."""
         return reserved(self.resident + self.activations)
-
-
-def reserved(allocated: float) -> int:
-    """What PyTorch reserves of a GPU where so many bytes are allocated at once."""
-    return int(allocated * (1 + FRAGMENTATION) + WORKSPACE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -160,14 +146,7 @@ class Rehearsal:
     def _adapter(self) -> list[Tensor]:
         flat = self.trainee.weights
         vectors = [flat.values, flat.gradient, flat.working, flat.working_gradient]
-        if self.trainee.average is not None:
-            vectors.append(self.trainee.average)
-        return list({id(vector): vector for vector in vectors}.values())
+        return vectors if self.trainee.average is None else [*vectors, self.trainee.average]
 
     def _resident(self, batch: Batch) -> list[Tensor]:
         return [*self._weights(), *self._adapter(), *batch.tensors().values()]
-
-
-def total_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of tensors together."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -4,31 +4,15 @@ python -m finetune.plan RECIPE [key=value …] [--vram 8GB]
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from adapters.errors import UserError, command_line
-from finetune.footprint import GIB
+from adapters.budget import memory_bytes
+from adapters.errors import command_line
 from finetune.loading import load_recipe
-from finetune.planning import DRIVER_BYTES, Plan, fit, plan
+from finetune.planning import Plan, fit, plan
 from finetune.recipe import Recipe
-
-
-def budget_of(vram: str) -> float:
-    """What PyTorch may reserve of a card, in bytes.
-
-    Args:
-        vram: the card's memory, such as ``8GB`` (of 2^30 bytes, as cards are sold).
-
-    Raises:
-        UserError: where it is no such size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", vram.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) * GIB <= DRIVER_BYTES:
-        raise UserError(f"--vram must be the memory of a card, such as 8GB (got {vram!r}).")
-    return float(match[1]) * GIB - DRIVER_BYTES
-
+from unets.tally import GIB
 
 Row = tuple[str, ...]
 
@@ -92,7 +76,7 @@ def _phases(plan: Plan) -> list[str]:
 
 def fit_text(recipe: Recipe, vram: str) -> str:
     """What fits a card, for people."""
-    budget = budget_of(vram)
+    budget = memory_bytes(vram, "--vram")
     found = fit(recipe, budget)
     lines = [f"On a card of {vram}, {_gib(budget)} GiB beside the driver's own:", ""]
     for stage, choices in found.choices.items():

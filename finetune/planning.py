@@ -8,15 +8,14 @@ import torch
 from tqdm import tqdm
 
 from adapters.errors import UserError
-from finetune.footprint import GIB, Footprint, Rehearsal, reserved, total_bytes
+from adapters.tokens import prompt_tokens
+from finetune.footprint import Footprint, Rehearsal
 from finetune.recipe import Recipe
 from finetune.stages import STAGES, Stage
-from finetune.text import DTYPES, prompt_tokens
+from finetune.text import DTYPES
+from unets.tally import GIB, reserved, total_bytes
 
 GPU = torch.device("cuda")
-
-DRIVER_BYTES = 0.5 * GIB
-"""What the driver and CUDA's own context keep of a card's memory."""
 
 BASES = ("bf16", "nf4")
 """The precisions of a base that settings are chosen from: the fastest, and the smallest."""
@@ -93,7 +92,7 @@ def _text_encoder_bytes(recipe: Recipe, device: torch.device) -> int:
     automatic = "fp32" if device.type == "cpu" else "bf16"
     precision = automatic if recipe.text.precision == "auto" else recipe.text.precision
     encoder = recipe.source(STAGES[1]).blank_text_encoder(precision, DTYPES[precision])
-    weights = {id(tensor): tensor for tensor in encoder.state_dict().values()}.values()
+    weights = list(encoder.state_dict().values())
     largest = max(weight.numel() for weight in weights) * DTYPES[precision].itemsize
     return reserved(total_bytes(weights) + largest)
 

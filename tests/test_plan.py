@@ -8,18 +8,19 @@ import torch
 import yaml
 
 from adapters.errors import UserError
-from finetune import footprint, train
+from adapters.tokens import prompt_tokens
 from finetune import plan as command
-from finetune.footprint import GIB, Rehearsal
+from finetune import train
+from finetune.footprint import Rehearsal
 from finetune.loading import load_recipe
 from finetune.loop import load_trainee
 from finetune.planning import fit, fitting_settings, out_of_memory, plan
 from finetune.recipe import Recipe
 from finetune.stages import STAGES, Batch
-from finetune.text import prompt_tokens
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
-from unets.tally import Tally
+from unets import tally
+from unets.tally import GIB, Tally
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -27,7 +28,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU's libraries keep is far more than all of these tiny models."""
-    monkeypatch.setattr(footprint, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(tally, "WORKSPACE_BYTES", 0)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ moves.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,30 @@ from torch.utils.flop_counter import flop_registry
 
 META = torch.device("meta")
 
+GIB = 2**30
+
+DRIVER_BYTES = 0.5 * GIB
+"""What the driver and CUDA's own context keep of a card's memory."""
+
+WORKSPACE_BYTES = 0.25 * GIB
+"""What cuBLAS and cuDNN keep for themselves in PyTorch's memory."""
+
+FRAGMENTATION = 0.03
+"""The share of memory that lies idle between allocations."""
+
 ALLOCATION_BYTES = 512
 """What PyTorch's CUDA allocator rounds sizes up to."""
+
+
+def reserved(allocated: float) -> int:
+    """What PyTorch reserves of a GPU where so many bytes are allocated at once."""
+    return int(allocated * (1 + FRAGMENTATION) + WORKSPACE_BYTES)
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes of tensors together; one that comes twice is counted once."""
+    distinct = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct)
 
 
 class Tally(TorchDispatchMode):
