@@ -1,7 +1,7 @@
 """Merging adapters of any kind into a UNet's weights, and taking them out again."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adapters.errors import UserError
 from adapters.formats import listed, module_of, read_adapter
-from adapters.info import HEADER_KEY, AdapterInfo, BaseSignature, parse_info
+from adapters.info import HEADER_KEY, AdapterInfo, BaseSignature, parse_info, stage_folders
 from adapters.kinds import ADAPTER_NAME
 from unets.frozen import Quantised, restored
 
@@ -51,6 +51,15 @@ class StageAdapter:
         config, state, header = read_adapter(folder)
         info = parse_info(header, folder) if HEADER_KEY in header else None
         return cls(folder, info, config, state)
+
+    @classmethod
+    def load_all(cls, path: Path) -> list["StageAdapter"]:
+        """Load the adapters of all stages in an exported folder, or a single one.
+
+        Raises:
+            UserError: as :meth:`load`.
+        """
+        return [cls.load(place) for place in stage_folders(path)]
 
     @cached_property
     def modules(self) -> dict[str, dict[str, Tensor]]:
@@ -157,6 +166,24 @@ class StageAdapter:
         return layer.get_base_layer().weight.detach().sub_(weight)
 
 
+def merged_weight(
+    adapters: Sequence[tuple[StageAdapter, float]], name: str, module: nn.Module, weight: Tensor
+) -> Tensor:
+    """A module's weight with adapters merged, in float32.
+
+    Args:
+        adapters: adapters of its stage, and how much of each.
+        name: the module's full name.
+        module: the module, for its shape and settings.
+        weight: its weight in the base, which stays as it is.
+    """
+    merged = weight
+    for adapter, scale in adapters:
+        if name in adapter.modules:  # summed in the memory of the update
+            merged = adapter.delta(name, module, weight).mul_(scale).add_(merged)
+    return merged.float()
+
+
 def _alone(name: str, module: nn.Module) -> nn.Module:
     """A model in which a module stands alone under its full name, as PEFT matches by name."""
     for part in reversed(name.split(".")):
@@ -200,11 +227,7 @@ class MergedAdapters:
             if name not in self.originals:
                 self.originals[name] = module.weight.detach().to("cpu", copy=True)
             weight = self.originals[name].to(module.weight.device)
-            merged = weight.float()
-            for other, factor in self.adapters:
-                if name in other.modules:
-                    merged = merged + factor * other.delta(name, module, weight)
-            module.weight.copy_(merged)
+            module.weight.copy_(merged_weight(self.adapters, name, module, weight))
 
     @torch.no_grad()
     def remove(self) -> None:
