@@ -40,6 +40,11 @@ def is_deepfloyd(base_model: str, revision: str | None = None) -> bool:
     )
 
 
+def handed_on(folder: Path, stage: int) -> tuple[Path, ...]:
+    """The licence files in an exported folder that :func:`copy_licences` names after a stage."""
+    return tuple(path for name in NAMES for path in sorted(folder.glob(f"stage_{stage}-{name}")))
+
+
 def copy_licences(
     base_model: str, revision: str | None, folder: Path, stage: int
 ) -> tuple[Path, ...]:

@@ -52,7 +52,7 @@ def load_cascade(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = _available(device)
+    device = available(device)
     if dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16"
     unet_dtype = compute_dtype(dtype, device)
@@ -91,7 +91,7 @@ def load_cascade(
     return cascade
 
 
-def _available(name: str | torch.device) -> torch.device:
+def available(name: str | torch.device) -> torch.device:
     """The device of a name, once something has been placed on it."""
     try:
         return torch.empty(0, device=name).device
