@@ -123,7 +123,7 @@ def merge(
     sources = sources_of(bases, revision, variant) or own_bases(adapters, revision, variant)
     sources = {number: s for number, s in sources.items() if stage in (None, number)}
     unets = {number: StoredUNet.of(source) for number, source in sources.items()}
-    merged = staged(adapters, scaling(scales, len(paths)), unets)
+    merged = staged(adapters, scale_of_each(scales, len(paths)), unets)
     models = {
         number: MergedModel(sources[number], unets[number], merged[number], storage)
         for number in sorted(merged)
@@ -142,7 +142,7 @@ def merge(
     return [out / place for place in inside.values()]
 
 
-def scaling(scales: Sequence[float] | None, count: int) -> list[float]:
+def scale_of_each(scales: Sequence[float] | None, count: int) -> list[float]:
     """One scale for each of ``count`` adapters.
 
     Raises:
