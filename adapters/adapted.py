@@ -12,8 +12,6 @@ from torch import Tensor
 
 from adapters.combining import Part, combined
 from adapters.errors import UserError
-from adapters.hub import adapter_path
-from adapters.info import stage_folders
 from adapters.listing import Listing
 from adapters.merging import StageAdapter
 from adapters.methods import Combination
@@ -199,7 +197,7 @@ class AdaptedStages:
 
     def _for_stages(self, folder: str | Path) -> dict[int, StageAdapter]:
         """The adapters of a folder, by stage, where they belong to this cascade's bases."""
-        adapters = [StageAdapter.load(place) for place in stage_folders(adapter_path(folder))]
+        adapters = StageAdapter.load_all(folder)
         configs = {number: pipe.unet.config for number, pipe in self.stages.items()}
         staged = [(adapter.stage_among(configs), adapter) for adapter in adapters]
         fitting = [(stage, adapter) for stage, adapter in staged if stage in self.stages]

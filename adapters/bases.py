@@ -128,6 +128,24 @@ class Source:
         return encoder
 
     @property
+    def unet_folder(self) -> Path:
+        """The folder of the stage's UNet; of the hub's, its configuration and weights."""
+        return self._from_folder("unet", hub_patterns(self.variant), lambda folder: folder)
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder with all of its components; of the hub's, what its pipeline loads."""
+
+        def find(name: str, revision: str | None) -> Path:
+            if Path(name).is_dir():
+                return Path(name)
+            download = PIPELINES[self.stage].download
+            options = {"revision": revision, "variant": self.variant, "use_safetensors": True}
+            return Path(download(name, **options))
+
+        return self.load(find)
+
+    @property
     def unet_config(self) -> dict[str, Any]:
         """The configuration of the stage's UNet."""
         return dict(self.load(UNet2DConditionModel.load_config, subfolder="unet"))
@@ -144,20 +162,27 @@ class Source:
     @cached_property
     def index(self) -> dict[str, Any]:
         """The model's index, its components by name, once it is of the stage's class."""
-        if not Path(self.name).is_dir() and self.name.count("/") != 1:
-            raise UserError(
-                f"The Stage {self.stage} model {self.name!r} is neither a folder that exists nor a"
-                " hub name (owner/name); correct the path."
-            )
-        kind = PIPELINES[self.stage]
-        index = self._read(kind.load_config)
-        wanted, found = kind.__name__, index.get("_class_name")
+        wanted, found = PIPELINES[self.stage].__name__, self.class_name
         if found != wanted:
             raise UserError(
                 f"Stage {self.stage} needs a model of class {wanted}, but {self.name} is a"
                 f" {found}; give each stage its own model."
             )
-        return index
+        return self._any_index
+
+    @property
+    def class_name(self) -> str | None:
+        """The name of the model's pipeline class, which tells its stage."""
+        return self._any_index.get("_class_name")
+
+    @cached_property
+    def _any_index(self) -> dict[str, Any]:
+        if not Path(self.name).is_dir() and self.name.count("/") != 1:
+            raise UserError(
+                f"The model {self.name!r} is neither a folder that exists nor a hub name"
+                " (owner/name); correct the path."
+            )
+        return self._read(DiffusionPipeline.load_config)
 
     @property
     def _weights(self) -> dict[str, Any]:
@@ -188,9 +213,8 @@ class Source:
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"The Stage {self.stage} model {self.name!r} cannot be loaded; check its name,"
-                " revision and variant, and on the hub accept its licence and log in (hf auth"
-                f" login): {reason}"
+                f"The model {self.name!r} cannot be loaded; check its name, revision and variant,"
+                f" and on the hub accept its licence and log in (hf auth login): {reason}"
             ) from error
 
 
@@ -200,3 +224,45 @@ def _empty_text_encoder(config: T5Config, dtype: torch.dtype) -> T5EncoderModel:
         encoder = T5EncoderModel(config).to(dtype).eval()
     freeze(encoder)
     return encoder
+
+
+def source_of(name: str, revision: str | None = None, variant: str | None = None) -> Source:
+    """Stage I or II of a name, whichever its class says it is.
+
+    Raises:
+        UserError: where there is no such model, or one of another class.
+    """
+    candidates = [Source(name, stage, revision, variant) for stage in (1, 2)]
+    for source in candidates:
+        if source.class_name == PIPELINES[source.stage].__name__:
+            return source
+    wanted = " or ".join(PIPELINES[source.stage].__name__ for source in candidates)
+    raise UserError(
+        f"A base is a model of class {wanted}, but {name} is a {candidates[0].class_name}; name"
+        " Stage I or II."
+    )
+
+
+def sources_of(
+    names: Sequence[str], revision: str | None = None, variant: str | None = None
+) -> dict[int, Source]:
+    """The models of several names by stage; a folder with ``stage_1`` ... in it is several.
+
+    Raises:
+        UserError: as :func:`source_of`, and where two models are of one stage.
+    """
+    places = [place for name in names for place in _stages_in(name)]
+    sources: dict[int, Source] = {}
+    for source in (source_of(place, revision, variant) for place in places):
+        if source.stage in sources:
+            raise UserError(
+                f"{sources[source.stage].name} and {source.name} are both of Stage {source.stage};"
+                " name one model for each stage."
+            )
+        sources[source.stage] = source
+    return sources
+
+
+def _stages_in(name: str) -> list[str]:
+    stages = [Path(name) / folder for folder in ("stage_1", "stage_2")]
+    return [str(folder) for folder in stages if folder.is_dir()] or [name]

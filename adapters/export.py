@@ -156,12 +156,12 @@ def approximated(
     info: AdapterInfo, approximation: Approximation, kind: str = "lora"
 ) -> AdapterInfo:
     """What the approximation of an adapter says of itself."""
-    own = {"kind": kind, "rank": approximation.rank, "alpha": None, "dropout": 0.0}
+    own = {"kind": kind, "rank": max(approximation.ranks), "alpha": None, "dropout": 0.0}
+    before, error = info.approximation_error or 0.0, approximation.error
+    # truncated once more: what is lost is orthogonal to what was lost before
+    together = (before**2 + (1 - before**2) * error**2) ** 0.5
     return info.model_copy(
-        update={
-            "spec": info.spec.model_copy(update=own),
-            "approximation_error": approximation.error,
-        }
+        update={"spec": info.spec.model_copy(update=own), "approximation_error": together}
     )
 
 
@@ -200,10 +200,16 @@ def peft_config_of(unet: UNet2DConditionModel, info: AdapterInfo) -> PeftConfig:
 
     On attaching, PEFT shortens names to endings, which may match more modules in another model.
     """
-    config = copy(unet.peft_config[ADAPTER_NAME])
+    config = of_base(unet.peft_config[ADAPTER_NAME], info)
     config.target_modules = adapted_modules(unet)
-    config.base_model_name_or_path = info.base_model
-    config.revision = info.base_revision
+    return config
+
+
+def of_base(config: PeftConfig, info: AdapterInfo | None) -> PeftConfig:
+    """A copy of a PEFT configuration that names an adapter's base, where that is known."""
+    config = copy(config)
+    config.base_model_name_or_path = info and info.base_model
+    config.revision = info and info.base_revision
     config.inference_mode = True
     return config
 

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError
+
+from adapters.errors import UserError
 
 
 @contextmanager
@@ -34,3 +37,26 @@ def write_png(path: Path, picture: Image.Image, text: PngImagePlugin.PngInfo | N
     """Write a PNG whole, with texts that it carries."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=text)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path``, which becomes it once the block has succeeded.
+
+    Raises:
+        UserError: where there is something at ``path`` already, or the disk refuses.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already and stays as it is; name a new folder.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+            yield new
+            new.rename(path)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be written ({reason}); mend that, or name another.") from (
+            error
+        )

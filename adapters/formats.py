@@ -212,6 +212,27 @@ def scaling(config: LoraConfig, state: Mapping[str, Tensor], module: str) -> flo
     return _alpha(config, module) / (rank**0.5 if config.use_rslora else rank)
 
 
+def kind_of(config: PeftConfig) -> str:
+    """The kind of an adapter by its configuration, as :data:`adapters.kinds.KINDS` has it."""
+    if not isinstance(config, LoraConfig):
+        return str(config.peft_type.value).lower()
+    return "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+
+
+def rank_of(config: PeftConfig, module: str) -> int:
+    """A module's rank (OFT: the number of blocks)."""
+    own = vars(config).get("rank_pattern", {})  # OFT has none
+    return int(own.get(get_pattern_key(own, module), config.r))
+
+
+def alpha_of(config: PeftConfig, module: str) -> float | None:
+    """A module's alpha; ``None``: its kind has none."""
+    if isinstance(config, LoraConfig):
+        return _alpha(config, module)
+    own = vars(config).get("alpha_pattern", {})  # OFT has neither
+    return own.get(get_pattern_key(own, module), vars(config).get("alpha"))
+
+
 def _alpha(config: LoraConfig, module: str) -> float:
     key = get_pattern_key(config.alpha_pattern, module)
     return config.alpha_pattern.get(key, config.lora_alpha)

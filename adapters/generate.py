@@ -9,8 +9,7 @@ from typing import get_args
 from pydantic import ValidationError
 
 from adapters.errors import UserError, command_line
-from adapters.hub import adapter_path
-from adapters.info import AdapterInfo, stage_folders
+from adapters.info import AdapterInfo
 from adapters.load import load_cascade
 from adapters.merging import StageAdapter
 from adapters.sampling import Sampling
@@ -86,7 +85,7 @@ def generate(options: argparse.Namespace) -> Path:
 
 def infos(folder: str | Path) -> list[AdapterInfo]:
     """What the adapters in a folder say of themselves; those of other tools say nothing."""
-    loaded = (StageAdapter.load(place) for place in stage_folders(adapter_path(folder)))
+    loaded = StageAdapter.load_all(folder)
     return [adapter.info for adapter in loaded if adapter.info is not None]
 
 

@@ -10,24 +10,44 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adapters.errors import UserError
+from adapters.tables import span
+
 
 @dataclass
 class Approximation:
     """A LoRA that approximates the updates of modules, one after the other."""
 
-    rank: int
-    """Its largest rank; a module with a smaller update has less."""
+    rank: int | None
+    """The largest rank of a module, one with a smaller update has less; ``None``: no limit."""
+    tolerance: float = 0.0
+    """The relative Frobenius error that a module may have: its rank is the lowest that keeps it."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """Its tensors under PEFT's names, float32 on the CPU, for alpha = rank."""
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Squared Frobenius norms by module: of what was lost, and of the update."""
+    """Squared Frobenius norms by module or weight: of what was lost, and of the update."""
+
+    @classmethod
+    def limited(cls, rank: int | None, error: float | None) -> "Approximation":
+        """An approximation with the limits of a command line, at least one of them.
+
+        Raises:
+            UserError: where there is none, or one that is out of range.
+        """
+        if rank is None and error is None:
+            raise UserError("There is no rank to choose; give --rank, --error or both.")
+        if rank is not None and rank < 1:
+            raise UserError(f"--rank must be at least 1 (got {rank}).")
+        if error is not None and not 0 <= error < 1:
+            raise UserError(f"--error must be at least 0 and less than 1 (got {error}).")
+        return cls(rank, error or 0.0)
 
     def add_product(self, module: str, b: Tensor, a: Tensor) -> None:
         """Approximate B A, B [out, r] and A [r, in, ...], without forming it: by QR, then SVD."""
         q_b, r_b = torch.linalg.qr(b.double())
         q_a, r_a = torch.linalg.qr(a.flatten(1).double().T)
         u, values, vh = torch.linalg.svd(r_b @ r_a.T)
-        kept = slice(min(self.rank, len(values)))
+        kept = slice(self._rank(values.square()))
         left = q_b @ (u[:, kept] * values[kept])
         self._keep(module, left, vh[kept] @ q_a.T, values.square(), a.shape)
 
@@ -36,16 +56,33 @@ class Approximation:
         d = update.flatten(1).double()
         wide = d.shape[0] < d.shape[1]
         squares, vectors = torch.linalg.eigh(d @ d.T if wide else d.T @ d)  # ascending
-        leading = vectors[:, -self.rank :]
+        squares = squares.clamp(min=0).flip(0)
+        leading = vectors[:, -self._rank(squares) :]
         b, a = (leading, leading.T @ d) if wide else (d @ leading, leading.T)
-        self._keep(module, b, a, squares.clamp(min=0).flip(0), update.shape)
+        self._keep(module, b, a, squares, update.shape)
+
+    def add_lost(self, weight: str, update: Tensor) -> None:
+        """Count the update of a weight that no LoRA adapts, such as a bias, as lost."""
+        square = float(update.double().square().sum())
+        self.squares[weight] = (square, square)
+
+    def _rank(self, squares: Tensor) -> int:
+        """The rank for squared singular values, in descending order."""
+        lost = squares.flip(0).cumsum(0).flip(0)  # by the rank that is kept
+        needed = max(int((lost > self.tolerance**2 * lost[0]).sum()), 1)
+        return needed if self.rank is None else min(self.rank, needed)
 
     def _keep(self, module: str, b: Tensor, a: Tensor, squares: Tensor, shape: torch.Size) -> None:
         ones = [1] * (len(shape) - 2)  # a convolution's B is a convolution of 1 x 1
         tensors = {"A": a.reshape(-1, *shape[1:]), "B": b.reshape(*b.shape, *ones)}
         for side, tensor in tensors.items():
             self.state[f"{module}.lora_{side}.weight"] = tensor.float().cpu().contiguous()
-        self.squares[module] = (float(squares[self.rank :].sum()), float(squares.sum()))
+        self.squares[module] = (float(squares[len(a) :].sum()), float(squares.sum()))
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of its modules."""
+        return [len(tensor) for name, tensor in self.state.items() if name.endswith("A.weight")]
 
     @property
     def error(self) -> float:
@@ -56,12 +93,17 @@ class Approximation:
     @property
     def message(self) -> str:
         """Rank and errors, for people."""
-        errors = {module: _relative(*squares) for module, squares in self.squares.items()}
-        worst = max(errors, key=lambda module: errors[module])
+        worst, error = self.worst
         return (
-            f"rank {self.rank}, relative Frobenius error {self.error:.2g}"
-            f" (worst {errors[worst]:.2g}, in {worst})"
+            f"rank {span(self.ranks)}, relative Frobenius error {self.error:.2g}"
+            f" (worst {error:.2g}, in {worst})"
         )
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The module with the largest relative error, and this error."""
+        errors = {module: _relative(*squares) for module, squares in self.squares.items()}
+        return max(errors.items(), key=lambda item: item[1])
 
 
 def _relative(lost: float, whole: float) -> float:

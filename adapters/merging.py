@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +25,19 @@ from torch import Tensor, nn
 
 from adapters.errors import UserError
 from adapters.formats import listed, module_of, read_adapter, scaling
-from adapters.info import HEADER_KEY, AdapterInfo, BaseSignature, parse_info
+from adapters.hub import adapter_path
+from adapters.info import HEADER_KEY, AdapterInfo, BaseSignature, parse_info, stage_folders
 from adapters.kinds import ADAPTER_NAME
-from adapters.updates import Dense, Update, as_matrix, delta, in_order_of, low_rank
+from adapters.updates import (
+    Dense,
+    Term,
+    Update,
+    as_matrix,
+    delta,
+    in_order_of,
+    low_rank,
+    merge,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +78,15 @@ class StageAdapter:
         config, state, header = read_adapter(folder)
         info = parse_info(header, folder) if HEADER_KEY in header else None
         return cls(folder, info, config, state)
+
+    @classmethod
+    def load_all(cls, name: str | Path) -> list["StageAdapter"]:
+        """Load the adapters of all stages in an exported folder, or a single one; also by hub name.
+
+        Raises:
+            UserError: as :meth:`load`.
+        """
+        return [cls.load(place) for place in stage_folders(adapter_path(name))]
 
     def __repr__(self) -> str:
         rank = vars(self.config)["r"] if self.info is None else self.info.spec.rank
@@ -253,6 +272,27 @@ def _plain(module: nn.Module, weight: Tensor) -> nn.Module:
     copied = weight.to(torch.float32, copy=True)  # PEFT merges in place
     plain.weight = nn.Parameter(copied, requires_grad=False)
     return plain
+
+
+def merged_weight(
+    adapters: Sequence[tuple[StageAdapter, float]], name: str, module: nn.Module, weight: Tensor
+) -> Tensor:
+    """A module's weight with adapters merged, in float32.
+
+    Args:
+        adapters: adapters of its stage, and how much of each.
+        name: the module's full name.
+        module: the module, for its shape and settings.
+        weight: its weight in the base, which stays as it is.
+    """
+    on = [each for each in adapters if name in each[0].modules and each[1]]
+    if len(on) > 1:
+        on.sort(key=lambda each: (each[0].digest, each[1]))
+    terms = [Term(scale, adapter.update(name, module, weight)) for adapter, scale in on]
+    merged = weight.to(torch.float32, copy=True)
+    if terms:
+        merge(as_matrix(weight), terms, out=as_matrix(merged))
+    return merged
 
 
 def _alone(name: str, module: nn.Module) -> nn.Module:
