@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from adapters.bases import PIPELINES, Source
-from adapters.card import base_page
+from adapters.card import linked_base
 from adapters.formats import alpha_of, kind_of, rank_of
 from adapters.info import NOTICE
 from adapters.licence import is_deepfloyd, licence_files
@@ -46,7 +46,7 @@ def merged_card(
         "\n".join(f"- `{prompt}`" for prompt in prompts),
         "## Licence",
         NOTICE if deepfloyd else "",
-        f"The licence of its base model applies: {links or base_page(source.name)}",
+        f"The licence of its base model applies: {links or linked_base(source.name)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
