@@ -17,7 +17,7 @@ from adapters.info import AdapterInfo
 from adapters.kinds import AdapterSpec, attach
 from tests.random_cascade import TEXT_WIDTH, RandomCascade
 from unets.adapted import AdaptedLinear, fuse_adapters
-from unets.blocks import FusedResnetBlock2D, RowAttention, fuse_blocks
+from unets.blocks import FusedResnetBlock2D, RowAttention, fuse_blocks, with_dense_gradient
 from unets.frozen import FORMATS, Quantised, freeze, quantisable, quantise
 
 CPU = torch.device("cpu")
@@ -73,6 +73,26 @@ def test_fused_blocks_compute_what_diffusers_computes(
     assert {type(each) for each in unet.attn_processors.values()} == {RowAttention}
     for plain, fused in zip(*results, strict=True):
         assert torch.allclose(plain, fused, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("channels", [8, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_part_arrives_in_one_piece(channels: int, dtype: torch.dtype) -> None:
+    def gradient(of: tuple[int, ...], layout: torch.memory_format) -> torch.Tensor:
+        x = torch.zeros(of, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+        arrived: list[torch.Tensor] = []
+        passed = with_dense_gradient(x * 1)
+        passed.register_hook(arrived.append)
+        joined = torch.cat([passed, torch.ones_like(x)], dim=1)
+        torch.manual_seed(0)
+        dy = torch.randn(joined.shape).to(dtype).contiguous(memory_format=layout)
+        joined.backward(dy)
+        assert torch.equal(x.grad, dy[:, : of[1]])
+        return arrived[0]
+
+    pictures = gradient((2, channels, 4, 4), torch.channels_last)
+    assert pictures.is_contiguous(memory_format=torch.channels_last)
+    assert gradient((2, 5, channels), torch.contiguous_format).is_contiguous()
 
 
 @pytest.mark.parametrize("alpha", [4, 6])

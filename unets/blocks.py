@@ -19,6 +19,18 @@ NAMES: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.SiLU: "silu"}
 """The activations of IF's blocks, as :func:`unets.norms.norm_act` names them."""
 
 
+WIDE = torch.int64
+"""What a strided copy moves at a time."""
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """A frozen group norm of pictures, which stay channels_last."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, C, H, W], normalised."""
+        return norm_act(inputs, self)
+
+
 def convolved(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     """A convolution of pictures, and its bias where that is still to be added."""
     if isinstance(layer, FrozenConv2d):
@@ -38,9 +50,17 @@ def with_dense_gradient(result: Tensor) -> Tensor:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    if gradient.dim() == 4:
-        return gradient.contiguous(memory_format=torch.channels_last)
-    return gradient.contiguous()
+    """A gradient of pictures [B, C, H, W] or rows [B, T, C], its channels and pixels in a row."""
+    rows = gradient.movedim(1, -1) if gradient.dim() == 4 else gradient
+    if rows.is_contiguous():
+        return gradient
+    wide = WIDE.itemsize // rows.dtype.itemsize
+    places = (rows.shape[-1], rows.storage_offset(), *rows.stride()[:-1])
+    if rows.stride(-1) == 1 and not any(place % wide for place in places):
+        dense = rows.view(WIDE).contiguous().view(rows.dtype)  # several channels at a time
+    else:
+        dense = rows.contiguous()
+    return dense.movedim(-1, 1) if gradient.dim() == 4 else dense
 
 
 class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers is untyped
@@ -114,6 +134,8 @@ def fuse_blocks(unet: UNet2DConditionModel) -> None:
             and type(block.nonlinearity) in NAMES
         ):
             block.__class__ = FusedResnetBlock2D
+    if type(unet.conv_norm_out) is nn.GroupNorm:
+        unet.conv_norm_out.__class__ = FusedGroupNorm
     attentions = [m for m in unet.modules() if isinstance(m, Attention)]
     if attentions and all(
         m.added_kv_proj_dim is not None and isinstance(m.norm_cross, nn.GroupNorm | None)

@@ -19,6 +19,9 @@ from torch import Tensor
 ROWS, CHANNELS = 32, 64
 """The tile of one program."""
 
+SUMMED_ROWS, SUMMED_GRADIENT_ROWS = 128, 64
+"""The most rows of a tile that is summed up, in the forward and in the backward pass."""
+
 
 @triton.jit
 def _activate(z, ACT: tl.constexpr):
@@ -250,14 +253,25 @@ def _lanes(width: int) -> int:
     return max(256, triton.next_power_of_2(width))
 
 
-def _grid(x: Tensor) -> tuple[tuple[int, int, int], int, int]:
-    """The grid of the passes over x, its blocks of rows, and how many tiles each has."""
+def _grid(x: Tensor, tile_rows: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid of a pass over x in tiles of so many rows at most, and its settings."""
     pictures, rows, channels = x.shape
     columns = triton.cdiv(channels, CHANNELS)
+    tile_rows = min(tile_rows, max(ROWS, triton.next_power_of_2(rows)))
     # enough programs to fill a GPU, few enough that summing up their sums stays cheap
-    steps = max(1, min(8, pictures * triton.cdiv(rows, ROWS) * columns // 1024))
-    blocks = triton.cdiv(rows, ROWS * steps)
-    return (pictures, blocks, columns), blocks, steps
+    steps = max(1, min(8, pictures * triton.cdiv(rows, tile_rows) * columns // 1024))
+    blocks = triton.cdiv(rows, tile_rows * steps)
+    return (pictures, blocks, columns), {"STEPS": steps, "ROWS": tile_rows, "CHANNELS": CHANNELS}
+
+
+def _sums_of(x: Tensor, dy: Tensor, ab: Tensor, activation: str, gradient: bool) -> Tensor:
+    """Both sums of each block of rows, [B, blocks, 2, C]."""
+    pictures, rows, channels = x.shape
+    grid, tile = _grid(x, SUMMED_GRADIENT_ROWS if gradient else SUMMED_ROWS)
+    blocks = grid[1]
+    sums = torch.empty(pictures, blocks, 2, channels, dtype=torch.float32, device=x.device)
+    _sums[grid](x, dy, ab, sums, rows, channels, blocks, activation, GRADIENT=gradient, **tile)
+    return sums
 
 
 @torch.library.custom_op("unets::norm_act", mutates_args=())
@@ -275,23 +289,8 @@ def norm_act_rows(
     """The result [B, P, C], and for the backward pass stats [B, groups, 2] and ab [B, 2, C]."""
     x = x.contiguous()
     pictures, rows, channels = x.shape
-    grid, blocks, steps = _grid(x)
     y, stats, ab = _results(x, groups)
-    sums = torch.empty(pictures, blocks, 2, channels, dtype=torch.float32, device=x.device)
-    _sums[grid](
-        x,
-        x,
-        ab,
-        sums,
-        rows,
-        channels,
-        blocks,
-        "identity",
-        GRADIENT=False,
-        STEPS=steps,
-        ROWS=ROWS,
-        CHANNELS=CHANNELS,
-    )
+    sums = _sums_of(x, x, ab, "identity", gradient=False)
     width = channels // groups
     scaled = scale is not None and shift is not None
     if scaled and (scale.stride() != shift.stride() or scale.stride(1) != 1):
@@ -308,14 +307,15 @@ def norm_act_rows(
         ab,
         rows,
         channels,
-        blocks,
+        sums.shape[1],
         eps,
         width,
         OFFSET=offset is not None,
         SCALED=scaled,
         BLOCK=_lanes(width),
     )
-    _apply[grid](x, ab, y, rows, channels, activation, STEPS=steps, ROWS=ROWS, CHANNELS=CHANNELS)
+    grid, tile = _grid(x, ROWS)
+    _apply[grid](x, ab, y, rows, channels, activation, **tile)
     return y, stats, ab
 
 
@@ -350,12 +350,9 @@ def norm_act_rows_backward(
     dy, x = dy.contiguous(), x.contiguous()
     pictures, rows, channels = x.shape
     groups = stats.shape[1]
-    grid, blocks, steps = _grid(x)
     dx, dscale, dshift = _gradients(x, scaled)
-    sums = torch.empty(pictures, blocks, 2, channels, dtype=torch.float32, device=x.device)
+    sums = _sums_of(x, dy, ab, activation, gradient=True)
     de = torch.empty_like(ab)
-    tile = {"STEPS": steps, "ROWS": ROWS, "CHANNELS": CHANNELS}
-    _sums[grid](x, dy, ab, sums, rows, channels, blocks, activation, GRADIENT=True, **tile)
     width = channels // groups
     _gradient_coefficients[(pictures, groups)](
         sums,
@@ -369,12 +366,13 @@ def norm_act_rows_backward(
         dshift,
         rows,
         channels,
-        blocks,
+        sums.shape[1],
         width,
         OFFSET=offset is not None,
         SCALED=scaled,
         BLOCK=_lanes(width),
     )
+    grid, tile = _grid(x, ROWS)
     _apply_gradient[grid](x, dy, ab, de, dx, rows, channels, activation, **tile)
     return dx, dscale, dshift
 

@@ -86,7 +86,8 @@ def norm_act(
         )[0]
         return result.view(rows.shape).movedim(-1, 1)
     places = (...,) + (None,) * (inputs.dim() - 2)
-    hidden = norm(inputs if offset is None else inputs + offset[places])
+    hidden = inputs if offset is None else inputs + offset[places]
+    hidden = F.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps)
     if scale is not None and shift is not None:
         hidden = hidden * (1 + scale[places]) + shift[places]
     return ACTIVATIONS[activation](hidden)
