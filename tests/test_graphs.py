@@ -64,14 +64,14 @@ def test_200_fast_steps_are_the_plain_ones_within_the_noise_of_bf16(
         trainee = Trainee.of(STAGES[stage], training, unet, schedulers, seed=0)
         curve = []
         for step in range(200):
-            batch = batch_of(trainee, step).to(cuda)
+            batch = batch_of(trainee, step % 20).to(cuda)
             curve.append(trainee.accumulate(batch).total.mean().clone())
             trainee.update()
         assert bool(trainee.recorded._graphs) == recorded
         return torch.stack(curve).cpu()
 
     exact = losses(plain(torch.float32), recorded=False)
-    noise = (losses(plain(torch.bfloat16), recorded=False) - exact).abs().mean()
-    fast = (losses(source.unet("bf16", cuda), recorded=True) - exact).abs().mean()
+    noise = (losses(plain(torch.bfloat16), recorded=False) - exact).abs().view(-1, 20).mean(1)
+    fast = (losses(source.unet("bf16", cuda), recorded=True) - exact).abs().view(-1, 20).mean(1)
     assert exact[-20:].mean() < exact[:20].mean()
-    assert fast < 1.5 * noise
+    assert fast.mean() < 1.5 * noise.mean(), f"{fast} against {noise}"
