@@ -12,11 +12,24 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    StableDiffusionUpscalePipeline,
+    UNet2DConditionModel,
+)
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from tests.random_cascade import clip_tokenizer
 
 ROOT = Path(__file__).parent.parent
 UNETS = json.loads((Path(__file__).parent / "if_unets.json").read_text())
+UPSCALER = "x4-upscaler"
+"""The size of Stage III, which :func:`save_random_upscaler` makes."""
+
 T5_XXL = {"vocab_size": 32128, "d_ff": 10240, "num_heads": 64, "num_layers": 24}
 """T5 v1.1 XXL's encoder; its width is the UNets' ``encoder_hid_dim``."""
 
@@ -94,11 +107,63 @@ def save_random_model(
         ).save_pretrained(folder)
 
 
+def save_random_upscaler(
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write an x4 upscaler of the published size as a folder that its pipeline loads."""
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.device(device):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512),
+            layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=4,
+            scaling_factor=0.08333,
+        )
+        unet = UNet2DConditionModel(
+            in_channels=7,
+            out_channels=4,
+            layers_per_block=2,
+            block_out_channels=(256, 512, 512, 1024),
+            down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+            up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+            cross_attention_dim=1024,
+            attention_head_dim=8,
+            num_class_embeds=1000,
+            only_cross_attention=(True, True, True, False),
+            use_linear_projection=True,
+        )
+        text_encoder = CLIPTextModel(text)
+    StableDiffusionUpscalePipeline(
+        vae=vae.to(dtype),
+        text_encoder=text_encoder.to(dtype),
+        tokenizer=tokenizer,
+        unet=unet.to(dtype),
+        low_res_scheduler=DDPMScheduler(),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False
+        ),
+    ).save_pretrained(folder)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--unet", required=True, choices=[n for n in UNETS if n[0] != "_"])
+    sizes = [UPSCALER, *(name for name in UNETS if name[0] != "_")]
+    parser.add_argument("--unet", required=True, choices=sizes)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--t5-xxl", action="store_true", help="with the whole text encoder")
     options = parser.parse_args()

@@ -6,7 +6,7 @@ forward pass and once more in the backward pass, and keeps it in neither.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -191,6 +191,14 @@ class Quantised(nn.Module):
     dtype: torch.dtype
     overlay: Overlay | None = None
     """What merged adapters make of the weight; ``None``: nothing."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantised":
+        """Move the overlay along with the codes; what ``to`` calls."""
+        super()._apply(fn, recurse)
+        if self.overlay is not None:
+            tensors = vars(self.overlay).items()
+            self.overlay = replace(self.overlay, **{n: fn(t) for n, t in tensors if t is not None})
+        return self
 
     def store(self, weight: Tensor, format: str, dtype: torch.dtype) -> None:  # noqa: A002
         """Quantise a weight, on its device; it reads as ``dtype`` afterwards."""
