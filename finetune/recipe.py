@@ -47,12 +47,20 @@ def _ascending(levels: tuple[int, int]) -> tuple[int, int]:
     return levels
 
 
+def _one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    others = info.data.get("prompts", prompts)  # a mistake of their own is said by itself
+    if len(prompts) != len(others):
+        raise ValueError(f"must be one for each of the {len(others)} prompts (got {len(prompts)})")
+    return prompts
+
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Levels = Annotated[tuple[NonNegative, NonNegative], Field(strict=False), AfterValidator(_ascending)]
 Prompts = Annotated[tuple[str, ...], Field(strict=False)]
+StagePrompts = Annotated[Prompts, AfterValidator(_one_for_each)]
 Place = tuple[int | str, ...]
 
 
@@ -237,6 +245,9 @@ class Validation(Section):
 
     prompts: Prompts = ()
     """What to sample; none: no validation."""
+    stage_2_prompts: StagePrompts | None = None
+    """What Stage II is told instead, one for each of ``prompts``: often these without the
+    subject's identifier; ``None``: the same."""
     every: Positive = 500
     """Steps between validations; one is always made at the end."""
     seed: NonNegative = 0
@@ -250,6 +261,8 @@ class Comparison(Section):
 
     prompts: Annotated[Prompts, Field(min_length=1)]
     """Prompts that should show the subject."""
+    stage_2_prompts: StagePrompts | None = None
+    """What Stage II is told instead, one for each of ``prompts``; ``None``: the same."""
     other_prompts: Prompts = ()
     """Prompts of other things, which should not have changed."""
     subject: str
