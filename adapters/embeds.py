@@ -28,6 +28,9 @@ def save_embeds(path: str | Path, prompts: Sequence[str], embeds: Tensor) -> Non
         prompts: N; guidance needs the empty caption or a negative prompt too.
         embeds: [N, T, D], as :meth:`Cascade.encode` returns them.
 
+    Raises:
+        UserError: where there are more of one than of the other.
+
     Example:
         >>> prompts = ["a car on a pink background", ""]
         >>> save_embeds("car.safetensors", prompts, cascade.encode(prompts))
@@ -38,6 +41,10 @@ def save_embeds(path: str | Path, prompts: Sequence[str], embeds: Tensor) -> Non
         >>> cascade(prompts[0], embeds=embeds, sampling=few)
         CascadeImages(1 picture, 32 → 128 px, of 'a car on a pink background')
     """
+    if len(prompts) != len(embeds):
+        raise UserError(
+            f"The encodings must be one for each prompt, {len(prompts)} (got {len(embeds)})."
+        )
     header = {PROMPTS: json.dumps(list(prompts))}
     with replacing(Path(path)) as temporary:
         save_file({TENSOR: embeds.cpu().contiguous()}, temporary, metadata=header)

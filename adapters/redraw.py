@@ -150,4 +150,4 @@ def _shares(strength: Scale | None) -> Mapping[int, float]:
                 "The strength must be above 0 and at most 1, in all stages or for Stage"
                 f" {' and '.join(map(str, STAGES))} (got {strength!r})."
             )
-    return shares
+    return {stage: float(share) for stage, share in shares.items()}

@@ -47,6 +47,8 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
     back = load_embeds(tmp_path / "new" / "one.safetensors")
     assert list(back) == ["“a”", ""]
     assert torch.equal(torch.stack(list(back.values())), embeds)
+    with pytest.raises(UserError, match=r"one for each prompt, 1 \(got 2\)"):
+        save_embeds(tmp_path / "new" / "two.safetensors", ["a"], embeds)
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
