@@ -9,12 +9,14 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 )
 
 from adapters.cascade import Cascade
+from adapters.embeds import load_embeds, save_embeds
 from adapters.errors import UserError
 from adapters.export import Exported, export_adapter
 from adapters.images import CascadeImages, Sample
 from adapters.info import AdapterInfo, read_info
 from adapters.kinds import AdapterSpec, attach
 from adapters.load import load_cascade
+from adapters.picture_info import PictureInfo, read_picture_info
 from adapters.sampling import Sampling
 
 __all__ = [
@@ -23,6 +25,10 @@ __all__ = [
     "Sampling",
     "CascadeImages",
     "Sample",
+    "PictureInfo",
+    "read_picture_info",
+    "save_embeds",
+    "load_embeds",
     "AdapterSpec",
     "attach",
     "AdapterInfo",

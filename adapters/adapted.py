@@ -33,6 +33,8 @@ class AdaptedStages:
     """The bases' names, for messages."""
     originals: torch.device | None = None
     """Where copies of the base's weights are kept, see :class:`MergedAdapters`."""
+    sources: dict[str, str] = field(default_factory=dict, init=False)
+    """Where the loaded adapters came from, as they were named."""
     merged: dict[int, MergedAdapters] = field(init=False)
     recorded: dict[int, Replayed[Tensor]] = field(init=False)
     """The UNets' forward passes: on a GPU one CUDA graph for each size of batch."""
@@ -89,7 +91,8 @@ class AdaptedStages:
             True
         """
         adapters = self._for_stages(folder)
-        return self._load(adapters, scale, name or self.adapters.free_name(Path(folder)))
+        name = name or self.adapters.free_name(Path(folder))
+        return self._load(adapters, scale, name, str(folder))
 
     def set_adapters(self, scales: Mapping[str, Scale]) -> None:
         """Switch to adapters that are loaded, each with its scale.
@@ -155,7 +158,7 @@ class AdaptedStages:
                 adapters[stage] = combined(parts, how, name, merged.unet.device)
         if not adapters:
             raise UserError("There is nothing to combine; give adapters scales other than 0.")
-        return self._load(adapters, 0.0, name)
+        return self._load(adapters, 0.0, name, f"{method} of {', '.join(factors)}")
 
     def save_adapter(self, name: str, folder: str | Path) -> None:
         """Write a loaded LoRA as a folder that travels, see :func:`adapters.saving.save_adapters`.
@@ -183,6 +186,7 @@ class AdaptedStages:
         for merged in self.merged.values():
             if name in merged.adapters:
                 merged.remove(name)
+        self.sources.pop(name, None)
 
     def remove_adapters(self) -> None:
         """Take all adapters out; every weight is the base's own again, to the bit."""
@@ -216,7 +220,9 @@ class AdaptedStages:
             )
         return dict(fitting)
 
-    def _load(self, adapters: Mapping[int, StageAdapter], scale: Scale, name: str) -> str:
+    def _load(
+        self, adapters: Mapping[int, StageAdapter], scale: Scale, name: str, source: str
+    ) -> str:
         before = self.adapters
         factors = by_stage(scale, adapters, self.stages, f"adapter {before.free(name)!r}")
         try:
@@ -227,6 +233,7 @@ class AdaptedStages:
             if name in self.adapters:
                 self.remove_adapter(name)
             raise
+        self.sources[name] = source
         return name
 
     def _set(self, factors: Mapping[str, Mapping[int, float]]) -> None:

@@ -4,28 +4,27 @@ Shapes: N pictures, S a stage's picture size, s the size of the stage below, T t
 width. Pixels are in [-1, 1].
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
-import torch
-from diffusers import (
-    DiffusionPipeline,
-    IFPipeline,
-    SchedulerMixin,
-    StableDiffusionUpscalePipeline,
-    UNet2DConditionModel,
-)
-from PIL import Image
+from diffusers import DiffusionPipeline, IFPipeline, StableDiffusionUpscalePipeline
 from torch import Tensor
 
 from adapters.adapted import AdaptedStages
+from adapters.checks import check_drawing
+from adapters.conditioning import Conditioning, Options, Prompt, every_stage, spread, told
+from adapters.drawing import Drawn, Request, draw, upscale
+from adapters.embeds import look_up
 from adapters.errors import UserError
-from adapters.images import CascadeImages, finish, joined
-from adapters.overview import as_html, as_text, overview
+from adapters.images import CascadeImages
+from adapters.overview import as_html, as_text, overview, precision_of
+from adapters.picture_info import PictureInfo, used_adapters
+from adapters.redraw import WAYS, Given, Redraw
 from adapters.sampling import Sampling
-from unets.graphs import Replayed
+from adapters.scales import Scale
+
+EVERY_STAGE = (1, 2, 3)
 
 
 @dataclass(kw_only=True)
@@ -36,6 +35,10 @@ class Cascade(AdaptedStages):
     """Stage III, with its own text encoder."""
     text: IFPipeline | None
     """The tokenizer and text encoder of Stage I and II; ``None``: embeddings must be given."""
+    revision: str | None = None
+    """The hub revision of Stage I and II, which saved pictures name."""
+    variant: str | None = None
+    """The variant of their weights, which saved pictures name."""
 
     def __repr__(self) -> str:
         return as_text(self._overview())
@@ -52,12 +55,16 @@ class Cascade(AdaptedStages):
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt,
         *,
+        stage_2_prompt: Prompt | None = None,
+        stage_3_prompt: Prompt | None = None,
         negative_prompt: str | None = None,
         seed: int = 0,
         images_per_prompt: int = 1,
         sampling: Sampling | None = None,
+        redraw: Redraw | None = None,
+        embeds: Mapping[str, Tensor] | None = None,
         clean_caption: bool = True,
         progress: bool = True,
     ) -> CascadeImages:
@@ -65,10 +72,18 @@ class Cascade(AdaptedStages):
 
         Args:
             prompt: one prompt, or several.
+            stage_2_prompt: what Stage II is told instead, once for all prompts or for each: often
+                the prompt without a subject's identifier; ``None``: the same as Stage I.
+            stage_3_prompt: what Stage III is told instead; ``None``: the same as Stage II.
             negative_prompt: what guidance leads away from; ``None``: the empty caption.
             seed: the first picture's seed; each further picture's is one more.
             images_per_prompt: how many pictures of each prompt, one after the other.
             sampling: steps and guidance; ``None``: the published pipelines' defaults.
+            redraw: pictures to start from, one for all prompts or one for each; :meth:`img2img`
+                and :meth:`inpaint` make it.
+            embeds: encodings [T, D] of all prompts that Stage I and II are told, and of what
+                guidance leads away from, such as :func:`adapters.embeds.load_embeds` reads;
+                ``None``: this cascade's text encoder makes them.
             clean_caption: clean prompts as IF's pipelines do by default.
             progress: show progress bars.
 
@@ -80,26 +95,87 @@ class Cascade(AdaptedStages):
             >>> images = cascade("a car on a pink background", images_per_prompt=2, sampling=few)
             >>> images
             CascadeImages(2 pictures, 32 → 128 px, of 'a car on a pink background')
-            >>> images.final[0].save("car.png")
+            >>> images[0].save("car.png")
         """
-        distinct = [prompt] if isinstance(prompt, str) else list(prompt)
-        prompts = [text for text in distinct for _ in range(images_per_prompt)]
-        if not prompts:
-            raise UserError("There is nothing to draw; give a prompt, and images_per_prompt >= 1.")
-        embeds = self.encode(distinct, clean_caption=clean_caption)
-        negative = self.encode([negative_prompt or ""], clean_caption=clean_caption)
+        given = {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}
+        prompts = told(given, images_per_prompt)
+        count = len(prompts[1])
+        if redraw is not None:
+            distinct, what = count // images_per_prompt, "pictures to start from"
+            redraw = redraw.take(spread(range(len(redraw)), distinct, images_per_prompt, what))
+        encodings = {
+            texts: self._encodings(texts, embeds, clean_caption)
+            for texts in dict.fromkeys([prompts[1], prompts[2]])
+        }
+        negative = self._encodings([negative_prompt or ""], embeds, clean_caption)
         return self.sample(
-            embeds.repeat_interleave(images_per_prompt, dim=0),
-            negative.expand(len(prompts), -1, -1),
-            seeds=range(seed, seed + len(prompts)),
+            {stage: encodings[prompts[stage]] for stage in (1, 2)},
+            negative.expand(count, -1, -1),
+            seeds=range(seed, seed + count),
             sampling=sampling,
+            redraw=redraw,
             prompts=prompts,
             negative_prompt=negative_prompt,
             progress=progress,
         )
 
+    def img2img(
+        self,
+        picture: Given,
+        prompt: Prompt,
+        *,
+        strength: Scale | None = None,
+        **options: Unpack[Options],
+    ) -> CascadeImages:
+        """Sample pictures of prompts that start from given ones, with diffusers' own pipelines.
+
+        Args:
+            picture: one for all prompts, or one for each, all of one size.
+            prompt: one prompt, or several.
+            strength: how far to go, above 0 up to 1 (as from noise alone), in all stages or by
+                stage (``{1: 0.6, 2: 0.9}``); ``None``: the pipelines' own.
+            **options: as :meth:`__call__` takes them.
+
+        Raises:
+            UserError: as :meth:`__call__`, and where the pictures' sizes differ, or the strength
+                is out of range or leaves no steps.
+
+        Example:
+            >>> few = Sampling(stage_1_steps=4, stage_2_steps=2)
+            >>> car = cascade("a car on a pink background", sampling=few)[0].final
+            >>> cascade.img2img(car, "a bus on a pink background", strength=0.5, sampling=few)
+            CascadeImages(1 picture, 32 → 128 px, of 'a bus on a pink background')
+        """
+        return self(prompt, redraw=Redraw.of(picture, strength=strength), **options)
+
+    def inpaint(
+        self,
+        picture: Given,
+        mask: Given,
+        prompt: Prompt,
+        *,
+        strength: Scale | None = None,
+        **options: Unpack[Options],
+    ) -> CascadeImages:
+        """Sample what is masked of given pictures anew, with diffusers' own pipelines.
+
+        Args:
+            picture: one for all prompts, or one for each, all of one size.
+            mask: of the picture's size: what is white is drawn anew, and what is black stays.
+            prompt: one prompt, or several.
+            strength: as :meth:`img2img`.
+            **options: as :meth:`__call__` takes them.
+
+        Raises:
+            UserError: as :meth:`img2img`.
+        """
+        return self(prompt, redraw=Redraw.of(picture, mask, strength), **options)
+
     def encode(self, prompts: Sequence[str], *, clean_caption: bool = True) -> Tensor:
-        """Encode prompts along the path of ``IFPipeline.__call__``, [N, T, D] on the device."""
+        """Encode prompts along the path of ``IFPipeline.__call__``, [N, T, D] on the device.
+
+        :func:`adapters.embeds.save_embeds` keeps them for a cascade without a text encoder.
+        """
         if self.text is None:
             raise UserError(
                 "This cascade was loaded without a text encoder; load it with text_encoder=True, or"
@@ -110,15 +186,26 @@ class Cascade(AdaptedStages):
         )
         return embeds
 
+    def _encodings(
+        self, texts: Sequence[str], embeds: Mapping[str, Tensor] | None, clean_caption: bool
+    ) -> Tensor:
+        """Of each picture's text, [N, T, D]; what is the same is encoded once."""
+        if embeds is not None:
+            return look_up(embeds, texts)
+        distinct = list(dict.fromkeys(texts))
+        rows = [distinct.index(text) for text in texts]
+        return self.encode(distinct, clean_caption=clean_caption)[rows]
+
     def sample(
         self,
-        prompt_embeds: Tensor,
+        prompt_embeds: Tensor | Mapping[int, Tensor],
         negative_embeds: Tensor,
         *,
         seeds: Sequence[int],
         sampling: Sampling | None = None,
         low_res: Tensor | None = None,
-        prompts: Sequence[str] | None = None,
+        redraw: Redraw | None = None,
+        prompts: Sequence[str] | Mapping[int, Sequence[str]] = (),
         negative_prompt: str | None = None,
         progress: bool = True,
     ) -> CascadeImages:
@@ -128,141 +215,84 @@ class Cascade(AdaptedStages):
         batch (beyond rounding), and Stage II's noise does not depend on Stage I's steps.
 
         Args:
-            prompt_embeds: [N, T, D].
+            prompt_embeds: [N, T, D], or these by stage; Stage II has Stage I's if not its own.
             negative_embeds: [N, T, D], what guidance leads away from: the encoding of ``""``.
             seeds: of each picture, N.
             sampling: steps and guidance; ``None``: the published pipelines' defaults.
             low_res: [N, 3, s, s] in [-1, 1]: upsample these; Stage I is not run.
-            prompts: N; Stage III reads them, and the result names them.
+            redraw: pictures to start from, N.
+            prompts: N, or these by stage, where a stage has that of the one before if not its own;
+                Stage III reads them, and the result names them.
             negative_prompt: of Stage III.
             progress: show progress bars.
 
         Raises:
-            UserError: where Stage I is needed and absent, Stage III lacks prompts, or a setting
-                exceeds what a stage's scheduler knows.
+            UserError: where Stage I is needed and absent, Stage III lacks prompts, a setting
+                exceeds what a stage's scheduler knows, or numbers or shapes do not go together.
         """
-        sampling = sampling or Sampling()
-        if low_res is None and 1 not in self.stages:
-            raise UserError("Stage I was not loaded; load it, or hand sample() low_res pictures.")
-        if self.upscaler is not None and prompts is None:
-            raise UserError("Stage III reads the prompts themselves; hand sample() prompts too.")
-        for name, limit in self._limits().items():
-            if (value := vars(sampling)[name]) > limit:
-                raise UserError(f"{name} is {value}, but this cascade allows {limit}; lower it.")
-        parts = []
-        for start in range(0, len(seeds), sampling.batch_size):
-            part = slice(start, start + sampling.batch_size)
-            parts.append(
-                self._sample_batch(
-                    prompt_embeds[part],
-                    negative_embeds[part],
-                    seeds[part],
-                    sampling,
-                    None if low_res is None else low_res[part],
-                    None if prompts is None else prompts[part],
-                    negative_prompt,
-                    progress,
-                )
-            )
-        return joined(parts)
+        embeds = prompt_embeds if isinstance(prompt_embeds, Mapping) else {1: prompt_embeds}
+        texts = prompts if isinstance(prompts, Mapping) else {1: prompts} if prompts else {}
+        conditioning = Conditioning(
+            prompt_embeds=every_stage(embeds, (1, 2)),
+            negative_embeds=negative_embeds,
+            seeds=tuple(seeds),
+            prompts=every_stage(texts, EVERY_STAGE),
+            negative_prompt=negative_prompt,
+            redraw=redraw,
+        )
+        sampling = sampling or WAYS[conditioning.way].sampling
+        check_drawing(self._pipelines(), conditioning, sampling, low_res)
+        return self._draw(conditioning, sampling, low_res, progress)
 
-    def _limits(self) -> dict[str, int]:
-        """The largest values of sampling settings, from the schedulers of the stages."""
-        limits = {
-            f"stage_{number}_steps": _timesteps(pipe.scheduler)
-            for number, pipe in self._pipelines().items()
-        }
-        if 2 in self.stages:
-            limits["noise_level"] = _timesteps(self.stages[2].image_noising_scheduler) - 1
-        if self.upscaler is not None:
-            limits["stage_3_noise_level"] = self.upscaler.config.max_noise_level
-        return limits
-
-    def _sample_batch(
+    def _draw(
         self,
-        prompt_embeds: Tensor,
-        negative_embeds: Tensor,
-        seeds: Sequence[int],
+        conditioning: Conditioning,
         sampling: Sampling,
         low_res: Tensor | None,
-        prompts: Sequence[str] | None,
-        negative_prompt: str | None,
         progress: bool,
     ) -> CascadeImages:
-        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_embeds}
-        pictures: dict[int, tuple[Image.Image, ...]] = {1: (), 2: (), 3: ()}
-        flags: list[list[bool]] = [[False] * len(seeds)]
+        """Draw with one stage after the other."""
+        drawn: dict[int, Drawn] = {}
         pixels = low_res
-        for number, pipe in self.stages.items():
-            if number == 1 and low_res is not None:
-                continue
-            below = {} if pixels is None else {"image": pixels}
-            settings = _settings(pipe, number, seeds, sampling, progress)
-            with _evaluating(pipe.unet), _replaying(pipe.unet, self.recorded[number]):
-                pixels = pipe(**embeds, **below, **settings, output_type="pt").images
-            pictures[number], blackened = finish(pipe, pixels)
-            flags.append(blackened)
-            low_res = pixels if number == 1 else low_res
-        assert pixels is not None
-        assert low_res is not None
-        if self.upscaler is not None and prompts is not None:
-            result = self.upscaler(
-                list(prompts),
-                image=(pixels / 2 + 0.5).clamp(0, 1),
-                negative_prompt=[negative_prompt or ""] * len(prompts),
-                **_settings(self.upscaler, 3, seeds, sampling, progress),
-            )
-            pictures[3] = tuple(result.images)
-            flags.append(result.nsfw_content_detected or flags[0])
+        for number, pipe in self._pipelines().items():
+            request = Request(number, conditioning, sampling, pixels, progress)
+            if number == 3:
+                drawn[number] = upscale(pipe, request)
+            elif number == 2 or low_res is None:
+                drawn[number] = draw(pipe, request, self.recorded[number])
+                pixels = drawn[number].pixels
+        first = drawn[1].pixels if 1 in drawn else low_res
+        assert first is not None
+        pictures = {number: each.pictures for number, each in drawn.items()}
+        flags = (each.flagged for each in drawn.values())
         return CascadeImages(
-            stage_1=pictures[1],
-            stage_2=pictures[2],
-            stage_3=pictures[3],
-            prompts=tuple(prompts or ()),
-            seeds=tuple(seeds),
-            low_res=low_res.float().cpu(),
+            stage_1=pictures.get(1, ()),
+            stage_2=pictures.get(2, ()),
+            stage_3=pictures.get(3, ()),
+            prompts=tuple(conditioning.prompts.get(1, ())),
+            seeds=tuple(conditioning.seeds),
+            low_res=first.float().cpu(),
             flagged=tuple(any(stages) for stages in zip(*flags, strict=True)),
+            infos=self._infos(conditioning, sampling, drawn),
         )
 
-
-def _timesteps(scheduler: SchedulerMixin) -> int:
-    return int(scheduler.config.num_train_timesteps)
-
-
-@contextmanager
-def _evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
-    """A UNet in training samples without dropout."""
-    training = unet.training
-    unet.eval()
-    try:
-        yield
-    finally:
-        unet.train(training)
-
-
-@contextmanager
-def _replaying(unet: UNet2DConditionModel, recorded: Replayed[Tensor]) -> Iterator[None]:
-    """A UNet whose forward pass, as IF's pipelines call it, is replayed."""
-
-    def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor]:
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        return (recorded(sample=sample, timestep=timestep, **tensors),)
-
-    unet.forward = forward
-    try:
-        yield
-    finally:
-        del unet.forward
-
-
-def _settings(
-    pipe: DiffusionPipeline, number: int, seeds: Sequence[int], sampling: Sampling, progress: bool
-) -> dict[str, Any]:
-    """A stage's settings as its pipeline takes them, and its progress bar.
-
-    One generator a picture, on the CPU so that every device draws the same.
-    """
-    pipe.set_progress_bar_config(desc=f"Stage {number}", disable=not progress, leave=False)
-    return sampling.arguments(number) | {
-        "generator": [torch.Generator().manual_seed(seed) for seed in seeds]
-    }
+    def _infos(
+        self, conditioning: Conditioning, sampling: Sampling, drawn: Collection[int]
+    ) -> tuple[PictureInfo, ...]:
+        """What each picture was drawn with, by the stages that drew."""
+        info = PictureInfo(
+            stage=max(drawn),
+            negative_prompt=conditioning.negative_prompt,
+            models={stage: self.base_names[stage] for stage in drawn},
+            revision=self.revision,
+            variant=self.variant,
+            precisions={
+                n: precision_of(p.unet) for n, p in self._pipelines().items() if n in drawn
+            },
+            adapters=used_adapters(self.adapters, self.sources, drawn),
+            sampling=sampling,
+            way=conditioning.way,
+            strength=dict(conditioning.strength),
+        )
+        prompts = {n: texts for n, texts in conditioning.prompts.items() if n in drawn}
+        return tuple(info.of_each(conditioning.seeds, prompts))

@@ -1,67 +1,202 @@
-"""Pictures from the shell: ``python -m adapters.generate --adapter A --prompt P --out DIR``."""
+"""Pictures from the shell: ``python -m adapters.generate --adapter A --prompt P --out DIR``.
+
+``--like PICTURE.png`` draws a saved picture anew, or another one but for what else is given.
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from adapters.cascade import Cascade
+from adapters.embeds import load_embeds
 from adapters.errors import UserError, command_line
 from adapters.info import AdapterInfo
 from adapters.load import load_cascade
 from adapters.merging import StageAdapter
+from adapters.picture_info import PictureInfo, read_picture_info
+from adapters.reading import read_picture
+from adapters.redraw import WAYS, Redraw
 from adapters.sampling import Sampling
-from adapters.scales import parse_scaled
+from adapters.scales import parse_scale, parse_scaled, written
 from unets.loading import Precision
+
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("prompt", "stage_2_prompt", "stage_3_prompt", "negative_prompt", "embeds")),
+    **dict.fromkeys(("image", "mask", "strength")),
+    **dict.fromkeys(("stage_1", "stage_2", "stage_3", "revision", "variant")),
+    "adapter": [],
+    "scale": 1.0,
+    "seed": 0,
+    "images_per_prompt": 1,
+    "device": "auto",
+    "dtype": "auto",
+}
+"""Of options that neither the command line nor a picture to draw anew gives."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Sample prompts and write every stage's pictures and a contact sheet."""
-    options = parser().parse_args(arguments)
+    given = vars(parser().parse_args(arguments))
     with command_line():
-        sheet = generate(options)
+        sheet = generate(given)
     sys.stdout.write(f"{sheet}\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; sampling settings are the fields of :class:`Sampling`."""
+    """The command line; what is not given is not in its result.
+
+    Sampling settings are the fields of :class:`Sampling`.
+    """
     parser = argparse.ArgumentParser(
-        prog="adapters.generate", description="Sample pictures from the cascade, with adapters."
+        prog="adapters.generate",
+        description="Sample pictures from the cascade, with adapters.",
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--prompt", action="append", required=True, help="what to draw; may be repeated")
+    add("--prompt", action="append", help="what to draw; may be repeated")
+    told = "what Stage {} is told instead, once for all prompts or for each (as Stage {})"
+    add("--stage-2-prompt", action="append", metavar="PROMPT", help=told.format("II", "I"))
+    add("--stage-3-prompt", action="append", metavar="PROMPT", help=told.format("III", "II"))
     add("--negative-prompt", help="what to lead away from")
+    add("--embeds", metavar="FILE", help="encodings of all these, by adapters.encode; no encoder")
     add("--out", type=Path, required=True, help="the folder for the pictures")
+    add("--like", metavar="PNG", help="a saved picture to draw anew, but for what else is given")
+    help_ = (
+        "a picture to start from, with the settings that diffusers' pipelines for it have (none)"
+    )
+    add("--image", metavar="FILE", help=help_)
+    add("--mask", metavar="FILE", help="of its size: white is drawn anew, black stays (none)")
+    help_ = "how far from the picture, up to 1: S, by stage 1:0.6,2:0.9 (the pipelines' own)"
+    add("--strength", metavar="S", help=help_)
     help_ = (
         "an exported folder or owner/name[@revision], and its scale: A, A=0.7, by stage"
         " A=1:0.5,2:1; may be repeated"
     )
-    add("--adapter", action="append", default=[], metavar="ADAPTER[=SCALE]", help=help_)
-    add("--scale", type=float, default=1.0, help="of adapters without a scale of their own (1)")
+    add("--adapter", action="append", metavar="ADAPTER[=SCALE]", help=help_)
+    add("--scale", type=float, help="of adapters without a scale of their own (1)")
     add("--stage-1", help="Stage I, folder or hub name (the adapter's own base)")
     add("--stage-2", help="Stage II (the adapter's own base; otherwise none)")
     add("--stage-3", help="the x4 upscaler (none)")
     add("--revision", help="the hub revision of Stage I and II")
     add("--variant", help="the weights' variant of Stage I and II, such as fp16")
-    add("--seed", type=int, default=0, help="the first picture's seed (0)")
-    add("--images-per-prompt", type=int, default=1, help="pictures of each prompt (1)")
-    add("--device", default="auto", help="such as cuda or cpu (auto: the GPU where there is one)")
-    add("--dtype", choices=("auto", *get_args(Precision)), default="auto", help="precision (auto)")
+    add("--seed", type=int, help="the first picture's seed (0)")
+    add("--images-per-prompt", type=int, help="pictures of each prompt (1)")
+    add("--device", help="such as cuda or cpu (auto: the GPU where there is one)")
+    add("--dtype", choices=("auto", *get_args(Precision)), help="precision (auto)")
     for name, field in Sampling.model_fields.items():
-        kind, text = type(field.default), f"{field.description} ({field.default:g})"
-        add(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=text)
+        kind = str if field.default is None else type(field.default)
+        text = f"{field.description} ({'none' if field.default is None else f'{field.default:g}'})"
+        add(f"--{name.replace('_', '-')}", type=kind, help=text)
     return parser
 
 
-def generate(options: argparse.Namespace) -> Path:
-    """Sample and write; returns the path of the contact sheet."""
-    settings = sampling(options)
+def generate(given: dict[str, Any]) -> Path:
+    """Sample and write; returns the path of the contact sheet.
+
+    Args:
+        given: what the command line gives, by name.
+
+    Raises:
+        UserError: where something is missing, out of range or cannot be loaded.
+    """
+    info = read_picture_info(given["like"]) if "like" in given else None
+    known = {} if info is None else options_of(info)
+    options = argparse.Namespace(**(DEFAULTS | known | given))
+    if not options.prompt:
+        raise UserError("There is nothing to draw; give --prompt, or a picture with --like.")
+    redraw = given_pictures(options, info)
+    settings = sampling(given, info, redraw)
+    embeds = None if options.embeds is None else load_embeds(options.embeds)
+    images = loaded(options, info)(
+        options.prompt,
+        stage_2_prompt=options.stage_2_prompt,
+        stage_3_prompt=options.stage_3_prompt,
+        negative_prompt=options.negative_prompt,
+        seed=options.seed,
+        images_per_prompt=options.images_per_prompt,
+        sampling=settings,
+        redraw=redraw,
+        embeds=embeds,
+    )
+    return images.save(options.out)
+
+
+def options_of(info: PictureInfo) -> dict[str, Any]:
+    """The options that draw a picture anew; pictures to start from are not known."""
+    named = {
+        "negative_prompt": info.negative_prompt,
+        "seed": info.seed,
+        "revision": info.revision,
+        "variant": info.variant,
+        "adapter": [f"{used.source}={written(used.scales)}" for used in info.adapters.values()],
+        "strength": written(info.strength) or None,
+    }
+    models = {f"stage_{stage}": name for stage, name in info.models.items()}
+    texts = list(info.prompts.values())
+    prompts = {"prompt": texts[:1], "stage_2_prompt": texts[1:2], "stage_3_prompt": texts[2:]}
+    before = {"stage_2_prompt": texts[:1], "stage_3_prompt": texts[1:2]}
+    own = {name: told for name, told in prompts.items() if told and told != before.get(name)}
+    return named | models | own
+
+
+def given_pictures(options: argparse.Namespace, info: PictureInfo | None) -> Redraw | None:
+    """The picture to start from, with its mask; ``None``: there is none.
+
+    Raises:
+        UserError: where one is needed and not given, or cannot be read.
+    """
+    way = "text" if info is None else info.way
+    wanted = {
+        "image": way != "text" or options.mask is not None or options.strength is not None,
+        "mask": way == "inpaint",
+    }
+    missing = [
+        f"--{name}" for name, needed in wanted.items() if needed and vars(options)[name] is None
+    ]
+    if missing:
+        raise UserError(f"These pictures start from a picture; give {' and '.join(missing)} too.")
+    if options.image is None:
+        return None
+    mask = None if options.mask is None else read_picture(options.mask)
+    try:
+        strength = None if options.strength is None else parse_scale(options.strength)
+    except ValueError:
+        raise UserError(
+            f"--strength must be a number up to 1, or one for each stage as in 1:0.6,2:0.9 (got"
+            f" {options.strength!r})."
+        ) from None
+    return Redraw.of(read_picture(options.image), mask, strength)
+
+
+def sampling(given: Mapping[str, Any], info: PictureInfo | None, redraw: Redraw | None) -> Sampling:
+    """The sampling settings of a command line, over those of a picture or the pipelines' own.
+
+    Raises:
+        UserError: where one is out of range, or two do not go together.
+    """
+    base = WAYS["text" if redraw is None else redraw.way].sampling
+    try:
+        return (info.sampling if info else base).but(
+            **{name: given[name] for name in Sampling.model_fields if name in given}
+        )
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        flag = "--" + str(mistake["loc"][0]).replace("_", "-")
+        found = "" if mistake["type"] == "value_error" else f" (got {mistake['input']})"
+        message = mistake["msg"].removeprefix("Value error, ")
+        raise UserError(f"{flag}: {message}{found}.") from None
+
+
+def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
+    """The cascade with its adapters; of models that are not named, those that they belong to."""
     adapters = [parse_scaled(argument) for argument in options.adapter]
-    own = {info.stage: info for name, _ in adapters for info in infos(name)}
-    bases = {stage: info.base_model for stage, info in own.items()}
-    revisions = (info.base_revision for info in own.values())
+    own = {} if info else {each.stage: each for name, _ in adapters for each in infos(name)}
+    bases = {stage: each.base_model for stage, each in own.items()}
+    revisions = (each.base_revision for each in own.values())
     cascade = load_cascade(
         options.stage_1 or bases.get(1),
         options.stage_2 or bases.get(2),
@@ -70,37 +205,17 @@ def generate(options: argparse.Namespace) -> Path:
         variant=options.variant,
         device=options.device,
         dtype=options.dtype,
+        text_encoder=options.embeds is None,
     )
     for folder, scale in adapters:
         cascade.add_adapter(folder, options.scale if scale is None else scale)
-    images = cascade(
-        options.prompt,
-        negative_prompt=options.negative_prompt,
-        seed=options.seed,
-        images_per_prompt=options.images_per_prompt,
-        sampling=settings,
-    )
-    return images.save(options.out)
+    return cascade
 
 
 def infos(folder: str | Path) -> list[AdapterInfo]:
     """What the adapters in a folder say of themselves; those of other tools say nothing."""
     loaded = StageAdapter.load_all(folder)
     return [adapter.info for adapter in loaded if adapter.info is not None]
-
-
-def sampling(options: argparse.Namespace) -> Sampling:
-    """The sampling settings of a command line.
-
-    Raises:
-        UserError: where one is out of range.
-    """
-    try:
-        return Sampling(**{name: vars(options)[name] for name in Sampling.model_fields})
-    except ValidationError as error:
-        mistake = error.errors()[0]
-        flag = "--" + str(mistake["loc"][0]).replace("_", "-")
-        raise UserError(f"{flag}: {mistake['msg']} (got {mistake['input']}).") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pictures that a cascade has drawn, and how a pipeline finishes them.
+"""The pictures that a cascade has drawn: shown, and saved with all that they were drawn with.
 
 Shapes: N pictures, S a stage's picture size, s that of Stage I. Pixels are in [-1, 1].
 """
@@ -7,18 +7,18 @@ import base64
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, overload
+from typing import overload
 
-import torch
-from diffusers import IFPipeline, IFSuperResolutionPipeline
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
+from adapters.errors import UserError
 from adapters.files import write_png
+from adapters.picture_info import PictureInfo, png_text
 from adapters.sheet import CELL_PX, contact_sheet
 
 SHEET = "contact_sheet.png"
@@ -42,6 +42,8 @@ class Sample:
     seed: int
     flagged: bool
     """Whether a safety checker has blackened it, in any stage."""
+    info: PictureInfo | None = None
+    """What it was drawn with, as its PNG says."""
 
     @property
     def final(self) -> Image.Image:
@@ -60,6 +62,27 @@ class Sample:
 
     def _repr_png_(self) -> bytes:
         return _png(self.final)
+
+    def save(self, path: str | Path, stage: int | None = None) -> None:
+        """Write a picture as PNG, which carries all that it was drawn with.
+
+        It is for :func:`adapters.picture_info.read_picture_info`; ``prompt`` and ``seed`` also are
+        texts of their own.
+
+        Args:
+            path: ends in ``.png``.
+            stage: whose picture; ``None``: that of the last stage.
+
+        Raises:
+            UserError: where the path ends in something else.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise UserError(f"{path} must end in .png, the format that carries prompt and seed.")
+        number = max(self.pictures) if stage is None else stage
+        text = png_text(self.prompt, self.seed)
+        if self.info is not None:
+            text = self.info.of_stage(number).text()
+        write_png(Path(path), self.pictures[number], text)
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,8 @@ class CascadeImages:
     """[N, 3, s, s] float32 on the CPU in [-1, 1]: Stage I's pictures before quantisation."""
     flagged: tuple[bool, ...]
     """Whether a safety checker has blackened the picture, in any stage."""
+    infos: tuple[PictureInfo, ...] = ()
+    """What each picture was drawn with; it goes into saved PNGs."""
 
     @property
     def final(self) -> tuple[Image.Image, ...]:
@@ -124,6 +149,7 @@ class CascadeImages:
             prompt=self.prompts[index] if self.prompts else "",
             seed=self.seeds[index],
             flagged=self.flagged[index],
+            info=self.infos[index] if self.infos else None,
         )
 
     def __iter__(self) -> Iterator[Sample]:
@@ -132,11 +158,14 @@ class CascadeImages:
     def __repr__(self) -> str:
         sizes = " → ".join(str(pictures[0].width) for pictures in self.stages.values())
         prompts = ", ".join(repr(shorten(text, 40)) for text in dict.fromkeys(self.prompts))
+        used = self.infos[0].adapters if self.infos else {}
+        adapters = ", ".join(f"{name} ({adapter})" for name, adapter in used.items())
         said = [
             f"{len(self)} picture{'s' * (len(self) != 1)}",
             f"{sizes} px" * bool(sizes),
             f"{sum(self.flagged)} flagged" * any(self.flagged),
             f"of {shorten(prompts, 120)}" * bool(prompts),
+            f"with {shorten(adapters, 80)}" * bool(adapters),
         ]
         return f"CascadeImages({', '.join(filter(None, said))})"
 
@@ -166,17 +195,15 @@ class CascadeImages:
     def save(self, folder: str | Path) -> Path:
         """Write each stage's picture as ``000-a-prompt-seed0-stage_1.png``, and a contact sheet.
 
-        PNGs carry prompt and seed as text. Returns the path of the contact sheet.
+        The PNGs carry all that they were drawn with, see :meth:`Sample.save`. Returns the path of
+        the contact sheet.
         """
         folder = Path(folder)
         for index, sample in enumerate(self):
             words = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower()).strip("-")[:60]
-            text = PngImagePlugin.PngInfo()
-            text.add_itxt("prompt", sample.prompt)
-            text.add_text("seed", str(sample.seed))
             name = "-".join(filter(None, (f"{index:03d}", words, f"seed{sample.seed}")))
-            for number, picture in sample.pictures.items():
-                write_png(folder / f"{name}-stage_{number}.png", picture, text)
+            for number in sample.pictures:
+                sample.save(folder / f"{name}-stage_{number}.png", number)
         write_png(folder / SHEET, self.sheet())
         return folder / SHEET
 
@@ -185,39 +212,3 @@ def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def finish(
-    pipe: "IFPipeline | IFSuperResolutionPipeline", pixels: Tensor
-) -> tuple[tuple[Image.Image, ...], list[bool]]:
-    """Pictures as the pipeline finishes them: checked by its safety checker, then watermarked.
-
-    Steps 8 to 11 of ``IFPipeline.__call__``, which it takes for ``output_type="pil"`` only.
-
-    Args:
-        pipe: the stage's pipeline.
-        pixels: [N, 3, S, S] in [-1, 1].
-
-    Returns:
-        The pictures, and which of them were blackened.
-    """
-    images = (pixels / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
-    dtype = pipe.unet.dtype if pipe.safety_checker is None else pipe.safety_checker.dtype
-    images, nsfw, watermarked = pipe.run_safety_checker(images, pixels.device, dtype)
-    pictures = pipe.numpy_to_pil(images)
-    if pipe.watermarker is not None:
-        pipe.watermarker.apply_watermark(pictures, pipe.unet.config.sample_size)
-    none = [False] * len(pictures)
-    flags = [one or two for one, two in zip(nsfw or none, watermarked or none, strict=True)]
-    return tuple(pictures), flags
-
-
-def joined(parts: Sequence[CascadeImages]) -> CascadeImages:
-    """The pictures of several batches as one result."""
-
-    def together(name: str) -> tuple[Any, ...]:
-        return tuple(item for part in parts for item in vars(part)[name])
-
-    tuples = ("stage_1", "stage_2", "stage_3", "prompts", "seeds", "flagged")
-    low_res = torch.cat([part.low_res for part in parts])
-    return CascadeImages(**{name: together(name) for name in tuples}, low_res=low_res)

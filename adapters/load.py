@@ -108,6 +108,8 @@ def load_cascade(
         originals=torch.device("cpu") if originals == "cpu" else None,
         upscaler=upscaler,
         text=text,
+        revision=revision,
+        variant=variant,
     )
     scaled = adapters.items() if isinstance(adapters, Mapping) else ((a, scale) for a in adapters)
     for folder, own_scale in scaled:

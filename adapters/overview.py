@@ -50,13 +50,21 @@ def overview(
 
 def described(model: ModelMixin | PreTrainedModel) -> tuple[str, str, str]:
     """How many parameters a model has, their precision, and their device."""
-    quantised = [layer for layer in model.modules() if isinstance(layer, Quantised)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    parameters += sum(layer.shape.numel() for layer in quantised)
-    formats = sorted({layer.format for layer in quantised})
-    precision = " + ".join([*formats, str(model.dtype).removeprefix("torch.")])
+    parameters += sum(layer.shape.numel() for layer in quantised(model))
     device = next(chain(model.parameters(), model.buffers())).device
-    return f"{parameters / 1e6:,.1f} M", precision, str(device)
+    return f"{parameters / 1e6:,.1f} M", precision_of(model), str(device)
+
+
+def precision_of(model: ModelMixin | PreTrainedModel) -> str:
+    """The precision of a model's weights; of a quantised one, then that of those which are not."""
+    formats = sorted({layer.format for layer in quantised(model)})
+    return " + ".join([*formats, str(model.dtype).removeprefix("torch.")])
+
+
+def quantised(model: ModelMixin | PreTrainedModel) -> list[Quantised]:
+    """A model's quantised layers."""
+    return [layer for layer in model.modules() if isinstance(layer, Quantised)]
 
 
 def adapter_names(merged: MergedAdapters) -> str:

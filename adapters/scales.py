@@ -58,12 +58,22 @@ def parse_scaled(argument: str) -> tuple[str, Scale | None]:
     if not sign or Path(argument).exists():
         return argument, None
     try:
-        if ":" not in text:
-            return folder, float(text)
-        pairs = (pair.split(":") for pair in text.split(","))
-        return folder, {int(stage): float(factor) for stage, factor in pairs}
+        return folder, parse_scale(text)
     except ValueError:
         raise UserError(
             f"{argument!r} ends in {text!r}, which is no scale; give FOLDER=0.7, or one for each"
             " stage as in FOLDER=1:0.5,2:1."
         ) from None
+
+
+def parse_scale(text: str) -> Scale:
+    """A number, or one for each stage, as in ``1:0.5,2:1``; a ValueError where it is neither."""
+    if ":" not in text:
+        return float(text)
+    pairs = (pair.split(":") for pair in text.split(","))
+    return {int(stage): float(factor) for stage, factor in pairs}
+
+
+def written(scales: Mapping[int, float]) -> str:
+    """Scales by stage as :func:`parse_scale` reads them, exactly."""
+    return ",".join(f"{stage}:{scale!r}" for stage, scale in scales.items())

@@ -1,3 +1,5 @@
 """Parameter-efficient fine-tuning of DeepFloyd IF."""
 
-__version__ = "0.1.0"
+from adapters.version import __version__
+
+__all__ = ["__version__"]

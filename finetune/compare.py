@@ -74,7 +74,9 @@ def sample_both(
 ) -> tuple[Sequence[Image.Image], Sequence[Image.Image]]:
     """The final stage's pictures of each prompt, of the base and with the adapters merged."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    embeds = embed_captions([*prompts, ""], recipe, device)
+    own = comparison.stage_2_prompts
+    stage_2_prompts = None if own is None else own + comparison.other_prompts
+    embeds = embed_captions([*prompts, *(own or ()), ""], recipe, device)
     cascade = load_cascade(
         recipe.base.stage_1,
         recipe.base.stage_2,
@@ -91,6 +93,7 @@ def sample_both(
             prompts,
             seeds=range(comparison.seed, comparison.seed + len(prompts)),
             sampling=comparison.sampling or recipe.validation.sampling,
+            stage_2_prompts=stage_2_prompts,
         )
 
     before = sample()

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from adapters.errors import UserError
 from adapters.files import replacing
+from adapters.reading import DECODING_ERRORS, plain
 from finetune.recipe import Data
 
 SPARE_RESOLUTION = 4
@@ -43,9 +44,6 @@ CAPTION_FEATURES = (datasets.Value("string"), datasets.Value("large_string"))
 
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError)
 """What ``datasets`` raises where a source is missing, malformed or out of reach."""
-
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises where a file is no picture, or a damaged one."""
 
 
 @dataclass(frozen=True)
@@ -326,13 +324,6 @@ def decode(image: Image.Image, reduction: int = 1) -> NDArray[np.uint8]:
     Boxes are ``reduction`` pixels wide and high; those that the right and lower edge would cut are
     left out.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey levels
-        levels = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(levels.round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+    image = plain(image)
     width, height = (side - side % reduction for side in image.size)
-    return np.asarray(image.convert("RGB").reduce(reduction, box=(0, 0, width, height)))
+    return np.asarray(image.reduce(reduction, box=(0, 0, width, height)))

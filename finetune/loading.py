@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from adapters.errors import UserError
-from finetune.recipe import Place, Recipe, closest
+from adapters.names import closest
+from finetune.recipe import Place, Recipe
 from finetune.yaml12 import Loader
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from adapters import Cascade, load_cascade
+from adapters import Cascade, Sample, load_cascade
 from adapters.errors import UserError
-from adapters.files import replacing, write_text
+from adapters.files import write_text
 from finetune.batches import CLASS, derived_seed
 from finetune.data import Picture, has_captions, load_pictures
 from finetune.recipe import Data, Prior, Recipe
@@ -85,7 +84,7 @@ def sampled_folder(
         "prompts": prior.prompts,
         "count": prior.count,
         "seed": recipe.seed,
-        "sampling": prior.sampling.model_dump(exclude={"batch_size"}),
+        "sampling": prior.sampling.model_dump(exclude={"batch_size"}, exclude_none=True),
     }
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = recipe.cache / "class_pictures" / key
@@ -130,9 +129,8 @@ def _sample_missing(
         size = prior.sampling.batch_size
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
-            for index, image in _sample(cascade, recipe, prior, embeds, batch).items():
-                with replacing(files[index]) as temporary:
-                    image.save(temporary)
+            for index, sample in _sample(cascade, recipe, prior, embeds, batch).items():
+                sample.save(files[index])
             progress.update(len(batch))
     del cascade
     free_memory(device)
@@ -144,9 +142,9 @@ def _sample(
     prior: Prior,
     embeds: Mapping[str, Tensor],
     indices: Sequence[int],
-) -> dict[int, Image.Image]:
-    """The pictures of some indices; one that the safety checker rejects gets another seed."""
-    images: dict[int, Image.Image] = {}
+) -> dict[int, Sample]:
+    """The samples of some indices; one that the safety checker rejects gets another seed."""
+    samples: dict[int, Sample] = {}
     pending = list(indices)
     for attempt in range(ATTEMPTS):
         sampled = sample_prompts(
@@ -157,10 +155,10 @@ def _sample(
             sampling=prior.sampling,
             progress=False,
         )
-        images |= dict(zip(pending, sampled.final, strict=True))
+        samples |= dict(zip(pending, sampled, strict=True))
         pending = [index for index, flag in zip(pending, sampled.flagged, strict=True) if flag]
         if not pending:
-            return images
+            return samples
     raise UserError(
         f"prior.prompts: the base's safety checker rejected {ATTEMPTS} pictures of"
         f" {_in_turn(prior.prompts, pending[0])!r}; word it otherwise, or give prior.folder."

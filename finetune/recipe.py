@@ -4,8 +4,7 @@ Every section below is a pydantic model: its fields, their types and ranges are 
 text under each field is its documentation.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,6 +27,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from adapters.bases import Source
 from adapters.kinds import KINDS, AdapterSpec
+from adapters.names import name_in
 from adapters.sampling import Sampling
 from finetune.optimizers import OPTIMIZERS, SCHEDULES, Algorithm
 from finetune.stages import STAGES, Stage
@@ -41,25 +41,17 @@ KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if kind.config is n
 """The kinds of adapter that have no B matrices, which LoRA+ is about."""
 
 
-def closest(word: str, names: list[str]) -> str:
-    """A hint at the valid name that a word was probably meant to be."""
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
-
-
-def _name_in(table: Mapping[str, object]) -> AfterValidator:
-    def check(name: str) -> str:
-        if name not in table:
-            raise ValueError(f"unknown name {name!r}; {closest(name, list(table))}")
-        return name
-
-    return AfterValidator(check)
-
-
 def _ascending(levels: tuple[int, int]) -> tuple[int, int]:
     if levels[0] > levels[1]:
         raise ValueError(f"must be [low, high] with low <= high (got {list(levels)})")
     return levels
+
+
+def _one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    others = info.data.get("prompts", prompts)  # a mistake of their own is said by itself
+    if len(prompts) != len(others):
+        raise ValueError(f"must be one for each of the {len(others)} prompts (got {len(prompts)})")
+    return prompts
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -68,6 +60,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Levels = Annotated[tuple[NonNegative, NonNegative], Field(strict=False), AfterValidator(_ascending)]
 Prompts = Annotated[tuple[str, ...], Field(strict=False)]
+StagePrompts = Annotated[Prompts, AfterValidator(_one_for_each)]
 Place = tuple[int | str, ...]
 
 
@@ -156,7 +149,7 @@ class Text(Section):
 class Optimizer(Section):
     """The optimizer of the adapter's parameters."""
 
-    name: Annotated[str, _name_in(OPTIMIZERS)] = "adamw_8bit"
+    name: Annotated[str, name_in(OPTIMIZERS)] = "adamw_8bit"
     """One of the names in ``finetune.optimizers.OPTIMIZERS``."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """The peak learning rate; ``prodigy`` finds its own scale, and wants 1."""
@@ -166,7 +159,7 @@ class Optimizer(Section):
     """Decoupled weight decay."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: the learning rate of the B matrices over that of the A matrices."""
-    schedule: Annotated[str, _name_in(SCHEDULES)] = "constant"
+    schedule: Annotated[str, name_in(SCHEDULES)] = "constant"
     """One of the names in ``finetune.optimizers.SCHEDULES``."""
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from zero."""
@@ -252,6 +245,9 @@ class Validation(Section):
 
     prompts: Prompts = ()
     """What to sample; none: no validation."""
+    stage_2_prompts: StagePrompts | None = None
+    """What Stage II is told instead, one for each of ``prompts``: often these without the
+    subject's identifier; ``None``: the same."""
     every: Positive = 500
     """Steps between validations; one is always made at the end."""
     seed: NonNegative = 0
@@ -265,6 +261,8 @@ class Comparison(Section):
 
     prompts: Annotated[Prompts, Field(min_length=1)]
     """Prompts that should show the subject."""
+    stage_2_prompts: StagePrompts | None = None
+    """What Stage II is told instead, one for each of ``prompts``; ``None``: the same."""
     other_prompts: Prompts = ()
     """Prompts of other things, which should not have changed."""
     subject: str

@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 from pydantic import ValidationError
 from torch import nn
 
+from adapters.checks import check_steps
 from adapters.errors import UserError
 from adapters.info import read_info
 from adapters.kinds import peft_config
@@ -47,8 +48,10 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises:
         UserError: where a base is missing or of another stage, a target matches nothing, the
-            optimizer does not run here, or noise levels are not the schedule's.
+            optimizer does not run here, or noise levels or timesteps are not the schedule's.
     """
+    sections = (recipe.prior, recipe.validation, recipe.comparison)
+    samplings = [section.sampling for section in sections if section and section.sampling]
     for stage in recipe.trained:
         source, training = recipe.source(stage), recipe.training(stage)
         assert source.picture_size_px > 0
@@ -58,6 +61,8 @@ def check_recipe(recipe: Recipe) -> None:
             training.optimizer, FlatWeights({"": nn.Parameter(torch.zeros(1))}, unet.dtype)
         )
         noise_levels(training, source.scheduler(stage.schedulers[-1]))
+        for sampling in samplings:
+            check_steps(stage.number, source.scheduler(stage.schedulers[0]), sampling)
 
 
 def noise_levels(training: Training, scheduler: DDPMScheduler) -> tuple[int, int]:

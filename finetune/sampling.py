@@ -17,6 +17,7 @@ def sample_prompts(
     *,
     seeds: Sequence[int],
     sampling: Sampling,
+    stage_2_prompts: Sequence[str] | None = None,
     low_res: Tensor | None = None,
     progress: bool = True,
 ) -> CascadeImages:
@@ -28,15 +29,17 @@ def sample_prompts(
         prompts: N.
         seeds: of each picture, N.
         sampling: steps and guidance.
+        stage_2_prompts: N, what Stage II and III are told instead; ``None``: the same.
         low_res: [N, 3, s, s] in [-1, 1]: upsample these; Stage I is not run.
         progress: show progress bars.
     """
+    told = {1: prompts, 2: prompts if stage_2_prompts is None else stage_2_prompts}
     return cascade.sample(
-        torch.stack([embeds[prompt] for prompt in prompts]),
+        {stage: torch.stack([embeds[text] for text in texts]) for stage, texts in told.items()},
         torch.stack([embeds[""]] * len(prompts)),
         seeds=seeds,
         sampling=sampling,
         low_res=low_res,
-        prompts=prompts,
+        prompts=told,
         progress=progress,
     )

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from adapters.bases import GUARDS
+from adapters.embeds import TENSOR
+from adapters.encode import encoding_pipeline
 from adapters.errors import UserError
 from adapters.files import replacing
 from finetune.data import Picture, has_captions, load_captions
@@ -45,9 +46,6 @@ BLOCKS = 100
 
 KEPT_ENCODINGS = 100
 """How many encodings are kept in memory, those used last."""
-
-TENSOR = "prompt_embeds"
-"""The name of the encoding in its file."""
 
 
 def embed_captions(captions: Iterable[str], recipe: Recipe, device: torch.device) -> "PromptEmbeds":
@@ -83,15 +81,18 @@ def embed_captions(captions: Iterable[str], recipe: Recipe, device: torch.device
 
 def captions_of(recipe: Recipe, pictures: Iterable[Picture]) -> list[str]:
     """All distinct captions that a run needs, sorted; the empty caption is one of them."""
-    captions = {"", *(picture.caption for picture in pictures), *recipe.validation.prompts}
+    validation = recipe.validation
+    captions = {"", *(picture.caption for picture in pictures)}
+    captions.update(validation.prompts, validation.stage_2_prompts or ())
     if recipe.prior:
         captions.update(recipe.prior.prompts)
         folder = recipe.prior.folder
         if folder and has_captions(Path(folder).expanduser()):
             own = load_captions(Data(source=folder), recipe.cache)
             captions.update(own[: recipe.prior.count])
-    if recipe.comparison:
-        captions.update(recipe.comparison.prompts, recipe.comparison.other_prompts)
+    if comparison := recipe.comparison:
+        captions.update(comparison.prompts, comparison.stage_2_prompts or ())
+        captions.update(comparison.other_prompts)
     return sorted(captions)
 
 
@@ -176,14 +177,12 @@ def text_pipeline(recipe: Recipe, precision: str, device: torch.device) -> Itera
     It draws no pictures, so the components that guard pictures are not loaded either.
     """
     source = recipe.source(STAGES[1])
-    text_encoder = source.text_encoder(precision, DTYPES[precision], device)
-    no_pictures = dict.fromkeys(("unet", *GUARDS)) | {"requires_safety_checker": False}
-    pipeline = source.pipeline(DTYPES[precision], text_encoder=text_encoder, **no_pictures)
+    pipeline = encoding_pipeline(source, precision, DTYPES[precision], device)
     try:
         yield pipeline
     finally:
         pipeline.register_modules(text_encoder=None)
-        del pipeline, text_encoder
+        del pipeline
         free_memory(device)
 
 

@@ -33,6 +33,8 @@ class Source:
     prompts: tuple[str, ...]
     low_res: Tensor | None
     """[N, 3, s, s] in [-1, 1], Stage II only."""
+    stage_2_prompts: tuple[str, ...] | None = None
+    """What Stage II is told instead of the prompts."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Validation:
             source.prompts,
             seeds=seeds(self.recipe, source.prompts),
             sampling=self.recipe.validation.sampling,
+            stage_2_prompts=source.stage_2_prompts,
             low_res=source.low_res,
         )
         return list(zip(source.prompts, images.final, strict=True))
@@ -87,8 +90,9 @@ def prepare_validation(
         return None
     sources = [Source("samples", prompts, None)]
     if low_res_px is not None:
+        low_res = stage_1_samples(recipe, embeds, unet.device, adapters)
         sources = [
-            Source("from_stage_1", prompts, stage_1_samples(recipe, embeds, unet.device, adapters)),
+            Source("from_stage_1", prompts, low_res, recipe.validation.stage_2_prompts),
             photo_source(recipe, pictures[:PHOTOS], unet.config.sample_size, low_res_px),
         ]
     cascade = load_cascade(

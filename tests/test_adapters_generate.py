@@ -9,6 +9,7 @@ from PIL import Image
 from adapters.errors import command_line
 from adapters.generate import main
 from adapters.kinds import AdapterSpec
+from adapters.picture_info import read_picture_info
 from adapters.sheet import contact_sheet
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_export import export, trained_unet
@@ -37,7 +38,21 @@ def test_it_writes_every_stage_and_a_contact_sheet(
     }
     picture = Image.open(tmp_path / "000-a-sks-cat-seed7-stage_2.png")
     assert picture.size == (64, 64)
-    assert picture.text == {"prompt": "a sks Cat!", "seed": "7"}
+    assert (picture.text["prompt"], picture.text["seed"]) == ("a sks Cat!", "7")
+
+
+def test_later_stages_are_told_what_is_given(random_cascade: RandomCascade, tmp_path: Path) -> None:
+    stages = (random_cascade.stage_1, random_cascade.stage_2, random_cascade.stage_3)
+    models = [part for n, path in enumerate(stages, 1) for part in (f"--stage-{n}", str(path))]
+    prompts = ["--prompt", "a sks cat", "--prompt", "a sks dog"]
+    told = ["--stage-2-prompt", "a cat", "--stage-2-prompt", "a dog", "--stage-3-prompt", "a pet"]
+    main([*models, *STEPS, *prompts, *told, "--out", str(tmp_path)])
+    found = {
+        (row, stage): read_picture_info(next(tmp_path.glob(f"{row}-*-stage_{stage}.png"))).prompt
+        for row in ("000", "001")
+        for stage in (1, 2, 3)
+    }
+    assert list(found.values()) == ["a sks cat", "a cat", "a pet", "a sks dog", "a dog", "a pet"]
 
 
 def test_scale_zero_is_the_base(
@@ -87,6 +102,7 @@ def test_mistakes_are_one_sentence_and_exit_2(
         (["--noise-level", "1000"], "noise_level is 1000, but this cascade allows 999"),
         (["--stage-3-noise-level", "351"], "stage_3_noise_level is 351, but this cascade allows 3"),
         (["--variant", "fp16"], "check its name, revision and variant"),
+        (["--stage-2-prompt", "a", "--stage-2-prompt", "b"], "one for each of the 1 (got 2)"),
     ],
 )
 def test_mistakes_that_only_the_models_tell(

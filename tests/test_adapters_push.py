@@ -20,6 +20,7 @@ from adapters.errors import UserError
 from adapters.hub import adapter_path
 from adapters.info import NOTICE, read_info
 from adapters.kinds import AdapterSpec
+from adapters.picture_info import read_picture_info
 from adapters.push import main, push
 from tests.hub_stand_in import HubStandIn, Repository, hub_stand_in
 from tests.random_cascade import RandomCascade
@@ -512,8 +513,11 @@ def test_generate_takes_hub_names(
         arguments = f"--stage-1 {random_cascade.stage_1} --stage-2 {random_cascade.stage_2}"
         steps = "--stage-1-steps 2 --stage-2-steps 2 --prompt cat"
         generate.main([*arguments.split(), *steps.split(), "--adapter", name, "--out", str(out)])
-        pictures[name] = content(out)
-    assert len(set(map(str, pictures.values()))) == 1
+        files = sorted(out.iterdir())
+        pictures[name] = [Image.open(file).tobytes() for file in files]
+        (used,) = read_picture_info(files[0]).adapters.values()
+        assert used.source == name
+    assert pictures[str(folder)] == pictures[f"{REPO}@v1"]
 
 
 def test_the_command_pushes_to_the_endpoint_of_its_environment(

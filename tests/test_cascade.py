@@ -132,6 +132,63 @@ def test_the_text_path_is_the_pipelines(random_cascade: RandomCascade) -> None:
     assert not torch.equal(cleaned, raw)
 
 
+def test_later_stages_may_be_told_something_else(
+    random_cascade: RandomCascade, cascade: Cascade
+) -> None:
+    plain = IFSuperResolutionPipeline.from_pretrained(random_cascade.stage_2)
+    told = {"stage_2_prompt": ["a dog", "a cat"], "sampling": FEW_STEPS, "progress": False}
+    images = cascade(["a sks dog", "a sks cat"], seed=5, **told)
+    same = cascade(["a sks dog", "a sks cat"], seed=5, sampling=FEW_STEPS, progress=False)
+    assert torch.equal(images.low_res, same.low_res)
+    assert images.prompts == ("a sks dog", "a sks cat")
+    for row, prompt in enumerate(["a dog", "a cat"]):
+        (expected,) = plain(
+            prompt,
+            image=images.low_res[row : row + 1],
+            generator=torch.Generator().manual_seed(5 + row),
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            noise_level=100,
+        ).images
+        assert largest_difference(images.stage_2[row], expected) <= 1
+        assert largest_difference(images.stage_2[row], same.stage_2[row]) > 1
+    for_all = cascade(["a sks dog", "a sks cat"], seed=5, **told | {"stage_2_prompt": "a dog"})
+    assert largest_difference(for_all.stage_2[0], images.stage_2[0]) <= 1
+    with pytest.raises(
+        UserError, match=r"prompts for Stage 2 must be one for all prompts, .* of the 2 \(got 3\)"
+    ):
+        cascade(["a", "b"], stage_2_prompt=["a", "b", "c"])
+
+
+def test_stage_3_is_told_what_stage_2_is(random_cascade: RandomCascade) -> None:
+    cascade = load_cascade(random_cascade.stage_1, random_cascade.stage_2, random_cascade.stage_3)
+    heard: list[str] = []
+    encode_prompt = cascade.upscaler.encode_prompt
+
+    def listening(prompt: list[str], *arguments: object, **options: object) -> object:
+        heard.extend(prompt)
+        return encode_prompt(prompt, *arguments, **options)
+
+    cascade.upscaler.encode_prompt = listening
+    options = {"sampling": FEW_STEPS, "progress": False}
+    cascade("a sks dog", **options)
+    cascade("a sks dog", stage_2_prompt="a dog", images_per_prompt=2, **options)
+    cascade("a sks dog", stage_2_prompt="a dog", stage_3_prompt="a pet", **options)
+    cascade("a sks dog", stage_3_prompt="a pet", **options)
+    assert heard == ["a sks dog", "a dog", "a dog", "a pet", "a pet"]
+
+
+def test_encodings_of_each_stage_are_its_own(cascade: Cascade) -> None:
+    one, other, negative = (cascade.encode([text]) for text in ("a sks dog", "a dog", ""))
+    options = {"seeds": [5], "sampling": FEW_STEPS, "progress": False}
+    images = cascade.sample({1: one, 2: other}, negative, **options)
+    told = {"seed": 5, "sampling": FEW_STEPS, "progress": False}
+    expected = cascade("a sks dog", stage_2_prompt="a dog", **told)
+    assert np.array_equal(pixels(images.final[0]), pixels(expected.final[0]))
+    same = cascade.sample(one, negative, **options)
+    assert largest_difference(images.final[0], same.final[0]) > 1
+
+
 def test_a_picture_does_not_depend_on_its_batch(cascade: Cascade) -> None:
     prompts = ["a cat", "a dog", "a cat on blue"]
     embeds, negative = cascade.encode(prompts), cascade.encode([""] * 3)
@@ -183,8 +240,15 @@ def test_what_is_missing_is_said(random_cascade: RandomCascade) -> None:
     with pytest.raises(UserError, match="Stage I was not loaded"):
         without_text.sample(embeds, embeds, seeds=[0])
     full = load_cascade(random_cascade.stage_1, stage_3=random_cascade.stage_3, text_encoder=False)
-    with pytest.raises(UserError, match="prompts"):
+    with pytest.raises(UserError, match="Stage III reads the prompts themselves"):
         full.sample(embeds, embeds, seeds=[0])
+    first = load_cascade(random_cascade.stage_1, text_encoder=False)
+    with pytest.raises(UserError, match="load Stage II too"):
+        first.sample(embeds, embeds, seeds=[0], low_res=torch.zeros(1, 3, 16, 16))
+    with pytest.raises(
+        UserError, match=r"low_res pictures must be one for each of the 1 seeds \(got 2\)"
+    ):
+        without_text.sample(embeds, embeds, seeds=[0], low_res=torch.zeros(2, 3, 16, 16))
     with pytest.raises(UserError, match="at least one model"):
         load_cascade()
     with pytest.raises(UserError, match="'no/such/place' is neither a folder"):

@@ -42,6 +42,7 @@ def test_the_public_api_has_examples() -> None:
     assert {name.rpartition(".")[2] for name in FOUND} >= {
         *("load_cascade", "__call__", "add_adapter", "CascadeImages"),
         *("attach", "export_adapter", "read_info"),
+        *("img2img", "read_picture_info", "save_embeds"),
     }
 
 

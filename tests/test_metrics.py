@@ -86,7 +86,9 @@ def test_a_comparison_is_sampled_as_it_says(
         stage_1=Training(steps=1),
         validation=Validation(sampling=Sampling(stage_1_steps=2)),
         comparison=Comparison(
-            prompts=("a cat", "a dog"),
+            prompts=("a cat",),
+            stage_2_prompts=None if own is None else ("a pet",),
+            other_prompts=("a dog",),
             subject="cat",
             identifier="cat",
             clip="unread",
@@ -105,7 +107,11 @@ def test_a_comparison_is_sampled_as_it_says(
     monkeypatch.setattr(Cascade, "add_adapter", lambda *_: None)
     assert recipe.comparison is not None
     before, after = compare.sample_both(recipe, recipe.comparison, ["a cat", "a dog"], tmp_path)
-    expected = {"sampling": own or recipe.validation.sampling, "seeds": range(5, 7)}
+    expected = {
+        "sampling": own or recipe.validation.sampling,
+        "seeds": range(5, 7),
+        "stage_2_prompts": None if own is None else ("a pet", "a dog"),
+    }
     assert seen == [expected, expected]
     assert [image.tobytes() for image in before] == [image.tobytes() for image in after]
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
 from PIL import Image
 
-from adapters import load_cascade
+from adapters import load_cascade, read_picture_info
 from adapters.errors import UserError
 from adapters.sampling import Sampling
 from finetune import prior
@@ -87,6 +87,18 @@ def test_class_pictures_are_the_base_cascades(
             picture, image.width, np.random.default_rng(0), center_shift=0.1, horizontal_flip=False
         )
         assert kept.tobytes() == image.tobytes()
+
+
+def test_each_says_what_it_was_drawn_with(
+    make_recipe: MakeRecipe, random_cascade: RandomCascade
+) -> None:
+    recipe = make_recipe()
+    made(recipe)
+    (folder,) = (place for place in (recipe.cache / "class_pictures").iterdir() if place.is_dir())
+    info = read_picture_info(folder / "00001.png")
+    assert info.prompts == {1: " a Dog"}
+    assert info.seed == derived_seed(recipe.seed, CLASS, 1, 0)
+    assert info.models == {1: str(random_cascade.stage_1)}
 
 
 def test_they_are_sampled_once(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,9 +304,13 @@ def test_all_captions_of_a_run_are_found(make_recipe: MakeRecipe, tmp_path: Path
     save_picture(tmp_path / "class", "a cat of the class")
     recipe = make_recipe(
         prior={"prompts": ["a cat", "a dog"], "folder": str(tmp_path / "class")},
-        validation={"prompts": ["a sks cat on blue", "a cat"]},
+        validation={
+            "prompts": ["a sks cat on blue", "a cat"],
+            "stage_2_prompts": ["a cat on blue", "a cat"],
+        },
         comparison={
             "prompts": ["a sks cat on red"],
+            "stage_2_prompts": ["a cat on red"],
             "other_prompts": ["a tree"],
             "subject": "cat",
             "identifier": "sks cat",
@@ -318,6 +322,8 @@ def test_all_captions_of_a_run_are_found(make_recipe: MakeRecipe, tmp_path: Path
         "",
         "a cat",
         "a cat of the class",
+        "a cat on blue",
+        "a cat on red",
         "a dog",
         "a sks cat",
         "a sks cat on blue",

@@ -1,0 +1,93 @@
+"""Encode prompts where the text encoder fits, to draw them where it does not.
+
+python -m adapters.encode STAGE_1 --prompt "a sks dog" --prompt "a sks dog on a beach" --out FILE
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import IFPipeline
+from torch import Tensor
+from tqdm import tqdm
+
+from adapters.bases import GUARDS, Source
+from adapters.embeds import save_embeds
+from adapters.errors import command_line
+from adapters.load import available
+from unets.loading import PRECISIONS, automatic_precision
+
+TEXT_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
+"""What a text encoder's weights are kept in; in fp16 T5-XXL overflows."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; the empty caption, which guidance needs, is encoded too."""
+    options = parser().parse_args(arguments)
+    source = Source(options.model, 1, options.revision, options.variant)
+    prompts = list(dict.fromkeys([*options.prompt, ""]))
+    with command_line():
+        device = available(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        precision = options.precision or automatic_precision(device)
+        save_embeds(options.out, prompts, encode(source, prompts, precision, device))
+    sys.stdout.write(f"{options.out}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="adapters.encode", description="Encode prompts for adapters.generate --embeds."
+    )
+    add = parser.add_argument
+    add("model", help="Stage I, whose text encoder it is: folder or hub name")
+    add("--prompt", action="append", required=True, help="what to encode; may be repeated")
+    add("--out", type=Path, required=True, help="the file to write, such as prompts.safetensors")
+    add("--precision", choices=TEXT_PRECISIONS, help="the weights' (bf16 on a GPU, fp32 on a CPU)")
+    add("--device", help="such as cuda or cpu (the GPU where there is one)")
+    add("--revision", help="the model's hub revision")
+    add("--variant", help="the weights' variant, such as fp16")
+    return parser
+
+
+def encode(source: Source, prompts: Sequence[str], precision: str, device: torch.device) -> Tensor:
+    """The encodings of prompts along the path of ``IFPipeline.__call__``, [N, T, D].
+
+    Args:
+        source: Stage I; no more of it is loaded than its text encoder.
+        prompts: N, encoded one by one, so that an encoding does not depend on its company.
+        precision: one of :data:`TEXT_PRECISIONS`.
+        device: where to encode.
+
+    Raises:
+        UserError: where the model cannot be loaded.
+    """
+    pipe = encoding_pipeline(source, precision, PRECISIONS.get(precision, torch.bfloat16), device)
+    options = {"do_classifier_free_guidance": False, "device": device, "clean_caption": True}
+    rows = [
+        pipe.encode_prompt(prompt, **options)[0] for prompt in tqdm(prompts, "Encoding", delay=2)
+    ]
+    return torch.cat(rows)
+
+
+def encoding_pipeline(
+    source: Source, precision: str, dtype: torch.dtype, device: torch.device
+) -> IFPipeline:
+    """A stage's pipeline with its tokenizer and text encoder alone.
+
+    It draws no pictures, so the components that guard pictures are not loaded either.
+
+    Args:
+        source: the stage.
+        precision: the text encoder's.
+        dtype: of what is not quantised, and of the encodings.
+        device: where to.
+    """
+    encoder = source.text_encoder(precision, dtype, device)
+    no_pictures = dict.fromkeys(("unet", *GUARDS)) | {"requires_safety_checker": False}
+    return source.pipeline(dtype, text_encoder=encoder, **no_pictures)
+
+
+if __name__ == "__main__":
+    main()

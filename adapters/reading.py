@@ -1,0 +1,38 @@
+"""Pictures as they come from files, made plain."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from adapters.errors import UserError
+
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises where a file is no picture, or a damaged one."""
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """A picture in 8-bit RGB: turned as its camera was held, flattened on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey levels
+        levels = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(levels.round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """The picture of a file.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return plain(image)
+    except DECODING_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"The picture {path} cannot be read ({reason}); name another.") from error
