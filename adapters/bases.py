@@ -117,6 +117,15 @@ class Source:
         patterns = hub_patterns(self.variant, SAFE_WEIGHTS_NAME)
         return self._from_folder("text_encoder", patterns, load)
 
+    def text_pipeline(self, precision: str, dtype: torch.dtype, device: torch.device) -> IFPipeline:
+        """The stage's pipeline with its tokenizer and text encoder alone, see above.
+
+        It draws no pictures, so the components that guard pictures are not loaded either.
+        """
+        encoder = self.text_encoder(precision, dtype, device)
+        no_pictures = dict.fromkeys(("unet", *GUARDS)) | {"requires_safety_checker": False}
+        return self.pipeline(dtype, text_encoder=encoder, **no_pictures)
+
     def blank_text_encoder(self, precision: str, dtype: torch.dtype) -> T5EncoderModel:
         """What :meth:`text_encoder` gives, without values and on the meta device."""
         config = self.load(T5Config.from_pretrained, subfolder="text_encoder")

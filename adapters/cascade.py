@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, IFPipeline, StableDiffusionUpscalePipel
 from torch import Tensor
 
 from adapters.adapted import AdaptedStages
+from adapters.budget import TEXT
 from adapters.checks import check_drawing
 from adapters.conditioning import Conditioning, Options, Prompt, every_stage, spread, told
 from adapters.drawing import Drawn, Request, draw, upscale
@@ -20,6 +21,7 @@ from adapters.errors import UserError
 from adapters.images import CascadeImages
 from adapters.overview import as_html, as_text, overview, precision_of
 from adapters.picture_info import PictureInfo, used_adapters
+from adapters.placing import Placing
 from adapters.redraw import WAYS, Given, Redraw
 from adapters.sampling import Sampling
 from adapters.scales import Scale
@@ -35,6 +37,8 @@ class Cascade(AdaptedStages):
     """Stage III, with its own text encoder."""
     text: IFPipeline | None
     """The tokenizer and text encoder of Stage I and II; ``None``: embeddings must be given."""
+    placing: Placing
+    """Where its parts are."""
     revision: str | None = None
     """The hub revision of Stage I and II, which saved pictures name."""
     variant: str | None = None
@@ -181,9 +185,10 @@ class Cascade(AdaptedStages):
                 "This cascade was loaded without a text encoder; load it with text_encoder=True, or"
                 " hand sample() the embeddings."
             )
-        embeds, _ = self.text.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, clean_caption=clean_caption
-        )
+        with self.placing.at_work(TEXT, self.text):
+            embeds, _ = self.text.encode_prompt(
+                list(prompts), do_classifier_free_guidance=False, clean_caption=clean_caption
+            )
         return embeds
 
     def _encodings(
@@ -240,7 +245,7 @@ class Cascade(AdaptedStages):
             negative_prompt=negative_prompt,
             redraw=redraw,
         )
-        sampling = sampling or WAYS[conditioning.way].sampling
+        sampling = self.placing.limited(sampling or WAYS[conditioning.way].sampling)
         check_drawing(self._pipelines(), conditioning, sampling, low_res)
         return self._draw(conditioning, sampling, low_res, progress)
 
@@ -255,12 +260,17 @@ class Cascade(AdaptedStages):
         drawn: dict[int, Drawn] = {}
         pixels = low_res
         for number, pipe in self._pipelines().items():
+            if number == 1 and low_res is not None:
+                continue
             request = Request(number, conditioning, sampling, pixels, progress)
-            if number == 3:
-                drawn[number] = upscale(pipe, request)
-            elif number == 2 or low_res is None:
+            with self.placing.at_work(f"stage_{number}", pipe) as passing:
+                if number == 3:
+                    drawn[number] = upscale(pipe, request)
+                    continue
                 drawn[number] = draw(pipe, request, self.recorded[number])
                 pixels = drawn[number].pixels
+                if passing:  # what was recorded reads weights where they are now
+                    self.recorded[number].forget()
         first = drawn[1].pixels if 1 in drawn else low_res
         assert first is not None
         pictures = {number: each.pictures for number, each in drawn.items()}

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import IFPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from adapters.bases import GUARDS, Source
+from adapters.bases import Source
 from adapters.embeds import save_embeds
 from adapters.errors import command_line
 from adapters.load import available
@@ -63,30 +62,12 @@ def encode(source: Source, prompts: Sequence[str], precision: str, device: torch
     Raises:
         UserError: where the model cannot be loaded.
     """
-    pipe = encoding_pipeline(source, precision, PRECISIONS.get(precision, torch.bfloat16), device)
+    pipe = source.text_pipeline(precision, PRECISIONS.get(precision, torch.bfloat16), device)
     options = {"do_classifier_free_guidance": False, "device": device, "clean_caption": True}
     rows = [
         pipe.encode_prompt(prompt, **options)[0] for prompt in tqdm(prompts, "Encoding", delay=2)
     ]
     return torch.cat(rows)
-
-
-def encoding_pipeline(
-    source: Source, precision: str, dtype: torch.dtype, device: torch.device
-) -> IFPipeline:
-    """A stage's pipeline with its tokenizer and text encoder alone.
-
-    It draws no pictures, so the components that guard pictures are not loaded either.
-
-    Args:
-        source: the stage.
-        precision: the text encoder's.
-        dtype: of what is not quantised, and of the encodings.
-        device: where to.
-    """
-    encoder = source.text_encoder(precision, dtype, device)
-    no_pictures = dict.fromkeys(("unet", *GUARDS)) | {"requires_safety_checker": False}
-    return source.pipeline(dtype, text_encoder=encoder, **no_pictures)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """Loading a cascade."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import IFPipeline, UNet2DConditionModel
+from tqdm import tqdm
 
 from adapters.bases import GUARDS, Source
+from adapters.budget import TEXT, within
 from adapters.cascade import Cascade
 from adapters.errors import UserError
+from adapters.placing import Placing
 from adapters.scales import Scale
-from unets.loading import Precision, automatic_precision, compute_dtype
+from unets.loading import PRECISIONS, Precision, automatic_precision, compute_dtype
 
 Chosen: TypeAlias = Literal["auto"] | Precision
 """The precision of a UNet, or what suits the device."""
@@ -29,6 +33,7 @@ def load_cascade(
     variant: str | None = None,
     device: str | torch.device = "auto",
     dtype: Chosen | Mapping[int, Chosen] = "auto",
+    memory: str | None = None,
     text_encoder: bool = True,
     unets: Mapping[int, UNet2DConditionModel] | None = None,
 ) -> Cascade:
@@ -51,6 +56,9 @@ def load_cascade(
         dtype: the precision of the UNets, or of each stage's; ``auto``: bf16 on a GPU, fp32
             elsewhere. The text encoder of fp16 UNets is bf16, as T5-XXL overflows in fp16, and
             that of quantised ones is not quantised.
+        memory: a GPU's, such as ``6GB``: precisions, which parts rest in main memory while others
+            work, and how many pictures are drawn at once are chosen such that all stays within
+            it, and told (:mod:`adapters.budget`); ``None``: all is on the device.
         text_encoder: whether to load the text encoder of Stage I (of Stage II where that is alone).
         unets: UNets to sample from instead of loading them, by stage; they keep their precision.
 
@@ -76,38 +84,29 @@ def load_cascade(
     }
     if not sources:
         raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
-    precisions = {number: _precision(dtype, number, device) for number in sources}
-    dtypes = {number: compute_dtype(name, device) for number, name in precisions.items()}
-    unets = {
-        number: (unets or {}).get(number) or source.unet(precisions[number], device)
-        for number, source in sources.items()
-    }
-    no_text = {"text_encoder": None, "tokenizer": None}
-    stages = {
-        number: source.pipeline(dtypes[number], **no_text, unet=unets[number]).to(device)
-        for number, source in sources.items()
-    }
-    text = None
-    if text_encoder:
-        # it draws no pictures, so it has nothing to guard
-        no_pictures = dict.fromkeys(("unet", *GUARDS)) | {"requires_safety_checker": False}
-        first = min(sources)
-        text_dtype = torch.bfloat16 if dtypes[first] == torch.float16 else dtypes[first]
-        text = sources[first].pipeline(text_dtype, **no_pictures).to(device)
+    everything = sources | ({} if stage_3 is None else {3: Source(str(stage_3), 3)})
+    placing, precisions = _placed(everything, memory, dtype, device, text_encoder)
+    stages, dtypes = {}, {}
+    for number, source in sources.items():
+        dtypes[number] = compute_dtype(precisions[number], device)
+        unet = (unets or {}).get(number) or source.unet(precisions[number], device)
+        no_text = {"text_encoder": None, "tokenizer": None}
+        stages[number] = source.pipeline(dtypes[number], **no_text, unet=unet)
+        placing.settle(f"stage_{number}", stages[number])
     upscaler = None
     if stage_3 is not None:
-        last = stages[max(stages)]
-        upscaler = Source(str(stage_3), 3).pipeline(dtypes[max(stages)]).to(device)
-        guards = {name: last.components[name] for name in GUARDS}
+        last = max(stages)
+        upscaler = everything[3].pipeline(dtypes[last])
+        guards = {name: stages[last].components[name] for name in GUARDS}
         upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
-    names = {number: source.name for number, source in sources.items()}
-    names |= {} if stage_3 is None else {3: str(stage_3)}
+        placing.settle("stage_3", upscaler)
     cascade = Cascade(
         stages=stages,
-        base_names=names,
-        originals=torch.device("cpu") if originals == "cpu" else None,
+        base_names={number: source.name for number, source in everything.items()},
+        originals=torch.device("cpu") if originals == "cpu" or memory else None,
         upscaler=upscaler,
-        text=text,
+        text=_text(sources[min(sources)], precisions[0], placing) if text_encoder else None,
+        placing=placing,
         revision=revision,
         variant=variant,
     )
@@ -115,6 +114,39 @@ def load_cascade(
     for folder, own_scale in scaled:
         cascade.add_adapter(folder, own_scale)
     return cascade
+
+
+def _placed(
+    sources: Mapping[int, Source],
+    memory: str | None,
+    dtype: Chosen | Mapping[int, Chosen],
+    device: torch.device,
+    text_encoder: bool,
+) -> tuple[Placing, dict[int, Precision]]:
+    """Where parts are, and the precision of the UNets and (0) of the text encoder."""
+    if memory is None:
+        precisions = {number: _precision(dtype, number, device) for number in sources}
+        first = compute_dtype(precisions[min(sources)], device)
+        text: Precision = "fp32" if first == torch.float32 else "bf16"
+        return Placing(device), precisions | {0: text}
+    if device.type != "cuda" or dtype != "auto":
+        raise UserError(
+            f"memory={memory!r} is about a GPU, and chooses precisions by itself: leave dtype at"
+            f" auto (got {dtype!r}), and the device a GPU (got {device})."
+        )
+    chosen = within(sources, memory, text_encoder=text_encoder)
+    tqdm.write(f"Within {memory}:\n{chosen}", file=sys.stderr)
+    parts = {0: TEXT} | {number: f"stage_{number}" for number in sources}
+    precisions = {number: chosen.row.precision(part) for number, part in parts.items()}
+    return Placing(device, chosen.row.away, chosen.at_once), precisions
+
+
+def _text(source: Source, precision: Precision, placing: Placing) -> IFPipeline:
+    """The tokenizer and text encoder."""
+    dtype = PRECISIONS.get(precision, torch.bfloat16)
+    pipe = source.text_pipeline(precision, dtype, placing.device)
+    placing.settle(TEXT, pipe)
+    return pipe
 
 
 def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.device) -> Precision:

@@ -8,6 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from adapters.sampling import Sampling
+
 CPU = torch.device("cpu")
 
 
@@ -24,6 +26,11 @@ class Placing:
     """The parts' names, see :mod:`adapters.budget`."""
     at_once: int | None = None
     """How many pictures are drawn at once at most; ``None``: as many as are asked for."""
+
+    def limited(self, sampling: Sampling) -> Sampling:
+        """Sampling of no more pictures at once than there is room for."""
+        size = min(sampling.batch_size, self.at_once or sampling.batch_size)
+        return sampling.model_copy(update={"batch_size": size})
 
     def settle(self, part: str, pipe: DiffusionPipeline) -> None:
         """Put a part, newly loaded, where it belongs."""

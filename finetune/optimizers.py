@@ -24,8 +24,8 @@ Betas = tuple[float, float]
 ADAM_BETAS = (0.9, 0.999)
 LION_BETAS = (0.9, 0.99)
 
-EIGHT_BIT = 1 + 4 / 256
-"""Bytes of an 8-bit moment: bitsandbytes keeps one float32 scale for 256 values."""
+EIGHT_BIT = 1 + 4 / 2**8
+"""Bytes of an 8-bit moment: bitsandbytes keeps one float32 scale for 2**8 values."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from adapters.embeds import TENSOR
-from adapters.encode import encoding_pipeline
 from adapters.errors import UserError
 from adapters.files import replacing
 from finetune.data import Picture, has_captions, load_captions
@@ -177,7 +176,7 @@ def text_pipeline(recipe: Recipe, precision: str, device: torch.device) -> Itera
     It draws no pictures, so the components that guard pictures are not loaded either.
     """
     source = recipe.source(STAGES[1])
-    pipeline = encoding_pipeline(source, precision, DTYPES[precision], device)
+    pipeline = source.text_pipeline(precision, DTYPES[precision], device)
     try:
         yield pipeline
     finally:
