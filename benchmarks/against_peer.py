@@ -21,8 +21,8 @@ scheduler to be switched by whoever samples.
 
 The same for both: rank 4, the six attention projections, AdamW in 8 bits at a constant 1e-4, the
 gradient clipped to norm 1, bf16 on a GPU, one prompt for all pictures; no validation, no prior
-preservation, no checkpoint before the end. There are as many pictures as the largest batch, since
-the peer would otherwise fill some of its batches only in part. Small pictures have exactly the
+preservation, no checkpoint before the end. There are at least as many pictures as the batch holds,
+since the peer would otherwise fill some of its batches only in part. Small pictures have exactly the
 resolution of the stage, so that they cost either trainer as little as they can. Caches (text,
 pictures, compiled kernels) are empty at the start of each run; the model's files have been read
 once, so that nobody waits for the disk.
@@ -96,6 +96,10 @@ class Scenario:
 SCENARIOS: Mapping[str, Scenario] = {
     "batch_4": Scenario("Stage I, batch 4"),
     "batch_1": Scenario("Stage I, batch 1", batch_size=1),
+    "batch_16": Scenario("Stage I, batch 16", batch_size=16),
+    "compiled": Scenario(
+        "Stage I, batch 4, compiled", overrides=("stage_1.compile=true",), peer_of="batch_4"
+    ),
     "photos": Scenario("Stage I, batch 4, photos", photos=True),
     "stage_2": Scenario("Stage II, batch 4", stage=2),
     "job": Scenario("Stage I, batch 4, whole job", whole_job=True),
@@ -353,8 +357,9 @@ class Benchmark:
         config = self.model / f"stage_{scenario.stage}/unet/config.json"
         size_px = json.loads(config.read_text())["sample_size"]
         width, height = PHOTO_PX if scenario.photos else (size_px, size_px)
-        pictures = self.out / f"pictures/{width}x{height}"
-        save_photos(pictures, PICTURES, width, height)
+        count = max(PICTURES, scenario.batch_size)
+        pictures = self.out / f"pictures/{count} of {width}x{height}"
+        save_photos(pictures, count, width, height)
         steps = options.job_steps if scenario.whole_job else options.steps
         sys.stderr.write(f"{name}, {who}: {steps} steps ...\n")
         with tempfile.TemporaryDirectory(prefix="against_peer_") as scratch:

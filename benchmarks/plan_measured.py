@@ -98,9 +98,8 @@ def measure(configuration: Configuration, model: Path) -> dict[str, Any]:
     stage, device = STAGES[configuration.stage], torch.device("cuda")
     rehearsal = Rehearsal.of(recipe, stage, device, prompt_tokens())
     predicted = rehearsal.footprint()
-    trainee = load_trainee(recipe, stage, device)
     batch = random_batch(rehearsal.batch(configuration.batch_size), device)
-    gc.collect()
+    trainee = load_trainee(recipe, stage, device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -110,15 +109,37 @@ def measure(configuration: Configuration, model: Path) -> dict[str, Any]:
         trainee.update()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+    reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+    trainee.recorded.forget()
     return {
         "predicted_gib": predicted.reserved / GIB,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-        "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": reserved / GIB,
+        "allocated_gib": allocated / GIB,
         "predicted_allocated_gib": (predicted.resident + predicted.activations) / GIB,
         "step_ms": 1000 * statistics.median(seconds[STEPS // 2 :]),
         "tflop": predicted.flops / 1e12,
         "work": predicted.work,
     }
+
+
+def matrix_rate(size: int = 8192, repeats: int = 20) -> float:
+    """What the card computes at best, in TFLOP/s: bf16 products of large square matrices."""
+    one, other = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        one @ other
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        one @ other
+    torch.cuda.synchronize()
+    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
+
+
+def released() -> float:
+    """Give the card back all that nothing refers to; GiB that are left allocated."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated() / GIB
 
 
 def table(results: dict[str, dict[str, Any]], about: str) -> str:
@@ -151,13 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     about = ", ".join(f"{key} {value}" for key, value in machine().items())
+    about += f", bf16 matrix products at {matrix_rate():.0f} TFLOP/s"
     results: dict[str, dict[str, Any]] = {}
     for name in options.only.split(","):
         configuration = Configuration.of(name)
         folder = options.model / f"stage_{configuration.stage}"
         if not (folder / "model_index.json").exists():
             save_random_model(folder, UNETS[configuration.stage], device="cuda")
-        results[name] = measure(configuration, options.model)
+        left = released()
+        results[name] = measure(configuration, options.model) | {"left_gib": left}
         (options.out / "plan_measured.json").write_text(json.dumps(results, indent=1))
         (options.out / "plan_measured.md").write_text(table(results, about))
         sys.stderr.write(f"{name}: {results[name]}\n")

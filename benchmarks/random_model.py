@@ -167,6 +167,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--t5-xxl", action="store_true", help="with the whole text encoder")
     options = parser.parse_args()
+    if options.unet == UPSCALER:
+        save_random_upscaler(options.folder, device=options.device)
+        return
     save_random_model(options.folder, options.unet, device=options.device, t5_xxl=options.t5_xxl)
 
 
