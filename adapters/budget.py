@@ -175,7 +175,7 @@ def _stage(source: Source, name: str, precision: Precision, tokens: int) -> Part
 
 
 def _upscaler(source: Source, size_px: int) -> Part:
-    """The x4 upscaler of pictures of a size: its UNet, and its decoder to larger ones."""
+    """The x4 upscaler of pictures of a size: its UNet, and its decoder, one picture at a time."""
     with torch.device(META):
         unet = UNet2DConditionModel.from_config(
             source.load(UNet2DConditionModel.load_config, subfolder="unet")
@@ -187,12 +187,11 @@ def _upscaler(source: Source, size_px: int) -> Part:
     tokens, width = text.config.max_position_embeddings, text.config.hidden_size
     inputs = _unet_inputs(unet, size_px, tokens, width, torch.bfloat16)
 
-    def latents(count: int) -> dict[str, Tensor]:
-        shape = (count // 2, vae.config.latent_channels, size_px, size_px)
-        return {"z": torch.empty(shape, dtype=torch.bfloat16, device=META)}
-
-    draws, decodes = _working(unet, weights, inputs), _working(_Decoder(vae), weights, latents)
-    return Part("stage_3", total_bytes(weights), {n: max(draws[n], decodes[n]) for n in AT_ONCE})
+    latent = torch.empty(
+        1, vae.config.latent_channels, size_px, size_px, dtype=torch.bfloat16, device=META
+    )
+    draws, decodes = _working(unet, weights, inputs), _held(_Decoder(vae), weights, {"z": latent})
+    return Part("stage_3", total_bytes(weights), {n: max(draws[n], decodes) for n in AT_ONCE})
 
 
 def _unet_inputs(
@@ -216,16 +215,16 @@ def _working(
     model: nn.Module, weights: Sequence[Tensor], inputs: Callable[[int], dict[str, Tensor]]
 ) -> dict[int, int]:
     """What forward passes hold beside the weights, by pictures at once: linear in their number."""
-
-    def held(pictures: int) -> int:
-        given = inputs(2 * pictures)
-        with torch.no_grad(), Tally([*weights, *given.values()]) as tally:
-            model(**given)
-        return tally.peak_bytes + total_bytes(given.values())
-
     most, least = max(AT_ONCE), min(AT_ONCE)
-    large, small = held(most), held(least)
+    large, small = (_held(model, weights, inputs(2 * count)) for count in (most, least))
     return {n: small + (large - small) * (n - least) // (most - least) for n in AT_ONCE}
+
+
+def _held(model: nn.Module, weights: Sequence[Tensor], given: Mapping[str, Tensor]) -> int:
+    """What a forward pass holds at once, its inputs included."""
+    with torch.no_grad(), Tally([*weights, *given.values()]) as tally:
+        model(**given)
+    return tally.peak_bytes + total_bytes(given.values())
 
 
 class _Decoder(nn.Module):

@@ -10,7 +10,7 @@ from diffusers import IFPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 from adapters.bases import GUARDS, Source
-from adapters.budget import TEXT, within
+from adapters.budget import TEXT, memory_bytes, within
 from adapters.cascade import Cascade
 from adapters.errors import UserError
 from adapters.placing import Placing
@@ -99,6 +99,8 @@ def load_cascade(
         upscaler = everything[3].pipeline(dtypes[last])
         guards = {name: stages[last].components[name] for name in GUARDS}
         upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
+        if memory:
+            upscaler.vae.enable_slicing()  # decodes one picture at a time
         placing.settle("stage_3", upscaler)
     cascade = Cascade(
         stages=stages,
@@ -135,6 +137,8 @@ def _placed(
             f" auto (got {dtype!r}), and the device a GPU (got {device})."
         )
     chosen = within(sources, memory, text_encoder=text_encoder)
+    of_card = memory_bytes(memory) / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, of_card), device)
     tqdm.write(f"Within {memory}:\n{chosen}", file=sys.stderr)
     parts = {0: TEXT} | {number: f"stage_{number}" for number in sources}
     precisions = {number: chosen.row.precision(part) for number, part in parts.items()}

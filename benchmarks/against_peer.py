@@ -21,9 +21,9 @@ scheduler to be switched by whoever samples.
 
 The same for both: rank 4, the six attention projections, AdamW in 8 bits at a constant 1e-4, the
 gradient clipped to norm 1, bf16 on a GPU, one prompt for all pictures; no validation, no prior
-preservation, no checkpoint before the end. There are at least as many pictures as the batch holds,
-since the peer would otherwise fill some of its batches only in part. Small pictures have exactly the
-resolution of the stage, so that they cost either trainer as little as they can. Caches (text,
+preservation, no checkpoint before the end. There are at least as many pictures as a batch holds,
+since the peer would otherwise fill some of its batches only in part. Small pictures have exactly
+the resolution of the stage, so that they cost either trainer as little as they can. Caches (text,
 pictures, compiled kernels) are empty at the start of each run; the model's files have been read
 once, so that nobody waits for the disk.
 

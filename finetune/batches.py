@@ -160,4 +160,7 @@ def prefetch(
         for index in indices:
             if index + ahead in indices:
                 pending.append(pool.submit(make, index + ahead))
-            yield pending.pop(0).result()
+            batch = pending.pop(0).result()
+            if copying is not None:
+                batch.record_stream(torch.cuda.current_stream(device))
+            yield batch

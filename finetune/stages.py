@@ -52,6 +52,11 @@ class Batch:
         """The same batch in pinned host memory."""
         return replace(self, **{name: t.pin_memory() for name, t in self.tensors().items()})
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of a batch that was copied on another stream until this one is done."""
+        for tensor in self.tensors().values():
+            tensor.record_stream(stream)
+
 
 def noised(batch: Batch, scheduler: DDPMScheduler) -> Tensor:
     """x_t, the pictures under the forward process (DDPM, eq. 4), [B, 3, S, S]."""

@@ -48,6 +48,18 @@ def test_a_batch_is_a_function_of_its_index(batches: Batches) -> None:
         assert all(torch.equal(tensor, again[name]) for name, tensor in batch.tensors().items())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU does not run behind")
+def test_a_batch_stays_until_a_gpu_that_runs_behind_has_seen_it(batches: Batches) -> None:
+    seen = []
+    for batch in prefetch(batches, range(20), torch.device("cuda")):
+        torch.cuda._sleep(20_000_000)  # some 10 ms
+        seen.append({name: tensor.clone() for name, tensor in batch.tensors().items()})
+        del batch
+    for index, tensors in enumerate(seen):
+        expected = batches(index).tensors()
+        assert all(torch.equal(tensor.cpu(), expected[name]) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("change", [{"rank": 1, "world_size": 2}, {"seed": 4}])
 def test_ranks_and_seeds_draw_apart(batches: Batches, change: dict[str, int]) -> None:
     ours, theirs = batches(0), replace(batches, **change)(0)

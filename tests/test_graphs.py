@@ -38,10 +38,12 @@ def test_a_replay_computes_with_the_inputs_of_its_own_call() -> None:
 @gpu
 def test_what_cannot_be_recorded_runs_without_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     waiting = Replayed(lambda x: x * x.sum().item(), "Waiting for the GPU")
+    stream = torch.cuda.current_stream()
     with caplog.at_level(logging.WARNING):
         for value in (1.0, 2.0, 3.0):
             assert waiting(x=torch.tensor([value], device="cuda")).item() == value**2
     assert "Waiting for the GPU cannot be recorded as a CUDA graph" in caplog.text
+    assert torch.cuda.current_stream() == stream  # bitsandbytes' optimizers are on no other
 
 
 @gpu

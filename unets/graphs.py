@@ -67,13 +67,14 @@ class Replayed(Generic[Result]):
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
         gc.collect()
         torch.cuda.empty_cache()  # the memory of the first call is free for the graph
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 result = self.function(**inputs)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a recording that fails stays on its own
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             self.enabled = False
             reason = str(error).partition("\n")[0]
             logger.warning(
