@@ -192,8 +192,10 @@ def attach(
     """
     config = peft_config(unet, spec)
     unet.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):  # PEFT initialises on the CPU
-        torch.default_generator.manual_seed(seed)
+    blank = unet.device.type == "meta"  # nothing is drawn then, so that it may be done beside
+    with unet.device if blank else torch.random.fork_rng(devices=[]):
+        if not blank:
+            torch.default_generator.manual_seed(seed)  # PEFT initialises on the CPU
         unet.add_adapter(config, adapter_name=ADAPTER_NAME)
     for parameter in adapter_parameters(unet).values():
         parameter.data = parameter.data.float()

@@ -118,7 +118,7 @@ class Rehearsal:
             self.trainee.accumulate(batch)
         values = self.trainee.weights.values.numel()
         return Footprint(
-            weights=total_bytes(self._weights()),
+            weights=self.weights_bytes,
             adapter=total_bytes(self._adapter()),
             optimizer=int(values * OPTIMIZERS[self.optimizer].state_bytes),
             activations=tally.peak_bytes,
@@ -127,6 +127,11 @@ class Rehearsal:
             + OPERATIONS_A_BYTE * tally.moved_bytes
             + OPERATIONS_A_KERNEL * tally.operations,
         )
+
+    @property
+    def weights_bytes(self) -> int:
+        """The frozen UNet."""
+        return total_bytes(self._weights())
 
     def sampling_bytes(self, pictures: int) -> int:
         """The most that sampling pictures at once holds, each with its unguided twin."""

@@ -23,7 +23,7 @@ from finetune.optimizers import learning_rate_factor, set_learning_rate
 from finetune.recipe import Recipe
 from finetune.run import Folders, identity, noise_levels, resume
 from finetune.stages import STAGES, Stage
-from finetune.tracking import Meter, Tracker, forget_peak_memory
+from finetune.tracking import Meter, Tracker, forget_peak_memory, free_memory
 from finetune.trainee import Trainee
 from finetune.validation import Validation, prepare_validation
 
@@ -44,6 +44,7 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
     """Teach one stage and export its adapter; continues from the newest checkpoint, if any."""
     folders = Folders(recipe.folder)
     training = recipe.training(stage)
+    free_memory(accelerator.device)  # of the stage before
     trainee = load_trainee(recipe, stage, accelerator.device)
     resume(trainee, folders.checkpoints(stage))
     batches = batches_of(recipe, stage, trainee, material, accelerator)

@@ -75,16 +75,36 @@ def _run(
     prior, validation = recipe.prior, recipe.validation
     if recipe.text.device == "auto":
         yield Phase("encoding captions", _text_encoder_bytes(recipe, device))
+    below = STAGES[1]
+    if validation.prompts or (prior and not prior.folder):
+        rehearsals = {below: _untrained(recipe, below, device, rehearsals)} | dict(rehearsals)
     if prior and not prior.folder:
         at_once = min(prior.count, prior.sampling.batch_size)
-        weights = sum(footprint.weights for footprint in footprints.values())
+        weights = sum(each.weights_bytes for each in rehearsals.values())
         most = max(each.sampling_bytes(at_once) for each in rehearsals.values())
         yield Phase("class pictures", reserved(weights + most))
     for stage, footprint in footprints.items():
+        at_once = min(len(validation.prompts), validation.sampling.batch_size)
+        if at_once and stage.super_resolution:
+            sampler = rehearsals[below]
+            sampling = sampler.weights_bytes + sampler.sampling_bytes(at_once)
+            resident = footprint.resident
+            yield Phase(f"{stage.name}, {below.name}'s samples", reserved(resident + sampling))
         yield Phase(f"{stage.name}, training", footprint.reserved)
-        if at_once := min(len(validation.prompts), validation.sampling.batch_size):
+        if at_once:
             sampling = rehearsals[stage].sampling_bytes(at_once)
             yield Phase(f"{stage.name}, validation", reserved(footprint.resident + sampling))
+
+
+def _untrained(
+    recipe: Recipe, stage: Stage, device: torch.device, rehearsals: Mapping[Stage, Rehearsal]
+) -> Rehearsal:
+    """A stage that others need pictures of: in their precision where it is not trained itself."""
+    if stage in rehearsals:
+        return rehearsals[stage]
+    (other, rehearsal), *_ = rehearsals.items()
+    as_that = recipe.model_copy(update={stage.name: recipe.training(other)})
+    return Rehearsal.of(as_that, stage, device, rehearsal.text_tokens)
 
 
 def _text_encoder_bytes(recipe: Recipe, device: torch.device) -> int:

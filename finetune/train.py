@@ -84,17 +84,21 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
 
 def run(recipe: Recipe, pending: Sequence[Stage], accelerator: Accelerator) -> None:
     """Say what the run will take, gather its material, and teach the stages."""
-    device = accelerator.device
     with ThreadPoolExecutor(1) as beside:
-        planned = []
         if accelerator.is_main_process:
-            planned.append(beside.submit(lambda: tqdm.write(plan_text(plan(recipe, device)))))
+            beside.submit(say_plan, recipe, accelerator.device)
         with accelerator.main_process_first():
             material = gather(recipe, accelerator)
-        for plans in planned:
-            plans.result()
-    for stage in pending:
-        train_stage(recipe, stage, material, accelerator)
+        for stage in pending:
+            train_stage(recipe, stage, material, accelerator)
+
+
+def say_plan(recipe: Recipe, device: torch.device) -> None:
+    """Print what the run will take; that it cannot be told is no reason to stop."""
+    try:
+        tqdm.write(plan_text(plan(recipe, device)))
+    except Exception as error:
+        tqdm.write(f"What this run will take could not be foreseen: {error!r}")
 
 
 def gather(recipe: Recipe, accelerator: Accelerator) -> Material:

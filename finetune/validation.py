@@ -118,6 +118,7 @@ def stage_1_samples(
         variant=recipe.base.variant,
         device=device,
         dtype=recipe.precisions(device),
+        originals="cpu",  # the adapter stays
         text_encoder=False,
     )
     prompts = recipe.validation.prompts

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from adapters.errors import UserError
+from adapters.kinds import AdapterSpec
 from adapters.tokens import prompt_tokens
 from finetune import plan as command
 from finetune import train
@@ -119,6 +120,16 @@ def test_what_saves_memory_is_foreseen_to(recipe: Recipe) -> None:
     assert taken(ema_decay=0.9).adapter > taken().adapter
 
 
+def test_a_rehearsal_draws_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on beside it, with draws of its own."""
+    before = torch.get_rng_state()
+    monkeypatch.delattr(torch.random, "fork_rng")
+    for kind in ("lora", "dora", "loha", "lokr", "oft"):
+        spec = AdapterSpec(kind=kind, targets="attention", dropout=0.1 if kind == "lora" else 0.0)
+        Rehearsal.of(changed(recipe, 1, adapter=spec), STAGES[1], GPU, 7).footprint()
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_prompts_have_as_many_tokens_as_the_pipeline_pads_to() -> None:
     assert prompt_tokens() == 77
 
@@ -129,8 +140,11 @@ def test_every_phase_of_the_run_is_planned(recipe: Recipe) -> None:
         "encoding captions",
         "class pictures",
         *("stage_1, training", "stage_1, validation"),
-        *("stage_2, training", "stage_2, validation"),
+        *("stage_2, stage_1's samples", "stage_2, training", "stage_2, validation"),
     ]
+    of_stage_2 = plan(recipe.model_copy(update={"stage_1": None}))
+    assert [phase.name for phase in of_stage_2.phases] == [*names[:2], *names[4:]]
+    assert of_stage_2.phases[1:3] == plan(recipe).phases[1:2] + plan(recipe).phases[4:5]
     without = recipe.model_copy(update={"prior": None})
     assert "class pictures" not in [phase.name for phase in plan(without).phases]
 

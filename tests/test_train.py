@@ -1,5 +1,6 @@
 """Whole runs, launched as a user launches them."""
 
+import gc
 import json
 import os
 import shutil
@@ -14,13 +15,14 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from diffusers import IFPipeline, IFSuperResolutionPipeline
+from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from adapters.sheet import CELL_PX
+from finetune import loop
 from finetune.compare import main as compare
 from finetune.loading import load_recipe
 from finetune.loop import batches_of, load_trainee
@@ -309,6 +311,25 @@ def test_a_mistake_is_one_sentence(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "runs" / "run" / "adapters").exists()
+
+
+def unets_in_memory() -> set[int]:
+    found = [each for each in gc.get_objects() if isinstance(each, UNet2DConditionModel)]
+    return {id(unet) for unet in found if unet.device.type != "meta"}
+
+
+def test_a_stage_is_loaded_once_the_one_before_is_out_of_memory(
+    random_cascade: RandomCascade,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others, load, found = unets_in_memory(), loop.load_trainee, []
+    monkeypatch.setattr(
+        loop, "load_trainee", lambda *a: found.append(unets_in_memory() - others) or load(*a)
+    )
+    run(save_recipe(tmp_path, recipe_of(random_cascade, pictures)))
+    assert found == [set(), set()]
 
 
 def test_stage_2s_mistakes_are_found_before_stage_1_trains(

@@ -4,6 +4,7 @@ A UNet's forward pass is some thousands of kernels, most of them shorter than th
 a replay launches them all at once.
 """
 
+import functools
 import gc
 import logging
 from collections.abc import Callable, Mapping
@@ -16,6 +17,12 @@ Result = TypeVar("Result")
 Signature = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all recordings: cuBLAS keeps a workspace for each that it ever was used on."""
+    return torch.cuda.Stream(device)
 
 
 class Replayed(Generic[Result]):
@@ -53,9 +60,9 @@ class Replayed(Generic[Result]):
         return self._record(key, tensors)
 
     def _aside(self, tensors: Mapping[str, Tensor]) -> Result:
-        """Run as it is, on a stream of its own as PyTorch asks for before recording."""
-        stream = torch.cuda.Stream()
+        """Run as it is, beside the usual stream as PyTorch asks for before recording."""
         current = torch.cuda.current_stream()
+        stream = _side_stream(current.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             result = self.function(**tensors)
@@ -69,7 +76,8 @@ class Replayed(Generic[Result]):
         torch.cuda.empty_cache()  # the memory of the first call is free for the graph
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            side = _side_stream(stream.device)
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 result = self.function(**inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a recording that fails stays on its own

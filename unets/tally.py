@@ -64,16 +64,16 @@ class Tally(TorchDispatchMode):
         """How many operations do more than look at a tensor another way."""
         self._live_bytes = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in resident}
-        self._attention = _FlashAttention()
+        self._stand_ins = _StandIns()
 
     def __enter__(self) -> "Tally":
-        self._attention.__enter__()
+        self._stand_ins.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._attention.__exit__(*error)
+        self._stand_ins.__exit__(*error)
 
     def __torch_dispatch__(
         self,
@@ -113,8 +113,12 @@ class Tally(TorchDispatchMode):
         self._live_bytes -= size
 
 
-class _FlashAttention(TorchFunctionMode):
-    """On the meta device attention would be its formula, with all its weights in memory."""
+class _StandIns(TorchFunctionMode):
+    """What goes otherwise than with values.
+
+    On the meta device attention would be its formula, with all its weights in memory. And PEFT's
+    LoHa and LoKr draw a number for each layer, which must not be one of training's own draws.
+    """
 
     def __torch_function__(
         self,
@@ -125,7 +129,8 @@ class _FlashAttention(TorchFunctionMode):
     ) -> Any:
         if function is F.scaled_dot_product_attention and args[0].device == META:
             return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return function(*args, **(kwargs or {}))
+        own = {"generator": torch.Generator()} if function is torch.rand else {}
+        return function(*args, **(kwargs or {}), **own)
 
 
 def _bytes(tensor: Tensor) -> int:
