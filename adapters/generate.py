@@ -27,7 +27,7 @@ from unets.loading import Precision
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("prompt", "stage_2_prompt", "stage_3_prompt", "negative_prompt", "embeds")),
     **dict.fromkeys(("image", "mask", "strength")),
-    **dict.fromkeys(("stage_1", "stage_2", "stage_3", "revision", "variant")),
+    **dict.fromkeys(("stage_1", "stage_2", "stage_3", "revision", "variant", "memory")),
     "adapter": [],
     "scale": 1.0,
     "seed": 0,
@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     add("--images-per-prompt", type=int, help="pictures of each prompt (1)")
     add("--device", help="such as cuda or cpu (auto: the GPU where there is one)")
     add("--dtype", choices=("auto", *get_args(Precision)), help="precision (auto)")
+    add("--memory", help="the GPU's, such as 6GB: choose precisions and places that fit it (none)")
     for name, field in Sampling.model_fields.items():
         kind = str if field.default is None else type(field.default)
         text = f"{field.description} ({'none' if field.default is None else f'{field.default:g}'})"
@@ -205,6 +206,7 @@ def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
         variant=options.variant,
         device=options.device,
         dtype=options.dtype,
+        memory=options.memory,
         text_encoder=options.embeds is None,
     )
     for folder, scale in adapters:

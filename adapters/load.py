@@ -58,7 +58,8 @@ def load_cascade(
             that of quantised ones is not quantised.
         memory: a GPU's, such as ``6GB``: precisions, which parts rest in main memory while others
             work, and how many pictures are drawn at once are chosen such that all stays within
-            it, and told (:mod:`adapters.budget`); ``None``: all is on the device.
+            it, and told (:mod:`adapters.budget`). This process' PyTorch gets no more of the GPU
+            from then on. ``None``: all is on the device.
         text_encoder: whether to load the text encoder of Stage I (of Stage II where that is alone).
         unets: UNets to sample from instead of loading them, by stage; they keep their precision.
 

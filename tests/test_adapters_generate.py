@@ -81,6 +81,7 @@ def test_scale_zero_is_the_base(
         (["--stage-1", "x/y", "--noise-level", "-1"], "--noise-level: Input should be greater"),
         (["--stage-1", "x/y", "--device", "foo"], "device 'foo' cannot be used"),
         (["--stage-1", "x/y", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--stage-1", "x/y", "--memory", "6GB", "--device", "cpu"], "is about a GPU"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(
