@@ -35,6 +35,7 @@ from adapters.updates import (
     as_matrix,
     delta,
     in_order_of,
+    in_shape_of,
     low_rank,
     merge,
 )
@@ -289,10 +290,9 @@ def merged_weight(
     if len(on) > 1:
         on.sort(key=lambda each: (each[0].digest, each[1]))
     terms = [Term(scale, adapter.update(name, module, weight)) for adapter, scale in on]
-    merged = weight.to(torch.float32, copy=True)
-    if terms:
-        merge(as_matrix(weight), terms, out=as_matrix(merged))
-    return merged
+    if not terms:
+        return weight.to(torch.float32, copy=True)
+    return in_shape_of(weight, merge(as_matrix(weight), terms))
 
 
 def _alone(name: str, module: nn.Module) -> nn.Module:

@@ -15,6 +15,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+ROWS = 512
+"""How many rows of two matrices of different precision are added at once: each takes a copy."""
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -73,6 +76,12 @@ def as_matrix(weight: Tensor) -> Tensor:
     return in_order_of(weight, weight).view(len(weight), -1)
 
 
+def in_shape_of(weight: Tensor, matrix: Tensor) -> Tensor:
+    """A matrix such as :func:`as_matrix` makes, with the weight's shape again."""
+    shape = in_order_of(weight, weight).shape
+    return matrix.view(shape) if weight.is_contiguous() else matrix.view(shape).permute(0, 3, 1, 2)
+
+
 def in_order_of(weight: Tensor, tensor: Tensor) -> Tensor:
     """A tensor [n, in, ...] with its dimensions in the order of a weight's memory."""
     return tensor if weight.is_contiguous() else tensor.permute(0, 2, 3, 1)
@@ -126,18 +135,22 @@ def gain(terms: Sequence[Term], device: torch.device) -> Tensor | None:
     return total
 
 
-def merge(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
-    """Write what terms make of the base's own W over a matrix.
+def merge(base: Tensor, terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
+    """What terms make of the base's own W.
 
     Args:
         base: W, [out, in] in the base's precision.
         terms: at least one.
-        out: [out, in], rounded to its precision once.
+        out: where to, [out, in], rounded to its precision once; ``None``: a new one in float32.
     """
     added = change(terms, base.device)
     assert added is not None
     scale = gain(terms, base.device)
-    torch.add(base if scale is None else base * scale, added, out=out)
+    scaled = base if scale is None else base * scale
+    result = added if out is None else out
+    for place, *parts in zip(*(each.split(ROWS) for each in (result, scaled, added)), strict=True):
+        torch.add(*parts, out=place)
+    return result
 
 
 def delta(weight: Tensor, update: Update) -> Tensor:
@@ -147,6 +160,4 @@ def delta(weight: Tensor, update: Update) -> Tensor:
     assert added is not None
     if scale is not None:
         added += (scale - 1) * as_matrix(weight)
-    result = torch.empty_like(weight, dtype=torch.float32)  # in the order of its memory
-    as_matrix(result).copy_(added)
-    return result
+    return in_shape_of(weight, added)
