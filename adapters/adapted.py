@@ -1,10 +1,12 @@
 """The stages of a cascade and their adapters: loaded by name, mixed, and taken out again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TypeAlias
+from threading import RLock
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
@@ -22,6 +24,22 @@ from unets.graphs import Replayed
 
 Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
 
+Of = ParamSpec("Of")
+Result = TypeVar("Result")
+
+
+def alone(
+    method: Callable[Concatenate[Any, Of], Result],
+) -> Callable[Concatenate[Any, Of], Result]:
+    """A method during which no other thread draws with the object or changes it."""
+
+    @wraps(method)
+    def locked(self: Any, /, *args: Of.args, **options: Of.kwargs) -> Result:
+        with self.lock:
+            return method(self, *args, **options)
+
+    return locked
+
 
 @dataclass(kw_only=True)
 class AdaptedStages:
@@ -35,6 +53,8 @@ class AdaptedStages:
     """Where copies of the base's weights are kept, see :class:`MergedAdapters`."""
     sources: dict[str, str] = field(default_factory=dict, init=False)
     """Where the loaded adapters came from, as they were named."""
+    lock: AbstractContextManager[Any] = field(default_factory=RLock, init=False, repr=False)
+    """Held by whoever draws with the stages or changes them."""
     merged: dict[int, MergedAdapters] = field(init=False)
     recorded: dict[int, Replayed[Tensor]] = field(init=False)
     """The UNets' forward passes: on a GPU one CUDA graph for each size of batch."""
@@ -58,6 +78,7 @@ class AdaptedStages:
                 loaded.setdefault(name, {})[stage] = adapter, merged.scales[name]
         return Listing(loaded)
 
+    @alone
     def add_adapter(self, folder: str | Path, scale: Scale = 1.0, name: str | None = None) -> str:
         """Load an adapter into the stages that it and this cascade have, and merge it.
 
@@ -94,6 +115,7 @@ class AdaptedStages:
         name = name or self.adapters.free_name(Path(folder))
         return self._load(adapters, scale, name, str(folder))
 
+    @alone
     def set_adapters(self, scales: Mapping[str, Scale]) -> None:
         """Switch to adapters that are loaded, each with its scale.
 
@@ -115,6 +137,7 @@ class AdaptedStages:
             self._set(before)
             raise
 
+    @alone
     def combine(
         self,
         scales: Mapping[str, Scale],
@@ -176,6 +199,7 @@ class AdaptedStages:
             Path(folder),
         )
 
+    @alone
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out and free what was kept for it.
 
@@ -188,12 +212,14 @@ class AdaptedStages:
                 merged.remove(name)
         self.sources.pop(name, None)
 
+    @alone
     def remove_adapters(self) -> None:
         """Take all adapters out; every weight is the base's own again, to the bit."""
         self.set_adapters({})
         for name in self.adapters:
             self.remove_adapter(name)
 
+    @alone
     def free_graphs(self) -> None:
         """Free the GPU memory of recorded forward passes; the next pictures record them again."""
         for recorded in self.recorded.values():

@@ -82,8 +82,7 @@ class Source:
 
         This and all below raise a UserError where there is no such model, or one of another stage.
         """
-        checker = self.index.get("safety_checker", (None, None))[1]
-        if checker == IFSafetyChecker.__name__ and "safety_checker" not in components:
+        if self.has_safety_checker and "safety_checker" not in components:
             components["safety_checker"] = self.load(
                 SafetyChecker.from_pretrained,
                 subfolder="safety_checker",
@@ -92,6 +91,17 @@ class Source:
             )
         kind = PIPELINES[self.stage]
         return self.load(kind.from_pretrained, **components, dtype=dtype, **self._weights)
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether its pictures are guarded by IF's own."""
+        return self.index.get("safety_checker", (None, None))[1] == IFSafetyChecker.__name__
+
+    def blank_safety_checker(self) -> IFSafetyChecker:
+        """Its safety checker without values, on the meta device."""
+        config = self.load(CLIPConfig.from_pretrained, subfolder="safety_checker")
+        with torch.device("meta"):
+            return SafetyChecker(config)
 
     def unet(self, precision: str, device: torch.device) -> UNet2DConditionModel:
         """The stage's UNet, frozen, in a precision of :func:`unets.loading.empty_unet`."""

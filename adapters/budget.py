@@ -23,6 +23,9 @@ TEXT = "text encoder"
 
 GPU = torch.device("cuda")
 
+NOT_FUSED = 1.35
+"""What the upscaler takes beside what is counted: its convolutions turn pictures around."""
+
 AT_ONCE = (8, 4, 2, 1)
 """How many pictures may be drawn at once."""
 
@@ -78,7 +81,7 @@ class Budgeted:
             f" {places[part in self.row.away]}"
             for part, size in self.weights.items()
         ]
-        last = f"{self.at_once} at a time, at most {self.peak / GIB:.1f} GiB of the GPU"
+        last = f"{self.at_once} at a time, {self.peak / GIB:.1f} GiB of the GPU foreseen"
         return "\n".join([*parts, f"  pictures      {last}"])
 
 
@@ -108,6 +111,31 @@ def memory_bytes(memory: str, what: str = "memory") -> float:
     return float(match[1]) * GIB - DRIVER_BYTES
 
 
+_limited: set[torch.device] = set()
+
+
+def limit(device: torch.device, memory: str | None) -> None:
+    """Let PyTorch have no more of a GPU than a memory; ``None``: take such a limit away again.
+
+    Raises:
+        UserError: where the GPU has less.
+    """
+    if memory is None:
+        if device in _limited:
+            _limited.remove(device)
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return
+    has = torch.cuda.get_device_properties(device).total_memory
+    share = memory_bytes(memory) / has
+    if share > 1:
+        raise UserError(
+            f"memory={memory!r} is more than this GPU has, which is {has / GIB:.1f} GiB; give what"
+            " it has or less."
+        )
+    _limited.add(device)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+
+
 def within(sources: Mapping[int, Source], memory: str, *, text_encoder: bool = True) -> Budgeted:
     """The best row of :data:`ROWS` that fits a card, and the most pictures at once.
 
@@ -121,7 +149,7 @@ def within(sources: Mapping[int, Source], memory: str, *, text_encoder: bool = T
     """
     budget = memory_bytes(memory)
     tokens = prompt_tokens()
-    below = sources[max(number for number in sources if number < 3)].picture_size_px
+    below = sources[max(number for number in sources if number < 3)]
     made: dict[tuple[str, Precision], Part] = {}
     smallest = None
     for row in ROWS:
@@ -169,13 +197,21 @@ def _text_encoder(source: Source, precision: Precision) -> Part:
 def _stage(source: Source, name: str, precision: Precision, tokens: int) -> Part:
     """A stage's UNet, which sees each picture with its unguided twin."""
     unet = blank_unet(source.unet_config, precision, GPU)
-    weights, dtype = list(unet.state_dict().values()), compute_dtype(precision, GPU)
+    weights, dtype = [*unet.state_dict().values(), *_guard(source)], compute_dtype(precision, GPU)
     inputs = _unet_inputs(unet, source.picture_size_px, tokens, unet.config.encoder_hid_dim, dtype)
     return Part(name, total_bytes(weights), _working(unet, weights, inputs))
 
 
-def _upscaler(source: Source, size_px: int) -> Part:
-    """The x4 upscaler of pictures of a size: its UNet, and its decoder, one picture at a time."""
+def _guard(source: Source) -> list[Tensor]:
+    """The weights of a stage's safety checker, where it has one."""
+    if not source.has_safety_checker:
+        return []
+    return list(source.blank_safety_checker().to(torch.bfloat16).state_dict().values())
+
+
+def _upscaler(source: Source, below: Source) -> Part:
+    """The x4 upscaler of a stage's pictures: its UNet, and its decoder, one picture at a time."""
+    size_px = below.picture_size_px
     with torch.device(META):
         unet = UNet2DConditionModel.from_config(
             source.load(UNet2DConditionModel.load_config, subfolder="unet")
@@ -184,6 +220,7 @@ def _upscaler(source: Source, size_px: int) -> Part:
         text = CLIPTextModel(source.load(CLIPTextConfig.from_pretrained, subfolder="text_encoder"))
     models = [nn.Module.to(model, torch.bfloat16).eval() for model in (unet, vae, text)]
     weights = [weight for model in models for weight in model.state_dict().values()]
+    weights += _guard(below)
     tokens, width = text.config.max_position_embeddings, text.config.hidden_size
     inputs = _unet_inputs(unet, size_px, tokens, width, torch.bfloat16)
 
@@ -191,7 +228,8 @@ def _upscaler(source: Source, size_px: int) -> Part:
         1, vae.config.latent_channels, size_px, size_px, dtype=torch.bfloat16, device=META
     )
     draws, decodes = _working(unet, weights, inputs), _held(_Decoder(vae), weights, {"z": latent})
-    return Part("stage_3", total_bytes(weights), {n: max(draws[n], decodes) for n in AT_ONCE})
+    working = {n: int(NOT_FUSED * max(draws[n], decodes)) for n in AT_ONCE}
+    return Part("stage_3", total_bytes(weights), working)
 
 
 def _unet_inputs(

@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
+import torch
 from diffusers import DiffusionPipeline, IFPipeline, StableDiffusionUpscalePipeline
 from torch import Tensor
 
-from adapters.adapted import AdaptedStages
+from adapters.adapted import AdaptedStages, alone
 from adapters.budget import TEXT
 from adapters.checks import check_drawing
 from adapters.conditioning import Conditioning, Options, Prompt, every_stage, spread, told
@@ -57,6 +58,7 @@ class Cascade(AdaptedStages):
         """The pipelines of all stages, by number."""
         return dict(self.stages) | ({} if self.upscaler is None else {3: self.upscaler})
 
+    @alone
     def __call__(
         self,
         prompt: Prompt,
@@ -175,6 +177,7 @@ class Cascade(AdaptedStages):
         """
         return self(prompt, redraw=Redraw.of(picture, mask, strength), **options)
 
+    @alone
     def encode(self, prompts: Sequence[str], *, clean_caption: bool = True) -> Tensor:
         """Encode prompts along the path of ``IFPipeline.__call__``, [N, T, D] on the device.
 
@@ -201,6 +204,7 @@ class Cascade(AdaptedStages):
         rows = [distinct.index(text) for text in texts]
         return self.encode(distinct, clean_caption=clean_caption)[rows]
 
+    @alone
     def sample(
         self,
         prompt_embeds: Tensor | Mapping[int, Tensor],
@@ -263,14 +267,18 @@ class Cascade(AdaptedStages):
             if number == 1 and low_res is not None:
                 continue
             request = Request(number, conditioning, sampling, pixels, progress)
-            with self.placing.at_work(f"stage_{number}", pipe) as passing:
-                if number == 3:
-                    drawn[number] = upscale(pipe, request)
-                    continue
-                drawn[number] = draw(pipe, request, self.recorded[number])
-                pixels = drawn[number].pixels
-                if passing:  # what was recorded reads weights where they are now
-                    self.recorded[number].forget()
+            try:
+                with self.placing.at_work(f"stage_{number}", pipe):
+                    if number == 3:
+                        drawn[number] = upscale(pipe, request)
+                        continue
+                    drawn[number] = draw(pipe, request, self.recorded[number])
+            except torch.OutOfMemoryError:
+                raise _out_of_memory(number, conditioning, sampling) from None
+            finally:
+                if self.placing.scarce:  # it takes room, and reads weights where they are now
+                    self.free_graphs()
+            pixels = drawn[number].pixels
         first = drawn[1].pixels if 1 in drawn else low_res
         assert first is not None
         pictures = {number: each.pictures for number, each in drawn.items()}
@@ -306,3 +314,12 @@ class Cascade(AdaptedStages):
         )
         prompts = {n: texts for n, texts in conditioning.prompts.items() if n in drawn}
         return tuple(info.of_each(conditioning.seeds, prompts))
+
+
+def _out_of_memory(stage: int, conditioning: Conditioning, sampling: Sampling) -> UserError:
+    count = min(len(conditioning.seeds), sampling.batch_size)
+    return UserError(
+        f"The GPU ran out of memory while Stage {'I' * stage} drew {count}"
+        f" picture{'s' * (count > 1)} at once; give a smaller batch_size in sampling, or load the"
+        " cascade for less memory (memory='6GB' is the least for the published sizes)."
+    )

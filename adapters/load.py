@@ -10,7 +10,7 @@ from diffusers import IFPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 from adapters.bases import GUARDS, Source
-from adapters.budget import TEXT, memory_bytes, within
+from adapters.budget import TEXT, limit, within
 from adapters.cascade import Cascade
 from adapters.errors import UserError
 from adapters.placing import Placing
@@ -58,8 +58,8 @@ def load_cascade(
             that of quantised ones is not quantised.
         memory: a GPU's, such as ``6GB``: precisions, which parts rest in main memory while others
             work, and how many pictures are drawn at once are chosen such that all stays within
-            it, and told (:mod:`adapters.budget`). This process' PyTorch gets no more of the GPU
-            from then on. ``None``: all is on the device.
+            it, and told (:mod:`adapters.budget`). PyTorch gets no more of the GPU in this process
+            until a cascade is loaded without. ``None``: all is on the device.
         text_encoder: whether to load the text encoder of Stage I (of Stage II where that is alone).
         unets: UNets to sample from instead of loading them, by stage; they keep their precision.
 
@@ -86,6 +86,11 @@ def load_cascade(
     if not sources:
         raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
     everything = sources | ({} if stage_3 is None else {3: Source(str(stage_3), 3)})
+    if memory and unets:
+        raise UserError(
+            f"memory={memory!r} loads UNets itself, in precisions that fit; leave memory or unets"
+            " out."
+        )
     placing, precisions = _placed(everything, memory, dtype, device, text_encoder)
     stages, dtypes = {}, {}
     for number, source in sources.items():
@@ -128,6 +133,7 @@ def _placed(
 ) -> tuple[Placing, dict[int, Precision]]:
     """Where parts are, and the precision of the UNets and (0) of the text encoder."""
     if memory is None:
+        limit(device, None)
         precisions = {number: _precision(dtype, number, device) for number in sources}
         first = compute_dtype(precisions[min(sources)], device)
         text: Precision = "fp32" if first == torch.float32 else "bf16"
@@ -138,8 +144,7 @@ def _placed(
             f" auto (got {dtype!r}), and the device a GPU (got {device})."
         )
     chosen = within(sources, memory, text_encoder=text_encoder)
-    of_card = memory_bytes(memory) / torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, of_card), device)
+    limit(device, memory)
     tqdm.write(f"Within {memory}:\n{chosen}", file=sys.stderr)
     parts = {0: TEXT} | {number: f"stage_{number}" for number in sources}
     precisions = {number: chosen.row.precision(part) for number, part in parts.items()}

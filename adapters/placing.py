@@ -1,7 +1,7 @@
 """Where the parts of a cascade are: on its device for good, or only while they work."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +36,21 @@ class Placing:
         """Put a part, newly loaded, where it belongs."""
         pipe.to(CPU if part in self.resting else self.device)
 
+    @property
+    def scarce(self) -> bool:
+        """Whether parts must leave each other room."""
+        return self.at_once is not None or bool(self.resting)
+
     @contextmanager
-    def at_work(self, part: str, pipe: DiffusionPipeline) -> Iterator[bool]:
-        """A part on the device; tells whether it is there for this alone."""
-        if part not in self.resting:
-            yield False
-            return
+    def at_work(self, part: str, pipe: DiffusionPipeline) -> Iterator[None]:
+        """A part on its device, which is the current one."""
+        on_gpu = self.device.type == "cuda"
+        current = torch.cuda.device(self.device) if on_gpu else nullcontext()
+        with current, self._moved(pipe) if part in self.resting else nullcontext():
+            yield
+
+    @contextmanager
+    def _moved(self, pipe: DiffusionPipeline) -> Iterator[None]:
         resting: dict[int, Tensor] = {}
 
         def there(weight: Tensor) -> Tensor:
@@ -55,10 +64,10 @@ class Placing:
             return resting.get(weight.data_ptr(), weight)
 
         models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
-        for model in models:
-            model._apply(there)
         try:
-            yield True
+            for model in models:
+                model._apply(there)
+            yield
         finally:
             for model in models:
                 model._apply(back)

@@ -1,6 +1,7 @@
 """The cascade draws what the published pipelines draw, and adapters go in and out of it cleanly."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -461,3 +462,16 @@ def test_no_guard_is_lost_with_given_unets(guarded_cascade: RandomCascade) -> No
     pipe = load_cascade(guarded_cascade.stage_1, unets={1: unet}).stages[1]
     assert pipe.safety_checker is not None
     assert pipe.watermarker is not None
+
+
+def test_threads_draw_what_each_draws_alone(random_cascade: RandomCascade) -> None:
+    cascade = load_cascade(random_cascade.stage_1, random_cascade.stage_2)
+    prompts = ["a cat", "a red dog", "two cars on a road", "a cat"]
+
+    def drawn(prompt: str) -> bytes:
+        few = Sampling(stage_1_steps=2, stage_2_steps=2)
+        return cascade(prompt, sampling=few, progress=False)[0].final.tobytes()
+
+    expected = [drawn(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(drawn, prompts)) == expected

@@ -99,6 +99,25 @@ def test_a_part_rests_again_after_an_error(random_cascade: RandomCascade) -> Non
     assert places == {name: weight.data_ptr() for name, weight in weights(cascade)}
 
 
+def test_a_part_rests_again_where_there_is_no_room_for_all_of_it(
+    random_cascade: RandomCascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cascade = rested(random_cascade)
+    places = {name: weight.data_ptr() for name, weight in weights(cascade)}
+    last = list(cascade.stages[1].unet.parameters())[-1].detach()
+    copy = Tensor.to
+
+    def full(weight: Tensor, *args: object, **options: object) -> Tensor:
+        if args == (DEVICE,) and weight.data_ptr() == last.data_ptr():
+            raise torch.OutOfMemoryError("no room")
+        return copy(weight, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", full)
+    with pytest.raises(UserError, match="ran out of memory while Stage I drew 1 picture at once"):
+        cascade("a cat", sampling=FEW, progress=False)
+    assert places == {name: weight.data_ptr() for name, weight in weights(cascade)}
+
+
 def test_no_more_pictures_are_drawn_at_once_than_there_is_room_for() -> None:
     assert Placing(DEVICE, (), 2).limited(Sampling()).batch_size == 2
     assert Placing(DEVICE, (), 16).limited(Sampling(batch_size=3)).batch_size == 3

@@ -18,6 +18,9 @@ Signature = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 logger = logging.getLogger(__name__)
 
+KEPT = 4
+"""How many recordings of a function are kept, each with memory of its own: those used last."""
+
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
@@ -49,7 +52,7 @@ class Replayed(Generic[Result]):
         if not self.enabled or any(t.device.type != "cuda" for t in tensors.values()):
             return self.function(**tensors)
         if key in self._graphs:
-            graph, inputs, result = self._graphs[key]
+            graph, inputs, result = self._graphs[key] = self._graphs.pop(key)
             for name, tensor in tensors.items():
                 inputs[name].copy_(tensor, non_blocking=True)
             graph.replay()
@@ -72,6 +75,8 @@ class Replayed(Generic[Result]):
 
     def _record(self, key: Signature, tensors: Mapping[str, Tensor]) -> Result:
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        while len(self._graphs) >= KEPT:
+            del self._graphs[next(iter(self._graphs))]
         gc.collect()
         torch.cuda.empty_cache()  # the memory of the first call is free for the graph
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
