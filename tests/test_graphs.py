@@ -12,7 +12,7 @@ from finetune.stages import STAGES
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
 from tests.test_trainee import batch_of
-from unets.graphs import Replayed
+from unets.graphs import KEPT, Replayed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -33,6 +33,16 @@ def test_a_replay_computes_with_the_inputs_of_its_own_call() -> None:
     assert doubled(x=torch.ones(5, device="cuda")).tolist() == [2.0] * 5
     doubled.forget()
     assert doubled(x=torch.tensor([7.0], device="cuda")).item() == 14.0
+
+
+@gpu
+def test_the_recordings_that_were_used_last_are_kept() -> None:
+    doubled = Replayed(lambda x: x * 2, "Doubling")
+    for size in (*range(1, KEPT + 1), 1, KEPT + 1):  # the second is used least
+        for value in (1.0, 2.0, 3.0):
+            x = torch.full((size,), value, device="cuda")
+            assert doubled(x=x).tolist() == [2 * value] * size
+    assert [key[0][1][0] for key in doubled._graphs] == [*range(3, KEPT + 1), 1, KEPT + 1]
 
 
 @gpu
