@@ -41,6 +41,7 @@ from adapters.updates import (
     low_rank,
     merge,
 )
+from adapters.whole import following_settings
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,8 @@ class StageAdapter:
             present = dict(unet.named_modules())
             unknown = [name for name in self.modules if name not in present]
             if len(unknown) < len(self.modules):
-                inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
+                with following_settings(self.folder):
+                    inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
                 needed = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
             else:
                 needed = {}
@@ -247,11 +249,11 @@ class StageAdapter:
             vars(config)[field_name] = {
                 p: v for p, v in patterns.items() if get_pattern_key([p], name) == p
             }
+        with torch.random.fork_rng(devices=[]), following_settings(self.folder):
+            inject_adapter_in_model(config, root, ADAPTER_NAME)  # draws values to overwrite
         try:
-            with torch.random.fork_rng(devices=[]):  # PEFT draws values, which are overwritten
-                inject_adapter_in_model(config, root, ADAPTER_NAME)
             result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
-        except (RuntimeError, ValueError):  # of a tensor of another shape, or a setting
+        except RuntimeError:  # of a tensor of another shape
             self._misfit(name, module)
         mark = f"{name}.{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
         missing = [key for key in result.missing_keys if key.startswith(mark)]
@@ -259,7 +261,8 @@ class StageAdapter:
             self._misfit(name, module, [key.replace(f".{ADAPTER_NAME}", "") for key in missing])
         layer = root.get_submodule(name)
         assert isinstance(layer, BaseTunerLayer)
-        layer.merge()
+        with following_settings(self.folder):
+            layer.merge()
         return layer.get_base_layer().weight.detach()
 
     def _misfit(self, name: str, module: nn.Module, missing: Sequence[str] = ()) -> NoReturn:

@@ -43,7 +43,7 @@ def by_stage(
     for stage, factor in factors.items():
         if not is_factor(factor):
             raise UserError(
-                f"The scale of {what} must be a finite number, in float32's range (got {factor!r})."
+                f"The scale of {what} must be a finite number (got {factor!r}) that float32 holds."
             )
         if stage not in STAGES or (stage in loaded and stage not in own):
             raise UserError(

@@ -1,6 +1,7 @@
 """Whether what was read of an adapter can be used, and is all of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +31,26 @@ PREFIXES = {kind.value: mark for kind, mark in PEFT_TYPE_TO_PREFIX_MAPPING.items
 
 RANKS, FACTORS = ("r", "rank_pattern"), ("lora_alpha", "alpha", "alpha_pattern")
 """The settings that are whole numbers from 1, and numbers: one, or one by module."""
+
+
+PEFT_ERRORS = (
+    *(ArithmeticError, AttributeError, ImportError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+"""What PEFT raises over settings that it cannot follow."""
+
+
+@contextmanager
+def following_settings(place: Path) -> Iterator[None]:
+    """Turn what PEFT raises over an adapter's settings into a UserError."""
+    try:
+        yield
+    except PEFT_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{place} has settings that PEFT cannot follow here ({type(error).__name__}: {reason});"
+            " mend its configuration, or load the model that it was trained on."
+        ) from error
 
 
 def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -123,7 +144,8 @@ def check_whole(
             f"{file} has {says}, but tensors of another kind of adapter ({listed(others, 4)}); put"
             " the adapter_config.json beside it that it was saved with."
         )
-    missing = [name for name in full_names(config) if name not in modules]
+    with following_settings(file):
+        missing = [name for name in full_names(config) if name not in modules]
     if missing:
         raise UserError(
             f"{file} should adapt {len(missing)} modules that its configuration names and it has"
