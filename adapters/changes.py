@@ -14,8 +14,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from adapters.errors import UserError
-from adapters.formats import kind_of, listed, scaling
+from adapters.formats import kind_of, scaling
 from adapters.merging import StageAdapter
+from adapters.names import listed
 from adapters.stored import StoredUNet
 
 FLOW = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")

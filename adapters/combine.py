@@ -7,7 +7,6 @@ from pathlib import Path
 
 from adapters.combining import Part, combined
 from adapters.errors import UserError, command_line
-from adapters.info import stage_folders
 from adapters.load import available
 from adapters.merging import StageAdapter
 from adapters.methods import METHODS, Combination
@@ -29,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         prog="adapters.combine", description="Combine LoRAs into one by a method of PEFT."
     )
     add = parser.add_argument
-    help_ = "a folder and its scale (1), in all stages or by stage: A=0.7, A=1:0.5,2:1"
+    help_ = "a folder or hub name and its scale (1), in all stages or by stage: A=0.7, A=1:0.5,2:1"
     add("adapters", nargs="+", metavar="FOLDER[=SCALE]", help=help_)
     add("--out", type=Path, required=True, help="the new folder")
     add("--method", choices=METHODS, default="linear", help="(linear)")
@@ -55,10 +54,7 @@ def combine(options: argparse.Namespace) -> None:
     stages: dict[int, list[Part]] = {}
     for argument in options.adapters:
         folder, scale = parse_scaled(argument)
-        own = {
-            _stage(adapter, options.stage): adapter
-            for adapter in map(StageAdapter.load, stage_folders(Path(folder)))
-        }
+        own = {_stage(adapter, options.stage): adapter for adapter in StageAdapter.load_all(folder)}
         for stage, factor in by_stage(1.0 if scale is None else scale, own, STAGES, folder).items():
             if factor:
                 stages.setdefault(stage, []).append(Part(folder, own[stage], factor))

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from adapters.bases import sources_of
 from adapters.changes import Update, by_block, inner, needed_base, shape_of, update
 from adapters.errors import UserError, command_line
-from adapters.formats import alpha_of, kind_of, listed, rank_of
+from adapters.formats import alpha_of, kind_of, rank_of
 from adapters.merging import StageAdapter
+from adapters.names import listed
 from adapters.stored import CONFIG, StoredUNet
 from adapters.tables import aligned, facts, span
 

@@ -1,7 +1,6 @@
 """Exporting an adapter so that diffusers, PEFT and our own cascade load it whole."""
 
 import json
-import os
 import tempfile
 from copy import copy
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from peft import PeftConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.files import replace_folder
 from adapters.formats import lora_config
 from adapters.info import (
     HEADER_KEY,
@@ -142,9 +142,7 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
             config = lora_config(tensors, {}, None)
             info = info and approximated(info, approximation)
         save_for_diffusers(tensors, config, new / LORA_WEIGHT_NAME_SAFE, header_of(info))
-        if target.exists():
-            os.replace(target, Path(temporary) / "old")
-        os.replace(new, target)
+        replace_folder(new, target)
 
 
 def header_of(info: AdapterInfo | None) -> dict[str, str]:

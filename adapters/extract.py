@@ -16,12 +16,13 @@ from adapters.card import write_card
 from adapters.errors import UserError, command_line
 from adapters.export import completed, of_base, write_adapter
 from adapters.files import new_folder
-from adapters.formats import listed, lora_config
+from adapters.formats import lora_config
 from adapters.info import AdapterInfo
 from adapters.kinds import PRESETS, AdapterSpec, match_targets
 from adapters.load import available
 from adapters.low_rank import Approximation
 from adapters.merging import StageAdapter
+from adapters.names import listed
 from adapters.stored import StoredUNet
 
 DISTRIBUTION = "deepfloyd-if-finetune"

@@ -1,6 +1,8 @@
 """Writing without ever leaving half a file."""
 
+import ctypes
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +39,32 @@ def write_png(path: Path, picture: Image.Image, text: PngImagePlugin.PngInfo | N
     """Write a PNG whole, with texts that it carries."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=text)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put the folder ``new`` at ``folder``; what was there is beside it, and is back if that fails.
+
+    On Linux the two change places at once, so that whoever looks, at any time, finds one of them.
+    """
+    if not folder.exists():
+        os.replace(new, folder)
+    elif not _exchanged(new, folder):
+        old = new.with_name("old")
+        os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except BaseException:
+            os.replace(old, folder)
+            raise
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two paths have changed places; ``False``: the system or the disk does not do that."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if call is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 @contextmanager

@@ -6,15 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adapters.errors import UserError
 from adapters.info import PEFT_WEIGHTS, weights_file
+from adapters.names import ROOTS, listed
+from adapters.whole import PEFT_TYPES, check_settings, check_values, check_whole
 
 PREFIXES = (
     "base_model.model.",  # PEFT
@@ -43,12 +47,6 @@ TENSOR = re.compile(
 )
 """A module's name and what PEFT (``alpha``: kohya) calls one of its tensors."""
 
-ROOTS = (
-    *("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
-    *("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj"),
-)
-"""The top-level modules of IF's UNets that adapters attach to."""
-
 _UNDERSCORED = (
     *ROOTS,
     *("to_q", "to_k", "to_v", "to_out", "add_k_proj", "add_v_proj", "q_proj", "k_proj", "v_proj"),
@@ -69,7 +67,8 @@ def read_adapter(path: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, s
         prefix (``mid_block.attentions.0.to_q.lora_A.weight``), and the file's header.
 
     Raises:
-        UserError: where the file cannot be read, or has keys that are unknown or lack their pair.
+        UserError: where the file cannot be read, has keys that are unknown or lack their pair,
+            values that are no finite numbers, or not all that its configuration speaks of.
     """
     file = weights_file(path)
     if file is None:
@@ -85,12 +84,14 @@ def read_adapter(path: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, s
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}); fetch or export it again.") from error
     state = named(tensors, file)
+    check_values(tensors, file)
     alphas = {
         name.removesuffix(".alpha"): float(state.pop(name))
         for name in list(state)
         if name.endswith(".alpha")
     }
     config = stored_config(file, header)
+    check_whole(config, parts_of(state), file)
     if config is None or isinstance(config, LoraConfig):
         return lora_config(state, alphas, config), state, header
     config.target_modules = modules_of(state)
@@ -151,14 +152,16 @@ def module_of(name: str) -> str:
 
 def modules_of(state: Iterable[str]) -> list[str]:
     """The modules that tensors, by PEFT's names, adapt."""
-    return list(dict.fromkeys(module_of(name) for name in state))
+    return list(parts_of(state))
 
 
-def listed(names: Iterable[str], limit: int = 20) -> str:
-    """Names in a sentence; of more than ``limit``, how many more."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def parts_of(state: Iterable[str]) -> dict[str, list[str]]:
+    """What the tensors of each module, by PEFT's names, are called without the module's name."""
+    parts: dict[str, list[str]] = {}
+    for name in state:
+        module = module_of(name)
+        parts.setdefault(module, []).append(name.removeprefix(f"{module}."))
+    return parts
 
 
 def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
@@ -167,20 +170,39 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
     Raises:
         UserError: where it is damaged.
     """
-    beside = file.parent / "adapter_config.json"
+    beside = file.parent / CONFIG_NAME
+    own = file.name == PEFT_WEIGHTS and beside.exists()
     try:
-        if file.name == PEFT_WEIGHTS and beside.exists():
-            return PeftConfig.from_pretrained(str(file.parent))
-        if LORA_ADAPTER_METADATA_KEY in header:
-            settings = json.loads(header[LORA_ADAPTER_METADATA_KEY])
-            own = {key: value for key, value in settings.items() if key.startswith("unet.")}
-            return LoraConfig(**{key.removeprefix("unet."): value for key, value in own.items()})
-    except (OSError, ValueError, TypeError) as error:
-        where = beside if beside.exists() else f"{LORA_ADAPTER_METADATA_KEY} of {file}"
+        if own:
+            check_type(json.loads(beside.read_text(encoding="utf-8")))
+            config = PeftConfig.from_pretrained(str(file.parent))
+        elif LORA_ADAPTER_METADATA_KEY in header:
+            config = LoraConfig(**unet_settings(json.loads(header[LORA_ADAPTER_METADATA_KEY])))
+        else:
+            return None
+        check_settings(config)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        where = beside if own else f"{LORA_ADAPTER_METADATA_KEY} of {file}"
         raise UserError(
-            f"{where} is no PEFT configuration ({error}); mend it or export again."
+            f"{where} is no PEFT configuration of a UNet's adapter ({error}); mend it or export"
+            " again."
         ) from error
-    return None
+    return config
+
+
+def check_type(settings: Any) -> None:
+    """Raise a ValueError where JSON is no configuration of a kind that a UNet takes here."""
+    found = settings.get("peft_type") if isinstance(settings, dict) else settings
+    if found not in PEFT_TYPES:
+        raise ValueError(f"its peft_type should be one of {', '.join(PEFT_TYPES)}, not {found!r}")
+
+
+def unet_settings(settings: Any) -> dict[str, Any]:
+    """The UNet's settings in the JSON of a header; a ValueError where it has another form."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"it should be settings by name, not {settings!r}")
+    own = {key: value for key, value in settings.items() if key.startswith("unet.")}
+    return {key.removeprefix("unet."): value for key, value in own.items()}
 
 
 def lora_config(
@@ -250,4 +272,6 @@ def _paired(name: str, state: Mapping[str, Tensor]) -> bool:
     if not name.removeprefix(f"{module}.").startswith(("lora_", "alpha")):
         return True
     a, b = (state.get(f"{module}.lora_{side}.weight") for side in "AB")
-    return a is not None and b is not None and a.shape[0] == b.shape[1]
+    if a is None or b is None or a.ndim < 2 or b.ndim < 2:
+        return False
+    return a.shape[0] == b.shape[1]

@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
 from peft.utils import CONFIG_NAME
 
 from adapters.errors import UserError
-from adapters.formats import listed
 from adapters.info import PEFT_WEIGHTS, STAGE_FOLDERS, weights_file
+from adapters.names import listed
 
 HUB_NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from adapters.bases import sources_of
 from adapters.changes import by_block, inner, update
 from adapters.errors import command_line
-from adapters.formats import alpha_of, kind_of, listed, rank_of
+from adapters.formats import alpha_of, kind_of, rank_of
 from adapters.info import AdapterInfo, weights_file
 from adapters.kinds import KINDS
 from adapters.merging import StageAdapter
+from adapters.names import listed
 from adapters.repair import arriving
 from adapters.stored import StoredUNet
 from adapters.tables import aligned, facts, span

@@ -4,7 +4,6 @@ Plain diffusers, and whatever is built on it, loads the result with ``from_pretr
 """
 
 import argparse
-import math
 import re
 import shutil
 import sys
@@ -19,6 +18,7 @@ from adapters.errors import UserError, command_line
 from adapters.files import new_folder
 from adapters.merged_folder import MergedModel, Storage
 from adapters.merging import StageAdapter
+from adapters.scales import is_factor
 from adapters.stored import StoredUNet
 from unets.loading import PRECISIONS
 
@@ -146,12 +146,13 @@ def scale_of_each(scales: Sequence[float] | None, count: int) -> list[float]:
     """One scale for each of ``count`` adapters.
 
     Raises:
-        UserError: where they are as many as neither one nor the adapters, or not finite.
+        UserError: where they are as many as neither one nor the adapters, or not finite in float32.
     """
     given = list(scales or [1.0])
-    if len(given) not in (1, count) or not all(map(math.isfinite, given)):
+    if len(given) not in (1, count) or not all(map(is_factor, given)):
         raise UserError(
-            f"--scale must be a number for all adapters, or one for each of the {count} (got"
+            f"--scale must be a number for all adapters, or one for each of the {count}, in"
+            " float32's range (got"
             f" {', '.join(map(str, given))})."
         )
     return given * (count // len(given))

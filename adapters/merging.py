@@ -19,15 +19,17 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from adapters.errors import UserError
-from adapters.formats import listed, module_of, read_adapter, scaling
+from adapters.formats import module_of, read_adapter, scaling
 from adapters.hub import adapter_path
 from adapters.info import HEADER_KEY, AdapterInfo, BaseSignature, parse_info, stage_folders
 from adapters.kinds import ADAPTER_NAME
+from adapters.names import listed
 from adapters.updates import (
     Dense,
     Term,
@@ -39,6 +41,7 @@ from adapters.updates import (
     low_rank,
     merge,
 )
+from adapters.whole import following_settings
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +153,8 @@ class StageAdapter:
             present = dict(unet.named_modules())
             unknown = [name for name in self.modules if name not in present]
             if len(unknown) < len(self.modules):
-                inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
+                with following_settings(self.folder):
+                    inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
                 needed = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
             else:
                 needed = {}
@@ -245,19 +249,28 @@ class StageAdapter:
             vars(config)[field_name] = {
                 p: v for p, v in patterns.items() if get_pattern_key([p], name) == p
             }
-        with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten
-            inject_adapter_in_model(config, root, ADAPTER_NAME)
+        with torch.random.fork_rng(devices=[]), following_settings(self.folder):
+            inject_adapter_in_model(config, root, ADAPTER_NAME)  # draws values to overwrite
         try:
             result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
         except RuntimeError:  # of a tensor of another shape
             self._misfit(name, module)
-        assert not result.unexpected_keys
+        mark = f"{name}.{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+        missing = [key for key in result.missing_keys if key.startswith(mark)]
+        if missing or result.unexpected_keys:
+            self._misfit(name, module, [key.replace(f".{ADAPTER_NAME}", "") for key in missing])
         layer = root.get_submodule(name)
         assert isinstance(layer, BaseTunerLayer)
-        layer.merge()
+        with following_settings(self.folder):
+            layer.merge()
         return layer.get_base_layer().weight.detach()
 
-    def _misfit(self, name: str, module: nn.Module) -> NoReturn:
+    def _misfit(self, name: str, module: nn.Module, missing: Sequence[str] = ()) -> NoReturn:
+        if missing:
+            raise UserError(
+                f"{self.folder} is not whole: of {name} it lacks {listed(missing)}; fetch or export"
+                " it again."
+            )
         shapes = {tensor: list(values.shape) for tensor, values in self.modules[name].items()}
         raise UserError(
             f"{self.folder} does not fit {name}, a {module}: its tensors have the shapes {shapes};"

@@ -1,9 +1,22 @@
-"""Names that a user picks from a table, and what was probably meant by one that is not in it."""
+"""Names: of a UNet's parts, those that a user picks from a table, and many in one sentence."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import AfterValidator
+
+ROOTS = (
+    *("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
+    *("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj"),
+)
+"""The top-level modules of IF's UNets that adapters attach to."""
+
+
+def listed(names: Iterable[str], limit: int = 20) -> str:
+    """Names in a sentence; of more than ``limit``, how many more."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def closest(word: str, names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from adapters.errors import command_line
 from adapters.export import approximated, of_base, write_adapter
 from adapters.files import new_folder
 from adapters.formats import kind_of, lora_config, rank_of
+from adapters.hub import adapter_path
 from adapters.licence import handed_on
 from adapters.low_rank import Approximation
 from adapters.merging import StageAdapter
@@ -65,6 +66,7 @@ def resize(
     Raises:
         UserError: where the adapter or its base cannot be read or used, or ``out`` is there.
     """
+    path = adapter_path(path)
     adapters = StageAdapter.load_all(path)
     limited = [Approximation.limited(rank, error) for _ in adapters]
     with new_folder(out) as new:

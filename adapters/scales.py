@@ -1,18 +1,27 @@
 """How much of each adapter is merged: one factor, or one for each stage."""
 
-import math
 import numbers
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeAlias
+
+import torch
 
 from adapters.errors import UserError
 
 Scale: TypeAlias = float | Mapping[int, float]
 """The factor of an adapter's updates: in all its stages, or by stage, 0 in those not named."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""The largest factor, as updates are merged in float32."""
+
 STAGES = (1, 2)
 """The stages that adapters belong to."""
+
+
+def is_factor(factor: object) -> bool:
+    """Whether an update can be multiplied by it: a finite number in float32's range."""
+    return isinstance(factor, numbers.Real) and bool(abs(factor) <= LARGEST)
 
 
 def by_stage(
@@ -27,12 +36,15 @@ def by_stage(
         what: the adapter, for messages.
 
     Raises:
-        UserError: where a factor is no finite number, or for a stage that the adapter lacks.
+        UserError: where a factor is no finite number in float32's range, or for a stage that the
+            adapter lacks.
     """
     factors = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(own, scale)
     for stage, factor in factors.items():
-        if not isinstance(factor, numbers.Real) or not math.isfinite(factor):
-            raise UserError(f"The scale of {what} must be a finite number (got {factor!r}).")
+        if not is_factor(factor):
+            raise UserError(
+                f"The scale of {what} must be a finite number (got {factor!r}) that float32 holds."
+            )
         if stage not in STAGES or (stage in loaded and stage not in own):
             raise UserError(
                 f"A scale of {what} is for Stage {stage!r}, but it has Stage"

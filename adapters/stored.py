@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from adapters.bases import Source, source_of
 from adapters.errors import UserError
-from adapters.formats import listed
 from adapters.info import SIGNATURE_PARAMETERS, BaseSignature
+from adapters.names import listed
 from unets.loading import weight_files
 
 CONFIG = UNet2DConditionModel.config_name

@@ -1,7 +1,9 @@
 """An exported adapter loads whole and exactly, in diffusers and in PEFT, and describes itself."""
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from adapters import files
 from adapters.card import write_card
 from adapters.errors import UserError
 from adapters.export import AdapterInfo, Exported, export_adapter, read_info
@@ -329,3 +332,28 @@ def test_a_local_base_hands_its_licence_on(random_cascade: RandomCascade, tmp_pa
     card = write_card(folder, [info]).read_text()
     assert info.licence_notice in card
     assert (folder / "stage_1-LICENSE").read_text() == "DeepFloyd IF LICENSE AGREEMENT"
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_export_that_is_cut_off_leaves_one_that_loads(
+    random_cascade: RandomCascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    base, spec = random_cascade.stage_1, DIFFUSERS_SPECS[0]
+    unet = trained_unet(base, spec)
+    folder = export(unet, tmp_path, base, 1, spec).folder
+    if not at_once:
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    replace, moved = os.replace, []
+
+    def cut_off(source: Path, target: Path) -> None:
+        moved.append(target)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with nullcontext() if at_once else pytest.raises(KeyboardInterrupt):
+        export(unet, tmp_path, base, 1, spec)
+    assert len(moved) == (0 if at_once else 3)
+    assert StageAdapter.load(folder).info is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["stage_1"]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from adapters import load_cascade
 from adapters.errors import UserError
-from adapters.formats import ROOTS, peft_name, read_adapter, scaling
+from adapters.formats import peft_name, read_adapter, scaling
 from adapters.kinds import AdapterSpec
+from adapters.names import ROOTS
 from benchmarks.random_model import UNETS
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_export import base_of, export, trained_unet

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, close_session, constants
 from PIL import Image
 from torch import Tensor
 
-from adapters import Cascade, card, generate, load_cascade, repair
+from adapters import Cascade, card, combine, diff, generate, inspect, load_cascade, repair, resize
 from adapters.card import write_card
 from adapters.errors import UserError
 from adapters.hub import adapter_path
@@ -608,3 +608,22 @@ def test_a_card_is_not_written_into_a_single_stage(folder: Path) -> None:
     with pytest.raises(SystemExit):
         card.main([str(folder / "stage_1")])
     assert not (folder / "stage_1" / "README.md").exists()
+
+
+def test_the_tools_take_hub_names(
+    hub: HubStandIn, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(folder, REPO, revision="v1")
+    written = {}
+    for name in (str(folder), f"{REPO}@v1"):
+        out = [str(tmp_path / f"{tool}-{len(written)}") for tool in ("combined", "resized")]
+        combine.main([f"{name}=0.5", name, "--out", out[0]])
+        resize.main([name, "--rank", "1", "--out", out[1]])
+        inspect.main([name])
+        diff.main([name, str(folder)])
+        written[name] = [
+            {str(file.relative_to(place)) for file in Path(place).rglob("*") if file.is_file()}
+            for place in out
+        ]
+    assert written[str(folder)] == written[f"{REPO}@v1"]
+    assert "error" not in capsys.readouterr().err
