@@ -13,6 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from adapters import load_cascade
+from adapters.card import write_card
+from adapters.export import read_info
 from adapters.kinds import AdapterSpec
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_export import PIPELINES, base_of, export, name_of, trained_unet
@@ -159,3 +161,22 @@ def test_hotswap_puts_one_of_another_rank_in_its_place(trained: Trained) -> None
     pipe.load_lora_weights(trained.folders["small"], adapter_name="a", hotswap=True)
     torch.testing.assert_close(trained.output_of(pipe), trained.output("small"), **ROUNDING)
     assert not torch.allclose(trained.output("a"), trained.output("small"), atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_dora_loads_alone_and_its_card_says_so(
+    random_cascade: RandomCascade, tmp_path: Path, stage: int
+) -> None:
+    kinds = ("lora", "dora")
+    specs = {k: AdapterSpec(kind=k, rank=4, alpha=6.0, targets="attention+conv") for k in kinds}
+    trained = trained_adapters(random_cascade, stage, specs, tmp_path)
+    pipe = trained.pipeline()
+    untouched = trained.output_of(pipe)
+    pipe.load_lora_weights(trained.folders["dora"], adapter_name="dora")
+    assert torch.equal(trained.output_of(pipe), trained.output("dora"))
+    pipe.delete_adapters("dora")
+    assert torch.equal(trained.output_of(pipe), untouched)
+    infos = {kind: read_info(folder) for kind, folder in trained.folders.items()}
+    cards = {k: write_card(tmp_path / k, [info]).read_text() for k, info in infos.items()}
+    sentence = "`set_adapters` and swapping by `hotswap=True` are not supported there"
+    assert {kind: sentence in card for kind, card in cards.items()} == {"lora": False, "dora": True}
