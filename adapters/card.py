@@ -18,7 +18,7 @@ from PIL import Image
 from adapters.bases import PIPELINES
 from adapters.errors import command_line
 from adapters.files import write_png, write_text
-from adapters.hub import is_hub_name
+from adapters.hub import is_hub_name, with_revision
 from adapters.info import AdapterInfo, export_stages, read_info
 from adapters.kinds import KINDS, diffusers_loads
 from adapters.licence import copy_licences, handed_on
@@ -134,7 +134,8 @@ def prompts(infos: Sequence[AdapterInfo]) -> list[str]:
 
 def ours(infos: Sequence[AdapterInfo]) -> str:
     """How this toolkit loads it."""
-    names = ", ".join(f'stage_{info.stage}="{info.base_model}"' for info in infos)
+    bases = {info.stage: with_revision(info.base_model, info.base_revision) for info in infos}
+    names = ", ".join(f'stage_{stage}="{base}"' for stage, base in bases.items())
     prompt = next(iter(prompts(infos)), "")
     return (
         "With this toolkit, from the folder of this file or by its name on the hub, `owner/name`"
@@ -148,10 +149,11 @@ def ours(infos: Sequence[AdapterInfo]) -> str:
 def with_diffusers(info: AdapterInfo) -> str:
     """How plain diffusers loads a stage, or its approximation."""
     pipeline = PIPELINES[info.stage].__name__
+    revision = f', revision="{info.base_revision}"' * bool(info.base_revision)
     return (
         f"Stage {info.stage} with diffusers alone.{caution(info)}\n\n"
         f"```python\nfrom diffusers import {pipeline}\n\n"
-        f'pipe = {pipeline}.from_pretrained("{info.base_model}")\n'
+        f'pipe = {pipeline}.from_pretrained("{info.base_model}"{revision})\n'
         f'pipe.load_lora_weights("stage_{info.stage}")\n```'
     )
 
