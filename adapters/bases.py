@@ -25,6 +25,7 @@ from transformers import CLIPConfig, T5Config, T5EncoderModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapters.errors import UserError
+from adapters.hub import split_revision
 from unets.frozen import freeze
 from unets.loading import fill, hub_patterns, load_unet, placement
 
@@ -70,12 +71,21 @@ class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is unty
 
 @dataclass(frozen=True)
 class Source:
-    """Where a stage's files are: a folder, or a hub name with a revision and a variant."""
+    """Where a stage's files are: a folder, or a hub name with a revision and a variant.
+
+    A revision in the name (``owner/name@v2``) goes before ``revision``, and is no part of ``name``
+    afterwards.
+    """
 
     name: str
     stage: int
     revision: str | None = None
     variant: str | None = None
+
+    def __post_init__(self) -> None:
+        name, own = split_revision(self.name)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "revision", own or self.revision)
 
     def pipeline(self, dtype: torch.dtype, **components: Any) -> DiffusionPipeline:
         """The stage's pipeline with all of its guards; ``components`` replace others.
@@ -199,7 +209,7 @@ class Source:
         if not Path(self.name).is_dir() and self.name.count("/") != 1:
             raise UserError(
                 f"The model {self.name!r} is neither a folder that exists nor a hub name"
-                " (owner/name); correct the path."
+                " (owner/name, owner/name@revision); correct the path."
             )
         return self._read(DiffusionPipeline.load_config)
 

@@ -18,9 +18,9 @@ from PIL import Image
 from adapters.bases import PIPELINES
 from adapters.errors import command_line
 from adapters.files import write_png, write_text
-from adapters.hub import is_hub_name
+from adapters.hub import is_hub_name, with_revision
 from adapters.info import AdapterInfo, export_stages, read_info
-from adapters.kinds import diffusers_loads
+from adapters.kinds import KINDS, diffusers_loads
 from adapters.licence import copy_licences, handed_on
 
 CARD = "README.md"
@@ -134,7 +134,8 @@ def prompts(infos: Sequence[AdapterInfo]) -> list[str]:
 
 def ours(infos: Sequence[AdapterInfo]) -> str:
     """How this toolkit loads it."""
-    names = ", ".join(f'stage_{info.stage}="{info.base_model}"' for info in infos)
+    bases = {info.stage: with_revision(info.base_model, info.base_revision) for info in infos}
+    names = ", ".join(f'stage_{stage}="{base}"' for stage, base in bases.items())
     prompt = next(iter(prompts(infos)), "")
     return (
         "With this toolkit, from the folder of this file or by its name on the hub, `owner/name`"
@@ -148,21 +149,31 @@ def ours(infos: Sequence[AdapterInfo]) -> str:
 def with_diffusers(info: AdapterInfo) -> str:
     """How plain diffusers loads a stage, or its approximation."""
     pipeline = PIPELINES[info.stage].__name__
-    caution = (
-        ""
-        if diffusers_loads(info.spec)
-        else (
-            f" It cannot load adapters of kind `{info.spec.kind}`: what it gets is an approximation"
-            " as a LoRA, whose error `python -m adapters.inspect"
-            f" stage_{info.stage}/{LORA_WEIGHT_NAME_SAFE}` tells. PEFT loads the adapter"
-            f' itself, with `PeftModel.from_pretrained(pipe.unet, "stage_{info.stage}")`.'
-        )
-    )
+    revision = f', revision="{info.base_revision}"' * bool(info.base_revision)
     return (
-        f"Stage {info.stage} with diffusers alone.{caution}\n\n"
+        f"Stage {info.stage} with diffusers alone.{caution(info)}\n\n"
         f"```python\nfrom diffusers import {pipeline}\n\n"
-        f'pipe = {pipeline}.from_pretrained("{info.base_model}")\n'
+        f'pipe = {pipeline}.from_pretrained("{info.base_model}"{revision})\n'
         f'pipe.load_lora_weights("stage_{info.stage}")\n```'
+    )
+
+
+def caution(info: AdapterInfo) -> str:
+    """What plain diffusers cannot do with an adapter, and what can; empty where it can all."""
+    kind = info.spec.kind
+    if KINDS[kind].alone:
+        return (
+            f" It loads an adapter of kind `{kind}` exactly where that is alone; mixing several by"
+            " `set_adapters` and swapping by `hotswap=True` are not supported there for this kind,"
+            " while the cascade above mixes it exactly."
+        )
+    if diffusers_loads(info.spec):
+        return ""
+    return (
+        f" It cannot load adapters of kind `{kind}`: what it gets is an approximation as a LoRA,"
+        f" whose error `python -m adapters.inspect stage_{info.stage}/{LORA_WEIGHT_NAME_SAFE}`"
+        " tells. PEFT loads the adapter itself, with"
+        f' `PeftModel.from_pretrained(pipe.unet, "stage_{info.stage}")`.'
     )
 
 

@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="adapters.extract", description=__doc__)
     add = parser.add_argument
     add("tuned", help="the fine-tuned model, folder or hub name, or the folder of its UNet")
-    add("--base", required=True, help="the model that it was tuned from, folder or hub name")
+    help_ = "the model that it was tuned from, folder or owner/name[@revision]"
+    add("--base", required=True, help=help_)
     add("--rank", type=int, help="the largest rank of a module")
     add("--error", type=float, help="the relative error that each module may have, such as 0.1")
     add("--targets", nargs="+", default=["all"], help=f"modules: {', '.join(PRESETS)} or patterns")

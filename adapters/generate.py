@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from adapters.cascade import Cascade
 from adapters.embeds import load_embeds
 from adapters.errors import UserError, command_line
+from adapters.hub import with_revision
 from adapters.info import AdapterInfo
 from adapters.load import load_cascade
 from adapters.merging import StageAdapter
@@ -78,10 +79,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--adapter", action="append", metavar="ADAPTER[=SCALE]", help=help_)
     add("--scale", type=float, help="of adapters without a scale of their own (1)")
-    add("--stage-1", help="Stage I, folder or hub name (the adapter's own base)")
-    add("--stage-2", help="Stage II (the adapter's own base; otherwise none)")
-    add("--stage-3", help="the x4 upscaler (none)")
-    add("--revision", help="the hub revision of Stage I and II")
+    add("--stage-1", help="Stage I: folder or owner/name[@revision] (the adapter's own base)")
+    add("--stage-2", help="Stage II, likewise (the adapter's own base; otherwise none)")
+    add("--stage-3", help="the x4 upscaler, likewise (none)")
+    add("--revision", help="of Stage I and II without one (the adapter's, for its base)")
     add("--variant", help="the weights' variant of Stage I and II, such as fp16")
     add("--seed", type=int, help="the first picture's seed (0)")
     add("--images-per-prompt", type=int, help="pictures of each prompt (1)")
@@ -196,13 +197,15 @@ def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
     """The cascade with its adapters; of models that are not named, those that they belong to."""
     adapters = [parse_scaled(argument) for argument in options.adapter]
     own = {} if info else {each.stage: each for name, _ in adapters for each in infos(name)}
-    bases = {stage: each.base_model for stage, each in own.items()}
-    revisions = (each.base_revision for each in own.values())
+    bases = {
+        stage: with_revision(each.base_model, None if options.revision else each.base_revision)
+        for stage, each in own.items()
+    }
     cascade = load_cascade(
         options.stage_1 or bases.get(1),
         options.stage_2 or bases.get(2),
         options.stage_3,
-        revision=options.revision or next(revisions, None),
+        revision=options.revision,
         variant=options.variant,
         device=options.device,
         dtype=options.dtype,

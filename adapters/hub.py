@@ -119,6 +119,24 @@ def is_hub_name(name: str) -> bool:
     return match is not None and match["repo"] == name and not Path(name).exists()
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A model's name without the revision that it ends with, and that.
+
+    What exists here is a path as it is.
+
+    Example:
+        >>> split_revision("owner/name@v2"), split_revision("owner/name")
+        (('owner/name', 'v2'), ('owner/name', None))
+    """
+    match = None if Path(name).exists() else HUB_NAME.fullmatch(name)
+    return (name, None) if match is None or match["inside"] else (match["repo"], match["revision"])
+
+
+def with_revision(name: str, revision: str | None) -> str:
+    """The name of a model at a revision, as :func:`split_revision` takes it; of a path, itself."""
+    return f"{name}@{revision}" if revision and is_hub_name(name) else name
+
+
 @contextmanager
 def asking_the_hub(name: str) -> Iterator[None]:
     """Turn what goes wrong between here and the hub over a hub name into a UserError."""

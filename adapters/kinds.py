@@ -67,6 +67,8 @@ class Kind:
     """The configuration's fields, from the spec; ``target_modules`` excepted."""
     diffusers: bool
     """Whether ``load_lora_weights`` of the diffusers pipelines loads it."""
+    alone: bool = False
+    """Whether these pipelines load it alone only, without ``set_adapters`` and ``hotswap``."""
     modules: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
     """The modules it adapts."""
     trains_in_unet_precision: bool = False
@@ -97,7 +99,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "rslora": Kind(
             LoraConfig, _lora(use_rslora=True), diffusers=True, trains_in_unet_precision=True
         ),
-        "dora": Kind(LoraConfig, _lora(use_dora=True), diffusers=True),
+        "dora": Kind(LoraConfig, _lora(use_dora=True), diffusers=True, alone=True),
         "loha": Kind(LoHaConfig, _lycoris, diffusers=False),
         "lokr": Kind(LoKrConfig, _lycoris, diffusers=False),
         # PEFT rotates the patches of a convolution without its padding: no identity to start from

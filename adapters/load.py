@@ -40,17 +40,18 @@ def load_cascade(
     """Load a cascade with diffusers' own pipelines, guards and all.
 
     Args:
-        stage_1: Stage I, a folder or a hub name; ``None``: only given pictures are upsampled.
-        stage_2: Stage II.
-        stage_3: the x4 upscaler. It is guarded by the modules of the stage before it, as the
-            published cascade's is.
+        stage_1: Stage I, a folder or a hub name, which may end with a revision of its own
+            (``owner/name@revision``); ``None``: only given pictures are upsampled.
+        stage_2: Stage II, likewise.
+        stage_3: the x4 upscaler, likewise. It is guarded by the modules of the stage before it, as
+            the published cascade's is.
         adapters: exported folders or hub names (``owner/name@revision``) to merge, or these with
             the scale of each, see :meth:`Cascade.add_adapter`.
         scale: of adapters that are given without.
         originals: where the base's own values of the weights that adapters change are kept: beside
             the UNet, so that adapters are switched in milliseconds, or on the ``cpu``, which saves
             that memory (:class:`adapters.mixing.MergedAdapters`) and takes a transfer each time.
-        revision: the hub revision of Stage I and II.
+        revision: the hub revision of Stage I and II where their names have none.
         variant: the weights' variant of Stage I and II, such as ``fp16``.
         device: ``auto``: the GPU where there is one.
         dtype: the precision of the UNets, or of each stage's; ``auto``: bf16 on a GPU, fp32
@@ -78,10 +79,11 @@ def load_cascade(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = available(device)
+    named = {1: stage_1, 2: stage_2, 3: stage_3}
     sources = {
-        number: Source(str(name), number, revision, variant)
-        for number, name in ((1, stage_1), (2, stage_2))
-        if name is not None
+        number: Source(str(named[number]), number, revision, variant)
+        for number in (1, 2)
+        if named[number] is not None
     }
     if not sources:
         raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
@@ -110,7 +112,7 @@ def load_cascade(
         placing.settle("stage_3", upscaler)
     cascade = Cascade(
         stages=stages,
-        base_names={number: source.name for number, source in everything.items()},
+        base_names={number: str(named[number]) for number in everything},
         originals=torch.device("cpu") if originals == "cpu" or memory else None,
         upscaler=upscaler,
         text=_text(sources[min(sources)], precisions[0], placing) if text_encoder else None,

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--base",
         action="append",
         default=[],
-        help="folder or hub name, one a stage (adapter's own)",
+        help="folder or owner/name[@revision], one a stage (adapter's own)",
     )
     add("--stage", type=int, choices=(1, 2), help="merge this stage only")
     add("--scale", type=float, action="append", help="how much of an adapter, one for each (1)")

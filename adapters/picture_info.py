@@ -55,7 +55,7 @@ class PictureInfo(BaseModel):
     models: dict[int, str]
     """The base models, as they were named."""
     revision: str | None = None
-    """The hub revision of Stage I and II, where one was asked for."""
+    """The hub revision of Stage I and II, where one was asked for and their names have none."""
     variant: str | None = None
     """The weights' variant of Stage I and II, where one was asked for."""
     precisions: dict[int, str]

@@ -181,9 +181,10 @@ def adapter_info(recipe: Recipe, trainee: Trainee, material: Material) -> Adapte
     """What an exported adapter says of itself."""
     captions = dict.fromkeys(picture.caption for picture in material.pictures)
     prompts = recipe.validation.prompts or tuple(captions)[:CARD_PROMPTS]
+    base = recipe.source(trainee.stage)
     return AdapterInfo(
-        base_model=recipe.base_of(trainee.stage),
-        base_revision=recipe.base.revision,
+        base_model=base.name,
+        base_revision=base.revision,
         stage=trainee.stage.number,
         spec=trainee.training.adapter,
         prompts=prompts,

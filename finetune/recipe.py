@@ -78,7 +78,7 @@ class Section(BaseModel):
 
 
 class Base(Section):
-    """The cascade to teach: folders or hub names in diffusers' layout."""
+    """The cascade to teach: folders or hub names (``owner/name@revision``) in diffusers' layout."""
 
     stage_1: str
     """Stage I; its text encoder and tokenizer are those of the whole cascade."""
@@ -87,7 +87,7 @@ class Base(Section):
     stage_3: str | None = None
     """The x4 upscaler, for pictures only."""
     revision: str | None = None
-    """The hub revision of the stages; ``None``: the newest."""
+    """The hub revision of Stage I and II where their names have none; ``None``: the newest."""
     variant: str | None = None
     """The weights' variant in the hub repository, such as ``fp16``; ``None``: the plain files."""
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from adapters.embeds import TENSOR
 from adapters.errors import UserError
 from adapters.files import replacing
+from adapters.hub import split_revision
 from finetune.data import Picture, has_captions, load_captions
 from finetune.recipe import Base, Data, Recipe
 from finetune.stages import STAGES
@@ -192,7 +193,7 @@ def model_identity(model: str, base: Base, parts: Sequence[str] = ("*",)) -> str
         model: a folder, identified by the names, sizes and content of its files (of large ones,
             evenly spaced blocks); or a hub name, identified by that and the commit which the
             revision stands for.
-        base: gives the revision and the variant.
+        base: gives the variant, and the revision where the name has none.
         parts: patterns of the subfolders of a folder that matter.
 
     Raises:
@@ -200,7 +201,8 @@ def model_identity(model: str, base: Base, parts: Sequence[str] = ("*",)) -> str
     """
     folder = Path(model)
     if not folder.is_dir():
-        return f"{model}@{_commit(model, base.revision)}:{base.variant}"
+        name, own = split_revision(model)
+        return f"{name}@{_commit(name, own or base.revision)}:{base.variant}"
     digest = hashlib.sha256()
     files = {file for part in parts for file in folder.glob(f"{part}/*") if file.is_file()}
     for file in sorted(files):

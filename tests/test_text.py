@@ -277,9 +277,10 @@ def test_a_hub_models_identity_is_its_commit(
         return str(tmp_path / "snapshots" / "abc123" / file)
 
     monkeypatch.setattr(text, "hf_hub_download", download)
-    base = make_recipe(base={"stage_1": "DeepFloyd/IF-I-XL-v1.0", "revision": "refs/pr/1"}).base
-    assert model_identity(base.stage_1, base).startswith("DeepFloyd/IF-I-XL-v1.0@abc123")
-    assert revisions == ["refs/pr/1"]
+    for name in ("DeepFloyd/IF-I-XL-v1.0", "DeepFloyd/IF-I-XL-v1.0@v2"):
+        base = make_recipe(base={"stage_1": name, "revision": "refs/pr/1"}).base
+        assert model_identity(base.stage_1, base) == "DeepFloyd/IF-I-XL-v1.0@abc123:None"
+    assert revisions == ["refs/pr/1", "v2"]
 
 
 def test_a_missing_base_is_said(make_recipe: MakeRecipe, tmp_path: Path) -> None:
