@@ -3,7 +3,7 @@
 import numbers
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
@@ -21,7 +21,7 @@ STAGES = (1, 2)
 
 def is_factor(factor: object) -> bool:
     """Whether an update can be multiplied by it: a finite number in float32's range."""
-    return isinstance(factor, numbers.Real) and bool(abs(factor) <= LARGEST)
+    return isinstance(factor, numbers.Real) and abs(cast(float, factor)) <= LARGEST
 
 
 def by_stage(
