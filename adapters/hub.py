@@ -120,14 +120,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """A model's name without the revision that it ends with, and that.
-
-    What exists here is a path as it is.
-
-    Example:
-        >>> split_revision("owner/name@v2"), split_revision("owner/name")
-        (('owner/name', 'v2'), ('owner/name', None))
-    """
+    """``owner/name@v2`` as ``owner/name`` and ``v2``; what exists here is a path, and has none."""
     match = None if Path(name).exists() else HUB_NAME.fullmatch(name)
     return (name, None) if match is None or match["inside"] else (match["repo"], match["revision"])
 
