@@ -175,7 +175,7 @@ class Cascade(AdaptedStages):
         Raises:
             UserError: as :meth:`img2img`.
         """
-        return self(prompt, redraw=Redraw.of(picture, mask, strength), **options)
+        return self(prompt, redraw=Redraw.of(picture, _mask(mask), strength), **options)
 
     @alone
     def encode(self, prompts: Sequence[str], *, clean_caption: bool = True) -> Tensor:
@@ -314,6 +314,15 @@ class Cascade(AdaptedStages):
         )
         prompts = {n: texts for n, texts in conditioning.prompts.items() if n in drawn}
         return tuple(info.of_each(conditioning.seeds, prompts))
+
+
+def _mask(mask: Given | None) -> Given:
+    if mask is None:
+        raise UserError(
+            "inpaint needs a mask, white where the picture is drawn anew (got None); img2img draws"
+            " all of it."
+        )
+    return mask
 
 
 def _out_of_memory(stage: int, conditioning: Conditioning, sampling: Sampling) -> UserError:

@@ -9,6 +9,12 @@ from adapters.conditioning import Conditioning
 from adapters.errors import UserError
 from adapters.sampling import Sampling
 
+LARGEST = 1.5
+"""The largest pixel: pictures are in [-1, 1], and what Stage I draws goes a little beyond."""
+
+SEEDS = 2**63
+"""How many seeds there are."""
+
 
 def check_drawing(
     stages: Mapping[int, DiffusionPipeline],
@@ -68,10 +74,13 @@ def _check_numbers(conditioning: Conditioning, low_res: Tensor | None) -> None:
     """There is something to draw, and all that is given has a row for each seed."""
     if not len(conditioning):
         raise UserError("There is nothing to draw; give at least one seed.")
+    if wild := [seed for seed in conditioning.seeds if not 0 <= seed < SEEDS]:
+        raise UserError(f"Seeds are whole numbers from 0 to 2^63 - 1 (got {wild[0]}).")
     given = {f"encodings for Stage {n}": len(e) for n, e in conditioning.prompt_embeds.items()}
     given |= {f"prompts for Stage {n}": len(texts) for n, texts in conditioning.prompts.items()}
     given |= {"encodings to lead away from": len(conditioning.negative_embeds)}
     if low_res is not None:
+        _check_low_res(low_res)
         given |= {"low_res pictures": len(low_res)}
     if conditioning.redraw is not None:
         given |= {"pictures to start from": len(conditioning.redraw)}
@@ -82,10 +91,28 @@ def _check_numbers(conditioning: Conditioning, low_res: Tensor | None) -> None:
             )
 
 
+def _check_low_res(low_res: Tensor) -> None:
+    """They are square pictures, as a stage draws them."""
+    shape = list(low_res.shape)
+    square = low_res.dim() == 4 and shape[1] == 3 and shape[2] == shape[3]
+    if not square or not low_res.is_floating_point() or not bool((low_res.abs() <= LARGEST).all()):
+        raise UserError(
+            "low_res pictures are finite numbers in [-1, 1] of the shape [pictures, 3, size, size]"
+            f" (got {low_res.dtype} of the shape {shape}); hand over CascadeImages.low_res."
+        )
+
+
 def _check_width(number: int, pipe: DiffusionPipeline, conditioning: Conditioning) -> None:
     """Encodings are as wide as the UNet's text encoder makes them, and all of one length."""
     embeds, negative = conditioning.prompt_embeds[number], conditioning.negative_embeds
     width = pipe.unet.config.encoder_hid_dim
+    for tensor in (embeds, negative):
+        if tensor.dim() != 3 or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise UserError(
+                f"Encodings are finite numbers of the shape [pictures, tokens, {width}] (got"
+                f" {tensor.dtype} of the shape {list(tensor.shape)}); hand over what encode()"
+                " returns."
+            )
     if embeds.shape[-1] != width:
         raise UserError(
             f"The encodings for Stage {number} are {embeds.shape[-1]} wide, but its UNet reads"

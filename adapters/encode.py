@@ -15,6 +15,7 @@ from tqdm import tqdm
 from adapters.bases import Source
 from adapters.embeds import save_embeds
 from adapters.errors import command_line
+from adapters.files import check_place
 from adapters.load import available
 from unets.loading import PRECISIONS, automatic_precision
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = Source(options.model, 1, options.revision, options.variant)
     prompts = list(dict.fromkeys([*options.prompt, ""]))
     with command_line():
+        check_place(options.out, folder=False)
         device = available(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         precision = options.precision or automatic_precision(device)
         save_embeds(options.out, prompts, encode(source, prompts, precision, device))

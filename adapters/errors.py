@@ -35,6 +35,9 @@ def command_line() -> Iterator[None]:
         advice = "take fewer pictures at a time, or a precision of nf4"
         tqdm.write(f"error: {reason}: {advice}.", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        tqdm.write(f"error: {error}; mend that and run it again.", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -14,19 +14,50 @@ from safetensors import SafetensorError
 from adapters.errors import UserError
 
 
+def check_place(path: Path, *, folder: bool) -> None:
+    """Check, before the work, that its result can be written.
+
+    Args:
+        path: where to.
+        folder: whether it will be a folder; otherwise a file.
+
+    Raises:
+        UserError: where the other is there, or what it would lie in is no folder to write to.
+    """
+    if path.exists() and path.is_dir() != folder:
+        found, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise UserError(f"{path} is {found} where {wanted} is to be written; name another place.")
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    around = there if there.is_dir() else there.parent
+    if (there != path and there != around) or not os.access(around, os.W_OK | os.X_OK):
+        raise UserError(f"Nothing can be written to {path}; name a place in a folder of yours.")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which replaces it once the block has succeeded."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary path beside ``path``, which replaces it once the block has succeeded.
+
+    Raises:
+        UserError: where the disk refuses.
+    """
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{path} cannot be written ({reason}); mend that, or name another.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,7 +115,4 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield new
             new.rename(path)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be written ({reason}); mend that, or name another.") from (
-            error
-        )
+        raise _refused(path, error) from error

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from adapters.cascade import Cascade
 from adapters.embeds import load_embeds
 from adapters.errors import UserError, command_line
+from adapters.files import check_place
 from adapters.hub import with_revision
 from adapters.info import AdapterInfo
 from adapters.load import load_cascade
@@ -110,6 +111,7 @@ def generate(given: dict[str, Any]) -> Path:
     options = argparse.Namespace(**(DEFAULTS | known | given))
     if not options.prompt:
         raise UserError("There is nothing to draw; give --prompt, or a picture with --like.")
+    check_place(options.out, folder=True)
     redraw = given_pictures(options, info)
     settings = sampling(given, info, redraw)
     embeds = None if options.embeds is None else load_embeds(options.embeds)

@@ -26,7 +26,7 @@ def load_cascade(
     stage_2: str | Path | None = None,
     stage_3: str | Path | None = None,
     *,
-    adapters: Sequence[str | Path] | Mapping[str, Scale] | Mapping[Path, Scale] = (),
+    adapters: str | Path | Sequence[str | Path] | Mapping[str, Scale] | Mapping[Path, Scale] = (),
     scale: Scale = 1.0,
     originals: Literal["device", "cpu"] = "device",
     revision: str | None = None,
@@ -120,6 +120,7 @@ def load_cascade(
         revision=revision,
         variant=variant,
     )
+    adapters = [adapters] if isinstance(adapters, str | Path) else adapters
     scaled = adapters.items() if isinstance(adapters, Mapping) else ((a, scale) for a in adapters)
     for folder, own_scale in scaled:
         cascade.add_adapter(folder, own_scale)

@@ -82,13 +82,15 @@ def test_scale_zero_is_the_base(
         (["--stage-1", "x/y", "--device", "foo"], "device 'foo' cannot be used"),
         (["--stage-1", "x/y", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--stage-1", "x/y", "--memory", "6GB", "--device", "cpu"], "is about a GPU"),
+        (["--stage-1", "x/y", "--out", __file__], "is a file where a folder is to be written"),
+        (["--stage-1", "x/y", "--out", f"{__file__}/pictures"], "Nothing can be written to"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(
     arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([*arguments, "--prompt", "a cat", "--out", str(tmp_path)])
+        main(["--prompt", "a cat", "--out", str(tmp_path), *arguments])
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert sentence in error
@@ -103,6 +105,8 @@ def test_mistakes_are_one_sentence_and_exit_2(
         (["--noise-level", "1000"], "noise_level is 1000, but this cascade allows 999"),
         (["--stage-3-noise-level", "351"], "stage_3_noise_level is 351, but this cascade allows 3"),
         (["--variant", "fp16"], "check its name, revision and variant"),
+        (["--seed", str(2**64)], "Seeds are whole numbers from 0 to 2^63 - 1"),
+        (["--seed", "-1"], "Seeds are whole numbers from 0 to 2^63 - 1"),
         (["--stage-2-prompt", "a", "--stage-2-prompt", "b"], "one for each of the 1 (got 2)"),
     ],
 )

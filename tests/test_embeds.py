@@ -1,5 +1,6 @@
 """Text encodings as a file: made where the text encoder is, used where there is none."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from diffusers import IFPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import T5EncoderModel
 
 from adapters import Cascade, Sampling, UserError, load_cascade, load_embeds, save_embeds
@@ -128,6 +130,29 @@ def test_encodings_that_do_not_fit_are_said(no_encoder: Cascade) -> None:
         sample(32, 5, 3, 3)
     with pytest.raises(UserError, match="nothing to draw"):
         no_encoder.sample(torch.zeros(0, 5, 32), torch.zeros(0, 5, 32), seeds=[])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda embeds: embeds[0], "finite numbers of the shape"),
+        (lambda embeds: embeds * torch.nan, "finite numbers of the shape"),
+        (lambda embeds: embeds.int(), "finite numbers of the shape"),
+    ],
+)
+def test_encodings_that_are_none_are_said(
+    no_encoder: Cascade, change: Callable[[Tensor], Tensor], sentence: str
+) -> None:
+    embeds = torch.randn(1, 7, no_encoder.stages[1].unet.config.encoder_hid_dim)
+    with pytest.raises(UserError, match=sentence):
+        no_encoder.sample(change(embeds), embeds, seeds=[0])
+
+
+@pytest.mark.parametrize("low_res", [torch.full((1, 3, 16, 16), 200.0), torch.zeros(1, 4, 16, 16)])
+def test_low_res_pictures_that_are_none_are_said(no_encoder: Cascade, low_res: Tensor) -> None:
+    embeds = torch.randn(1, 7, no_encoder.stages[1].unet.config.encoder_hid_dim)
+    with pytest.raises(UserError, match="low_res pictures are finite numbers"):
+        no_encoder.sample(embeds, embeds, seeds=[0], low_res=low_res)
 
 
 def test_a_file_that_is_none_is_said(tmp_path: Path) -> None:

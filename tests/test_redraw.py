@@ -382,3 +382,8 @@ def test_mistakes_of_the_command_line(
     assert sentence in error
     assert error.count("\n") == 1
     assert not Path("drawn").exists()
+
+
+def test_inpainting_without_a_mask_is_no_img2img(cascade: Cascade) -> None:
+    with pytest.raises(UserError, match="inpaint needs a mask"):
+        cascade.inpaint(Image.new("RGB", (32, 32)), None, "a cat")
