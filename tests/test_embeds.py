@@ -135,7 +135,7 @@ def test_encodings_that_do_not_fit_are_said(no_encoder: Cascade) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda embeds: embeds[0], "finite numbers of the shape"),
+        (lambda embeds: embeds[:, 0], "finite numbers of the shape"),
         (lambda embeds: embeds * torch.nan, "finite numbers of the shape"),
         (lambda embeds: embeds.int(), "finite numbers of the shape"),
     ],
