@@ -33,6 +33,10 @@ def check_place(path: Path, *, folder: bool) -> None:
         raise UserError(f"Nothing can be written to {path}; name a place in a folder of yours.")
 
 
+class NotWritten(UserError):
+    """The disk refuses."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, which replaces it once the block has succeeded.
@@ -55,9 +59,9 @@ def replacing(path: Path) -> Iterator[Path]:
         raise _refused(path, error) from error
 
 
-def _refused(path: Path, error: Exception) -> UserError:
+def _refused(path: Path, error: BaseException) -> NotWritten:
     reason = " ".join(str(error).split())
-    return UserError(f"{path} cannot be written ({reason}); mend that, or name another.")
+    return NotWritten(f"{path} cannot be written ({reason}); mend that, or name another.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,5 +118,5 @@ def new_folder(path: Path) -> Iterator[Path]:
             new.mkdir()
             yield new
             new.rename(path)
-    except (OSError, SafetensorError) as error:
-        raise _refused(path, error) from error
+    except (OSError, SafetensorError, NotWritten) as error:
+        raise _refused(path, error.__cause__ or error) from error

@@ -328,7 +328,7 @@ def test_a_stage_is_loaded_once_the_one_before_is_out_of_memory(
     monkeypatch.setattr(
         loop, "load_trainee", lambda *a: found.append(unets_in_memory() - others) or load(*a)
     )
-    run(save_recipe(tmp_path, recipe_of(random_cascade, pictures)))
+    run(save_recipe(tmp_path, recipe_of(random_cascade, pictures, prior=None)))
     assert found == [set(), set()]
 
 
