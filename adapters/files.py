@@ -33,7 +33,7 @@ def check_place(path: Path, *, folder: bool) -> None:
         raise UserError(f"Nothing can be written to {path}; name a place in a folder of yours.")
 
 
-class NotWritten(UserError):
+class NotWrittenError(UserError):
     """The disk refuses."""
 
 
@@ -59,9 +59,9 @@ def replacing(path: Path) -> Iterator[Path]:
         raise _refused(path, error) from error
 
 
-def _refused(path: Path, error: BaseException) -> NotWritten:
+def _refused(path: Path, error: BaseException) -> NotWrittenError:
     reason = " ".join(str(error).split())
-    return NotWritten(f"{path} cannot be written ({reason}); mend that, or name another.")
+    return NotWrittenError(f"{path} cannot be written ({reason}); mend that, or name another.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -118,5 +118,5 @@ def new_folder(path: Path) -> Iterator[Path]:
             new.mkdir()
             yield new
             new.rename(path)
-    except (OSError, SafetensorError, NotWritten) as error:
+    except (OSError, SafetensorError, NotWrittenError) as error:
         raise _refused(path, error.__cause__ or error) from error
