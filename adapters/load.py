@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from diffusers import IFPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    IFPipeline,
+    StableDiffusionUpscalePipeline,
+    UNet2DConditionModel,
+)
 from tqdm import tqdm
 
 from adapters.bases import GUARDS, Source
@@ -101,15 +106,10 @@ def load_cascade(
         no_text = {"text_encoder": None, "tokenizer": None}
         stages[number] = source.pipeline(dtypes[number], **no_text, unet=unet)
         placing.settle(f"stage_{number}", stages[number])
+    last = max(stages)
     upscaler = None
     if stage_3 is not None:
-        last = max(stages)
-        upscaler = everything[3].pipeline(dtypes[last])
-        guards = {name: stages[last].components[name] for name in GUARDS}
-        upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
-        if memory:
-            upscaler.vae.enable_slicing()  # decodes one picture at a time
-        placing.settle("stage_3", upscaler)
+        upscaler = _upscaler(everything[3], dtypes[last], stages[last], placing)
     cascade = Cascade(
         stages=stages,
         base_names={number: str(named[number]) for number in everything},
@@ -152,6 +152,19 @@ def _placed(
     parts = {0: TEXT} | {number: f"stage_{number}" for number in sources}
     precisions = {number: chosen.row.precision(part) for number, part in parts.items()}
     return Placing(device, chosen.row.away, chosen.at_once), precisions
+
+
+def _upscaler(
+    source: Source, dtype: torch.dtype, below: DiffusionPipeline, placing: Placing
+) -> StableDiffusionUpscalePipeline:
+    """Stage III, guarded by the modules of the stage below it."""
+    upscaler = source.pipeline(dtype)
+    guards = {name: below.components[name] for name in GUARDS}
+    upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
+    if placing.at_once is not None:
+        upscaler.vae.enable_slicing()  # decodes one picture at a time
+    placing.settle("stage_3", upscaler)
+    return upscaler
 
 
 def _text(source: Source, precision: Precision, placing: Placing) -> IFPipeline:
