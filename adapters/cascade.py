@@ -14,7 +14,16 @@ from torch import Tensor
 from adapters.adapted import AdaptedStages
 from adapters.budget import TEXT
 from adapters.checks import check_drawing
-from adapters.conditioning import Conditioning, Options, Prompt, every_stage, spread, told
+from adapters.conditioning import (
+    Conditioning,
+    Options,
+    Prompt,
+    check_seeds,
+    check_texts,
+    every_stage,
+    spread,
+    told,
+)
 from adapters.drawing import Drawn, Request, draw, upscale
 from adapters.embeds import look_up
 from adapters.errors import UserError
@@ -101,6 +110,8 @@ class Cascade(AdaptedStages):
             CascadeImages(2 pictures, 32 → 128 px, of 'a car on a pink background')
             >>> images[0].save("car.png")
         """
+        check_seeds([seed])
+        check_texts([negative_prompt or ""])
         given = {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}
         prompts = told(given, images_per_prompt)
         count = len(prompts[1])
@@ -134,7 +145,7 @@ class Cascade(AdaptedStages):
         """Sample pictures of prompts that start from given ones, with diffusers' own pipelines.
 
         Args:
-            picture: one for all prompts, or one for each, all of one size.
+            picture: one for all prompts, or one for each, all of one size; or files of them.
             prompt: one prompt, or several.
             strength: how far to go, above 0 up to 1 (as from noise alone), in all stages or by
                 stage (``{1: 0.6, 2: 0.9}``); ``None``: the pipelines' own.
@@ -164,15 +175,17 @@ class Cascade(AdaptedStages):
         """Sample what is masked of given pictures anew, with diffusers' own pipelines.
 
         Args:
-            picture: one for all prompts, or one for each, all of one size.
+            picture: one for all prompts, or one for each, all of one size; or files of them.
             mask: of the picture's size: what is white is drawn anew, and what is black stays.
             prompt: one prompt, or several.
             strength: as :meth:`img2img`.
             **options: as :meth:`__call__` takes them.
 
         Raises:
-            UserError: as :meth:`img2img`.
+            UserError: as :meth:`img2img`, and where there is no mask.
         """
+        if mask is None:
+            raise UserError("There is no mask; give one, or call img2img to draw all of it anew.")
         return self(prompt, redraw=Redraw.of(picture, mask, strength), **options)
 
     def encode(self, prompts: Sequence[str], *, clean_caption: bool = True) -> Tensor:
@@ -185,6 +198,7 @@ class Cascade(AdaptedStages):
                 "This cascade was loaded without a text encoder; load it with text_encoder=True, or"
                 " hand sample() the embeddings."
             )
+        check_texts(prompts)
         with self.placing.at_work(TEXT, self.text):
             embeds, _ = self.text.encode_prompt(
                 list(prompts), do_classifier_free_guidance=False, clean_caption=clean_caption
@@ -235,6 +249,8 @@ class Cascade(AdaptedStages):
             UserError: where Stage I is needed and absent, Stage III lacks prompts, a setting
                 exceeds what a stage's scheduler knows, or numbers or shapes do not go together.
         """
+        if not isinstance(sampling, Sampling | None):
+            raise UserError(f"sampling must be a Sampling(...) (got {sampling!r}); make one.")
         embeds = prompt_embeds if isinstance(prompt_embeds, Mapping) else {1: prompt_embeds}
         texts = prompts if isinstance(prompts, Mapping) else {1: prompts} if prompts else {}
         conditioning = Conditioning(

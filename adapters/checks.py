@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from adapters.conditioning import Conditioning
+from adapters.conditioning import Conditioning, check_seeds, check_texts
 from adapters.errors import UserError
 from adapters.sampling import Sampling
+
+LOW_RES_LIMIT = 2.0
+"""How large values of given pictures may be: a scheduler that does not clip leaves some above 1."""
 
 
 def check_drawing(
@@ -34,6 +37,11 @@ def check_drawing(
         raise UserError("Stage I does not enlarge low_res pictures; load Stage II too.")
     if 3 in stages and 3 not in conditioning.prompts:
         raise UserError("Stage III reads the prompts themselves; hand sample() prompts too.")
+    check_seeds(conditioning.seeds)
+    check_texts(text for texts in conditioning.prompts.values() for text in texts)
+    _check_encodings(conditioning)
+    if low_res is not None:
+        _check_low_res(low_res, stages)
     _check_numbers(conditioning, low_res)
     for number, pipe in stages.items():
         check_steps(number, pipe.scheduler, sampling)
@@ -80,6 +88,49 @@ def _check_numbers(conditioning: Conditioning, low_res: Tensor | None) -> None:
             raise UserError(
                 f"The {what} must be one for each of the {len(conditioning)} seeds (got {count})."
             )
+
+
+def _check_encodings(conditioning: Conditioning) -> None:
+    """Encodings are tensors of three dimensions, with finite values."""
+    every = {f"encodings for Stage {n}": e for n, e in conditioning.prompt_embeds.items()}
+    for what, embeds in (
+        every | {"encodings to lead away from": conditioning.negative_embeds}
+    ).items():
+        shape = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        if not isinstance(embeds, Tensor) or embeds.dim() != 3:
+            raise UserError(
+                f"The {what} must be a tensor [pictures, tokens, width] (got {shape}); give each"
+                " picture a row."
+            )
+        if not embeds.isfinite().all():
+            raise UserError(
+                f"The {what} have values that are no finite numbers; encode anew, T5 not in fp16."
+            )
+
+
+def _check_low_res(low_res: Tensor, stages: Mapping[int, DiffusionPipeline]) -> None:
+    """Pictures to enlarge are as Stage I makes them."""
+    kind = low_res.dtype if isinstance(low_res, Tensor) else type(low_res).__name__
+    if not isinstance(low_res, Tensor) or not low_res.is_floating_point():
+        raise UserError(
+            f"low_res must be a tensor of floating-point numbers in [-1, 1] (got {kind}); convert"
+            " it."
+        )
+    size = stages[1].unet.config.sample_size if 1 in stages else None
+    sides = low_res.shape[2:]
+    if (
+        low_res.dim() != 4
+        or low_res.shape[1] != 3
+        or min(sides) < 1
+        or min(sides) != (size or min(sides))
+    ):
+        s = size or "s"
+        raise UserError(
+            f"low_res must be [pictures, 3, {s}, {s}] (got {list(low_res.shape)}); resize it."
+        )
+    if not low_res.isfinite().all() or (low_res.numel() and low_res.abs().max() > LOW_RES_LIMIT):
+        low, high = low_res.min().item(), low_res.max().item()
+        raise UserError(f"low_res must be in [-1, 1] (got {low:g} to {high:g}); scale its values.")
 
 
 def _check_width(number: int, pipe: DiffusionPipeline, conditioning: Conditioning) -> None:

@@ -35,6 +35,10 @@ def command_line() -> Iterator[None]:
         advice = "take fewer pictures at a time, or a precision of nf4"
         tqdm.write(f"error: {reason}: {advice}.", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        tqdm.write(f"error: The system refused ({reason}); mend that, and try again.", sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
@@ -13,18 +14,59 @@ from adapters.errors import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which replaces it once the block has succeeded."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+def written(path: Path) -> Iterator[None]:
+    """A block that writes to ``path``; what the disk refuses becomes one sentence.
+
+    Raises:
+        UserError: where the disk refuses.
+    """
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path} cannot be written ({reason}); mend that, or name another.") from (
+            error
+        )
+
+
+def check_out(path: Path, kind: Literal["file", "folder"]) -> None:
+    """Check, before the work, that a file or a folder can be written; nothing is left behind.
+
+    Args:
+        path: where to; there may be something already.
+        kind: what will be written there.
+
+    Raises:
+        UserError: where the disk refuses, or there is something of the other kind.
+    """
+    with written(path):
+        if path.exists() and path.is_dir() != (kind == "folder"):
+            found = "folder" if path.is_dir() else "file"
+            raise UserError(f"{path} must be a {kind}, but is a {found}; name another.")
+        places = [path, *path.parents] if kind == "folder" else path.parents
+        there = next(place for place in places if place.exists())
+        with tempfile.TemporaryDirectory(dir=there, prefix=".check-"):
+            pass
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, which replaces it once the block has succeeded.
+
+    Raises:
+        UserError: where the disk refuses.
+    """
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,17 +88,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: where there is something at ``path`` already, or the disk refuses.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there already and stays as it is; name a new folder.")
-    try:
+    with written(path):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{path} is there already and stays as it is; name a new folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as temporary:
             new = Path(temporary) / "new"
             new.mkdir()
             yield new
             new.rename(path)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be written ({reason}); mend that, or name another.") from (
-            error
-        )

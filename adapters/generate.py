@@ -12,8 +12,10 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from adapters.cascade import Cascade
+from adapters.conditioning import check_seeds, check_texts
 from adapters.embeds import load_embeds
 from adapters.errors import UserError, command_line
+from adapters.files import check_out
 from adapters.info import AdapterInfo
 from adapters.load import load_cascade
 from adapters.merging import StageAdapter
@@ -111,6 +113,9 @@ def generate(given: dict[str, Any]) -> Path:
         raise UserError("There is nothing to draw; give --prompt, or a picture with --like.")
     redraw = given_pictures(options, info)
     settings = sampling(given, info, redraw)
+    check_seeds([options.seed])
+    check_texts([*options.prompt, options.negative_prompt or ""])
+    check_out(options.out, "folder")
     embeds = None if options.embeds is None else load_embeds(options.embeds)
     images = loaded(options, info)(
         options.prompt,

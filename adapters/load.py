@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from diffusers import IFPipeline, UNet2DConditionModel
@@ -13,6 +13,7 @@ from adapters.bases import GUARDS, Source
 from adapters.budget import TEXT, memory_bytes, within
 from adapters.cascade import Cascade
 from adapters.errors import UserError
+from adapters.names import closest
 from adapters.placing import Placing
 from adapters.scales import Scale
 from unets.loading import PRECISIONS, Precision, automatic_precision, compute_dtype
@@ -26,7 +27,7 @@ def load_cascade(
     stage_2: str | Path | None = None,
     stage_3: str | Path | None = None,
     *,
-    adapters: Sequence[str | Path] | Mapping[str, Scale] | Mapping[Path, Scale] = (),
+    adapters: str | Path | Sequence[str | Path] | Mapping[str, Scale] | Mapping[Path, Scale] = (),
     scale: Scale = 1.0,
     originals: Literal["device", "cpu"] = "device",
     revision: str | None = None,
@@ -44,8 +45,8 @@ def load_cascade(
         stage_2: Stage II.
         stage_3: the x4 upscaler. It is guarded by the modules of the stage before it, as the
             published cascade's is.
-        adapters: exported folders or hub names (``owner/name@revision``) to merge, or these with
-            the scale of each, see :meth:`Cascade.add_adapter`.
+        adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
+            or these with the scale of each, see :meth:`Cascade.add_adapter`.
         scale: of adapters that are given without.
         originals: where the base's own values of the weights that adapters change are kept: beside
             the UNet, so that adapters are switched in milliseconds, or on the ``cpu``, which saves
@@ -83,6 +84,12 @@ def load_cascade(
         for number, name in ((1, stage_1), (2, stage_2))
         if name is not None
     }
+    if originals not in ("device", "cpu"):
+        raise UserError(f"originals must be device or cpu (got {originals!r}); choose one of them.")
+    if odd := sorted((unets or {}).keys() - sources.keys()):
+        raise UserError(
+            f"unets has one for Stage {odd[0]}, which is not named; name its model too."
+        )
     if not sources:
         raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
     everything = sources | ({} if stage_3 is None else {3: Source(str(stage_3), 3)})
@@ -113,6 +120,7 @@ def load_cascade(
         revision=revision,
         variant=variant,
     )
+    adapters = [adapters] if isinstance(adapters, str | Path) else adapters
     scaled = adapters.items() if isinstance(adapters, Mapping) else ((a, scale) for a in adapters)
     for folder, own_scale in scaled:
         cascade.add_adapter(folder, own_scale)
@@ -156,14 +164,19 @@ def _text(source: Source, precision: Precision, placing: Placing) -> IFPipeline:
 
 def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.device) -> Precision:
     """The precision of a stage's UNet."""
-    own = dtype if isinstance(dtype, str) else dtype.get(stage, "auto")
+    own = dtype.get(stage, "auto") if isinstance(dtype, Mapping) else dtype
+    names = ("auto", *get_args(Precision))
+    if own not in names:
+        raise UserError(f"The dtype {own!r} of Stage {stage} is none; {closest(str(own), names)}")
     return automatic_precision(device) if own == "auto" else own
 
 
 def available(name: str | torch.device) -> torch.device:
     """The device of a name, once something has been placed on it."""
     try:
-        return torch.empty(0, device=name).device
+        placed = torch.empty(0, device=name)
+        placed.cpu()  # meta and the like keep no values
+        return placed.device
     except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
         reason = str(error).partition("\n")[0]
         raise UserError(
