@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError
-
 from adapters.cascade import Cascade
 from adapters.conditioning import check_seeds, check_texts
 from adapters.embeds import load_embeds
@@ -22,7 +20,7 @@ from adapters.merging import StageAdapter
 from adapters.picture_info import PictureInfo, read_picture_info
 from adapters.reading import read_picture
 from adapters.redraw import WAYS, Redraw
-from adapters.sampling import Sampling
+from adapters.sampling import Sampling, SettingError
 from adapters.scales import parse_scale, parse_scaled, written
 from unets.loading import Precision
 
@@ -189,12 +187,8 @@ def sampling(given: Mapping[str, Any], info: PictureInfo | None, redraw: Redraw 
         return (info.sampling if info else base).but(
             **{name: given[name] for name in Sampling.model_fields if name in given}
         )
-    except ValidationError as error:
-        mistake = error.errors()[0]
-        flag = "--" + str(mistake["loc"][0]).replace("_", "-")
-        found = "" if mistake["type"] == "value_error" else f" (got {mistake['input']})"
-        message = mistake["msg"].removeprefix("Value error, ")
-        raise UserError(f"{flag}: {message}{found}.") from None
+    except SettingError as error:
+        raise UserError(f"--{error.field.replace('_', '-')}: {error.said}") from None
 
 
 def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
