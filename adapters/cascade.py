@@ -29,7 +29,7 @@ from adapters.embeds import look_up
 from adapters.errors import UserError
 from adapters.images import CascadeImages
 from adapters.overview import as_html, as_text, overview, precision_of
-from adapters.picture_info import PictureInfo, used_adapters
+from adapters.picture_info import PictureInfo, signed, used_adapters
 from adapters.placing import Placing
 from adapters.redraw import WAYS, Given, Redraw
 from adapters.sampling import Sampling
@@ -289,7 +289,8 @@ class Cascade(AdaptedStages):
                     self.recorded[number].forget()
         first = drawn[1].pixels if 1 in drawn else low_res
         assert first is not None
-        pictures = {number: each.pictures for number, each in drawn.items()}
+        infos = self._infos(conditioning, sampling, drawn)
+        pictures = signed({number: each.pictures for number, each in drawn.items()}, infos)
         flags = (each.flagged for each in drawn.values())
         return CascadeImages(
             stage_1=pictures.get(1, ()),
@@ -299,7 +300,7 @@ class Cascade(AdaptedStages):
             seeds=tuple(conditioning.seeds),
             low_res=first.float().cpu(),
             flagged=tuple(any(stages) for stages in zip(*flags, strict=True)),
-            infos=self._infos(conditioning, sampling, drawn),
+            infos=infos,
         )
 
     def _infos(

@@ -76,9 +76,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_png(path: Path, picture: Image.Image, text: PngImagePlugin.PngInfo | None = None) -> None:
-    """Write a PNG whole, with texts that it carries."""
+    """Write a PNG whole, with texts that it carries; ``None``: those of the picture, if any."""
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=text)
+        picture.save(temporary, format="PNG", **({} if text is None else {"pnginfo": text}))
 
 
 @contextmanager
