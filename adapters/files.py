@@ -13,6 +13,15 @@ from safetensors import SafetensorError
 from adapters.errors import UserError
 
 
+class Refused(UserError):
+    """The disk refuses to write to a path."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.strerror = " ".join(reason.split())
+        """What the system says, as an OSError has it."""
+        super().__init__(f"{path} cannot be written ({self.strerror}); mend that, or name another.")
+
+
 @contextmanager
 def written(path: Path) -> Iterator[None]:
     """A block that writes to ``path``; what the disk refuses becomes one sentence.
@@ -22,11 +31,8 @@ def written(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path} cannot be written ({reason}); mend that, or name another.") from (
-            error
-        )
+    except (OSError, SafetensorError, Refused) as error:  # of a file in a new folder, that folder
+        raise Refused(path, getattr(error, "strerror", None) or str(error)) from error
 
 
 def check_out(path: Path, kind: Literal["file", "folder"]) -> None:
