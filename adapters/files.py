@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from adapters.errors import UserError
 
 
-class Refused(UserError):
+class RefusedError(UserError):
     """The disk refuses to write to a path."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -31,8 +31,12 @@ def written(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, Refused) as error:  # of a file in a new folder, that folder
-        raise Refused(path, getattr(error, "strerror", None) or str(error)) from error
+    except (
+        OSError,
+        SafetensorError,
+        RefusedError,
+    ) as error:  # of a file in a new folder, that folder
+        raise RefusedError(path, getattr(error, "strerror", None) or str(error)) from error
 
 
 def check_out(path: Path, kind: Literal["file", "folder"]) -> None:
