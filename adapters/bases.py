@@ -1,12 +1,15 @@
 """Loading the stages of a cascade from folders or hub names, with diffusers' own pipelines."""
 
+import inspect
 import logging
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -14,11 +17,14 @@ from diffusers import (
     DiffusionPipeline,
     IFPipeline,
     IFSuperResolutionPipeline,
+    SchedulerMixin,
     StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
 )
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPConfig, T5Config, T5EncoderModel
@@ -38,6 +44,20 @@ PIPELINES: dict[int, type[DiffusionPipeline]] = {
 
 GUARDS = ("safety_checker", "feature_extractor", "watermarker")
 """The components that guard a stage's pictures; always kept as the base has them."""
+
+LOADING_ERRORS = (
+    *(OSError, ValueError, SafetensorError),
+    *(TypeError, AttributeError, KeyError, NotImplementedError, StrictDataclassError),
+)
+"""What diffusers and transformers raise where files are missing, or hold something else."""
+
+FIELD_TYPES: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
+}
+"""What a field of a scheduler may hold, by the type of its default."""
 
 Loaded = TypeVar("Loaded")
 
@@ -99,13 +119,14 @@ class Source:
                 dtype=dtype,
                 **self._weights,
             )
+        self._check_schedulers()
         kind = PIPELINES[self.stage]
         return self.load(kind.from_pretrained, **components, dtype=dtype, **self._weights)
 
     @property
     def has_safety_checker(self) -> bool:
         """Whether its pictures are guarded by IF's own."""
-        return self.index.get("safety_checker", (None, None))[1] == IFSafetyChecker.__name__
+        return self._class_of("safety_checker") == IFSafetyChecker.__name__
 
     def blank_safety_checker(self) -> IFSafetyChecker:
         """Its safety checker without values, on the meta device."""
@@ -119,12 +140,18 @@ class Source:
         def load(folder: Path) -> UNet2DConditionModel:
             return load_unet(folder, precision, device, self.variant)
 
+        _ = self.unet_config  # said plainly where it is none
         return self._from_folder("unet", hub_patterns(self.variant), load)
 
     def text_encoder(
         self, precision: str, dtype: torch.dtype, device: torch.device
     ) -> T5EncoderModel:
         """The stage's text encoder, frozen; ``dtype`` is that of what is not quantised."""
+        if self._class_of("text_encoder") is None:
+            raise UserError(
+                f"{self.name} has no text encoder of its own; name Stage I, or a model that has"
+                " one."
+            )
 
         def load(folder: Path) -> T5EncoderModel:
             encoder = _empty_text_encoder(T5Config.from_pretrained(folder), dtype)
@@ -177,7 +204,7 @@ class Source:
     @property
     def unet_config(self) -> dict[str, Any]:
         """The configuration of the stage's UNet."""
-        return dict(self.load(UNet2DConditionModel.load_config, subfolder="unet"))
+        return self.load(_object, kind=UNet2DConditionModel, subfolder="unet")
 
     def scheduler(self, name: str) -> DDPMScheduler:
         """The noise schedule of a component: ``scheduler``, or ``image_noising_scheduler``."""
@@ -211,7 +238,19 @@ class Source:
                 f"The model {self.name!r} is neither a folder that exists nor a hub name"
                 " (owner/name, owner/name@revision); correct the path."
             )
-        return self._read(DiffusionPipeline.load_config)
+        return self._read(_object, kind=DiffusionPipeline)
+
+    def _class_of(self, component: str) -> str | None:
+        """The name of a component's class; ``None``: the model has no such component."""
+        named = self.index.get(component)
+        return named[-1] if isinstance(named, list) and named else None
+
+    def _check_schedulers(self) -> None:
+        """Check that the fields of the stage's schedulers are of the types that they must be."""
+        for part in self.index:
+            kind = getattr(diffusers, str(self._class_of(part)), None)
+            if inspect.isclass(kind) and issubclass(kind, SchedulerMixin):
+                self._read(_check_fields, kind=kind, subfolder=part)
 
     @property
     def _weights(self) -> dict[str, Any]:
@@ -239,12 +278,32 @@ class Source:
     def _read(self, load: Callable[..., Loaded], **options: Any) -> Loaded:
         try:
             return load(self.name, revision=self.revision, **options)
-        except (OSError, ValueError, SafetensorError) as error:
+        except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"The model {self.name!r} cannot be loaded; check its name, revision and variant,"
                 f" and on the hub accept its licence and log in (hf auth login): {reason}"
             ) from error
+
+
+def _object(name: str, kind: type[ConfigMixin], **options: Any) -> dict[str, Any]:
+    """The configuration of a kind of component, or a ValueError where it is no JSON object."""
+    config = kind.load_config(name, **options)
+    if not isinstance(config, dict):
+        file = "/".join(filter(None, (options.get("subfolder"), kind.config_name)))
+        raise ValueError(f"its {file} must be a JSON object (got a {type(config).__name__})")
+    return dict(config)
+
+
+def _check_fields(name: str, kind: type[ConfigMixin], **options: Any) -> None:
+    """A ValueError where a field of a component is not of the type of its default."""
+    config = _object(name, kind, **options)
+    for field, parameter in inspect.signature(kind.__init__).parameters.items():
+        wanted, words = FIELD_TYPES.get(type(parameter.default), (object, ""))
+        value = config.get(field, parameter.default)
+        if not isinstance(value, wanted):
+            file = f"{options['subfolder']}/{kind.config_name}"
+            raise ValueError(f"{field} in its {file} must be {words} (got {value!r})")
 
 
 def _empty_text_encoder(config: T5Config, dtype: torch.dtype) -> T5EncoderModel:

@@ -22,6 +22,7 @@ from adapters.hub import is_hub_name, with_revision
 from adapters.info import AdapterInfo, export_stages, read_info
 from adapters.kinds import KINDS, diffusers_loads
 from adapters.licence import copy_licences, handed_on
+from adapters.picture_info import Signed
 
 CARD = "README.md"
 SAMPLES = "samples"
@@ -193,7 +194,13 @@ def samples_of(folder: Path) -> dict[str, Image.Image]:
     card = folder / CARD
     samples = shown(card.read_text(encoding="utf-8")) if card.is_file() else {}
     present = {prompt: folder / name for name, prompt in samples.items()}
-    return {prompt: Image.open(path).copy() for prompt, path in present.items() if path.is_file()}
+    return {prompt: _read(path) for prompt, path in present.items() if path.is_file()}
+
+
+def _read(path: Path) -> Image.Image:
+    """A sample picture, with what its file says of it."""
+    with Image.open(path) as picture:
+        return Signed.of(picture, {})
 
 
 def shown(card: str) -> dict[str, str]:

@@ -15,13 +15,22 @@ from torch import Tensor
 from adapters.adapted import AdaptedStages, alone
 from adapters.budget import TEXT
 from adapters.checks import check_drawing
-from adapters.conditioning import Conditioning, Options, Prompt, every_stage, spread, told
+from adapters.conditioning import (
+    Conditioning,
+    Options,
+    Prompt,
+    check_seeds,
+    check_texts,
+    every_stage,
+    spread,
+    told,
+)
 from adapters.drawing import Drawn, Request, draw, upscale
 from adapters.embeds import look_up
 from adapters.errors import UserError
 from adapters.images import CascadeImages
 from adapters.overview import as_html, as_text, overview, precision_of
-from adapters.picture_info import PictureInfo, used_adapters
+from adapters.picture_info import PictureInfo, signed, used_adapters
 from adapters.placing import Placing
 from adapters.redraw import WAYS, Given, Redraw
 from adapters.sampling import Sampling
@@ -103,6 +112,8 @@ class Cascade(AdaptedStages):
             CascadeImages(2 pictures, 32 → 128 px, of 'a car on a pink background')
             >>> images[0].save("car.png")
         """
+        check_seeds([seed])
+        check_texts([negative_prompt or ""])
         given = {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}
         prompts = told(given, images_per_prompt)
         count = len(prompts[1])
@@ -136,7 +147,7 @@ class Cascade(AdaptedStages):
         """Sample pictures of prompts that start from given ones, with diffusers' own pipelines.
 
         Args:
-            picture: one for all prompts, or one for each, all of one size.
+            picture: one for all prompts, or one for each, all of one size; or files of them.
             prompt: one prompt, or several.
             strength: how far to go, above 0 up to 1 (as from noise alone), in all stages or by
                 stage (``{1: 0.6, 2: 0.9}``); ``None``: the pipelines' own.
@@ -166,16 +177,18 @@ class Cascade(AdaptedStages):
         """Sample what is masked of given pictures anew, with diffusers' own pipelines.
 
         Args:
-            picture: one for all prompts, or one for each, all of one size.
+            picture: one for all prompts, or one for each, all of one size; or files of them.
             mask: of the picture's size: what is white is drawn anew, and what is black stays.
             prompt: one prompt, or several.
             strength: as :meth:`img2img`.
             **options: as :meth:`__call__` takes them.
 
         Raises:
-            UserError: as :meth:`img2img`.
+            UserError: as :meth:`img2img`, and where there is no mask.
         """
-        return self(prompt, redraw=Redraw.of(picture, _mask(mask), strength), **options)
+        if mask is None:
+            raise UserError("There is no mask; give one, or call img2img to draw all of it anew.")
+        return self(prompt, redraw=Redraw.of(picture, mask, strength), **options)
 
     @alone
     def encode(self, prompts: Sequence[str], *, clean_caption: bool = True) -> Tensor:
@@ -188,6 +201,7 @@ class Cascade(AdaptedStages):
                 "This cascade was loaded without a text encoder; load it with text_encoder=True, or"
                 " hand sample() the embeddings."
             )
+        check_texts(prompts)
         with self.placing.at_work(TEXT, self.text):
             embeds, _ = self.text.encode_prompt(
                 list(prompts), do_classifier_free_guidance=False, clean_caption=clean_caption
@@ -239,12 +253,15 @@ class Cascade(AdaptedStages):
             UserError: where Stage I is needed and absent, Stage III lacks prompts, a setting
                 exceeds what a stage's scheduler knows, or numbers or shapes do not go together.
         """
+        if not isinstance(sampling, Sampling | None):
+            raise UserError(f"sampling must be a Sampling(...) (got {sampling!r}); make one.")
+        check_seeds(seeds)
         embeds = prompt_embeds if isinstance(prompt_embeds, Mapping) else {1: prompt_embeds}
         texts = prompts if isinstance(prompts, Mapping) else {1: prompts} if prompts else {}
         conditioning = Conditioning(
             prompt_embeds=every_stage(embeds, (1, 2)),
             negative_embeds=negative_embeds,
-            seeds=tuple(seeds),
+            seeds=tuple(map(int, seeds)),
             prompts=every_stage(texts, EVERY_STAGE),
             negative_prompt=negative_prompt,
             redraw=redraw,
@@ -281,7 +298,8 @@ class Cascade(AdaptedStages):
             pixels = drawn[number].pixels
         first = drawn[1].pixels if 1 in drawn else low_res
         assert first is not None
-        pictures = {number: each.pictures for number, each in drawn.items()}
+        infos = self._infos(conditioning, sampling, drawn)
+        pictures = signed({number: each.pictures for number, each in drawn.items()}, infos)
         flags = (each.flagged for each in drawn.values())
         return CascadeImages(
             stage_1=pictures.get(1, ()),
@@ -291,7 +309,7 @@ class Cascade(AdaptedStages):
             seeds=tuple(conditioning.seeds),
             low_res=first.float().cpu(),
             flagged=tuple(any(stages) for stages in zip(*flags, strict=True)),
-            infos=self._infos(conditioning, sampling, drawn),
+            infos=infos,
         )
 
     def _infos(
@@ -314,15 +332,6 @@ class Cascade(AdaptedStages):
         )
         prompts = {n: texts for n, texts in conditioning.prompts.items() if n in drawn}
         return tuple(info.of_each(conditioning.seeds, prompts))
-
-
-def _mask(mask: Given | None) -> Given:
-    if mask is None:
-        raise UserError(
-            "inpaint needs a mask, white where the picture is drawn anew (got None); img2img draws"
-            " all of it."
-        )
-    return mask
 
 
 def _out_of_memory(stage: int, conditioning: Conditioning, sampling: Sampling) -> UserError:

@@ -5,15 +5,12 @@ from collections.abc import Mapping
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from adapters.conditioning import Conditioning
+from adapters.conditioning import Conditioning, check_texts
 from adapters.errors import UserError
 from adapters.sampling import Sampling
 
-LARGEST = 1.5
-"""The largest pixel: pictures are in [-1, 1], and what Stage I draws goes a little beyond."""
-
-SEEDS = 2**63
-"""How many seeds there are."""
+LOW_RES_LIMIT = 2.0
+"""How large values of given pictures may be: a scheduler that does not clip leaves some above 1."""
 
 
 def check_drawing(
@@ -40,6 +37,10 @@ def check_drawing(
         raise UserError("Stage I does not enlarge low_res pictures; load Stage II too.")
     if 3 in stages and 3 not in conditioning.prompts:
         raise UserError("Stage III reads the prompts themselves; hand sample() prompts too.")
+    check_texts(text for texts in conditioning.prompts.values() for text in texts)
+    _check_encodings(conditioning)
+    if low_res is not None:
+        _check_low_res(low_res, stages)
     _check_numbers(conditioning, low_res)
     for number, pipe in stages.items():
         check_steps(number, pipe.scheduler, sampling)
@@ -74,13 +75,10 @@ def _check_numbers(conditioning: Conditioning, low_res: Tensor | None) -> None:
     """There is something to draw, and all that is given has a row for each seed."""
     if not len(conditioning):
         raise UserError("There is nothing to draw; give at least one seed.")
-    if wild := [seed for seed in conditioning.seeds if not 0 <= seed < SEEDS]:
-        raise UserError(f"Seeds are whole numbers from 0 to 2^63 - 1 (got {wild[0]}).")
     given = {f"encodings for Stage {n}": len(e) for n, e in conditioning.prompt_embeds.items()}
     given |= {f"prompts for Stage {n}": len(texts) for n, texts in conditioning.prompts.items()}
     given |= {"encodings to lead away from": len(conditioning.negative_embeds)}
     if low_res is not None:
-        _check_low_res(low_res)
         given |= {"low_res pictures": len(low_res)}
     if conditioning.redraw is not None:
         given |= {"pictures to start from": len(conditioning.redraw)}
@@ -91,28 +89,53 @@ def _check_numbers(conditioning: Conditioning, low_res: Tensor | None) -> None:
             )
 
 
-def _check_low_res(low_res: Tensor) -> None:
-    """They are square pictures, as a stage draws them."""
-    shape = list(low_res.shape)
-    square = low_res.dim() == 4 and shape[1] == 3 and shape[2] == shape[3]
-    if not square or not low_res.is_floating_point() or not bool((low_res.abs() <= LARGEST).all()):
+def _check_encodings(conditioning: Conditioning) -> None:
+    """Encodings are finite numbers, a row for each token."""
+    given = {f"encodings for Stage {n}": e for n, e in conditioning.prompt_embeds.items()}
+    given |= {"encodings to lead away from": conditioning.negative_embeds}
+    for what, embeds in given.items():
+        if not _floats(embeds, 3):
+            raise UserError(
+                f"The {what} must be floating-point numbers [pictures, tokens, width] (got"
+                f" {_form(embeds)}); hand over what encode() returns."
+            )
+        if not embeds.isfinite().all():
+            raise UserError(
+                f"The {what} have values that are no finite numbers; encode anew, T5 not in fp16."
+            )
+
+
+def _check_low_res(low_res: Tensor, stages: Mapping[int, DiffusionPipeline]) -> None:
+    """Pictures to enlarge are as Stage I draws them: one side, the shorter, is of its size."""
+    size = stages[1].unet.config.sample_size if 1 in stages else None
+    side = min(low_res.shape[2:]) if _floats(low_res, 4) and low_res.shape[1] == 3 else 0
+    if side != (size or max(side, 1)):
+        shape = f"[pictures, 3, {size or 'size'}, {size or 'size'}]"
         raise UserError(
-            "low_res pictures are finite numbers in [-1, 1] of the shape [pictures, 3, size, size]"
-            f" (got {low_res.dtype} of the shape {shape}); hand over CascadeImages.low_res."
+            f"low_res must be floating-point numbers {shape} (got {_form(low_res)}); hand over"
+            " CascadeImages.low_res, or resize them."
         )
+    if not (low_res.abs() <= LOW_RES_LIMIT).all():
+        low, high = low_res.min().item(), low_res.max().item()
+        raise UserError(f"low_res must be in [-1, 1] (got {low:g} to {high:g}); scale its values.")
+
+
+def _floats(given: object, dimensions: int) -> bool:
+    """Whether it is a tensor of floating-point numbers, of so many dimensions."""
+    return isinstance(given, Tensor) and given.is_floating_point() and given.dim() == dimensions
+
+
+def _form(given: object) -> str:
+    """What it is, for messages."""
+    if not isinstance(given, Tensor):
+        return type(given).__name__
+    return f"{given.dtype} {list(given.shape)}"
 
 
 def _check_width(number: int, pipe: DiffusionPipeline, conditioning: Conditioning) -> None:
     """Encodings are as wide as the UNet's text encoder makes them, and all of one length."""
     embeds, negative = conditioning.prompt_embeds[number], conditioning.negative_embeds
     width = pipe.unet.config.encoder_hid_dim
-    for tensor in (embeds, negative):
-        if tensor.dim() != 3 or not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError(
-                f"Encodings are finite numbers of the shape [pictures, tokens, {width}] (got"
-                f" {tensor.dtype} of the shape {list(tensor.shape)}); hand over what encode()"
-                " returns."
-            )
     if embeds.shape[-1] != width:
         raise UserError(
             f"The encodings for Stage {number} are {embeds.shape[-1]} wide, but its UNet reads"

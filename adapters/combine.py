@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adapters.combining import Part, combined
 from adapters.errors import UserError, command_line
-from adapters.files import check_place
+from adapters.files import check_out
 from adapters.load import available
 from adapters.merging import StageAdapter
 from adapters.methods import METHODS, Combination
@@ -53,7 +53,7 @@ def combine(options: argparse.Namespace) -> None:
         options.method, options.density, options.rank, options.majority_sign, options.seed
     )
     stages: dict[int, list[Part]] = {}
-    check_place(options.out, folder=True)
+    check_out(options.out, "new folder")
     for argument in options.adapters:
         folder, scale = parse_scaled(argument)
         own = {_stage(adapter, options.stage): adapter for adapter in StageAdapter.load_all(folder)}

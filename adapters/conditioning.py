@@ -1,6 +1,7 @@
 """What pictures are drawn from: text for each stage, seeds, and pictures to start from."""
 
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
@@ -14,6 +15,9 @@ Item = TypeVar("Item")
 
 Prompt: TypeAlias = str | Sequence[str]
 """One prompt, or several."""
+
+SEEDS = 2**64
+"""How many seeds a generator of PyTorch has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +99,51 @@ def told(prompts: Mapping[int, Prompt | None], each: int) -> dict[int, tuple[str
         each: how many pictures of each prompt, one after the other.
 
     Raises:
-        UserError: where there are none, or another number of a later stage.
+        UserError: where there are none, one is no text, or there is another number of a later
+            stage.
     """
-    texts = {
-        stage: [given] if isinstance(given, str) else list(given)
-        for stage, given in prompts.items()
-        if given is not None
+    given = {stage: own for stage, own in prompts.items() if own is not None or stage == 1}
+    texts: dict[int, list[Any]] = {
+        stage: list(own) if isinstance(own, Iterable) and not isinstance(own, str) else [own]
+        for stage, own in given.items()
     }
+    check_texts(text for own in texts.values() for text in own)
     count = len(texts[1])
     if count * each < 1:
         raise UserError("There is nothing to draw; give a prompt, and images_per_prompt >= 1.")
     every = every_stage(texts, tuple(prompts))
     return {n: spread(own, count, each, f"prompts for Stage {n}") for n, own in every.items()}
+
+
+def check_texts(texts: Iterable[object]) -> None:
+    """Check that all are text that can be encoded.
+
+    Raises:
+        UserError: where one is not.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"A prompt must be a text (got {text!r}); give one, or a list of them.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"The prompt {text!r} has a byte in it that is no UTF-8; write it anew in UTF-8."
+            ) from None
+
+
+def check_seeds(seeds: Iterable[object]) -> None:
+    """Check that all can seed a generator.
+
+    Raises:
+        UserError: where one cannot.
+    """
+    for seed in seeds:
+        if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < SEEDS:
+            raise UserError(
+                f"A seed must be a whole number from 0 to {SEEDS - 1} (got {seed!r}); choose"
+                " another."
+            )
 
 
 def every_stage(given: Mapping[int, Item], stages: Sequence[int]) -> dict[int, Item]:

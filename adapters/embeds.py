@@ -72,7 +72,7 @@ def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
     """The encodings of prompts, [N, T, D].
 
     Raises:
-        UserError: where one is not there, naming the closest.
+        UserError: where one is not there, naming the closest, or is of another shape.
     """
     for prompt in prompts:
         if prompt not in embeds:
@@ -81,4 +81,11 @@ def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
                 f"There is no encoding of {prompt!r} among those given; encode it too"
                 f" ({closest(repr(prompt), known)})."
             )
+    shapes = dict.fromkeys(tuple(embeds[prompt].shape) for prompt in prompts)
+    if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+        found = ", ".join(str(list(shape)) for shape in shapes)
+        raise UserError(
+            f"Encodings must each be [tokens, width], and all of one shape (found {found}); make"
+            " them with one text encoder."
+        )
     return torch.stack([embeds[prompt] for prompt in prompts])

@@ -1,6 +1,6 @@
 """Encode prompts where the text encoder fits, to draw them where it does not.
 
-python -m adapters.encode STAGE_1 --prompt "a sks dog" --prompt "a sks dog on a beach" --out FILE
+python -m adapters.encode MODEL --prompt "a sks dog" --prompt "a sks dog on a beach" --out FILE
 """
 
 import argparse
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapters.bases import Source
+from adapters.bases import Source, source_of
+from adapters.conditioning import check_texts
 from adapters.embeds import save_embeds
 from adapters.errors import command_line
-from adapters.files import check_place
+from adapters.files import check_out
 from adapters.load import available
 from unets.loading import PRECISIONS, automatic_precision
 
@@ -26,11 +27,11 @@ TEXT_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; the empty caption, which guidance needs, is encoded too."""
     options = parser().parse_args(arguments)
-    source = Source(options.model, 1, options.revision, options.variant)
     prompts = list(dict.fromkeys([*options.prompt, ""]))
     with command_line():
-        check_place(options.out, folder=False)
-        device = available(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_out(options.out, "file")
+        source = source_of(options.model, options.revision, options.variant)
+        device = available(options.device or "auto")
         precision = options.precision or automatic_precision(device)
         save_embeds(options.out, prompts, encode(source, prompts, precision, device))
     sys.stdout.write(f"{options.out}\n")
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         prog="adapters.encode", description="Encode prompts for adapters.generate --embeds."
     )
     add = parser.add_argument
-    add("model", help="Stage I, whose text encoder it is: folder or hub name")
+    add("model", help="Stage I, or Stage II with a text encoder of its own: folder or hub name")
     add("--prompt", action="append", required=True, help="what to encode; may be repeated")
     add("--out", type=Path, required=True, help="the file to write, such as prompts.safetensors")
     add("--precision", choices=TEXT_PRECISIONS, help="the weights' (bf16 on a GPU, fp32 on a CPU)")
@@ -56,14 +57,15 @@ def encode(source: Source, prompts: Sequence[str], precision: str, device: torch
     """The encodings of prompts along the path of ``IFPipeline.__call__``, [N, T, D].
 
     Args:
-        source: Stage I; no more of it is loaded than its text encoder.
+        source: Stage I or II; no more of it is loaded than its text encoder.
         prompts: N, encoded one by one, so that an encoding does not depend on its company.
         precision: one of :data:`TEXT_PRECISIONS`.
         device: where to encode.
 
     Raises:
-        UserError: where the model cannot be loaded.
+        UserError: where the model has no text encoder, or cannot be loaded.
     """
+    check_texts(prompts)
     pipe = source.text_pipeline(precision, PRECISIONS.get(precision, torch.bfloat16), device)
     options = {"do_classifier_free_guidance": False, "device": device, "clean_caption": True}
     rows = [

@@ -36,7 +36,9 @@ def command_line() -> Iterator[None]:
         tqdm.write(f"error: {reason}: {advice}.", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        tqdm.write(f"error: {error}; mend that and run it again.", file=sys.stderr)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        sentence = f"The system refused ({reason}); mend that, and try again."
+        tqdm.write(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)

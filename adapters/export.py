@@ -55,7 +55,8 @@ class Exported:
             return f"{loaders}, and so does load_lora_weights of diffusers."
         return (
             f"{loaders}; diffusers cannot load adapters of this kind, and gets an approximation as"
-            f" a LoRA: {self.approximation.message}."
+            f" a LoRA: {self.approximation.message}. One of another rank is made by `python -m"
+            f" adapters.resize {self.folder} --base BASE --rank N --out NEW`."
         )
 
 

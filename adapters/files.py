@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
@@ -14,27 +15,50 @@ from safetensors import SafetensorError
 from adapters.errors import UserError
 
 
-def check_place(path: Path, *, folder: bool) -> None:
-    """Check, before the work, that its result can be written.
+class NotWrittenError(UserError):
+    """The disk refuses to write to a path."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.strerror = " ".join(reason.split())
+        """What the system says, as an OSError has it."""
+        super().__init__(f"{path} cannot be written ({self.strerror}); mend that, or name another.")
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """A block that writes to ``path``, or to files in it.
+
+    Raises:
+        UserError: where the disk refuses, naming ``path``.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, NotWrittenError) as error:
+        raise NotWrittenError(path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None:
+    """Check, before the work, that its result can be written; nothing is left behind.
 
     Args:
         path: where to.
-        folder: whether it will be a folder; otherwise a file.
+        kind: what will be written there. A file or a folder may be there already, a new folder only
+            if it is empty.
 
     Raises:
-        UserError: where the other is there, or what it would lie in is no folder to write to.
+        UserError: where the disk refuses, or something else is there.
     """
-    if path.exists() and path.is_dir() != folder:
-        found, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
-        raise UserError(f"{path} is {found} where {wanted} is to be written; name another place.")
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    around = there if there.is_dir() else there.parent
-    if (there != path and there != around) or not os.access(around, os.W_OK | os.X_OK):
-        raise UserError(f"Nothing can be written to {path}; name a place in a folder of yours.")
-
-
-class NotWrittenError(UserError):
-    """The disk refuses."""
+    with written(path):
+        if path.exists():
+            found = "folder" if path.is_dir() else "file"
+            if kind == "new folder" and (found == "file" or any(path.iterdir())):
+                raise UserError(f"{path} is there already and stays as it is; name a new folder.")
+            if not kind.endswith(found):
+                raise UserError(f"{path} must be a {kind}, but is a {found}; name another.")
+        places = [path] * (kind == "folder") + [*path.absolute().parents]
+        there = next(place for place in places if place.exists())
+        with tempfile.TemporaryDirectory(dir=there, prefix=".check-"):
+            pass
 
 
 @contextmanager
@@ -44,7 +68,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: where the disk refuses.
     """
-    try:
+    with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
         os.close(handle)
@@ -55,13 +79,6 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise _refused(path, error) from error
-
-
-def _refused(path: Path, error: BaseException) -> NotWrittenError:
-    reason = " ".join(str(error).split())
-    return NotWrittenError(f"{path} cannot be written ({reason}); mend that, or name another.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,9 +88,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_png(path: Path, picture: Image.Image, text: PngImagePlugin.PngInfo | None = None) -> None:
-    """Write a PNG whole, with texts that it carries."""
+    """Write a PNG whole, with texts that it carries; ``None``: those of the picture, if any."""
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=text)
+        picture.save(temporary, format="PNG", **({} if text is None else {"pnginfo": text}))
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -109,14 +126,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: where there is something at ``path`` already, or the disk refuses.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there already and stays as it is; name a new folder.")
-    try:
+    check_out(path, "new folder")
+    with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as temporary:
             new = Path(temporary) / "new"
             new.mkdir()
             yield new
             new.rename(path)
-    except (OSError, SafetensorError, NotWrittenError) as error:
-        raise _refused(path, error.__cause__ or error) from error

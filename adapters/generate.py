@@ -9,20 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError
-
 from adapters.cascade import Cascade
+from adapters.conditioning import check_seeds, check_texts
 from adapters.embeds import load_embeds
 from adapters.errors import UserError, command_line
-from adapters.files import check_place
+from adapters.files import check_out
 from adapters.hub import with_revision
 from adapters.info import AdapterInfo
 from adapters.load import load_cascade
 from adapters.merging import StageAdapter
 from adapters.picture_info import PictureInfo, read_picture_info
-from adapters.reading import read_picture
 from adapters.redraw import WAYS, Redraw
-from adapters.sampling import Sampling
+from adapters.sampling import Sampling, SettingError
 from adapters.scales import parse_scale, parse_scaled, written
 from unets.loading import Precision
 
@@ -111,9 +109,11 @@ def generate(given: dict[str, Any]) -> Path:
     options = argparse.Namespace(**(DEFAULTS | known | given))
     if not options.prompt:
         raise UserError("There is nothing to draw; give --prompt, or a picture with --like.")
-    check_place(options.out, folder=True)
     redraw = given_pictures(options, info)
     settings = sampling(given, info, redraw)
+    check_seeds([options.seed])
+    check_texts([*options.prompt, options.negative_prompt or ""])
+    check_out(options.out, "folder")
     embeds = None if options.embeds is None else load_embeds(options.embeds)
     images = loaded(options, info)(
         options.prompt,
@@ -165,7 +165,6 @@ def given_pictures(options: argparse.Namespace, info: PictureInfo | None) -> Red
         raise UserError(f"These pictures start from a picture; give {' and '.join(missing)} too.")
     if options.image is None:
         return None
-    mask = None if options.mask is None else read_picture(options.mask)
     try:
         strength = None if options.strength is None else parse_scale(options.strength)
     except ValueError:
@@ -173,7 +172,7 @@ def given_pictures(options: argparse.Namespace, info: PictureInfo | None) -> Red
             f"--strength must be a number up to 1, or one for each stage as in 1:0.6,2:0.9 (got"
             f" {options.strength!r})."
         ) from None
-    return Redraw.of(read_picture(options.image), mask, strength)
+    return Redraw.of(options.image, options.mask, strength)
 
 
 def sampling(given: Mapping[str, Any], info: PictureInfo | None, redraw: Redraw | None) -> Sampling:
@@ -187,12 +186,8 @@ def sampling(given: Mapping[str, Any], info: PictureInfo | None, redraw: Redraw 
         return (info.sampling if info else base).but(
             **{name: given[name] for name in Sampling.model_fields if name in given}
         )
-    except ValidationError as error:
-        mistake = error.errors()[0]
-        flag = "--" + str(mistake["loc"][0]).replace("_", "-")
-        found = "" if mistake["type"] == "value_error" else f" (got {mistake['input']})"
-        message = mistake["msg"].removeprefix("Value error, ")
-        raise UserError(f"{flag}: {message}{found}.") from None
+    except SettingError as error:
+        raise UserError(f"--{error.field.replace('_', '-')}: {error.said}") from None
 
 
 def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:

@@ -13,12 +13,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import overload
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from adapters.errors import UserError
 from adapters.files import write_png
-from adapters.picture_info import PictureInfo, png_text
+from adapters.picture_info import PictureInfo, Signed, plain_texts, png_text, sheet_texts
 from adapters.sheet import CELL_PX, contact_sheet
 
 SHEET = "contact_sheet.png"
@@ -61,7 +61,7 @@ class Sample:
         return f"Sample({shorten(self.prompt, 60)!r}, seed {self.seed}, {sizes} px{flagged})"
 
     def _repr_png_(self) -> bytes:
-        return _png(self.final)
+        return _png(self.final, png_text(self._texts(max(self.pictures))))
 
     def save(self, path: str | Path, stage: int | None = None) -> None:
         """Write a picture as PNG, which carries all that it was drawn with.
@@ -79,10 +79,13 @@ class Sample:
         if Path(path).suffix.lower() != ".png":
             raise UserError(f"{path} must end in .png, the format that carries prompt and seed.")
         number = max(self.pictures) if stage is None else stage
-        text = png_text(self.prompt, self.seed)
-        if self.info is not None:
-            text = self.info.of_stage(number).text()
-        write_png(Path(path), self.pictures[number], text)
+        write_png(Path(path), self.pictures[number], png_text(self._texts(number)))
+
+    def _texts(self, stage: int) -> dict[str, str]:
+        """What the PNG of a stage's picture carries."""
+        if self.info is None:
+            return plain_texts(self.prompt, self.seed)
+        return self.info.of_stage(stage).texts
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class CascadeImages:
         if not shown:
             return html.escape(repr(self))
         sheet = shown.sheet()
-        data = base64.b64encode(_png(sheet)).decode()
+        data = base64.b64encode(_png(sheet, png_text(sheet.info))).decode()
         text = html.escape(", ".join(sample.title for sample in shown))
         more = f"<p>and {len(self) - len(shown)} more</p>" * (len(self) > len(shown))
         return (
@@ -184,13 +187,17 @@ class CascadeImages:
         )
 
     def sheet(self) -> Image.Image:
-        """A contact sheet of the final pictures, with prompts and seeds."""
+        """A contact sheet of the final pictures, with prompts and seeds.
+
+        Its PNG carries what they were drawn with, as a JSON list named ``if_pictures``.
+        """
         columns = min(len(self), SHEET_COLUMNS)
         cell_px = max(CELL_PX, min(self.final[0].width, SHEET_PX // columns))
         starts = range(0, len(self), columns)
         rows = [self[start : start + columns] for start in starts]
         captions = [[sample.title for sample in row] for row in rows]
-        return contact_sheet([row.final for row in rows], captions=captions, cell_px=cell_px)
+        sheet = contact_sheet([row.final for row in rows], captions=captions, cell_px=cell_px)
+        return Signed.of(sheet, sheet_texts(self.infos))
 
     def save(self, folder: str | Path) -> Path:
         """Write each stage's picture as ``000-a-prompt-seed0-stage_1.png``, and a contact sheet.
@@ -208,7 +215,7 @@ class CascadeImages:
         return folder / SHEET
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(picture: Image.Image, text: PngImagePlugin.PngInfo) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    picture.save(buffer, format="PNG", pnginfo=text)
     return buffer.getvalue()

@@ -1,9 +1,9 @@
 """Loading a cascade."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from diffusers import (
@@ -18,6 +18,7 @@ from adapters.bases import GUARDS, Source
 from adapters.budget import TEXT, limit, within
 from adapters.cascade import Cascade
 from adapters.errors import UserError
+from adapters.names import closest
 from adapters.placing import Placing
 from adapters.scales import Scale
 from unets.loading import PRECISIONS, Precision, automatic_precision, compute_dtype
@@ -25,13 +26,16 @@ from unets.loading import PRECISIONS, Precision, automatic_precision, compute_dt
 Chosen: TypeAlias = Literal["auto"] | Precision
 """The precision of a UNet, or what suits the device."""
 
+Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, Scale] | Mapping[Path, Scale]
+"""Exported folders or hub names, one or several, or these with the scale of each."""
+
 
 def load_cascade(
     stage_1: str | Path | None = None,
     stage_2: str | Path | None = None,
     stage_3: str | Path | None = None,
     *,
-    adapters: str | Path | Sequence[str | Path] | Mapping[str, Scale] | Mapping[Path, Scale] = (),
+    adapters: Adapters = (),
     scale: Scale = 1.0,
     originals: Literal["device", "cpu"] = "device",
     revision: str | None = None,
@@ -50,8 +54,8 @@ def load_cascade(
         stage_2: Stage II, likewise.
         stage_3: the x4 upscaler, likewise. It is guarded by the modules of the stage before it, as
             the published cascade's is.
-        adapters: exported folders or hub names (``owner/name@revision``) to merge, or these with
-            the scale of each, see :meth:`Cascade.add_adapter`.
+        adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
+            or these with the scale of each, see :meth:`Cascade.add_adapter`.
         scale: of adapters that are given without.
         originals: where the base's own values of the weights that adapters change are kept: beside
             the UNet, so that adapters are switched in milliseconds, or on the ``cpu``, which saves
@@ -81,8 +85,6 @@ def load_cascade(
         text encoder  T5EncoderModel                    0.5 M       float32    cpu
         guards        none
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     device = available(device)
     named = {1: stage_1, 2: stage_2, 3: stage_3}
     sources = {
@@ -90,14 +92,8 @@ def load_cascade(
         for number in (1, 2)
         if named[number] is not None
     }
-    if not sources:
-        raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
+    _check_options(sources, originals, memory, unets or {})
     everything = sources | ({} if stage_3 is None else {3: Source(str(stage_3), 3)})
-    if memory and unets:
-        raise UserError(
-            f"memory={memory!r} loads UNets itself, in precisions that fit; leave memory or unets"
-            " out."
-        )
     placing, precisions = _placed(everything, memory, dtype, device, text_encoder)
     stages, dtypes = {}, {}
     for number, source in sources.items():
@@ -120,11 +116,39 @@ def load_cascade(
         revision=revision,
         variant=variant,
     )
-    adapters = [adapters] if isinstance(adapters, str | Path) else adapters
-    scaled = adapters.items() if isinstance(adapters, Mapping) else ((a, scale) for a in adapters)
-    for folder, own_scale in scaled:
+    for folder, own_scale in _scaled(adapters, scale):
         cascade.add_adapter(folder, own_scale)
     return cascade
+
+
+def _check_options(
+    sources: Collection[int],
+    originals: str,
+    memory: str | None,
+    unets: Mapping[int, UNet2DConditionModel],
+) -> None:
+    """There is a stage to load, and options are known and go together."""
+    if not sources:
+        raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
+    if originals not in ("device", "cpu"):
+        raise UserError(f"originals must be device or cpu (got {originals!r}); choose one of them.")
+    if odd := sorted(unets.keys() - sources):
+        raise UserError(
+            f"unets has one for Stage {odd[0]}, which is not named; name its model too."
+        )
+    if memory and unets:
+        raise UserError(
+            f"memory={memory!r} loads UNets itself, in precisions that fit; leave memory or unets"
+            " out."
+        )
+
+
+def _scaled(adapters: Adapters, scale: Scale) -> Iterable[tuple[str | Path, Scale]]:
+    """Adapters with the scale of each."""
+    if isinstance(adapters, Mapping):
+        return adapters.items()
+    several = [adapters] if isinstance(adapters, str | Path) else adapters
+    return [(each, scale) for each in several]
 
 
 def _placed(
@@ -177,14 +201,21 @@ def _text(source: Source, precision: Precision, placing: Placing) -> IFPipeline:
 
 def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.device) -> Precision:
     """The precision of a stage's UNet."""
-    own = dtype if isinstance(dtype, str) else dtype.get(stage, "auto")
+    own = dtype.get(stage, "auto") if isinstance(dtype, Mapping) else dtype
+    names = ("auto", *get_args(Precision))
+    if own not in names:
+        raise UserError(f"The dtype {own!r} of Stage {stage} is none; {closest(str(own), names)}")
     return automatic_precision(device) if own == "auto" else own
 
 
 def available(name: str | torch.device) -> torch.device:
-    """The device of a name, once something has been placed on it."""
+    """The device of a name, once something has been placed on it; ``auto``: a GPU if there is."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        placed = torch.empty(0, device=name)
+        placed.cpu()  # meta and the like keep no values
+        return placed.device
     except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
         reason = str(error).partition("\n")[0]
         raise UserError(

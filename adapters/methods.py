@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+from adapters.conditioning import check_seeds
 from adapters.errors import UserError
 
 
@@ -67,8 +68,10 @@ class Combination:
         """Check the settings.
 
         Raises:
-            UserError: where the method is unknown, lacks a setting, or would ignore one.
+            UserError: where the method is unknown, lacks a setting, or would ignore one, or the
+                seed is none.
         """
+        check_seeds([self.seed])
         if self.method not in METHODS:
             raise UserError(f"method must be one of {', '.join(METHODS)} (got {self.method!r}).")
         asks = METHODS[self.method]

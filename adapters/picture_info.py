@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +15,12 @@ from adapters.version import __version__
 
 PICTURE_KEY = "if_picture"
 """The text chunk of a PNG that holds a :class:`PictureInfo` as JSON."""
+
+SHEET_KEY = "if_pictures"
+"""The text chunk of a contact sheet: a JSON list with what each of its pictures says."""
+
+PICTURE_TEXTS = ("prompt", "seed", PICTURE_KEY, SHEET_KEY)
+"""The texts that PNGs of this toolkit carry."""
 
 Value = TypeVar("Value")
 
@@ -98,11 +104,45 @@ class PictureInfo(BaseModel):
         used = {name: adapter for name, adapter in adapters.items() if adapter.scales}
         return self.model_copy(update={"stage": stage, "adapters": used, **by_stage})
 
-    def text(self) -> PngImagePlugin.PngInfo:
-        """It as the text chunks of a PNG: ``if_picture``, and plainly ``prompt`` and ``seed``."""
-        text = png_text(self.prompt, self.seed)
-        text.add_itxt(PICTURE_KEY, self.model_dump_json())
-        return text
+    @property
+    def texts(self) -> dict[str, str]:
+        """It as the texts of a PNG: ``if_picture``, and plainly ``prompt`` and ``seed``."""
+        return plain_texts(self.prompt, self.seed) | {PICTURE_KEY: self.model_dump_json()}
+
+
+class Signed(Image.Image):
+    """A picture whose PNG carries texts, wherever it is saved; what is made of it does not."""
+
+    @classmethod
+    def of(cls, picture: Image.Image, texts: Mapping[str, str]) -> "Signed":
+        """A copy of a picture, with texts."""
+        signed = cls()
+        signed.__setstate__(picture.__getstate__())
+        signed.info = dict(picture.info)
+        signed.info.update(texts)
+        return signed
+
+    def save(self, *place: Any, **params: Any) -> None:
+        """As Pillow does; a PNG with its texts where no others are given."""
+        super().save(*place, **{"pnginfo": png_text(self.info)} | params)
+
+
+def signed(
+    pictures: Mapping[int, Sequence[Image.Image]], infos: Sequence[PictureInfo]
+) -> dict[int, tuple[Signed, ...]]:
+    """Pictures by stage that carry what they were drawn with; ``infos`` are of their last stage."""
+    return {
+        stage: tuple(
+            Signed.of(picture, info.of_stage(stage).texts)
+            for picture, info in zip(drawn, infos, strict=True)
+        )
+        for stage, drawn in pictures.items()
+    }
+
+
+def sheet_texts(infos: Sequence[PictureInfo]) -> dict[str, str]:
+    """The texts of a contact sheet: what each of its pictures says, as a JSON list."""
+    return {SHEET_KEY: f"[{','.join(info.model_dump_json() for info in infos)}]"} if infos else {}
 
 
 def used_adapters(
@@ -122,12 +162,18 @@ def used_adapters(
     return {n: UsedAdapter(source=sources[n], scales=own) for n, own in on.items() if own}
 
 
-def png_text(prompt: str, seed: int) -> PngImagePlugin.PngInfo:
-    """Prompt and seed as text chunks of a PNG."""
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("prompt", prompt)
-    text.add_text("seed", str(seed))
-    return text
+def plain_texts(prompt: str, seed: int) -> dict[str, str]:
+    """Prompt and seed as texts of a PNG."""
+    return {"prompt": prompt, "seed": str(seed)}
+
+
+def png_text(texts: Mapping[Any, Any]) -> PngImagePlugin.PngInfo:
+    """The text chunks of a PNG; other entries of a picture's ``info`` are left out."""
+    chunks = PngImagePlugin.PngInfo()
+    for name in PICTURE_TEXTS:
+        if name in texts:
+            chunks.add_itxt(name, texts[name])
+    return chunks
 
 
 def read_picture_info(path: str | Path) -> PictureInfo:

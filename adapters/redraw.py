@@ -3,6 +3,7 @@
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -17,12 +18,12 @@ from PIL import Image
 
 from adapters.bases import PIPELINES
 from adapters.errors import UserError
-from adapters.reading import plain
+from adapters.reading import plain, read_picture
 from adapters.sampling import Sampling
 from adapters.scales import STAGES, Scale
 
-Given: TypeAlias = Image.Image | Sequence[Image.Image]
-"""One picture, or several."""
+Given: TypeAlias = Image.Image | str | Path | Sequence[Image.Image | str | Path]
+"""One picture or its file, or several."""
 
 Way: TypeAlias = Literal["text", "img2img", "inpaint"]
 """What pictures are drawn from."""
@@ -85,12 +86,12 @@ class Redraw:
         """Of one picture, or several, and as many masks or one.
 
         Args:
-            pictures: in any mode; what is transparent becomes white.
+            pictures: or their files, in any mode; what is transparent becomes white.
             masks: of the same size; ``None``: all is drawn anew.
             strength: above 0 up to 1, in all stages or by stage; ``None``: the pipelines' own.
 
         Raises:
-            UserError: where sizes differ, or the strength is out of range.
+            UserError: where one is no picture, sizes differ, or the strength is out of range.
         """
         images, covers = _several(pictures), () if masks is None else _several(masks)
         if len(covers) == 1:
@@ -136,7 +137,22 @@ def sharing(pipe: DiffusionPipeline, kind: type[DiffusionPipeline]) -> Diffusion
 
 
 def _several(given: Given) -> tuple[Image.Image, ...]:
-    return tuple(map(plain, [given] if isinstance(given, Image.Image) else given))
+    several: Sequence[object] = [given]
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        several = given
+    return tuple(map(_read, several))
+
+
+def _read(given: object) -> Image.Image:
+    """A picture, from its file where that is named."""
+    if isinstance(given, str | Path):
+        return read_picture(given)
+    if not isinstance(given, Image.Image):
+        raise UserError(
+            f"A picture to start from, or its mask, must be a PIL image or a file (got a"
+            f" {type(given).__name__}); convert it."
+        )
+    return plain(given)
 
 
 def _shares(strength: Scale | None) -> Mapping[int, float]:

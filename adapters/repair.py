@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters.errors import UserError, command_line
 from adapters.export import save_for_diffusers
-from adapters.files import check_place, replacing
+from adapters.files import check_out, replacing
 from adapters.formats import module_of, modules_of, read_adapter, scaling
 from adapters.hub import adapter_path
 from adapters.info import weights_file
@@ -58,7 +58,7 @@ def repair(path: Path, out: Path | None = None) -> str:
             " any spelling; load it with load_cascade or PEFT."
         )
     out = out or file.with_name(f"{file.stem}_repaired.safetensors")
-    check_place(out, folder=False)
+    check_out(out, "file")
     if out.exists() and out.samefile(file):
         raise UserError(f"--out {out} is the file to repair, which stays; name another.")
     lost = len(state) - len(arriving(file, config, state))

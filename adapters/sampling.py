@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from diffusers.pipelines.deepfloyd_if import (
     fast27_timesteps,
@@ -14,9 +14,18 @@ from diffusers.pipelines.deepfloyd_if import (
     super40_timesteps,
     super100_timesteps,
 )
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from adapters.names import name_in
+from adapters.errors import UserError
+from adapters.names import closest, name_in
 
 TIMESTEPS: Mapping[str, Sequence[int]] = MappingProxyType(
     {
@@ -35,11 +44,36 @@ TIMESTEPS: Mapping[str, Sequence[int]] = MappingProxyType(
 TIMESTEPS_OF = {"stage_1_steps": "stage_1_timesteps", "stage_2_steps": "stage_2_timesteps"}
 """The two fields that say how many steps a stage takes."""
 
+WHOLE = ("value_error", "extra_forbidden")
+"""The mistakes whose message says all."""
+
 Timesteps = Annotated[str, name_in(TIMESTEPS)]
 
 
+class SettingError(UserError, ValueError):
+    """A setting that is unknown or out of range, in one sentence."""
+
+    def __init__(self, error: ValidationError) -> None:
+        first = error.errors(include_url=False)[0]
+        self.field = str(first["loc"][0])
+        """The setting's name."""
+        said = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            said = f"unknown setting; {closest(self.field, list(Sampling.model_fields))}"
+        if said.startswith("unknown name") and "valid:" not in said:
+            said += f" (valid: {', '.join(TIMESTEPS)})"
+        found = "" if first["type"] in WHOLE else f" (got {first['input']!r})"
+        self.said = f"{said}{found}{'' if said.endswith('?') and not found else '.'}"
+        """What is wrong with it."""
+        super().__init__(f"{self.field}: {self.said}")
+
+
 class Sampling(BaseModel):
-    """Steps, guidance and noise level by stage; the defaults are the published pipelines' own."""
+    """Steps, guidance and noise level by stage; the defaults are the published pipelines' own.
+
+    Raises:
+        SettingError: a :class:`UserError` and ValueError, where one is unknown or out of range.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
@@ -69,6 +103,17 @@ class Sampling(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 8
     """How many pictures are sampled at a time; they do not depend on it, beyond rounding."""
 
+    if not TYPE_CHECKING:  # its fields are its arguments
+
+        def __init__(self, **given: Any) -> None:
+            try:
+                super().__init__(**given)
+            except ValidationError as error:
+                raise SettingError(error) from None
+
+        # validation in a recipe goes on without it, with all mistakes and their places
+        __init__.__pydantic_base_init__ = True
+
     @model_validator(mode="before")
     @classmethod
     def _count_timesteps(cls, given: Any) -> Any:
@@ -91,13 +136,13 @@ class Sampling(BaseModel):
         """These settings with some others, checked; steps and timesteps replace one another.
 
         Raises:
-            ValidationError: where one is unknown or out of range.
+            SettingError: where one is unknown or out of range.
         """
         kept = self.model_dump()
         for steps, timesteps in TIMESTEPS_OF.items():
             if changes.keys() & {steps, timesteps}:
                 del kept[steps], kept[timesteps]
-        return Sampling.model_validate(kept | changes)
+        return Sampling(**kept | changes)
 
     def timesteps(self, stage: int) -> Sequence[int] | None:
         """The named timesteps of a stage, descending; ``None``: evenly spaced ones."""

@@ -1,7 +1,5 @@
 """Writing the adapters of several stages as one folder that travels."""
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from peft import LoraConfig
 from adapters.card import write_card
 from adapters.errors import UserError
 from adapters.export import write_adapter
+from adapters.files import new_folder
 from adapters.merging import StageAdapter
 
 
@@ -22,22 +21,17 @@ def save_adapters(adapters: Mapping[int, StageAdapter], folder: Path) -> None:
         folder: a new or empty folder; it appears whole.
 
     Raises:
-        UserError: where there is something in it already, or one is no LoRA.
+        UserError: where there is something in it already, the disk refuses, or one is no LoRA.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"There is something at {folder} already; name a new folder.")
     for adapter in adapters.values():
         if not isinstance(adapter.config, LoraConfig):
             raise UserError(
                 f"{adapter.folder} is of the kind {adapter.kind}, and only LoRAs are written here;"
                 " copy the folder that it came from."
             )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".adapters-") as temporary:
-        new = Path(temporary) / "new"
+    with new_folder(folder) as new:
         for stage, adapter in adapters.items():
             write_adapter(replace(adapter, folder=new / f"stage_{stage}"))
         infos = [adapter.info for adapter in adapters.values() if adapter.info is not None]
         if infos:
             write_card(new, infos)
-        os.replace(new, folder)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from adapters.bases import Source, source_of
+from adapters.bases import LOADING_ERRORS, Source, source_of
 from adapters.errors import UserError
 from adapters.info import SIGNATURE_PARAMETERS, BaseSignature
 from adapters.names import listed
@@ -100,7 +100,10 @@ class StoredUNet:
     @cached_property
     def _blank(self) -> UNet2DConditionModel:
         config = UNet2DConditionModel.load_config(self.folder)
-        if config.get("_class_name") != UNet2DConditionModel.__name__:
+        if (
+            not isinstance(config, dict)
+            or config.get("_class_name") != UNet2DConditionModel.__name__
+        ):
             raise ValueError(f"its {CONFIG} is of no {UNet2DConditionModel.__name__}")
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config)
@@ -109,7 +112,7 @@ class StoredUNet:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, SafetensorError) as error:
+        except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"The UNet of {self.name} in {self.folder} cannot be read ({reason}); name a model"

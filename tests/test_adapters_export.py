@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from fnmatch import fnmatch
@@ -26,6 +27,7 @@ from adapters.info import NOTICE
 from adapters.kinds import AdapterSpec, adapter_parameters, adapter_state, attach
 from adapters.licence import licence_files
 from adapters.merging import StageAdapter
+from adapters.resize import main as resize
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_kinds import load_unet, output, unet_inputs
 
@@ -157,6 +159,23 @@ def test_kinds_that_diffusers_lacks_reach_it_as_a_lora(
     info = StageAdapter.load(exported.folder / "pytorch_lora_weights.safetensors").info
     assert info.approximation_error == exported.approximation.error
     assert (info.spec.kind, info.spec.rank) == ("lora", spec.rank)
+
+
+def test_the_message_says_how_to_make_a_lora_of_another_rank(
+    random_cascade: RandomCascade, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, spec = base_of(random_cascade, 1), AdapterSpec(kind="loha", rank=2)
+    message = export(trained_unet(base, spec), tmp_path, base, 1, spec).message
+    found = re.search(r"`python -m adapters\.resize (.*)`", message)
+    assert found is not None
+    given = {"BASE": str(base), "N": "3", "NEW": str(tmp_path / "new")}
+    resize([given.get(word, word) for word in found[1].split()])
+    assert "loha" in capsys.readouterr().out
+    small = StageAdapter.load_all(tmp_path / "new")[0]
+    assert (small.info.spec.kind, small.info.spec.rank) == ("lora", 3)
+    pipe = PIPELINES[1].from_pretrained(base, text_encoder=None)
+    pipe.load_lora_weights(small.folder)
+    assert updates(pipe.unet).keys() == set(small.modules)
 
 
 @pytest.mark.parametrize("spec", PEFT_SPECS, ids=name_of)

@@ -81,20 +81,59 @@ def test_scale_zero_is_the_base(
         (["--stage-1", "x/y", "--noise-level", "-1"], "--noise-level: Input should be greater"),
         (["--stage-1", "x/y", "--device", "foo"], "device 'foo' cannot be used"),
         (["--stage-1", "x/y", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--stage-1", "x/y", "--device", "meta"], "device 'meta' cannot be used"),
+        (["--stage-1", "x/y", "--seed", "-1"], "whole number from 0 to 18446744073709551615"),
+        (["--stage-1", "x/y", "--seed", str(2**64)], "(got 18446744073709551616)"),
+        (["--stage-1", "x/y", "--prompt", "a\udcff"], "has a byte in it that is no UTF-8"),
         (["--stage-1", "x/y", "--memory", "6GB", "--device", "cpu"], "is about a GPU"),
-        (["--stage-1", "x/y", "--out", __file__], "is a file where a folder is to be written"),
-        (["--stage-1", "x/y", "--out", f"{__file__}/pictures"], "Nothing can be written to"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(
     arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["--prompt", "a cat", "--out", str(tmp_path), *arguments])
+        main([*arguments, "--prompt", "a cat", "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert sentence in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("{file}", "must be a folder, but is a file"),
+        ("{file}/below", "cannot be written (Not a directory)"),
+        ("/proc/x", "/proc/x cannot be written (No such file or directory)"),
+        ("{file}" + "x" * 300, "cannot be written (File name too long)"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    place: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("adapters.generate.load_cascade", refuse)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as caught:
+        main(["--stage-1", "x/y", "--prompt", "a", "--out", place.format(file=tmp_path / "file")])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_the_disk_refuses_later_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, command_line():
+        Path("/proc/x/y").mkdir()
+    assert caught.value.code == 2
+    assert "error: The system refused ([Errno 2] No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -105,8 +144,7 @@ def test_mistakes_are_one_sentence_and_exit_2(
         (["--noise-level", "1000"], "noise_level is 1000, but this cascade allows 999"),
         (["--stage-3-noise-level", "351"], "stage_3_noise_level is 351, but this cascade allows 3"),
         (["--variant", "fp16"], "check its name, revision and variant"),
-        (["--seed", str(2**64)], "Seeds are whole numbers from 0 to 2^63 - 1"),
-        (["--seed", "-1"], "Seeds are whole numbers from 0 to 2^63 - 1"),
+        (["--seed", str(2**64 - 1), "--images-per-prompt", "2"], "(got 18446744073709551616)"),
         (["--stage-2-prompt", "a", "--stage-2-prompt", "b"], "one for each of the 1 (got 2)"),
     ],
 )

@@ -269,7 +269,7 @@ def snapshot_of(folder: Path) -> dict[Path, bytes]:
         ("--base {other}", "was trained on Stage 1 of .*, not of .*sample_size is 32, not 16"),
         ("--base {stage_2} --stage 1", "is an adapter of Stage 1, and there is no base of that"),
         ("--out {out}/taken", "taken is there already and stays as it is"),
-        ("--out {out}/taken/file/x", "cannot be written .*File exists"),
+        ("--out {out}/taken/file/x", "cannot be written .*Not a directory"),
         ("{foreign}", "fits no UNet here"),
     ],
 )

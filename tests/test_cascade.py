@@ -1,8 +1,11 @@
 """The cascade draws what the published pipelines draw, and adapters go in and out of it cleanly."""
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from adapters.bases import Source
 from adapters.errors import UserError
 from adapters.kinds import AdapterSpec
 from adapters.sampling import Sampling
+from adapters.stored import StoredUNet
 from tests.random_cascade import RandomCascade, save_random_cascade
 from tests.test_adapters_export import export, trained_unet
 
@@ -475,3 +479,120 @@ def test_threads_draw_what_each_draws_alone(random_cascade: RandomCascade) -> No
     expected = [drawn(prompt) for prompt in prompts]
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(drawn, prompts)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dtype": "fp99"}, "dtype 'fp99' of Stage 1 is none; did you mean fp32"),
+        ({"dtype": torch.float16}, "dtype torch.float16 of Stage 1 is none"),
+        ({"originals": "disk"}, r"originals must be device or cpu \(got 'disk'\)"),
+        ({"unets": {2: None}}, "unets has one for Stage 2, which is not named"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
+    ],
+)
+def test_what_cannot_be_loaded(
+    random_cascade: RandomCascade, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_cascade(random_cascade.stage_1, **({"device": "cpu"} | options))
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_adapter_is_given_as_it_is(
+    random_cascade: RandomCascade, adapter: Path, kind: type
+) -> None:
+    cascade = load_cascade(random_cascade.stage_1, adapters=kind(adapter), device="cpu")
+    assert list(cascade.sources.values()) == [str(adapter)]
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "sentence"),
+    [
+        ("model_index.json", None, "model_index.json must be a JSON object .got a list"),
+        ("model_index.json", {"unet": 3}, "cannot be loaded"),
+        ("model_index.json", {"safety_checker": 3}, "cannot be loaded"),
+        ("unet/config.json", None, "unet/config.json must be a JSON object .got a list"),
+        ("unet/config.json", {"block_out_channels": 3}, "cannot be loaded"),
+        (
+            "scheduler/scheduler_config.json",
+            {"num_train_timesteps": "many"},
+            "num_train_timesteps in its scheduler/.* must be a whole number .got 'many'",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"dynamic_thresholding_ratio": [1]},
+            r"dynamic_thresholding_ratio in its scheduler/.* must be a number .got \[1\]",
+        ),
+    ],
+)
+def test_a_damaged_configuration_is_said(
+    random_cascade: RandomCascade,
+    tmp_path: Path,
+    file: str,
+    changes: dict[str, Any] | None,
+    sentence: str,
+) -> None:
+    base = tmp_path / "base"
+    copytree(random_cascade.stage_1, base)
+    content = json.loads((base / file).read_text())
+    (base / file).write_text(json.dumps([1] if changes is None else content | changes))
+    with pytest.raises(UserError, match=sentence):
+        load_cascade(base, device="cpu", text_encoder=False)
+    if file == "unet/config.json":
+        with pytest.raises(UserError, match=r"The UNet of .* cannot be read"):
+            _ = StoredUNet.find(str(base / "unet")).weights
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "sentence"),
+    [
+        (None, {}, r"A prompt must be a text \(got None\)"),
+        (["a cat", 3], {}, r"A prompt must be a text \(got 3\)"),
+        ("a \udcff", {}, "byte in it that is no UTF-8"),
+        ("a cat", {"negative_prompt": "\udcff"}, "byte in it that is no UTF-8"),
+        ("a cat", {"sampling": {}}, r"sampling must be a Sampling\(...\) \(got {}\)"),
+        ("a cat", {"seed": -1}, r"A seed must be a whole number from 0 .* \(got -1\)"),
+        ("a cat", {"seed": "1"}, r"A seed must be a whole number from 0 .* \(got '1'\)"),
+        ("a cat", {"seed": 2**64}, rf"\(got {2**64}\)"),
+        ("a cat", {"seed": 2**64 - 1, "images_per_prompt": 2}, rf"\(got {2**64}\)"),
+    ],
+)
+def test_what_cannot_be_drawn(
+    cascade: Cascade, prompt: Any, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        cascade(prompt, **({"sampling": FEW_STEPS, "progress": False} | options))
+
+
+def test_every_seed_of_a_generator_draws(cascade: Cascade) -> None:
+    embeds = cascade.encode([PROMPT] * 2)
+    seeds = np.array([0, 2**64 - 1], np.uint64)
+    images = cascade.sample(embeds, embeds, seeds=seeds, sampling=FEW_STEPS, progress=False)
+    assert images.seeds == (0, 2**64 - 1)
+    assert not torch.equal(*images.low_res)
+
+
+@pytest.mark.parametrize(
+    ("low_res", "sentence"),
+    [
+        (np.zeros((1, 3, 16, 16)), r"floating-point numbers .* \(got ndarray\)"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"\(got torch.uint8 \[1, 3, 16, 16\]\)"),
+        (
+            torch.zeros(1, 1, 16, 16),
+            r"\[pictures, 3, 16, 16\] \(got torch.float32 \[1, 1, 16, 16\]\)",
+        ),
+        (
+            torch.zeros(1, 3, 32, 32),
+            r"\[pictures, 3, 16, 16\] \(got torch.float32 \[1, 3, 32, 32\]\)",
+        ),
+        (torch.zeros(3, 16, 16), r"\[pictures, 3, 16, 16\] \(got torch.float32 \[3, 16, 16\]\)"),
+        (torch.zeros(1, 3, 0, 16), r"\(got torch.float32 \[1, 3, 0, 16\]\)"),
+        (torch.full((1, 3, 16, 16), 255.0), r"low_res must be in \[-1, 1\] \(got 255 to 255\)"),
+        (torch.full((1, 3, 16, 16), float("nan")), r"low_res must be in \[-1, 1\] \(got nan"),
+    ],
+)
+def test_what_cannot_be_enlarged(cascade: Cascade, low_res: Any, sentence: str) -> None:
+    embeds = cascade.encode([PROMPT])
+    with pytest.raises(UserError, match=sentence):
+        cascade.sample(embeds, embeds, seeds=[0], low_res=low_res, sampling=FEW_STEPS)

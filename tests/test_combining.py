@@ -173,7 +173,7 @@ def test_a_combination_travels(
     inputs = unet_inputs(pipe.unet)
     merged = output(cascade.stages[1].unet, inputs)
     torch.testing.assert_close(output(pipe.unet.eval(), inputs), merged, rtol=0, atol=1e-4)
-    with pytest.raises(UserError, match="There is something at"):
+    with pytest.raises(UserError, match="is there already and stays as it is"):
         cascade.save_adapter(both, tmp_path / "both")
 
 
@@ -271,7 +271,10 @@ def test_a_scale_of_zero_takes_no_part(
         (["{dog}=0", "--out", "new"], "nothing to combine"),
         (["{dog}", "{dora}", "--out", "new"], "is more than the factors"),
         (["{dog}", "{other}", "--out", "new"], "were trained on different bases"),
-        (["{dog}", "{style}", "--out", "{dog}"], "There is something at"),
+        (["{dog}", "{style}", "--out", "{dog}"], "is there already and stays as it is"),
+        (["nowhere", "--out", "{dog}"], "is there already and stays as it is"),
+        (["{dog}", "--seed", "-1", "--out", "new"], "A seed must be a whole number from 0"),
+        (["{dog}", "{style}", "--out", "/proc/x"], "/proc/x cannot be written"),
         (["{dog}", "{style}", "--out", "new", "--device", "cuda:99"], "'cuda:99' cannot be used"),
     ],
 )

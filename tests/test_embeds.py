@@ -1,7 +1,9 @@
 """Text encodings as a file: made where the text encoder is, used where there is none."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import numpy as np
 import pytest
@@ -63,6 +65,16 @@ def test_encodings_of_the_command_line_are_the_pipelines(
     for prompt in PROMPTS:
         expected, _ = pipe.encode_prompt(prompt, False, clean_caption=True)
         assert torch.equal(embeds[prompt], expected[0])
+
+
+def test_stage_2_encodes_with_a_text_encoder_of_its_own(
+    random_cascade: RandomCascade, file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "one.safetensors"
+    encode(
+        [str(random_cascade.stage_2), "--prompt", PROMPTS[1], "--device", "cpu", "--out", str(out)]
+    )
+    assert torch.equal(load_embeds(out)[PROMPTS[1]], load_embeds(file)[PROMPTS[1]])
 
 
 def test_encoding_loads_nothing_but_the_text_encoder(
@@ -128,6 +140,16 @@ def test_encodings_that_do_not_fit_are_said(no_encoder: Cascade) -> None:
         UserError, match=r"lead away from must be one for each of the 3 seeds \(got 2\)"
     ):
         sample(32, 5, 3, 3)
+    for shape, sentence in (((2, 32), r"\[2, 32\]"), ((1, 2, 5, 32), r"\[1, 2, 5, 32\]")):
+        with pytest.raises(
+            UserError, match=rf"\[pictures, tokens, width\] \(got torch.float32 {sentence}"
+        ):
+            no_encoder.sample(torch.zeros(shape), torch.zeros(2, 5, 32), seeds=range(2))
+    with pytest.raises(UserError, match=r"must each be \[tokens, width\], .* \[1, 5, 32\]"):
+        no_encoder("a", embeds=dict.fromkeys(("a", ""), torch.zeros(1, 5, 32)))
+    broken = torch.full((2, 5, 32), float("nan"))
+    with pytest.raises(UserError, match="away from have values that are no finite numbers"):
+        no_encoder.sample(torch.zeros(2, 5, 32), broken, seeds=range(2))
     with pytest.raises(UserError, match="nothing to draw"):
         no_encoder.sample(torch.zeros(0, 5, 32), torch.zeros(0, 5, 32), seeds=[])
 
@@ -135,9 +157,16 @@ def test_encodings_that_do_not_fit_are_said(no_encoder: Cascade) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda embeds: embeds[:, 0], "finite numbers of the shape"),
-        (lambda embeds: embeds * torch.nan, "finite numbers of the shape"),
-        (lambda embeds: embeds.int(), "finite numbers of the shape"),
+        (
+            lambda embeds: embeds[:, 0],
+            r"\[pictures, tokens, width\] \(got torch.float32 \[1, 32\]\)",
+        ),
+        (lambda embeds: embeds * torch.nan, "have values that are no finite numbers"),
+        (
+            lambda embeds: embeds.int(),
+            r"floating-point numbers .* \(got torch.int32 \[1, 7, 32\]\)",
+        ),
+        (lambda embeds: embeds.tolist(), r"floating-point numbers .* \(got list\)"),
     ],
 )
 def test_encodings_that_are_none_are_said(
@@ -146,13 +175,6 @@ def test_encodings_that_are_none_are_said(
     embeds = torch.randn(1, 7, no_encoder.stages[1].unet.config.encoder_hid_dim)
     with pytest.raises(UserError, match=sentence):
         no_encoder.sample(change(embeds), embeds, seeds=[0])
-
-
-@pytest.mark.parametrize("low_res", [torch.full((1, 3, 16, 16), 200.0), torch.zeros(1, 4, 16, 16)])
-def test_low_res_pictures_that_are_none_are_said(no_encoder: Cascade, low_res: Tensor) -> None:
-    embeds = torch.randn(1, 7, no_encoder.stages[1].unet.config.encoder_hid_dim)
-    with pytest.raises(UserError, match="low_res pictures are finite numbers"):
-        no_encoder.sample(embeds, embeds, seeds=[0], low_res=low_res)
 
 
 def test_a_file_that_is_none_is_said(tmp_path: Path) -> None:
@@ -186,9 +208,20 @@ def test_mistakes_of_the_command_lines(
 ) -> None:
     out = ["--prompt", "a dog", "--out", str(tmp_path / "out")]
     base = ["--stage-1", str(random_cascade.stage_1)]
+    model = [str(random_cascade.stage_1)]
+    no_text = tmp_path / "no_text"
+    copytree(random_cascade.stage_2, no_text, ignore=ignore_patterns("text_encoder"))
+    index = json.loads((no_text / "model_index.json").read_text())
+    none = json.dumps(index | {"text_encoder": [None, None]})
+    (no_text / "model_index.json").write_text(none)
     for run, arguments, sentence in (
         (encode, ["no/such/place", *out], "'no/such/place' is neither a folder"),
-        (encode, [str(random_cascade.stage_2), *out], "needs a model of class IFPipeline"),
+        (encode, [str(random_cascade.stage_3), *out], "is a StableDiffusionUpscalePipeline"),
+        (encode, [str(no_text), *out], "has no text encoder of its own; name Stage I"),
+        (encode, [*model, *out[:2], "--out", str(tmp_path)], "must be a file, but is a folder"),
+        (encode, [*model, *out[:2], "--out", "/proc/x"], "/proc/x cannot be written ("),
+        (encode, [*model, "--prompt", "a\udcff", *out[2:]], "has a byte in it that is no UTF-8"),
+        (encode, [*model, *out, "--device", "meta"], "device 'meta' cannot be used"),
         (generate, [*base, *out, "--embeds", "nowhere"], "nowhere cannot be read"),
         (generate, [*base, *out, "--embeds", str(file)], "no encoding of 'a dog'"),
     ):

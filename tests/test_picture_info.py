@@ -1,7 +1,10 @@
 """A saved picture says all that it was drawn with, and can be drawn anew from that."""
 
+import io
 import json
 import pickle
+import re
+from base64 import b64decode
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,10 @@ import pytest
 from PIL import Image
 
 from adapters import Cascade, Sampling, UserError, load_cascade, read_picture_info
+from adapters.card import samples_of, save_samples
 from adapters.generate import main as generate
 from adapters.kinds import AdapterSpec
-from adapters.picture_info import PICTURE_KEY, UsedAdapter
+from adapters.picture_info import PICTURE_KEY, SHEET_KEY, PictureInfo, UsedAdapter
 from adapters.version import __version__
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_export import export, trained_unet
@@ -131,6 +135,35 @@ def test_a_single_picture_is_saved_as_png(cascade: Cascade, tmp_path: Path) -> N
     sample.save(tmp_path / "deep" / "cat.png")
     saved = Image.open(tmp_path / "deep" / "cat.png")
     assert np.array_equal(pixels(saved), pixels(sample.final))
+
+
+def test_every_picture_says_what_it_was_drawn_with(cascade: Cascade, tmp_path: Path) -> None:
+    images = cascade("a cat", images_per_prompt=2, sampling=FEW, progress=False)
+    sample = images[1]
+    assert sample.info is not None
+    images.final[1].save(tmp_path / "plain.png")
+    pickle.loads(pickle.dumps(images)).stage_1[1].save(tmp_path / "pickled.png")
+    (tmp_path / "shown.png").write_bytes(sample._repr_png_())
+    (tmp_path / "shown_plain.png").write_bytes(images.final[1]._repr_png_())
+    for name, stage in (("plain", 3), ("pickled", 1), ("shown", 3), ("shown_plain", 3)):
+        assert read_picture_info(tmp_path / f"{name}.png") == sample.info.of_stage(stage)
+    images.final[1].save(tmp_path / "other.jpg")
+    assert Image.open(tmp_path / "other.jpg").size == images.final[1].size
+    inline = re.search(r"base64,([^\"]+)", images._repr_html_())
+    assert inline is not None
+    for sheet in (images.save(tmp_path / "saved"), io.BytesIO(b64decode(inline[1]))):
+        said = json.loads(Image.open(sheet).text[SHEET_KEY])
+        assert [PictureInfo.model_validate(one, strict=False) for one in said] == [*images.infos]
+
+
+def test_a_cards_samples_say_what_they_were_drawn_with(cascade: Cascade, tmp_path: Path) -> None:
+    images = cascade("a cat", sampling=FEW, progress=False)
+    folder = tmp_path / "adapters"
+    save_samples(folder, {"a cat": images.final[0]})
+    assert read_picture_info(folder / "samples" / "00.png") == images.infos[0]
+    (folder / "README.md").write_text("![a cat](samples/00.png) a cat\n")
+    save_samples(folder, samples_of(folder))
+    assert read_picture_info(folder / "samples" / "00.png") == images.infos[0]
 
 
 def test_what_says_nothing_is_said(tmp_path: Path) -> None:

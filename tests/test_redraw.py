@@ -333,6 +333,23 @@ def test_mistakes_are_said(
         cascade(["a cat", "a dog"], redraw=Redraw.of(starts, covers, strength), sampling=FEW)
 
 
+def test_a_picture_is_given_as_its_file_too(cascade: Cascade, tmp_path: Path) -> None:
+    picture().save(tmp_path / "start.png")
+    drawn = img2img(cascade, picture())
+    for given in (tmp_path / "start.png", str(tmp_path / "start.png")):
+        again = img2img(cascade, given)
+        assert np.array_equal(pixels(again.final[0]), pixels(drawn.final[0]))
+    with pytest.raises(UserError, match=r"nowhere\.png cannot be read"):
+        cascade.img2img("nowhere.png", "a cat")
+    with pytest.raises(UserError, match=r"must be a PIL image or a file \(got a ndarray\)"):
+        cascade.img2img(np.zeros((8, 8, 3)), "a cat")
+
+
+def test_inpainting_without_a_mask_is_no_img2img(cascade: Cascade) -> None:
+    with pytest.raises(UserError, match="There is no mask; give one, or call img2img"):
+        cascade.inpaint(picture(), None, "a cat")
+
+
 def test_the_command_line_redraws(random_cascade: RandomCascade, tmp_path: Path) -> None:
     start, mask = tmp_path / "start.png", tmp_path / "mask.png"
     picture().save(start)
@@ -382,8 +399,3 @@ def test_mistakes_of_the_command_line(
     assert sentence in error
     assert error.count("\n") == 1
     assert not Path("drawn").exists()
-
-
-def test_inpainting_without_a_mask_is_no_img2img(cascade: Cascade) -> None:
-    with pytest.raises(UserError, match="inpaint needs a mask"):
-        cascade.inpaint(Image.new("RGB", (32, 32)), None, "a cat")

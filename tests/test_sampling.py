@@ -1,6 +1,7 @@
 """Sampling settings: upstream's respaced timesteps by name, in every place where settings are."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
 from diffusers.pipelines import deepfloyd_if
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from adapters import Cascade, Sampling, UserError, load_cascade
 from adapters.generate import main as generate
@@ -63,10 +64,41 @@ def test_named_timesteps_decide_on_the_steps() -> None:
     assert Sampling(stage_1_timesteps="smart50", stage_1_steps=50).stage_1_steps == 50
     assert Sampling.model_validate_json(SPACED.model_dump_json()) == SPACED
     for steps in (100, 26):
-        with pytest.raises(ValidationError, match="fast27 has 27 steps: leave this out"):
+        with pytest.raises(UserError, match="fast27 has 27 steps: leave this out"):
             Sampling(stage_1_timesteps="fast27", stage_1_steps=steps)
-    with pytest.raises(ValidationError, match=r"unknown name 'fast72'; did you mean fast27\?"):
+    with pytest.raises(UserError, match=r"unknown name 'fast72'; did you mean fast27\?"):
         Sampling(stage_2_timesteps="fast72")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"stage_1_timesteps": "none"},
+            "stage_1_timesteps: unknown name 'none'; valid: fast27, smart27, smart50, smart100,"
+            " smart185, super27, super40, super100.",
+        ),
+        ({"stage_1_timesteps": "fast99"}, f"did you mean fast27? (valid: {', '.join(TIMESTEPS)})."),
+        ({"noise_level": -1}, "noise_level: Input should be greater than or equal to 0 (got -1)."),
+        ({"noise_levl": 3}, "noise_levl: unknown setting; did you mean noise_level?"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(settings: dict[str, Any], sentence: str) -> None:
+    for make in (Sampling, Sampling().but):
+        with pytest.raises(UserError) as caught:
+            make(**settings)
+        assert str(caught.value).endswith(sentence)
+        assert isinstance(caught.value, ValueError)
+
+
+def test_validation_still_tells_all_mistakes_and_their_places() -> None:
+    class Section(BaseModel):
+        sampling: Sampling
+
+    with pytest.raises(ValidationError) as caught:
+        Section.model_validate({"sampling": {"stage_1_steps": 0, "noise_level": -1}})
+    places = [mistake["loc"] for mistake in caught.value.errors()]
+    assert places == [("sampling", "stage_1_steps"), ("sampling", "noise_level")]
 
 
 def test_steps_and_timesteps_replace_one_another() -> None:
@@ -76,7 +108,7 @@ def test_steps_and_timesteps_replace_one_another() -> None:
     assert fewer.but(stage_1_timesteps="fast27") == SPACED
     assert SPACED.but() == SPACED
     assert SPACED.but(noise_level=3).noise_level == 3
-    with pytest.raises(ValidationError, match="leave this out"):
+    with pytest.raises(UserError, match="leave this out"):
         SPACED.but(stage_1_timesteps="fast27", stage_1_steps=3)
 
 
