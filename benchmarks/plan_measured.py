@@ -3,9 +3,10 @@
     python -m benchmarks.plan_measured [--model FOLDER] [--out FOLDER] [--only 1-bf16-4,2-nf4-1]
 
 Random weights of the published sizes, made in ``--model`` where they are not there. A configuration
-is a stage, the base's precision, the batch size and, with a ``c``, gradient checkpointing. Measured
-is PyTorch's peak of reserved memory from the first step on; predicted is ``Footprint.reserved``,
-found out without weights. Writes ``plan_measured.md`` and ``.json``.
+is a stage, the base's precision, the batch size and, with a ``c``, gradient checkpointing; with a
+``t``, ``torch.compile``, which takes minutes and is measured only where ``--only`` names it.
+Measured is PyTorch's peak of reserved memory from the first step on; predicted is
+``Footprint.reserved``, found out without weights. Writes ``plan_measured.md`` and ``.json``.
 """
 
 import argparse
@@ -56,12 +57,13 @@ class Configuration:
     precision: str
     batch_size: int
     gradient_checkpointing: bool
+    compiled: bool
 
     @classmethod
     def of(cls, name: str) -> "Configuration":
         """From a name such as ``1-nf4-4c``."""
         stage, precision, batch = name.split("-")
-        return cls(name, int(stage), precision, int(batch.rstrip("c")), batch.endswith("c"))
+        return cls(name, int(stage), precision, int(batch.rstrip("ct")), "c" in batch, "t" in batch)
 
     def recipe(self, model: Path) -> Recipe:
         """A recipe that trains so."""
@@ -100,6 +102,8 @@ def measure(configuration: Configuration, model: Path) -> dict[str, Any]:
     predicted = rehearsal.footprint()
     batch = random_batch(rehearsal.batch(configuration.batch_size), device)
     trainee = load_trainee(recipe, stage, device)
+    if configuration.compiled:
+        trainee.compile()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -146,8 +150,8 @@ def table(results: dict[str, dict[str, Any]], about: str) -> str:
     lines = [
         about,
         "",
-        "| stage-precision-batch (c: checkpointed) | predicted, GiB | reserved | off by |"
-        " allocated | ms a step | TFLOP/s |",
+        "| stage-precision-batch (c: checkpointed, t: compiled) | predicted, GiB | reserved |"
+        " off by | allocated | ms a step | TFLOP/s |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, run in results.items():

@@ -4,12 +4,13 @@
 
 Sizes: ``if_unets.json``. The text encoder has T5-XXL's width but a single layer, as measurements
 of training read cached encodings, unless ``--t5-xxl`` asks for all of it; its tokenizer is the
-embedded cascade's.
+embedded cascade's. The safety checker, of the published size too, flags no picture.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -21,7 +22,16 @@ from diffusers import (
     StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
 )
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from tests.random_cascade import clip_tokenizer
 
@@ -32,6 +42,16 @@ UPSCALER = "x4-upscaler"
 
 T5_XXL = {"vocab_size": 32128, "d_ff": 10240, "num_heads": 64, "num_layers": 24}
 """T5 v1.1 XXL's encoder; its width is the UNets' ``encoder_hid_dim``."""
+
+CLIP_VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+"""The safety checker's ViT-L/14."""
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -67,6 +87,21 @@ def random_text_encoder(config: T5Config, device: str, dtype: torch.dtype) -> T5
         torch.set_default_dtype(default)
 
 
+def random_guards(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """A safety checker with random weights, what it needs, and the watermarker."""
+    with torch.device(device):
+        checker = IFSafetyChecker(CLIPConfig(vision_config=CLIP_VISION))
+        for head in (checker.p_head, checker.w_head):
+            torch.nn.init.constant_(head.bias, -1e4)
+    watermarker = IFWatermarker()
+    watermarker.watermark_image.fill_(255)
+    return {
+        "safety_checker": checker.to(device, dtype),
+        "feature_extractor": CLIPImageProcessor(),
+        "watermarker": watermarker,
+    }
+
+
 def save_random_model(
     folder: Path,
     name: str,
@@ -90,10 +125,7 @@ def save_random_model(
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
         "unet": random_unet(name, device, dtype),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "watermarker": None,
-        "requires_safety_checker": False,
+        **random_guards(device, dtype),
     }
     if "class_embed_type" in config:
         IFSuperResolutionPipeline(
