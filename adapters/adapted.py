@@ -20,7 +20,7 @@ from adapters.methods import Combination
 from adapters.mixing import MergedAdapters
 from adapters.saving import save_adapters
 from adapters.scales import Scale, by_stage
-from unets.graphs import Replayed
+from unets.graphs import GraphMemory, Replayed
 
 Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
 
@@ -60,8 +60,9 @@ class AdaptedStages:
     """The UNets' forward passes: on a GPU one CUDA graph for each size of batch."""
 
     def __post_init__(self) -> None:
+        memory = GraphMemory()  # whoever draws holds the lock: one stage at a time
         self.recorded = {
-            number: Replayed(partial(_predict, pipe.unet), f"Stage {number}'s UNet")
+            number: Replayed(partial(_predict, pipe.unet), f"Stage {number}'s UNet", memory=memory)
             for number, pipe in self.stages.items()
         }
         self.merged = {

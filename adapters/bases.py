@@ -128,11 +128,13 @@ class Source:
         """Whether its pictures are guarded by IF's own."""
         return self._class_of("safety_checker") == IFSafetyChecker.__name__
 
-    def blank_safety_checker(self) -> IFSafetyChecker:
-        """Its safety checker without values, on the meta device."""
+    def guard_weights(self, dtype: torch.dtype) -> list[Tensor]:
+        """The weights of its safety checker without values; none where it has no such."""
+        if not self.has_safety_checker:
+            return []
         config = self.load(CLIPConfig.from_pretrained, subfolder="safety_checker")
         with torch.device("meta"):
-            return SafetyChecker(config)
+            return list(SafetyChecker(config).to(dtype).state_dict().values())
 
     def unet(self, precision: str, device: torch.device) -> UNet2DConditionModel:
         """The stage's UNet, frozen, in a precision of :func:`unets.loading.empty_unet`."""

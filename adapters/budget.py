@@ -197,16 +197,10 @@ def _text_encoder(source: Source, precision: Precision) -> Part:
 def _stage(source: Source, name: str, precision: Precision, tokens: int) -> Part:
     """A stage's UNet, which sees each picture with its unguided twin."""
     unet = blank_unet(source.unet_config, precision, GPU)
-    weights, dtype = [*unet.state_dict().values(), *_guard(source)], compute_dtype(precision, GPU)
+    dtype = compute_dtype(precision, GPU)
+    weights = [*unet.state_dict().values(), *source.guard_weights(dtype)]
     inputs = _unet_inputs(unet, source.picture_size_px, tokens, unet.config.encoder_hid_dim, dtype)
     return Part(name, total_bytes(weights), _working(unet, weights, inputs))
-
-
-def _guard(source: Source) -> list[Tensor]:
-    """The weights of a stage's safety checker, where it has one."""
-    if not source.has_safety_checker:
-        return []
-    return list(source.blank_safety_checker().to(torch.bfloat16).state_dict().values())
 
 
 def _upscaler(source: Source, below: Source) -> Part:
@@ -220,7 +214,7 @@ def _upscaler(source: Source, below: Source) -> Part:
         text = CLIPTextModel(source.load(CLIPTextConfig.from_pretrained, subfolder="text_encoder"))
     models = [nn.Module.to(model, torch.bfloat16).eval() for model in (unet, vae, text)]
     weights = [weight for model in models for weight in model.state_dict().values()]
-    weights += _guard(below)
+    weights += below.guard_weights(torch.bfloat16)
     tokens, width = text.config.max_position_embeddings, text.config.hidden_size
     inputs = _unet_inputs(unet, size_px, tokens, width, torch.bfloat16)
 

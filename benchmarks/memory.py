@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = options.model / f"stage_{number}"
         if not (folder / "model_index.json").exists():
             command = [sys.executable, "-m", "benchmarks.random_model", str(folder)]
-            whole = ["--t5-xxl"] if number == 1 else []
+            whole = ["--guarded", *(["--t5-xxl"] if number == 1 else [])]
             subprocess.run([*command, "--unet", name, *whole], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory(dir=options.out) as scratch:
         overrides = [

@@ -4,7 +4,8 @@
 
 Sizes: ``if_unets.json``. The text encoder has T5-XXL's width but a single layer, as measurements
 of training read cached encodings, unless ``--t5-xxl`` asks for all of it; its tokenizer is the
-embedded cascade's. The safety checker, of the published size too, flags no picture.
+embedded cascade's. ``--guarded`` adds a safety checker of the published size, which flags no
+picture, and the watermarker.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from adapters.bases import GUARDS
 from tests.random_cascade import clip_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +111,7 @@ def save_random_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     t5_xxl: bool = False,
+    guarded: bool = False,
 ) -> None:
     """Write one stage as a folder that its pipeline's ``from_pretrained`` loads."""
     config = UNETS[name]
@@ -125,7 +128,8 @@ def save_random_model(
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
         "unet": random_unet(name, device, dtype),
-        **random_guards(device, dtype),
+        **(random_guards(device, dtype) if guarded else dict.fromkeys(GUARDS)),
+        "requires_safety_checker": guarded,
     }
     if "class_embed_type" in config:
         IFSuperResolutionPipeline(
@@ -198,11 +202,18 @@ def main() -> None:
     parser.add_argument("--unet", required=True, choices=sizes)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--t5-xxl", action="store_true", help="with the whole text encoder")
+    parser.add_argument("--guarded", action="store_true", help="with safety checker and watermark")
     options = parser.parse_args()
     if options.unet == UPSCALER:
         save_random_upscaler(options.folder, device=options.device)
         return
-    save_random_model(options.folder, options.unet, device=options.device, t5_xxl=options.t5_xxl)
+    save_random_model(
+        options.folder,
+        options.unet,
+        device=options.device,
+        t5_xxl=options.t5_xxl,
+        guarded=options.guarded,
+    )
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ class Rehearsal:
     """T, how many tokens a prompt is padded to."""
     low_res_px: int | None
     """The picture size of the stage below; ``None`` in Stage I."""
+    guard_bytes: int
+    """The safety checker, which is loaded wherever the stage draws."""
 
     @classmethod
     def of(
@@ -86,7 +88,8 @@ class Rehearsal:
             seed=0,
         )
         below = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
-        return cls(trainee, name, text_tokens, below)
+        guard = total_bytes(source.guard_weights(trainee.unet.dtype))
+        return cls(trainee, name, text_tokens, below, guard)
 
     def batch(self, batch_size: int) -> Batch:
         """A batch of the stage's shapes."""

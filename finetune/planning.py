@@ -80,20 +80,22 @@ def _run(
         rehearsals = {below: _untrained(recipe, below, device, rehearsals)} | dict(rehearsals)
     if prior and not prior.folder:
         at_once = min(prior.count, prior.sampling.batch_size)
-        weights = sum(each.weights_bytes for each in rehearsals.values())
+        weights = sum(each.weights_bytes + each.guard_bytes for each in rehearsals.values())
         most = max(each.sampling_bytes(at_once) for each in rehearsals.values())
         yield Phase("class pictures", reserved(weights + most))
     for stage, footprint in footprints.items():
         at_once = min(len(validation.prompts), validation.sampling.batch_size)
         if at_once and stage.super_resolution:
             sampler = rehearsals[below]
-            sampling = sampler.weights_bytes + sampler.sampling_bytes(at_once)
+            drawing = sampler.weights_bytes + sampler.guard_bytes + sampler.sampling_bytes(at_once)
             resident = footprint.resident
-            yield Phase(f"{stage.name}, {below.name}'s samples", reserved(resident + sampling))
-        yield Phase(f"{stage.name}, training", footprint.reserved)
+            yield Phase(f"{stage.name}, {below.name}'s samples", reserved(resident + drawing))
+        rehearsal = rehearsals[stage]
+        guard = rehearsal.guard_bytes if at_once else 0
+        yield Phase(f"{stage.name}, training", footprint.reserved + guard)
         if at_once:
-            sampling = rehearsals[stage].sampling_bytes(at_once)
-            yield Phase(f"{stage.name}, validation", reserved(footprint.resident + sampling))
+            drawing = guard + rehearsal.sampling_bytes(at_once)
+            yield Phase(f"{stage.name}, validation", reserved(footprint.resident + drawing))
 
 
 def _untrained(

@@ -12,7 +12,7 @@ from finetune.stages import STAGES
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
 from tests.test_trainee import batch_of
-from unets.graphs import KEPT, Replayed
+from unets.graphs import KEPT, GraphMemory, Replayed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -43,6 +43,25 @@ def test_the_recordings_that_were_used_last_are_kept() -> None:
             x = torch.full((size,), value, device="cuda")
             assert doubled(x=x).tolist() == [2 * value] * size
     assert [key[0][1][0] for key in doubled._graphs] == [*range(3, KEPT + 1), 1, KEPT + 1]
+
+
+@gpu
+def test_recordings_that_share_memory_take_that_of_the_largest() -> None:
+    memory, size = GraphMemory(), 64 * 2**20
+
+    def twice_over(x: torch.Tensor) -> torch.Tensor:
+        return (x.expand(size // 4) * 2).sum() / (size // 4) + x.expand(size // 4).clone()[:1]
+
+    first, second = (Replayed(twice_over, "Tripling", memory=memory) for _ in range(2))
+    taken = []
+    for value in (1.0, 2.0, 3.0, 4.0):
+        for tripled in (first, second):
+            assert tripled(x=torch.tensor([value], device="cuda")).item() == 3 * value
+            taken.append(torch.cuda.memory_reserved())
+    assert taken[-1] < taken[2] + size
+    del tripled, first
+    second.forget()
+    assert memory.pool is None
 
 
 @gpu

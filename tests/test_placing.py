@@ -1,9 +1,9 @@
 """Parts that rest: they work as if they were always there, and rest as they were.
 
-Here the device is another name of the CPU, to which PyTorch copies as it does to a GPU.
+Without a GPU the device is another name of the CPU, to which PyTorch copies likewise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +19,22 @@ from adapters.placing import Placing
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_export import export, trained_unet
 
-DEVICE = torch.device("cpu", 0)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0)
 FEW = Sampling(stage_1_steps=2, stage_2_steps=2, stage_3_steps=2)
 
 
 def rested(cascade: RandomCascade, dtype: str = "auto") -> Cascade:
     loaded = load_cascade(cascade.stage_1, cascade.stage_2, cascade.stage_3, dtype=dtype)
-    loaded.placing = Placing(DEVICE, ALL)
-    return loaded
+    return put_to_rest(loaded, ALL)
+
+
+def put_to_rest(cascade: Cascade, parts: Collection[str]) -> Cascade:
+    cascade.placing = Placing(DEVICE, parts)
+    stages = {f"stage_{number}": pipe for number, pipe in cascade.stages.items()}
+    for part, pipe in {TEXT: cascade.text, **stages, "stage_3": cascade.upscaler}.items():
+        if pipe is not None:
+            cascade.placing.settle(part, pipe)
+    return cascade
 
 
 def weights(cascade: Cascade) -> Iterator[tuple[str, Tensor]]:
@@ -75,7 +83,7 @@ def test_adapters_are_merged_into_what_rests(
     for resting in (False, True):
         cascade = load_cascade(base, dtype=dtype)
         if resting:
-            cascade.placing = Placing(DEVICE, ("stage_1",))
+            put_to_rest(cascade, ("stage_1",))
         before = cascade("a cat", sampling=FEW, progress=False)[0].final.tobytes()
         name = cascade.add_adapter(tmp_path)
         after = cascade("a cat", sampling=FEW, progress=False)[0].final.tobytes()

@@ -8,7 +8,8 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ Signature = tuple[tuple[str, torch.Size, torch.dtype], ...]
 logger = logging.getLogger(__name__)
 
 KEPT = 4
-"""How many recordings of a function are kept, each with memory of its own: those used last."""
+"""How many recordings of a function are kept: those used last."""
 
 
 @functools.cache
@@ -28,21 +29,45 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class GraphMemory:
+    """Memory for the intermediate tensors of recordings that are never replayed at once."""
+
+    def __init__(self) -> None:
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+    @property
+    def pool(self) -> Any:
+        """The pool of the recordings that are left; ``None``: a new one."""
+        return next((graph.pool() for graph in self._graphs), None)
+
+    def add(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Keep the pool for as long as this recording is there."""
+        self._graphs.add(graph)
+
+
 class Replayed(Generic[Result]):
     """A function of named tensors that is recorded on its second call, and replayed from then on.
 
     The first call of given shapes runs as it is: it compiles kernels and fills the libraries'
     caches, which cannot be recorded. From the second call on, the function's Python code is not
     run: it must be a function of its tensors and of others at fixed addresses alone, must not wait
-    for the GPU, and its result is overwritten by the next call. On a CPU, and where recording
-    fails, every call runs as it is.
+    for the GPU, and its result is overwritten by the next call of any function with the same
+    memory. On a CPU, and where recording fails, every call runs as it is.
     """
 
-    def __init__(self, function: Callable[..., Result], what: str, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Result],
+        what: str,
+        *,
+        enabled: bool = True,
+        memory: GraphMemory | None = None,
+    ) -> None:
         self.function = function
         self.what = what
         """What is recorded, for the message where that fails."""
         self.enabled = enabled
+        self.memory = memory or GraphMemory()
         self._seen: set[Signature] = set()
         self._graphs: dict[Signature, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Result]] = {}
 
@@ -82,7 +107,10 @@ class Replayed(Generic[Result]):
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             side = _side_stream(stream.device)
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            recording = torch.cuda.graph(
+                graph, self.memory.pool, side, capture_error_mode="thread_local"
+            )
+            with recording:
                 result = self.function(**inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a recording that fails stays on its own
@@ -98,6 +126,7 @@ class Replayed(Generic[Result]):
             )
             return self.function(**tensors)
         self._graphs[key] = graph, inputs, result
+        self.memory.add(graph)
         graph.replay()
         return result
 
