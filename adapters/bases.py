@@ -32,6 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapters.errors import UserError
 from adapters.hub import split_revision
+from adapters.placing import CHECKER, visiting
 from unets.frozen import freeze
 from unets.loading import fill, hub_patterns, load_unet, placement
 
@@ -42,7 +43,7 @@ PIPELINES: dict[int, type[DiffusionPipeline]] = {
 }
 """The pipeline of each stage."""
 
-GUARDS = ("safety_checker", "feature_extractor", "watermarker")
+GUARDS = (CHECKER, "feature_extractor", "watermarker")
 """The components that guard a stage's pictures; always kept as the base has them."""
 
 LOADING_ERRORS = (
@@ -68,10 +69,11 @@ logging.getLogger("diffusers.pipelines.pipeline_loading_utils").addFilter(
 
 
 class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is untyped
-    """IF's safety checker, such that it loads and runs with current libraries.
+    """IF's safety checker, in main memory, such that it loads and runs with current libraries.
 
-    In diffusers 0.42 it omits the ``post_init`` without which transformers 5 cannot load it, and it
-    blackens arrays only, while the x4 upscaler hands it a tensor.
+    It visits the device of the pictures that it is shown. In diffusers 0.42 it omits the
+    ``post_init`` without which transformers 5 cannot load it, and it blackens arrays only, while
+    the x4 upscaler hands it a tensor.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
@@ -82,9 +84,10 @@ class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is unty
         self, clip_input: Tensor, images: np.ndarray | Tensor, **thresholds: float
     ) -> tuple[np.ndarray | Tensor, list[bool], list[bool]]:
         """Blacken flagged pictures of ``images``, [N, ...] in any layout, in place."""
-        if not isinstance(images, Tensor):
-            return super().forward(clip_input, images, **thresholds)
-        flags = super().forward(clip_input, np.zeros(len(images)), **thresholds)[1:]
+        with visiting([self], clip_input.device):
+            if not isinstance(images, Tensor):
+                return super().forward(clip_input, images, **thresholds)
+            flags = super().forward(clip_input, np.zeros(len(images)), **thresholds)[1:]
         images[torch.tensor(flags).any(dim=0)] = 0
         return images, *flags
 

@@ -92,7 +92,8 @@ class Part:
     name: str
     weights: int
     working: Mapping[int, int]
-    """By how many pictures are drawn at once; in bytes beside the weights."""
+    """By how many pictures are drawn at once; in bytes beside the weights, the safety checker's
+    included, which visits while a recording is there."""
 
 
 def memory_bytes(memory: str, what: str = "memory") -> float:
@@ -197,10 +198,11 @@ def _text_encoder(source: Source, precision: Precision) -> Part:
 def _stage(source: Source, name: str, precision: Precision, tokens: int) -> Part:
     """A stage's UNet, which sees each picture with its unguided twin."""
     unet = blank_unet(source.unet_config, precision, GPU)
-    dtype = compute_dtype(precision, GPU)
-    weights = [*unet.state_dict().values(), *source.guard_weights(dtype)]
+    weights, dtype = list(unet.state_dict().values()), compute_dtype(precision, GPU)
     inputs = _unet_inputs(unet, source.picture_size_px, tokens, unet.config.encoder_hid_dim, dtype)
-    return Part(name, total_bytes(weights), _working(unet, weights, inputs))
+    guard = total_bytes(source.guard_weights(dtype))
+    working = {n: held + guard for n, held in _working(unet, weights, inputs).items()}
+    return Part(name, total_bytes(weights), working)
 
 
 def _upscaler(source: Source, below: Source) -> Part:
@@ -214,7 +216,7 @@ def _upscaler(source: Source, below: Source) -> Part:
         text = CLIPTextModel(source.load(CLIPTextConfig.from_pretrained, subfolder="text_encoder"))
     models = [nn.Module.to(model, torch.bfloat16).eval() for model in (unet, vae, text)]
     weights = [weight for model in models for weight in model.state_dict().values()]
-    weights += below.guard_weights(torch.bfloat16)
+    guard = total_bytes(below.guard_weights(torch.bfloat16))
     tokens, width = text.config.max_position_embeddings, text.config.hidden_size
     inputs = _unet_inputs(unet, size_px, tokens, width, torch.bfloat16)
 
@@ -222,7 +224,7 @@ def _upscaler(source: Source, below: Source) -> Part:
         1, vae.config.latent_channels, size_px, size_px, dtype=torch.bfloat16, device=META
     )
     draws, decodes = _working(unet, weights, inputs), _held(_Decoder(vae), weights, {"z": latent})
-    working = {n: int(NOT_FUSED * max(draws[n], decodes)) for n in AT_ONCE}
+    working = {n: int(NOT_FUSED * max(draws[n], decodes)) + guard for n in AT_ONCE}
     return Part("stage_3", total_bytes(weights), working)
 
 

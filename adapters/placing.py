@@ -12,13 +12,41 @@ from adapters.sampling import Sampling
 
 CPU = torch.device("cpu")
 
+CHECKER = "safety_checker"
+"""The component that always rests: it visits the device of the pictures that it is shown."""
+
+
+@contextmanager
+def visiting(models: Collection[nn.Module], device: torch.device) -> Iterator[None]:
+    """Models whose weights are copied to a device; the copies are dropped, as work changes none."""
+    resting: dict[int, Tensor] = {}
+
+    def there(weight: Tensor) -> Tensor:
+        if weight.device == device:  # models and their layers may share it
+            return weight
+        copied = weight.detach().to(device)
+        resting[copied.data_ptr()] = weight.detach()
+        return copied
+
+    def back(weight: Tensor) -> Tensor:
+        return resting.get(weight.data_ptr(), weight)
+
+    try:
+        for model in models:
+            model._apply(there)
+        yield
+    finally:
+        for model in models:
+            model._apply(back)
+        if resting and device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 @dataclass(frozen=True)
 class Placing:
     """Which parts rest in main memory, and how many pictures the device has room for.
 
-    A part that rests is copied to the device to work, and the copy is dropped afterwards, as work
-    does not change it. Adapters are merged into what rests.
+    A part that rests is copied to the device to work. Adapters are merged into what rests.
     """
 
     device: torch.device
@@ -34,7 +62,8 @@ class Placing:
 
     def settle(self, part: str, pipe: DiffusionPipeline) -> None:
         """Put a part, newly loaded, where it belongs."""
-        pipe.to(CPU if part in self.resting else self.device)
+        for model in _models(pipe):
+            model.to(CPU if part in self.resting else self.device)
 
     @property
     def scarce(self) -> bool:
@@ -46,30 +75,12 @@ class Placing:
         """A part on its device, which is the current one."""
         on_gpu = self.device.type == "cuda"
         current = torch.cuda.device(self.device) if on_gpu else nullcontext()
-        with current, self._moved(pipe) if part in self.resting else nullcontext():
+        moved = _models(pipe) if part in self.resting else ()
+        with current, visiting(moved, self.device):
             yield
 
-    @contextmanager
-    def _moved(self, pipe: DiffusionPipeline) -> Iterator[None]:
-        resting: dict[int, Tensor] = {}
 
-        def there(weight: Tensor) -> Tensor:
-            if weight.device == self.device:  # models and their layers may share it
-                return weight
-            copied = weight.detach().to(self.device)
-            resting[copied.data_ptr()] = weight.detach()
-            return copied
-
-        def back(weight: Tensor) -> Tensor:
-            return resting.get(weight.data_ptr(), weight)
-
-        models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
-        try:
-            for model in models:
-                model._apply(there)
-            yield
-        finally:
-            for model in models:
-                model._apply(back)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+def _models(pipe: DiffusionPipeline) -> list[nn.Module]:
+    """What of a pipeline is placed."""
+    components = pipe.components.items()
+    return [each for name, each in components if isinstance(each, nn.Module) and name != CHECKER]

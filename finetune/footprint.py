@@ -65,7 +65,7 @@ class Rehearsal:
     low_res_px: int | None
     """The picture size of the stage below; ``None`` in Stage I."""
     guard_bytes: int
-    """The safety checker, which is loaded wherever the stage draws."""
+    """The safety checker, which visits wherever the stage draws."""
 
     @classmethod
     def of(
@@ -136,15 +136,15 @@ class Rehearsal:
         """The frozen UNet."""
         return total_bytes(self._weights())
 
-    def sampling_bytes(self, pictures: int) -> int:
-        """The most that sampling pictures at once holds, each with its unguided twin."""
+    def drawing_bytes(self, pictures: int) -> int:
+        """The most that drawing pictures at once holds, each with its unguided twin."""
         batch, trainee = self.batch(2 * pictures), self.trainee
         noisy = torch.empty_like(batch.pixels)
         inputs = trainee.stage.unet_inputs(batch, noisy, trainee.schedulers, trainee.unet.dtype)
         resident = [*self._resident(batch), *inputs.values()]
         with trainee.final_weights() as unet, torch.no_grad(), Tally(resident) as tally:
             unet(**inputs)
-        return tally.peak_bytes
+        return tally.peak_bytes + self.guard_bytes
 
     def _weights(self) -> list[Tensor]:
         adapter = set(self.trainee.weights.parameters)

@@ -80,21 +80,19 @@ def _run(
         rehearsals = {below: _untrained(recipe, below, device, rehearsals)} | dict(rehearsals)
     if prior and not prior.folder:
         at_once = min(prior.count, prior.sampling.batch_size)
-        weights = sum(each.weights_bytes + each.guard_bytes for each in rehearsals.values())
-        most = max(each.sampling_bytes(at_once) for each in rehearsals.values())
+        weights = sum(each.weights_bytes for each in rehearsals.values())
+        most = max(each.drawing_bytes(at_once) for each in rehearsals.values())
         yield Phase("class pictures", reserved(weights + most))
     for stage, footprint in footprints.items():
         at_once = min(len(validation.prompts), validation.sampling.batch_size)
         if at_once and stage.super_resolution:
             sampler = rehearsals[below]
-            drawing = sampler.weights_bytes + sampler.guard_bytes + sampler.sampling_bytes(at_once)
+            drawing = sampler.weights_bytes + sampler.drawing_bytes(at_once)
             resident = footprint.resident
             yield Phase(f"{stage.name}, {below.name}'s samples", reserved(resident + drawing))
-        rehearsal = rehearsals[stage]
-        guard = rehearsal.guard_bytes if at_once else 0
-        yield Phase(f"{stage.name}, training", footprint.reserved + guard)
+        yield Phase(f"{stage.name}, training", footprint.reserved)
         if at_once:
-            drawing = guard + rehearsal.sampling_bytes(at_once)
+            drawing = rehearsals[stage].drawing_bytes(at_once)
             yield Phase(f"{stage.name}, validation", reserved(footprint.resident + drawing))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,23 @@ def places_at_work(cascade: Cascade) -> set[int]:
         lambda module, _: seen.add(module.weight.data_ptr())
     )
     return seen
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="rests where a CPU's pictures are")
+def test_a_safety_checker_visits_the_pictures_device(guarded_cascade: RandomCascade) -> None:
+    checker = load_cascade(guarded_cascade.stage_1).stages[1].safety_checker
+    size = checker.config.vision_config.image_size
+    shown = torch.rand(2, 3, size, size, dtype=checker.dtype)
+    places = {weight.data_ptr() for weight in checker.state_dict().values()}
+    seen = set()
+    checker.vision_model.register_forward_pre_hook(
+        lambda module, _: seen.update(weight.data_ptr() for weight in module.parameters())
+    )
+    checker(shown.to(DEVICE), np.zeros((2, 8, 8, 3)))
+    assert seen
+    assert seen.isdisjoint(places)
+    assert places == {weight.data_ptr() for weight in checker.state_dict().values()}
+    assert checker.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "nf4"])
