@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml
 
-.PHONY: setup quickstart test lint format clean
+.PHONY: setup quickstart test test-gpu lint format clean
 
 setup: $(VENV)/.installed
 
@@ -25,7 +25,11 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/test_fused.py tests/test_placing.py
 
 format: setup
 	$(BIN)/ruff check --fix .

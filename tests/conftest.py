@@ -13,6 +13,12 @@ from tests.random_cascade import RandomCascade, save_random_cascade
 torch.set_num_threads(1)  # models this small lose more than they win by a second thread
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(scope="session")
 def random_cascade(tmp_path_factory: pytest.TempPathFactory) -> RandomCascade:
     """A random cascade of 16 px, 64 px and the x4 upscaler."""

@@ -48,7 +48,7 @@ def test_a_batch_is_a_function_of_its_index(batches: Batches) -> None:
         assert all(torch.equal(tensor, again[name]) for name, tensor in batch.tensors().items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU does not run behind")
+@pytest.mark.gpu
 def test_a_batch_stays_until_a_gpu_that_runs_behind_has_seen_it(batches: Batches) -> None:
     seen = []
     for batch in prefetch(batches, range(20), torch.device("cuda")):

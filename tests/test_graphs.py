@@ -14,8 +14,6 @@ from tests.random_cascade import RandomCascade
 from tests.test_trainee import batch_of
 from unets.graphs import KEPT, GraphMemory, Replayed
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-
 
 def test_without_a_gpu_every_call_runs_as_it_is() -> None:
     doubled = Replayed(lambda x: x * 2, "Doubling")
@@ -23,7 +21,7 @@ def test_without_a_gpu_every_call_runs_as_it_is() -> None:
         assert doubled(x=torch.tensor([value])).item() == 2 * value
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_replay_computes_with_the_inputs_of_its_own_call() -> None:
     calls = []
     doubled = Replayed(lambda x: calls.append(0) or x * 2, "Doubling")
@@ -35,7 +33,7 @@ def test_a_replay_computes_with_the_inputs_of_its_own_call() -> None:
     assert doubled(x=torch.tensor([7.0], device="cuda")).item() == 14.0
 
 
-@gpu
+@pytest.mark.gpu
 def test_the_recordings_that_were_used_last_are_kept() -> None:
     doubled = Replayed(lambda x: x * 2, "Doubling")
     for size in (*range(1, KEPT + 1), 1, KEPT + 1):  # the second is used least
@@ -45,7 +43,7 @@ def test_the_recordings_that_were_used_last_are_kept() -> None:
     assert [key[0][1][0] for key in doubled._graphs] == [*range(3, KEPT + 1), 1, KEPT + 1]
 
 
-@gpu
+@pytest.mark.gpu
 def test_recordings_that_share_memory_take_that_of_the_largest() -> None:
     memory, size = GraphMemory(), 64 * 2**20
 
@@ -64,7 +62,7 @@ def test_recordings_that_share_memory_take_that_of_the_largest() -> None:
     assert memory.pool is None
 
 
-@gpu
+@pytest.mark.gpu
 def test_what_cannot_be_recorded_runs_without_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     waiting = Replayed(lambda x: x * x.sum().item(), "Waiting for the GPU")
     stream = torch.cuda.current_stream()
@@ -75,7 +73,7 @@ def test_what_cannot_be_recorded_runs_without_and_says_so(caplog: pytest.LogCapt
     assert torch.cuda.current_stream() == stream  # bitsandbytes' optimizers are on no other
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", [1, 2])
 def test_200_fast_steps_are_the_plain_ones_within_the_noise_of_bf16(
     random_cascade: RandomCascade, stage: int

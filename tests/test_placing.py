@@ -73,7 +73,7 @@ def places_at_work(cascade: Cascade) -> set[int]:
     return seen
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="rests where a CPU's pictures are")
+@pytest.mark.gpu
 def test_a_safety_checker_visits_the_pictures_device(guarded_cascade: RandomCascade) -> None:
     checker = load_cascade(guarded_cascade.stage_1).stages[1].safety_checker
     size = checker.config.vision_config.image_size
