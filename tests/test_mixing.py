@@ -29,7 +29,6 @@ from benchmarks import switching
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_export import export, trained_unet
 from tests.test_adapters_kinds import load_unet
-from tests.test_graphs import gpu
 from tests.test_unets import inputs_of
 from unets.frozen import Quantised
 
@@ -297,7 +296,7 @@ def test_quantised_layers_keep_their_codes_and_are_recorded_anew_only_for_more_r
     assert {name: (m, m.codes.data_ptr()) for name, m in quantised.items()} == codes
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 def test_a_recorded_pass_reads_what_was_switched_to(
     random_cascade: RandomCascade, folders: dict[str, Path], precision: str
