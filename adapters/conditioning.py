@@ -16,8 +16,8 @@ Item = TypeVar("Item")
 Prompt: TypeAlias = str | Sequence[str]
 """One prompt, or several."""
 
-SEEDS = 2**64
-"""How many seeds a generator of PyTorch has."""
+LAST_SEED = torch.iinfo(torch.uint64).max
+"""The largest seed that a generator of PyTorch takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +139,9 @@ def check_seeds(seeds: Iterable[object]) -> None:
         UserError: where one cannot.
     """
     for seed in seeds:
-        if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < SEEDS:
+        if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) <= LAST_SEED:
             raise UserError(
-                f"A seed must be a whole number from 0 to {SEEDS - 1} (got {seed!r}); choose"
+                f"A seed must be a whole number from 0 to {LAST_SEED} (got {seed!r}); choose"
                 " another."
             )
 

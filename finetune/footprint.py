@@ -4,7 +4,7 @@ The stage's own step is run on tensors that have no values (:mod:`unets.tally`),
 counted is what will run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Rehearsal:
     """The picture size of the stage below; ``None`` in Stage I."""
     guard_bytes: int
     """The safety checker, which visits wherever the stage draws."""
+    _drawn: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    """What was found out by :meth:`drawing_bytes`, by pictures."""
 
     @classmethod
     def of(
@@ -138,13 +140,18 @@ class Rehearsal:
 
     def drawing_bytes(self, pictures: int) -> int:
         """The most that drawing pictures at once holds, each with its unguided twin."""
+        if pictures not in self._drawn:
+            self._drawn[pictures] = self._draw(pictures) + self.guard_bytes
+        return self._drawn[pictures]
+
+    def _draw(self, pictures: int) -> int:
         batch, trainee = self.batch(2 * pictures), self.trainee
         noisy = torch.empty_like(batch.pixels)
         inputs = trainee.stage.unet_inputs(batch, noisy, trainee.schedulers, trainee.unet.dtype)
         resident = [*self._resident(batch), *inputs.values()]
         with trainee.final_weights() as unet, torch.no_grad(), Tally(resident) as tally:
             unet(**inputs)
-        return tally.peak_bytes + self.guard_bytes
+        return tally.peak_bytes
 
     def _weights(self) -> list[Tensor]:
         adapter = set(self.trainee.weights.parameters)

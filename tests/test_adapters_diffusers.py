@@ -1,7 +1,6 @@
 """Exported adapters in plain diffusers pipelines: mixed, fused, and swapped while loaded."""
 
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +62,7 @@ def trained_adapters(
     return Trained(stage, base, unets, folders, unet_inputs(unets[name]))
 
 
-@pytest.fixture(
-    scope="module", params=product((1, 2), SPECS), ids=lambda p: f"{name_of(p[1])}-{p[0]}"
-)
+@pytest.fixture(scope="module", params=enumerate(SPECS, 1), ids=lambda p: f"{name_of(p[1])}-{p[0]}")
 def trained(
     request: pytest.FixtureRequest,
     random_cascade: RandomCascade,
