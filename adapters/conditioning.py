@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 from adapters.errors import UserError
