@@ -19,7 +19,7 @@ from adapters.merging import StageAdapter
 from adapters.methods import Combination
 from adapters.mixing import MergedAdapters
 from adapters.saving import save_adapters
-from adapters.scales import Scale, by_stage
+from adapters.scales import Scale, Scales, by_stage, scaled
 from unets.graphs import GraphMemory, Replayed
 
 Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
@@ -117,7 +117,7 @@ class AdaptedStages:
         return self._load(adapters, scale, name, str(folder))
 
     @alone
-    def set_adapters(self, scales: Mapping[str, Scale]) -> None:
+    def set_adapters(self, scales: Scales) -> None:
         """Switch to adapters that are loaded, each with its scale.
 
         It takes milliseconds, and no recorded forward pass has to be made anew, but of a quantised
@@ -125,8 +125,9 @@ class AdaptedStages:
         (:class:`adapters.layers.Coded`).
 
         Args:
-            scales: by name, in all stages or by stage (``{"dog": 0.8, "style": {1: 0.5, 2: 1}}``).
-                Adapters that are not named are switched off, and stay loaded.
+            scales: by name, in all stages or by stage (``{"dog": 0.8, "style": {1: 0.5, 2: 1}}``);
+                names alone have the scale 1. Adapters that are not named are switched off, and
+                stay loaded.
 
         Raises:
             UserError: where a name is unknown or a scale not finite. Nothing has changed then.
@@ -141,7 +142,7 @@ class AdaptedStages:
     @alone
     def combine(
         self,
-        scales: Mapping[str, Scale],
+        scales: Scales,
         method: str = "linear",
         *,
         name: str | None = None,
@@ -267,12 +268,12 @@ class AdaptedStages:
         for stage, merged in self.merged.items():
             merged.set({name: own[stage] for name, own in factors.items() if stage in own})
 
-    def _by_stage(self, scales: Mapping[str, Scale]) -> dict[str, dict[int, float]]:
+    def _by_stage(self, scales: Scales) -> dict[str, dict[int, float]]:
         """Checked scales, by adapter and each of its stages."""
         listing = self.adapters
         return {
             name: by_stage(scale, listing[listing.known(name)], self.stages, f"adapter {name!r}")
-            for name, scale in scales.items()
+            for name, scale in scaled(scales).items()
         }
 
 

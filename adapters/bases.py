@@ -31,7 +31,7 @@ from transformers import CLIPConfig, T5Config, T5EncoderModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapters.errors import UserError
-from adapters.hub import split_revision
+from adapters.hub import asking_the_hub, split_revision
 from adapters.placing import CHECKER, visiting
 from unets.frozen import freeze
 from unets.loading import fill, hub_patterns, load_unet, placement
@@ -243,6 +243,10 @@ class Source:
                 f"The model {self.name!r} is neither a folder that exists nor a hub name"
                 " (owner/name, owner/name@revision); correct the path."
             )
+        if not Path(self.name).is_dir():
+            files = [DiffusionPipeline.config_name]
+            with asking_the_hub(self.name):  # once, where diffusers would try for half a minute
+                snapshot_download(self.name, revision=self.revision, allow_patterns=files)
         return self._read(_object, kind=DiffusionPipeline)
 
     def _class_of(self, component: str) -> str | None:

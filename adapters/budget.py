@@ -106,9 +106,12 @@ def memory_bytes(memory: str, what: str = "memory") -> float:
     Raises:
         UserError: where it is no such size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", memory.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", str(memory).strip(), re.IGNORECASE)
     if match is None or float(match[1]) * GIB <= DRIVER_BYTES:
-        raise UserError(f"{what} must be the memory of a card, such as 6GB (got {memory!r}).")
+        raise UserError(
+            f"{what} must be the memory of a card, such as 6GB, and more than the"
+            f" {DRIVER_BYTES / GIB:.1f} GB that its driver takes (got {memory!r})."
+        )
     return float(match[1]) * GIB - DRIVER_BYTES
 
 

@@ -91,6 +91,8 @@ def adapter_path(name: str | Path) -> Path:
         UserError: where the hub has no such adapter, does not show it, or cannot be reached and
             the adapter is not in the local cache.
     """
+    if not isinstance(name, str | Path):
+        raise UserError(f"An adapter is named by its folder or hub name (got {name!r}); give that.")
     path = Path(name)
     match = None if path.exists() else HUB_NAME.fullmatch(str(name))
     if match is None:
@@ -138,7 +140,7 @@ def asking_the_hub(name: str) -> Iterator[None]:
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         # the hub's client wraps what went wrong with a single file
         cause = error.__cause__ if isinstance(error, RuntimeError) else None
-        raise UserError(sentence(cause or error, name)) from error
+        raise UserError(sentence(cause or error, name)) from None
 
 
 def sentence(error: BaseException, name: str) -> str:

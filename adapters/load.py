@@ -15,7 +15,7 @@ from diffusers import (
 from tqdm import tqdm
 
 from adapters.bases import GUARDS, Source
-from adapters.budget import TEXT, limit, within
+from adapters.budget import TEXT, limit, memory_bytes, within
 from adapters.cascade import Cascade
 from adapters.errors import UserError
 from adapters.names import closest
@@ -136,6 +136,8 @@ def _check_options(
         raise UserError(
             f"unets has one for Stage {odd[0]}, which is not named; name its model too."
         )
+    if memory is not None:
+        memory_bytes(memory)
     if memory and unets:
         raise UserError(
             f"memory={memory!r} loads UNets itself, in precisions that fit; leave memory or unets"
@@ -147,8 +149,8 @@ def _scaled(adapters: Adapters, scale: Scale) -> Iterable[tuple[str | Path, Scal
     """Adapters with the scale of each."""
     if isinstance(adapters, Mapping):
         return adapters.items()
-    several = [adapters] if isinstance(adapters, str | Path) else adapters
-    return [(each, scale) for each in several]
+    several = [adapters] if isinstance(adapters, str) else adapters
+    return [(each, scale) for each in (several if isinstance(several, Sequence) else [several])]
 
 
 def _placed(

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -128,6 +129,8 @@ def merge(
         number: MergedModel(sources[number], unets[number], merged[number], storage)
         for number in sorted(merged)
     }
+    if stage is None:
+        say_left_out(adapters, unets)
     inside = {number: f"stage_{number}" if len(models) > 1 else "." for number in models}
     total = sum(model.new_bytes for model in models.values())
     with new_folder(out) as new:
@@ -140,6 +143,19 @@ def merge(
             for number, model in models.items():
                 model.write(new / inside[number], progress.update)
     return [out / place for place in inside.values()]
+
+
+def say_left_out(
+    adapters: Sequence[Sequence[StageAdapter]], unets: Mapping[int, StoredUNet]
+) -> None:
+    """Tell which adapters have no base here."""
+    configs = {number: unet.unet.config for number, unet in unets.items()}
+    for adapter in chain.from_iterable(adapters):
+        if (number := adapter.stage_among(configs)) not in unets:
+            tqdm.write(
+                f"{adapter.folder} is of Stage {number} and left out; name its base too (--base).",
+                file=sys.stderr,
+            )
 
 
 def scale_of_each(scales: Sequence[float] | None, count: int) -> list[float]:

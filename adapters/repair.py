@@ -41,7 +41,7 @@ def repair(path: Path, out: Path | None = None) -> str:
 
     Args:
         path: a safetensors file, or a folder with one; it stays as it is.
-        out: the new file; ``None``: beside the old one.
+        out: the new file; ``None``: beside the old one, where that is not whole.
 
     Returns:
         What was wrong and where the new file is, for people.
@@ -57,11 +57,14 @@ def repair(path: Path, out: Path | None = None) -> str:
             f"{file} is an adapter of kind {config.peft_type.value}, which diffusers cannot load in"
             " any spelling; load it with load_cascade or PEFT."
         )
+    beside = out is None
     out = out or file.with_name(f"{file.stem}_repaired.safetensors")
     check_out(out, "file")
     if out.exists() and out.samefile(file):
         raise UserError(f"--out {out} is the file to repair, which stays; name another.")
     lost = len(state) - len(arriving(file, config, state))
+    if beside and not lost:
+        return f"{file}: diffusers loads all {len(state)} tensors; nothing is to be repaired."
     with replacing(out) as temporary:
         save_for_diffusers(state, config, temporary, {"format": "pt"} | header)
         arrived = len(arriving(temporary, config, state))

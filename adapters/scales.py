@@ -1,7 +1,7 @@
 """How much of each adapter is merged: one factor, or one for each stage."""
 
 import numbers
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -12,11 +12,21 @@ from adapters.errors import UserError
 Scale: TypeAlias = float | Mapping[int, float]
 """The factor of an adapter's updates: in all its stages, or by stage, 0 in those not named."""
 
+Scales: TypeAlias = Mapping[str, Scale] | Sequence[str] | str
+"""Adapters by name, each with its scale; without, 1."""
+
 LARGEST = torch.finfo(torch.float32).max
 """The largest factor, as updates are merged in float32."""
 
 STAGES = (1, 2)
 """The stages that adapters belong to."""
+
+
+def scaled(scales: Scales) -> Mapping[str, Scale]:
+    """The scale of each adapter that is named."""
+    if isinstance(scales, Mapping):
+        return scales
+    return dict.fromkeys([scales] if isinstance(scales, str) else scales, 1.0)
 
 
 def is_factor(factor: object) -> bool:

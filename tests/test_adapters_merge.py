@@ -82,7 +82,10 @@ def test_it_equals_the_cascade_bit_for_bit(
 
 
 def test_adapters_add_up_and_both_stages_are_merged_at_once(
-    random_cascade: RandomCascade, exported: Path, tmp_path: Path
+    random_cascade: RandomCascade,
+    exported: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     spec = AdapterSpec(kind="loha", rank=2, targets="all")
     base = random_cascade.stage_1
@@ -97,6 +100,9 @@ def test_adapters_add_up_and_both_stages_are_merged_at_once(
         assert same(plain(stage, tmp_path / "merged" / f"stage_{stage}"), weights)
     merge(exported, "--stage", 2, "--scale", 0.5, "--out", tmp_path / "one")
     assert same(plain(2, tmp_path / "one"), expected[2])
+    assert "left out" not in capsys.readouterr().err
+    merge(exported, "--base", base, "--scale", 0.5, "--out", tmp_path / "other")
+    assert "is of Stage 2 and left out; name its base too (--base)" in capsys.readouterr().err
 
 
 def test_another_tools_adapter_finds_its_stage(

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -437,6 +438,16 @@ def test_what_cannot_be_loaded_from_the_hub_is_said(
         cascade.add_adapter(name)
     assert said in str(caught.value)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(cascade).items())
+
+
+@pytest.mark.parametrize("circumstance", [offline, unreachable])
+def test_a_model_on_a_hub_that_cannot_be_asked_is_said_at_once(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, circumstance: Circumstance
+) -> None:
+    circumstance(hub, monkeypatch)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits to try again"))
+    with pytest.raises(UserError, match="owner/model is neither here nor in the local cache"):
+        load_cascade("owner/model")
 
 
 @pytest.mark.parametrize("circumstance", [offline, unreachable])

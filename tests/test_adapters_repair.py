@@ -70,7 +70,9 @@ def test_what_the_diffusers_script_loses_is_what_a_pipeline_lacks(
 
 def test_a_whole_file_loses_nothing(random_cascade: RandomCascade, tmp_path: Path) -> None:
     file = simpletuner(trained_unet(random_cascade.stage_1, ATTENTION), tmp_path)
-    assert "loses 0 of 48 tensors" in repair(file)
+    assert "diffusers loads all 48 tensors" in repair(file)
+    assert list(tmp_path.iterdir()) == [file]
+    assert "loses 0 of 48 tensors" in repair(file, tmp_path / "again.safetensors")
 
 
 def test_what_cannot_be_repaired(random_cascade: RandomCascade, tmp_path: Path) -> None:

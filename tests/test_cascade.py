@@ -504,6 +504,8 @@ def test_one_adapter_is_given_as_it_is(
 ) -> None:
     cascade = load_cascade(random_cascade.stage_1, adapters=kind(adapter), device="cpu")
     assert list(cascade.sources.values()) == [str(adapter)]
+    with pytest.raises(UserError, match=r"named by its folder or hub name \(got 3\)"):
+        load_cascade(random_cascade.stage_1, adapters=3, device="cpu")
 
 
 @pytest.mark.parametrize(

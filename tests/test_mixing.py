@@ -145,6 +145,8 @@ def test_a_mix_is_the_bases_own_weight_and_the_weighted_sum_rounded_once(
     before, modules = weights(cascade), layers(cascade)
     for name in MIX:
         cascade.add_adapter(folders[name], 0, name)
+    cascade.set_adapters(list(MIX))
+    assert all(set(stages.values()) == {1.0} for stages in cascade.adapters.values())
     cascade.set_adapters(MIX)
     after = weights(cascade)
     sums = {name: weight.double() for name, weight in before.items()}

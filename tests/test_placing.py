@@ -155,6 +155,9 @@ def test_a_memory_is_a_gpus_and_chooses_precisions(
 ) -> None:
     with pytest.raises(UserError, match="memory='6GB' is about a GPU"):
         load_cascade(random_cascade.stage_1, device="cpu", memory="6GB")
+    for odd in ("lots", "0.1GB", ""):
+        with pytest.raises(UserError, match="memory must be the memory of a card, such as 6GB"):
+            load_cascade(random_cascade.stage_1, device="cpu", memory=odd)
 
 
 def test_resting_parts_are_loaded_to_rest(random_cascade: RandomCascade) -> None:
