@@ -110,8 +110,11 @@ def told(prompts: Mapping[int, Prompt | None], each: int) -> dict[int, tuple[str
     }
     check_texts(text for own in texts.values() for text in own)
     count = len(texts[1])
-    if count * each < 1:
-        raise UserError("There is nothing to draw; give a prompt, and images_per_prompt >= 1.")
+    if not isinstance(each, numbers.Integral) or count * each < 1:
+        raise UserError(
+            "There is nothing to draw; give a prompt, and images_per_prompt as a whole number from"
+            f" 1 (got {each!r})."
+        )
     every = every_stage(texts, tuple(prompts))
     return {n: spread(own, count, each, f"prompts for Stage {n}") for n, own in every.items()}
 

@@ -56,7 +56,7 @@ def load_cascade(
             the published cascade's is.
         adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
             or these with the scale of each, see :meth:`Cascade.add_adapter`.
-        scale: of adapters that are given without.
+        scale: of adapters that are given without: in all stages or by stage, 0 in those not named.
         originals: where the base's own values of the weights that adapters change are kept: beside
             the UNet, so that adapters are switched in milliseconds, or on the ``cpu``, which saves
             that memory (:class:`adapters.mixing.MergedAdapters`) and takes a transfer each time.

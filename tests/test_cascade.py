@@ -558,6 +558,7 @@ def test_a_damaged_configuration_is_said(
         ("a cat", {"seed": "1"}, r"A seed must be a whole number from 0 .* \(got '1'\)"),
         ("a cat", {"seed": 2**64}, rf"\(got {2**64}\)"),
         ("a cat", {"seed": 2**64 - 1, "images_per_prompt": 2}, rf"\(got {2**64}\)"),
+        ("a cat", {"images_per_prompt": 1.5}, r"a whole number from 1 \(got 1.5\)"),
     ],
 )
 def test_what_cannot_be_drawn(
