@@ -192,16 +192,18 @@ def sampling(given: Mapping[str, Any], info: PictureInfo | None, redraw: Redraw 
 
 def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
     """The cascade with its adapters; of models that are not named, those that they belong to."""
-    adapters = [parse_scaled(argument) for argument in options.adapter]
+    parsed = [parse_scaled(argument) for argument in options.adapter]
+    adapters = [(name, options.scale if scale is None else scale) for name, scale in parsed]
     own = {} if info else {each.stage: each for name, _ in adapters for each in infos(name)}
     bases = {
         stage: with_revision(each.base_model, None if options.revision else each.base_revision)
         for stage, each in own.items()
     }
-    cascade = load_cascade(
+    return load_cascade(
         options.stage_1 or bases.get(1),
         options.stage_2 or bases.get(2),
         options.stage_3,
+        adapters=adapters,
         revision=options.revision,
         variant=options.variant,
         device=options.device,
@@ -209,9 +211,6 @@ def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
         memory=options.memory,
         text_encoder=options.embeds is None,
     )
-    for folder, scale in adapters:
-        cascade.add_adapter(folder, options.scale if scale is None else scale)
-    return cascade
 
 
 def infos(folder: str | Path) -> list[AdapterInfo]:
