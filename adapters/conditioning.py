@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import UserError
-from adapters.redraw import Redraw, Way
+from adapters.redraw import Given, Redraw, Way
 from adapters.sampling import Sampling
 
 Item = TypeVar("Item")
@@ -86,6 +86,7 @@ class Options(TypedDict, total=False):
     seed: int
     images_per_prompt: int
     sampling: Sampling | None
+    low_res: Given | None
     embeds: Mapping[str, Tensor] | None
     clean_caption: bool
     progress: bool

@@ -26,7 +26,7 @@ from unets.loading import Precision
 
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("prompt", "stage_2_prompt", "stage_3_prompt", "negative_prompt", "embeds")),
-    **dict.fromkeys(("image", "mask", "strength")),
+    **dict.fromkeys(("low_res", "image", "mask", "strength")),
     **dict.fromkeys(("stage_1", "stage_2", "stage_3", "revision", "variant", "memory")),
     "adapter": [],
     "scale": 1.0,
@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     add("--negative-prompt", help="what to lead away from")
     add("--embeds", metavar="FILE", help="encodings of all these, by adapters.encode; no encoder")
     add("--out", type=Path, required=True, help="the folder for the pictures")
+    help_ = "a square picture to enlarge, once for all prompts or for each; no Stage I (none)"
+    add("--low-res", action="append", metavar="FILE", help=help_)
     add("--like", metavar="PNG", help="a saved picture to draw anew, but for what else is given")
     help_ = (
         "a picture to start from, with the settings that diffusers' pipelines for it have (none)"
@@ -110,6 +112,7 @@ def generate(given: dict[str, Any]) -> Path:
     if not options.prompt:
         raise UserError("There is nothing to draw; give --prompt, or a picture with --like.")
     redraw = given_pictures(options, info)
+    low_res = None if options.low_res is None else Redraw.of(options.low_res).pictures
     settings = sampling(given, info, redraw)
     check_seeds([options.seed])
     check_texts([*options.prompt, options.negative_prompt or ""])
@@ -123,6 +126,7 @@ def generate(given: dict[str, Any]) -> Path:
         seed=options.seed,
         images_per_prompt=options.images_per_prompt,
         sampling=settings,
+        low_res=low_res,
         redraw=redraw,
         embeds=embeds,
     )
@@ -200,7 +204,7 @@ def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
         for stage, each in own.items()
     }
     return load_cascade(
-        options.stage_1 or bases.get(1),
+        options.stage_1 or (None if options.low_res else bases.get(1)),
         options.stage_2 or bases.get(2),
         options.stage_3,
         adapters=adapters,

@@ -590,6 +590,7 @@ def test_every_seed_of_a_generator_draws(cascade: Cascade) -> None:
             r"\[pictures, 3, 16, 16\] \(got torch.float32 \[1, 3, 32, 32\]\)",
         ),
         (torch.zeros(3, 16, 16), r"\[pictures, 3, 16, 16\] \(got torch.float32 \[3, 16, 16\]\)"),
+        (torch.zeros(1, 3, 16, 24), r"must be square \(got torch.float32 \[1, 3, 16, 24\]\)"),
         (torch.zeros(1, 3, 0, 16), r"\(got torch.float32 \[1, 3, 0, 16\]\)"),
         (torch.full((1, 3, 16, 16), 255.0), r"low_res must be in \[-1, 1\] \(got 255 to 255\)"),
         (torch.full((1, 3, 16, 16), float("nan")), r"low_res must be in \[-1, 1\] \(got nan"),
