@@ -21,7 +21,7 @@ from finetune.stages import STAGES, Batch
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
 from unets import tally
-from unets.tally import GIB, Tally
+from unets.tally import GIB, Tally, reserved
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -147,6 +147,17 @@ def test_every_phase_of_the_run_is_planned(recipe: Recipe) -> None:
     assert of_stage_2.phases[1:3] == plan(recipe).phases[1:2] + plan(recipe).phases[4:5]
     without = recipe.model_copy(update={"prior": None})
     assert "class pictures" not in [phase.name for phase in plan(without).phases]
+
+
+def test_a_stage_that_is_not_trained_is_planned_without_the_others_adapter(recipe: Recipe) -> None:
+    recipe = recipe.model_copy(update={"stage_1": None, "prior": None})
+    taken = []
+    for targets in ("class_embedding.linear_1", "*"):  # Stage I has no such module
+        spec = AdapterSpec(kind="lora", rank=64, targets=targets)
+        planned = plan(changed(recipe, 2, adapter=spec))
+        samples = next(phase for phase in planned.phases if phase.name.endswith("samples"))
+        taken.append(samples.bytes - reserved(planned.footprints[STAGES[2]].resident))
+    assert taken[0] == pytest.approx(taken[1], abs=1)
 
 
 def test_settings_that_fit_are_sorted_by_time_and_keep_the_pictures_a_step(recipe: Recipe) -> None:
