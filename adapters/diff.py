@@ -1,4 +1,4 @@
-"""In what two adapters differ, or two models: ``python -m adapters.diff A B``."""
+"""In what two adapters differ, or two models: `python -m adapters.diff A B`."""
 
 import argparse
 import json

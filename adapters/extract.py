@@ -1,4 +1,4 @@
-"""The difference of two UNets as a LoRA: ``python -m adapters.extract TUNED --base BASE ...``."""
+"""The difference of two UNets as a LoRA: `python -m adapters.extract TUNED --base BASE ...`."""
 
 import argparse
 import sys

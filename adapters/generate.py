@@ -90,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
     add("--memory", help="the GPU's, such as 6GB: choose precisions and places that fit it (none)")
     for name, field in Sampling.model_fields.items():
         kind = str if field.default is None else type(field.default)
-        text = f"{field.description} ({'none' if field.default is None else f'{field.default:g}'})"
+        default = "none" if field.default is None else f"{field.default:g}"
+        text = str(field.description).replace("``", "`") + f" ({default})"
         add(f"--{name.replace('_', '-')}", type=kind, help=text)
     return parser
 

@@ -1,4 +1,4 @@
-"""What an adapter is, and how strongly it acts where: ``python -m adapters.inspect ADAPTER``."""
+"""What an adapter is, and how strongly it acts where: `python -m adapters.inspect ADAPTER`."""
 
 import argparse
 import json

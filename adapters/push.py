@@ -1,4 +1,4 @@
-"""Publishing an exported adapter on the hub: ``python -m adapters.push FOLDER owner/name``."""
+"""Publishing an exported adapter on the hub: `python -m adapters.push FOLDER owner/name`."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Files that diffusers loads in part, made whole: ``python -m adapters.repair FILE``."""
+"""Files that diffusers loads in part, made whole: `python -m adapters.repair FILE`."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Adapters as LoRAs of a lower rank: ``python -m adapters.resize ADAPTER --rank N --out DIR``."""
+"""Adapters as LoRAs of a lower rank: `python -m adapters.resize ADAPTER --rank N --out DIR`."""
 
 import argparse
 import shutil

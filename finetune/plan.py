@@ -16,6 +16,9 @@ from unets.tally import GIB
 
 Row = tuple[str, ...]
 
+LIBRARIES_BYTES = 0.6 * GIB
+"""The main memory of a process that has imported the trainer, and done nothing yet."""
+
 
 def _table(rows: Sequence[Row]) -> list[str]:
     """Rows as text, the first column to the left and the others to the right."""
@@ -40,13 +43,13 @@ def plan_text(plan: Plan) -> str:
 
 def _parts(plan: Plan) -> Iterator[Row]:
     """Memory in training by part and stage."""
-    where = "CPU" if plan.device.type == "cpu" else "GPU"
+    where, kept = ("Main", "") if _on_cpu(plan) else ("GPU", ", kept by the CUDA graph")
     yield (f"{where} memory in training, GiB", *(stage.name for stage in plan.footprints))
     parts = plan.footprints.values()
     yield ("frozen weights", *(_gib(part.weights) for part in parts))
     yield ("adapter and its gradient", *(_gib(part.adapter) for part in parts))
     yield ("optimizer's state", *(_gib(part.optimizer) for part in parts))
-    yield ("activations, kept by the CUDA graph", *(_gib(part.activations) for part in parts))
+    yield (f"activations{kept}", *(_gib(part.activations) for part in parts))
     rest = [part.reserved - part.resident - part.activations for part in parts]
     yield ("workspaces and fragmentation", *(_gib(size) for size in rest))
     yield ("in all", *(_gib(part.reserved) for part in parts))
@@ -71,7 +74,13 @@ def _phases(plan: Plan) -> list[str]:
     """What the run takes, phase by phase."""
     rows = [("phase of the run", "GiB"), *((p.name, _gib(p.bytes)) for p in plan.phases)]
     peak = plan.peak
-    return [*_table(rows), "", f"At most {_gib(peak.bytes)} GiB, in {peak.name}."]
+    own = f"; Python and its libraries take {_gib(LIBRARIES_BYTES)} GiB more"
+    last = f"At most {_gib(peak.bytes)} GiB, in {peak.name}{own if _on_cpu(plan) else ''}."
+    return [*_table(rows), "", last]
+
+
+def _on_cpu(plan: Plan) -> bool:
+    return plan.device.type == "cpu"
 
 
 def fit_text(recipe: Recipe, vram: str) -> str:

@@ -31,7 +31,7 @@ ATTEMPTS = 10
 
 
 def class_pictures(
-    recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device, size_px: int
+    recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device
 ) -> list[Picture]:
     """The class pictures of a recipe with prior preservation, captioned by its prompts in turn.
 
@@ -41,7 +41,6 @@ def class_pictures(
             cascade, of Stage II where that is trained.
         embeds: text encodings [T, D] of the class prompts and the empty caption.
         device: where to sample.
-        size_px: the largest crop that will be taken.
 
     Raises:
         UserError: where the folder cannot be read, or where the base's safety checker rejects
@@ -56,10 +55,10 @@ def class_pictures(
             " leave the field out to sample them from the base."
         )
     if own and has_captions(own):
-        return load_pictures(Data(source=str(own)), recipe.cache, size_px, prior.count)
+        return load_pictures(Data(source=str(own)), recipe.cache, recipe.crop_px, prior.count)
     folder = own or sampled_folder(recipe, prior, embeds, device)
     data = Data(source=str(folder), prompt=prior.prompts[0])
-    pictures = load_pictures(data, recipe.cache, size_px, prior.count)
+    pictures = load_pictures(data, recipe.cache, recipe.crop_px, prior.count)
     return [
         replace(picture, caption=_in_turn(prior.prompts, index))
         for index, picture in enumerate(pictures)

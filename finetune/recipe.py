@@ -354,6 +354,11 @@ class Recipe(Section):
         return Source(self.base_of(stage), stage.number, self.base.revision, self.base.variant)
 
     @property
+    def crop_px(self) -> int:
+        """The side of the largest crop that a stage is taught, in pixels."""
+        return max(self.source(stage).picture_size_px for stage in self.trained)
+
+    @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.runs_dir) / self.name

@@ -5,18 +5,20 @@ accelerate launch --config_file accelerate_config.yaml -m finetune.train RECIPE 
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 
-from adapters.errors import command_line
+from adapters.errors import UserError, command_line
 from adapters.files import write_text
-from finetune.data import load_pictures
+from finetune.data import Picture, load_pictures
 from finetune.loading import load_recipe
 from finetune.loop import Material, train_stage
 from finetune.plan import plan_text
@@ -69,26 +71,38 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
         compute_dtype(precision, accelerator.device),
         recipe.source(first).unet_config["act_fn"],
     )
+    with accelerator.main_process_first():
+        pictures = load_pictures(recipe.data, recipe.cache, recipe.crop_px)
     if accelerator.is_main_process:
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
     try:
-        run(recipe, pending, accelerator)
+        run(recipe, pending, pictures, accelerator)
     except torch.OutOfMemoryError:
         raise out_of_memory(recipe, accelerator.device) from None
     if accelerator.is_main_process:
         accelerator.print(
             f"Adapters:    {folders.adapters}\n"
-            f"TensorBoard: tensorboard --logdir {folders.run / 'logs'}"
+            f"TensorBoard: {program('tensorboard')} --logdir {folders.run / 'logs'}"
         )
 
 
-def run(recipe: Recipe, pending: Sequence[Stage], accelerator: Accelerator) -> None:
-    """Say what the run will take, gather its material, and teach the stages."""
+def program(name: str) -> str:
+    """How a shell finds a program of this environment."""
+    return name if shutil.which(name) else str(Path(sys.executable).with_name(name))
+
+
+def run(
+    recipe: Recipe,
+    pending: Sequence[Stage],
+    pictures: Sequence[Picture],
+    accelerator: Accelerator,
+) -> None:
+    """Say what the run will take, gather the rest of its material, and teach the stages."""
     with ThreadPoolExecutor(1) as beside:
         if accelerator.is_main_process:
             beside.submit(say_plan, recipe, accelerator.device)
         with accelerator.main_process_first():
-            material = gather(recipe, accelerator)
+            material = gather(recipe, pictures, accelerator)
         for stage in pending:
             train_stage(recipe, stage, material, accelerator)
 
@@ -97,16 +111,14 @@ def say_plan(recipe: Recipe, device: torch.device) -> None:
     """Print what the run will take; that it cannot be told is no reason to stop."""
     try:
         tqdm.write(plan_text(plan(recipe, device)))
-    except Exception as error:
+    except (UserError, RuntimeError) as error:
         tqdm.write(f"What this run will take could not be foreseen: {error!r}")
 
 
-def gather(recipe: Recipe, accelerator: Accelerator) -> Material:
-    """Load the pictures, encode the captions and, for prior preservation, get class pictures."""
-    size_px = max(recipe.source(stage).picture_size_px for stage in recipe.trained)
-    pictures = load_pictures(recipe.data, recipe.cache, size_px)
+def gather(recipe: Recipe, pictures: Sequence[Picture], accelerator: Accelerator) -> Material:
+    """Encode the captions and, for prior preservation, get class pictures."""
     embeds = embed_captions(captions_of(recipe, pictures), recipe, accelerator.device)
-    classes = class_pictures(recipe, embeds, accelerator.device, size_px) if recipe.prior else []
+    classes = class_pictures(recipe, embeds, accelerator.device) if recipe.prior else []
     return Material(pictures, classes, embeds)
 
 

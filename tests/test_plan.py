@@ -253,4 +253,6 @@ def test_a_run_that_is_out_of_memory_says_what_fits(
         train.main([str(file)])
     printed = capsys.readouterr()
     assert "\nerror: give overrides\n" in printed.err.replace("\r", "\n")
-    assert "CPU memory in training, GiB" in printed.out
+    assert "Main memory in training, GiB" in printed.out
+    assert "Python and its libraries take" in printed.out
+    assert "CUDA" not in printed.out

@@ -52,7 +52,7 @@ def make_recipe(random_cascade: RandomCascade, tmp_path: Path) -> MakeRecipe:
 
 def made(recipe: Recipe) -> list[Picture]:
     embeds = embed_captions(captions_of(recipe, ()), recipe, CPU)
-    return class_pictures(recipe, embeds, CPU, size_px=16)
+    return class_pictures(recipe, embeds, CPU)
 
 
 def pixels(pictures: list[Picture]) -> list[np.ndarray]:
@@ -121,7 +121,7 @@ def test_runs_that_start_together_sample_once(
 
     monkeypatch.setattr(prior, "load_cascade", recording)
     with ThreadPoolExecutor() as pool:
-        runs = [pool.submit(class_pictures, recipe, embeds, CPU, 16) for _ in range(3)]
+        runs = [pool.submit(class_pictures, recipe, embeds, CPU) for _ in range(3)]
         first, *others = (run.result() for run in runs)
     assert all(other == first for other in others)
     assert len(loads) == 1

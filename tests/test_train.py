@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from adapters.sheet import CELL_PX
 from finetune import loop
 from finetune.compare import main as compare
+from finetune.data import load_pictures
 from finetune.loading import load_recipe
 from finetune.loop import batches_of, load_trainee
 from finetune.optimizers import learning_rate_factor, set_learning_rate
@@ -271,7 +272,8 @@ def test_two_processes_average_their_gradients(
     exported = load_file(adapter_file(tmp_path / "runs" / "run", "stage_1"))
 
     recipe = load_recipe(path, [f"cache_dir={tmp_path / 'cache'}", "stage_1.accumulation=2"])
-    material = gather(recipe, Accelerator(cpu=True))
+    loaded = load_pictures(recipe.data, recipe.cache, recipe.crop_px)
+    material = gather(recipe, loaded, Accelerator(cpu=True))
     trainee = load_trainee(recipe, STAGES[1], torch.device("cpu"))
     batches = batches_of(recipe, STAGES[1], trainee, material, Accelerator(cpu=True))
     options = trainee.training.optimizer
@@ -344,10 +346,13 @@ def test_stage_2s_mistakes_are_found_before_stage_1_trains(
         ("stage_2.noise_level=[0, 5000]", "stage_2.noise_level must be within 0 and 999"),
         (f"base.stage_2={random_cascade.stage_1}", "IFSuperResolutionPipeline"),
         (f"base.stage_1={random_cascade.stage_2}", "IFPipeline"),
+        ("data.source=nowhere", "nowhere"),
     ):
         with pytest.raises(SystemExit):
             run(path, override)
-        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        said = capsys.readouterr()
+        assert message in said.err.strip().splitlines()[-1]
+        assert "memory in training" not in said.out
         assert not (tmp_path / "runs").exists()
 
 
