@@ -211,7 +211,7 @@ def test_the_command_needs_no_weights_and_no_gpu(
     assert "No settings of this recipe fit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("vram", ["much", "8XB", "0.1GB", "-3"])
+@pytest.mark.parametrize("vram", ["", "much", "8XB", "0.1GB", "-3"])
 def test_a_size_that_is_none_is_said_to_be_none(
     vram: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
