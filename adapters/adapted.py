@@ -92,8 +92,8 @@ class AdaptedStages:
                 the file or folder of another tool, or any of them by its name on the hub, see
                 :func:`adapters.hub.adapter_path`. Another tool's goes to the stage whose UNet it
                 fits by names and shapes, and is not held against any base.
-            scale: how much of it, in all stages or by stage: each weight W becomes
-                W + scale * (W merged - W). Adapters add up.
+            scale: how much of it, in all stages or by stage (``{1: 0.5}``: none of it in Stage II):
+                each weight W becomes W + scale * (W merged - W). Adapters add up.
             name: what to call it; ``None``: after its folder.
 
         Returns:
@@ -126,8 +126,8 @@ class AdaptedStages:
 
         Args:
             scales: by name, in all stages or by stage (``{"dog": 0.8, "style": {1: 0.5, 2: 1}}``);
-                names alone have the scale 1. Adapters that are not named are switched off, and
-                stay loaded.
+                names alone have the scale 1. What is not named, an adapter or a stage of it, is
+                switched off, and stays loaded.
 
         Raises:
             UserError: where a name is unknown or a scale not finite. Nothing has changed then.
@@ -152,6 +152,8 @@ class AdaptedStages:
         seed: int = 0,
     ) -> str:
         """Make one LoRA of several that are loaded, by a method of PEFT; it starts switched off.
+
+        The others stay as they are until :meth:`set_adapters` switches to it and them off.
 
         Args:
             scales: of the adapters to combine, by name, in all stages or by stage. What has the

@@ -15,7 +15,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from adapters.bases import Source
 from adapters.errors import UserError
+from adapters.layers import Coded
+from adapters.merging import StageAdapter
 from adapters.tokens import prompt_tokens
+from adapters.updates import Dense, LowRank, Term, Update, as_matrix
+from unets.frozen import Quantised
 from unets.loading import Precision, blank_unet, compute_dtype
 from unets.tally import DRIVER_BYTES, GIB, META, Tally, reserved, total_bytes
 
@@ -140,13 +144,20 @@ def limit(device: torch.device, memory: str | None) -> None:
     torch.cuda.set_per_process_memory_fraction(share, device)
 
 
-def within(sources: Mapping[int, Source], memory: str, *, text_encoder: bool = True) -> Budgeted:
+def within(
+    sources: Mapping[int, Source],
+    memory: str,
+    *,
+    text_encoder: bool = True,
+    adapters: Mapping[int, Sequence[StageAdapter]] | None = None,
+) -> Budgeted:
     """The best row of :data:`ROWS` that fits a card, and the most pictures at once.
 
     Args:
         sources: of the stages, by number.
         memory: the card's, see :func:`memory_bytes`.
         text_encoder: whether one is wanted.
+        adapters: what is merged into Stage I and II, by number.
 
     Raises:
         UserError: where nothing fits, or a model is not there.
@@ -161,8 +172,9 @@ def within(sources: Mapping[int, Source], memory: str, *, text_encoder: bool = T
         for number, source in sources.items():
             key = f"stage_{number}", row.precision(f"stage_{number}")
             if key not in made:
+                own = (adapters or {}).get(number, ())
                 made[key] = (
-                    _upscaler(source, below) if number == 3 else _stage(source, *key, tokens)
+                    _upscaler(source, below) if number == 3 else _stage(source, *key, tokens, own)
                 )
             parts.append(made[key])
         if text_encoder:
@@ -198,14 +210,48 @@ def _text_encoder(source: Source, precision: Precision) -> Part:
     return Part(TEXT, total_bytes(weights), dict.fromkeys(AT_ONCE, largest))
 
 
-def _stage(source: Source, name: str, precision: Precision, tokens: int) -> Part:
-    """A stage's UNet, which sees each picture with its unguided twin."""
+def _stage(
+    source: Source,
+    name: str,
+    precision: Precision,
+    tokens: int,
+    adapters: Sequence[StageAdapter],
+) -> Part:
+    """A stage's UNet with adapters, which sees each picture with its unguided twin."""
     unet = blank_unet(source.unet_config, precision, GPU)
     weights, dtype = list(unet.state_dict().values()), compute_dtype(precision, GPU)
+    weights += laid_over(unet, adapters)
     inputs = _unet_inputs(unet, source.picture_size_px, tokens, unet.config.encoder_hid_dim, dtype)
     guard = total_bytes(source.guard_weights(dtype))
     working = {n: held + guard for n, held in _working(unet, weights, inputs).items()}
     return Part(name, total_bytes(weights), working)
+
+
+def laid_over(unet: UNet2DConditionModel, adapters: Sequence[StageAdapter]) -> list[Tensor]:
+    """Lay adapters over a UNet on the meta device.
+
+    Returns:
+        What :class:`adapters.mixing.MergedAdapters` keeps of them beside the UNet on its device.
+    """
+    kept: list[Tensor | None] = []
+    modules = dict(unet.named_modules())
+    for name in {name for adapter in adapters for name in adapter.modules} & modules.keys():
+        layer = modules[name]
+        updates = [_blank_update(each, name, layer) for each in adapters if name in each.modules]
+        kept += [t for u in updates if isinstance(u, LowRank) for t in (u.a, u.b, u.gain)]
+        if isinstance(layer, Quantised):
+            Coded(layer).write([Term(1.0, update) for update in updates])
+            kept += vars(layer.overlay).values()
+    return [tensor for tensor in kept if tensor is not None]
+
+
+def _blank_update(adapter: StageAdapter, name: str, layer: nn.Module) -> Update:
+    """What an adapter makes of a layer's weight, without values."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if adapter.has_factors:
+        return adapter.update(name, layer, weight)
+    return Dense(torch.empty_like(as_matrix(weight)))
 
 
 def _upscaler(source: Source, below: Source) -> Part:

@@ -32,6 +32,7 @@ from adapters.images import CascadeImages
 from adapters.overview import as_html, as_text, overview, precision_of
 from adapters.picture_info import PictureInfo, signed, used_adapters
 from adapters.placing import Placing
+from adapters.reading import as_pixels
 from adapters.redraw import WAYS, Given, Redraw
 from adapters.sampling import Sampling
 from adapters.scales import Scale
@@ -78,6 +79,7 @@ class Cascade(AdaptedStages):
         seed: int = 0,
         images_per_prompt: int = 1,
         sampling: Sampling | None = None,
+        low_res: Given | None = None,
         redraw: Redraw | None = None,
         embeds: Mapping[str, Tensor] | None = None,
         clean_caption: bool = True,
@@ -94,6 +96,8 @@ class Cascade(AdaptedStages):
             seed: the first picture's seed; each further picture's is one more.
             images_per_prompt: how many pictures of each prompt, one after the other.
             sampling: steps and guidance; ``None``: the published pipelines' defaults.
+            low_res: square pictures to enlarge, or their files, one for all prompts or one for
+                each; Stage I is not run.
             redraw: pictures to start from, one for all prompts or one for each; :meth:`img2img`
                 and :meth:`inpaint` make it.
             embeds: encodings [T, D] of all prompts that Stage I and II are told, and of what
@@ -117,9 +121,12 @@ class Cascade(AdaptedStages):
         given = {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}
         prompts = told(given, images_per_prompt)
         count = len(prompts[1])
+        each = count // images_per_prompt, images_per_prompt
         if redraw is not None:
-            distinct, what = count // images_per_prompt, "pictures to start from"
-            redraw = redraw.take(spread(range(len(redraw)), distinct, images_per_prompt, what))
+            redraw = redraw.take(spread(range(len(redraw)), *each, "pictures to start from"))
+        below = None
+        if low_res is not None:
+            below = as_pixels(spread(Redraw.of(low_res).pictures, *each, "low_res pictures"))
         encodings = {
             texts: self._encodings(texts, embeds, clean_caption)
             for texts in dict.fromkeys([prompts[1], prompts[2]])
@@ -130,6 +137,7 @@ class Cascade(AdaptedStages):
             negative.expand(count, -1, -1),
             seeds=range(seed, seed + count),
             sampling=sampling,
+            low_res=below,
             redraw=redraw,
             prompts=prompts,
             negative_prompt=negative_prompt,

@@ -32,7 +32,7 @@ def check_drawing(
             not go together, or a setting exceeds what a stage's scheduler knows.
     """
     if low_res is None and 1 not in stages:
-        raise UserError("Stage I was not loaded; load it, or hand sample() low_res pictures.")
+        raise UserError("Stage I was not loaded; load it, or give low_res pictures to enlarge.")
     if low_res is not None and list(stages) == [1]:
         raise UserError("Stage I does not enlarge low_res pictures; load Stage II too.")
     if 3 in stages and 3 not in conditioning.prompts:
@@ -41,6 +41,8 @@ def check_drawing(
     _check_encodings(conditioning)
     if low_res is not None:
         _check_low_res(low_res, stages)
+        if conditioning.redraw is None and low_res.shape[2] != low_res.shape[3]:
+            raise UserError(f"low_res pictures must be square (got {_form(low_res)}); crop them.")
     _check_numbers(conditioning, low_res)
     for number, pipe in stages.items():
         check_steps(number, pipe.scheduler, sampling)

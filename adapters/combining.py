@@ -1,6 +1,7 @@
 """One LoRA of several, by PEFT's ``add_weighted_adapter``, without the base's weights."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
 from datetime import UTC, datetime
@@ -102,7 +103,10 @@ def of_module(
     narrowed = {index: copy(config) for index, config in configs.items()}
     for config in narrowed.values():
         config.target_modules = {module}
-    with torch.random.fork_rng(devices=[]):  # initial values, which are overwritten
+    with (
+        torch.random.fork_rng(devices=[]),  # initial values, which are overwritten
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # others' own ranks
+    ):
         model = LoraModel(skeleton, narrowed, first)
         for index in others:
             model.inject_adapter(skeleton, index)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import UserError
-from adapters.redraw import Redraw, Way
+from adapters.redraw import Given, Redraw, Way
 from adapters.sampling import Sampling
 
 Item = TypeVar("Item")
@@ -86,6 +86,7 @@ class Options(TypedDict, total=False):
     seed: int
     images_per_prompt: int
     sampling: Sampling | None
+    low_res: Given | None
     embeds: Mapping[str, Tensor] | None
     clean_caption: bool
     progress: bool
@@ -110,8 +111,11 @@ def told(prompts: Mapping[int, Prompt | None], each: int) -> dict[int, tuple[str
     }
     check_texts(text for own in texts.values() for text in own)
     count = len(texts[1])
-    if count * each < 1:
-        raise UserError("There is nothing to draw; give a prompt, and images_per_prompt >= 1.")
+    if not isinstance(each, numbers.Integral) or count * each < 1:
+        raise UserError(
+            "There is nothing to draw; give a prompt, and images_per_prompt as a whole number from"
+            f" 1 (got {each!r})."
+        )
     every = every_stage(texts, tuple(prompts))
     return {n: spread(own, count, each, f"prompts for Stage {n}") for n, own in every.items()}
 

@@ -1,6 +1,7 @@
 """Reading adapters of other tools: every key style becomes PEFT's names, no key is skipped."""
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adapters.errors import UserError
-from adapters.info import PEFT_WEIGHTS, weights_file
+from adapters.info import HEADER_KEY, PEFT_WEIGHTS, parse_info, weights_file
+from adapters.kinds import KINDS, AdapterSpec
 from adapters.names import ROOTS, listed
 from adapters.whole import PEFT_TYPES, check_settings, check_values, check_whole
+
+logger = logging.getLogger(__name__)
 
 PREFIXES = (
     "base_model.model.",  # PEFT
@@ -59,8 +63,8 @@ def read_adapter(path: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, s
     """Read an adapter from a safetensors file, or a folder that holds one.
 
     Rank and alpha come from the tensors, ``adapter_config.json`` (beside PEFT's file), the header's
-    ``lora_adapter_metadata`` or ``.alpha`` tensors; where none says, alpha is the rank, as
-    diffusers takes it.
+    ``lora_adapter_metadata`` or ``if_adapter``, or ``.alpha`` tensors; where none says, alpha is
+    the rank, as diffusers takes it; a warning says so where PEFT's file lacks its configuration.
 
     Returns:
         PEFT's configuration with whole module names, the tensors under PEFT's names without
@@ -92,6 +96,8 @@ def read_adapter(path: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, s
     }
     config = stored_config(file, header)
     check_whole(config, parts_of(state), file)
+    if file.name == PEFT_WEIGHTS and not (config or alphas or HEADER_KEY in header):
+        logger.warning("%s has no %s beside it: alpha is taken as its rank.", file, CONFIG_NAME)
     if config is None or isinstance(config, LoraConfig):
         return lora_config(state, alphas, config), state, header
     config.target_modules = modules_of(state)
@@ -178,6 +184,8 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
             config = PeftConfig.from_pretrained(str(file.parent))
         elif LORA_ADAPTER_METADATA_KEY in header:
             config = LoraConfig(**unet_settings(json.loads(header[LORA_ADAPTER_METADATA_KEY])))
+        elif HEADER_KEY in header:
+            return signed_config(parse_info(header, file).spec)
         else:
             return None
         check_settings(config)
@@ -188,6 +196,14 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
             " again."
         ) from error
     return config
+
+
+def signed_config(spec: AdapterSpec) -> PeftConfig | None:
+    """The configuration that a spec means; ``None``: a LoRA with each module's rank as alpha."""
+    if spec.kind == "lora" and spec.alpha is None:
+        return None
+    kind = KINDS[spec.kind]
+    return kind.config(**kind.fields(spec))
 
 
 def check_type(settings: Any) -> None:

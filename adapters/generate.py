@@ -26,7 +26,7 @@ from unets.loading import Precision
 
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("prompt", "stage_2_prompt", "stage_3_prompt", "negative_prompt", "embeds")),
-    **dict.fromkeys(("image", "mask", "strength")),
+    **dict.fromkeys(("low_res", "image", "mask", "strength")),
     **dict.fromkeys(("stage_1", "stage_2", "stage_3", "revision", "variant", "memory")),
     "adapter": [],
     "scale": 1.0,
@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     add("--negative-prompt", help="what to lead away from")
     add("--embeds", metavar="FILE", help="encodings of all these, by adapters.encode; no encoder")
     add("--out", type=Path, required=True, help="the folder for the pictures")
+    help_ = "a square picture to enlarge, once for all prompts or for each; no Stage I (none)"
+    add("--low-res", action="append", metavar="FILE", help=help_)
     add("--like", metavar="PNG", help="a saved picture to draw anew, but for what else is given")
     help_ = (
         "a picture to start from, with the settings that diffusers' pipelines for it have (none)"
@@ -111,6 +113,7 @@ def generate(given: dict[str, Any]) -> Path:
     if not options.prompt:
         raise UserError("There is nothing to draw; give --prompt, or a picture with --like.")
     redraw = given_pictures(options, info)
+    low_res = None if options.low_res is None else Redraw.of(options.low_res).pictures
     settings = sampling(given, info, redraw)
     check_seeds([options.seed])
     check_texts([*options.prompt, options.negative_prompt or ""])
@@ -124,6 +127,7 @@ def generate(given: dict[str, Any]) -> Path:
         seed=options.seed,
         images_per_prompt=options.images_per_prompt,
         sampling=settings,
+        low_res=low_res,
         redraw=redraw,
         embeds=embeds,
     )
@@ -193,16 +197,18 @@ def sampling(given: Mapping[str, Any], info: PictureInfo | None, redraw: Redraw 
 
 def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
     """The cascade with its adapters; of models that are not named, those that they belong to."""
-    adapters = [parse_scaled(argument) for argument in options.adapter]
+    parsed = [parse_scaled(argument) for argument in options.adapter]
+    adapters = [(name, options.scale if scale is None else scale) for name, scale in parsed]
     own = {} if info else {each.stage: each for name, _ in adapters for each in infos(name)}
     bases = {
         stage: with_revision(each.base_model, None if options.revision else each.base_revision)
         for stage, each in own.items()
     }
-    cascade = load_cascade(
-        options.stage_1 or bases.get(1),
+    return load_cascade(
+        options.stage_1 or (None if options.low_res else bases.get(1)),
         options.stage_2 or bases.get(2),
         options.stage_3,
+        adapters=adapters,
         revision=options.revision,
         variant=options.variant,
         device=options.device,
@@ -210,9 +216,6 @@ def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
         memory=options.memory,
         text_encoder=options.embeds is None,
     )
-    for folder, scale in adapters:
-        cascade.add_adapter(folder, options.scale if scale is None else scale)
-    return cascade
 
 
 def infos(folder: str | Path) -> list[AdapterInfo]:

@@ -1,7 +1,8 @@
 """Loading a cascade."""
 
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -18,15 +19,22 @@ from adapters.bases import GUARDS, Source
 from adapters.budget import TEXT, limit, memory_bytes, within
 from adapters.cascade import Cascade
 from adapters.errors import UserError
+from adapters.merging import StageAdapter
 from adapters.names import closest
 from adapters.placing import Placing
-from adapters.scales import Scale
+from adapters.scales import STAGES, Scale
 from unets.loading import PRECISIONS, Precision, automatic_precision, compute_dtype
 
 Chosen: TypeAlias = Literal["auto"] | Precision
 """The precision of a UNet, or what suits the device."""
 
-Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, Scale] | Mapping[Path, Scale]
+Adapters: TypeAlias = (
+    str
+    | Path
+    | Sequence[str | Path | tuple[str | Path, Scale]]
+    | Mapping[str, Scale]
+    | Mapping[Path, Scale]
+)
 """Exported folders or hub names, one or several, or these with the scale of each."""
 
 
@@ -56,7 +64,7 @@ def load_cascade(
             the published cascade's is.
         adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
             or these with the scale of each, see :meth:`Cascade.add_adapter`.
-        scale: of adapters that are given without.
+        scale: of adapters that are given without: in all stages or by stage, 0 in those not named.
         originals: where the base's own values of the weights that adapters change are kept: beside
             the UNet, so that adapters are switched in milliseconds, or on the ``cpu``, which saves
             that memory (:class:`adapters.mixing.MergedAdapters`) and takes a transfer each time.
@@ -68,7 +76,8 @@ def load_cascade(
             that of quantised ones is not quantised.
         memory: a GPU's, such as ``6GB``: precisions, which parts rest in main memory while others
             work, and how many pictures are drawn at once are chosen such that all stays within
-            it, and told (:mod:`adapters.budget`). PyTorch gets no more of the GPU in this process
+            it, and told (:mod:`adapters.budget`). ``adapters`` are counted, and those that are
+            added later come on top. PyTorch gets no more of the GPU in this process
             until a cascade is loaded without. ``None``: all is on the device.
         text_encoder: whether to load the text encoder of Stage I (of Stage II where that is alone).
         unets: UNets to sample from instead of loading them, by stage; they keep their precision.
@@ -94,7 +103,9 @@ def load_cascade(
     }
     _check_options(sources, originals, memory, unets or {})
     everything = sources | ({} if stage_3 is None else {3: Source(str(stage_3), 3)})
-    placing, precisions = _placed(everything, memory, dtype, device, text_encoder)
+    scaled = _scaled(adapters, scale)
+    folders = [folder for folder, _ in scaled]
+    placing, precisions = _placed(everything, memory, dtype, device, text_encoder, folders)
     stages, dtypes = {}, {}
     for number, source in sources.items():
         dtypes[number] = compute_dtype(precisions[number], device)
@@ -116,7 +127,7 @@ def load_cascade(
         revision=revision,
         variant=variant,
     )
-    for folder, own_scale in _scaled(adapters, scale):
+    for folder, own_scale in scaled:
         cascade.add_adapter(folder, own_scale)
     return cascade
 
@@ -145,12 +156,24 @@ def _check_options(
         )
 
 
-def _scaled(adapters: Adapters, scale: Scale) -> Iterable[tuple[str | Path, Scale]]:
+def _scaled(adapters: Adapters, scale: Scale) -> list[tuple[str | Path, Scale]]:
     """Adapters with the scale of each."""
     if isinstance(adapters, Mapping):
-        return adapters.items()
+        return list(adapters.items())
     several = [adapters] if isinstance(adapters, str) else adapters
-    return [(each, scale) for each in (several if isinstance(several, Sequence) else [several])]
+    each_or_pair = several if isinstance(several, Sequence) else [several]
+    return [each if isinstance(each, tuple) else (each, scale) for each in each_or_pair]
+
+
+def _by_stage(
+    folders: Sequence[str | Path], sources: Mapping[int, Source]
+) -> dict[int, list[StageAdapter]]:
+    """The adapters of folders, by the stage that each belongs to."""
+    configs = {number: sources[number].unet_config for number in STAGES if number in sources}
+    adapters: dict[int, list[StageAdapter]] = {}
+    for adapter in chain.from_iterable(map(StageAdapter.load_all, folders)):
+        adapters.setdefault(adapter.stage_among(configs), []).append(adapter)
+    return adapters
 
 
 def _placed(
@@ -159,6 +182,7 @@ def _placed(
     dtype: Chosen | Mapping[int, Chosen],
     device: torch.device,
     text_encoder: bool,
+    adapters: Sequence[str | Path],
 ) -> tuple[Placing, dict[int, Precision]]:
     """Where parts are, and the precision of the UNets and (0) of the text encoder."""
     if memory is None:
@@ -172,7 +196,8 @@ def _placed(
             f"memory={memory!r} is about a GPU, and chooses precisions by itself: leave dtype at"
             f" auto (got {dtype!r}), and the device a GPU (got {device})."
         )
-    chosen = within(sources, memory, text_encoder=text_encoder)
+    merged = _by_stage(adapters, sources)
+    chosen = within(sources, memory, text_encoder=text_encoder, adapters=merged)
     limit(device, memory)
     tqdm.write(f"Within {memory}:\n{chosen}", file=sys.stderr)
     parts = {0: TEXT} | {number: f"stage_{number}" for number in sources}

@@ -99,9 +99,9 @@ def merge(
 ) -> list[Path]:
     """Merge adapters into their base, in a new folder that appears once it is whole.
 
-    The base's weights are read one at a time, and never more than one shard of the merged ones is
-    held. Each weight W becomes W + scale * (W merged - W), in float32 and rounded once, the same
-    as in :meth:`adapters.Cascade.add_adapter`; adapters add up.
+    The base's weights are read, merged and written one at a time. Each weight W becomes
+    W + scale * (W merged - W), in float32 and rounded once, the same as in
+    :meth:`adapters.Cascade.add_adapter`; adapters add up.
 
     Args:
         paths: exported folders, or other tools' files or folders.

@@ -1,9 +1,12 @@
 """Pictures as they come from files, made plain."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from adapters.errors import UserError
 
@@ -36,3 +39,9 @@ def read_picture(path: str | Path) -> Image.Image:
     except DECODING_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"The picture {path} cannot be read ({reason}); name another.") from error
+
+
+def as_pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    """N pictures in RGB, of one size, as [N, 3, height, width] in [-1, 1]."""
+    levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return levels.permute(0, 3, 1, 2) / 127.5 - 1

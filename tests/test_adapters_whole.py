@@ -31,6 +31,8 @@ from tests.test_adapters_formats import ATTENTION, NAME, kohya, peft_folder, sim
 
 SPECS = {
     "lora": ATTENTION,
+    "alpha": AdapterSpec(rank=2, alpha=3.0),
+    "rslora": AdapterSpec(kind="rslora", rank=2, alpha=3.0),
     "dora": AdapterSpec(kind="dora", rank=2),
     "loha": AdapterSpec(kind="loha", rank=2),
     "lokr": AdapterSpec(kind="lokr", rank=2),
@@ -185,12 +187,31 @@ def test_an_alpha_is_one_finite_number(
     assert key in refused(file)
 
 
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_signed_adapter_needs_no_configuration_beside_it(
+    exports: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    def settings(file: Path) -> dict[str, object]:
+        config = read_adapter(file)[0].to_dict()
+        stated = ("base_model_name_or_path", "revision", "inference_mode")
+        return {name: value for name, value in config.items() if name not in stated}
+
+    file = Path(shutil.copyfile(exports[kind] / PEFT_WEIGHTS, tmp_path / PEFT_WEIGHTS))
+    assert settings(file) == settings(exports[kind] / PEFT_WEIGHTS)
+    assert not caplog.records
+    if kind == "alpha":
+        save_file(load_file(file), file)
+        assert settings(file)["lora_alpha"] == 2
+        assert "no adapter_config.json beside it: alpha is taken" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])
 def test_other_kinds_need_their_own_configuration(
     exports: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     folder = Path(shutil.copytree(exports[kind], tmp_path / "stage_1"))
     (folder / CONFIG).unlink()
+    save_file(load_file(folder / PEFT_WEIGHTS), folder / PEFT_WEIGHTS)  # without its header
     assert "no adapter_config.json beside it" in refused(folder)
     shutil.copyfile(exports["lora"] / CONFIG, folder / CONFIG)
     assert "configuration of LORA, but tensors of another kind" in refused(folder)

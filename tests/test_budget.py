@@ -1,6 +1,7 @@
 """What a cascade is made of within a memory: the best that fits."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,13 @@ from adapters import budget, load_cascade
 from adapters.bases import Source
 from adapters.budget import AT_ONCE, ROWS, memory_bytes, within
 from adapters.errors import UserError
+from adapters.kinds import AdapterSpec
+from adapters.merging import StageAdapter
+from adapters.updates import LowRank
 from tests.random_cascade import TEXT_WIDTH, RandomCascade
+from tests.test_adapters_export import export, trained_unet
 from unets import tally
+from unets.frozen import Quantised
 from unets.loading import blank_unet
 from unets.tally import DRIVER_BYTES, GIB, Tally, total_bytes
 
@@ -102,6 +108,52 @@ def test_a_safety_checker_takes_room_too(
     for stages in ((2,), (2, 3)):  # it visits one stage at a time
         more = peak(guarded_cascade, *stages) - peak(random_cascade, *stages)
         assert more == pytest.approx(size, rel=0.1)
+
+
+def test_what_adapters_keep_on_the_device_is_counted(
+    random_cascade: RandomCascade, tmp_path: Path
+) -> None:
+    base, places = random_cascade.stage_1, []
+    for kind in ("lora", "dora", "loha"):
+        spec = AdapterSpec(kind=kind, rank=3, targets=("to_q", "mid_block.*.to_v"))
+        places.append(export(trained_unet(base, spec), tmp_path / kind, base, 1, spec).folder)
+    options = {"device": "cpu", "text_encoder": False}
+    cascade = load_cascade(base, adapters=places, dtype="nf4", **options)
+    updates = [u for own in cascade.merged[1]._updates.values() for u in own.values()]
+    overlays = [m.overlay for m in cascade.stages[1].unet.modules() if isinstance(m, Quantised)]
+    objects = [u for u in updates if isinstance(u, LowRank)] + [o for o in overlays if o]
+    kept = [t for each in objects for t in vars(each).values() if isinstance(t, torch.Tensor)]
+    adapters = [StageAdapter.load(place) for place in places]
+    unet = blank_unet(Source(str(base), 1).unet_config, "nf4", torch.device("cpu"))
+    assert total_bytes(budget.laid_over(unet, adapters)) == total_bytes(kept)
+
+
+def test_a_cascade_counts_the_adapters_that_it_is_loaded_with(
+    random_cascade: RandomCascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, spec = random_cascade.stage_2, AdapterSpec(kind="loha", targets=("to_q",))
+    place = export(trained_unet(base, spec), tmp_path, base, 2, spec).folder
+    more = []
+
+    def count(sources: dict[int, Source], memory: str, **given: Any) -> None:
+        with_them, without = (
+            within(sources, memory, **given | own).weights for own in ({}, {"adapters": {}})
+        )
+        more.extend(part for part, size in with_them.items() if size > without[part])
+        raise UserError("counted")
+
+    monkeypatch.setattr("adapters.load.within", count)
+    monkeypatch.setattr("adapters.load.available", torch.device)
+    monkeypatch.setattr(budget, "ROWS", ROWS[-1:])
+    with pytest.raises(UserError, match="counted"):
+        load_cascade(
+            stage_2=base,
+            adapters=[(place, 0.5)],
+            device="cuda",
+            memory="6GB",
+            text_encoder=False,
+        )
+    assert more == ["stage_2"]
 
 
 def folders(cascade: RandomCascade) -> tuple[Path, Path, Path]:

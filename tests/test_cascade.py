@@ -558,6 +558,7 @@ def test_a_damaged_configuration_is_said(
         ("a cat", {"seed": "1"}, r"A seed must be a whole number from 0 .* \(got '1'\)"),
         ("a cat", {"seed": 2**64}, rf"\(got {2**64}\)"),
         ("a cat", {"seed": 2**64 - 1, "images_per_prompt": 2}, rf"\(got {2**64}\)"),
+        ("a cat", {"images_per_prompt": 1.5}, r"a whole number from 1 \(got 1.5\)"),
     ],
 )
 def test_what_cannot_be_drawn(
@@ -589,6 +590,7 @@ def test_every_seed_of_a_generator_draws(cascade: Cascade) -> None:
             r"\[pictures, 3, 16, 16\] \(got torch.float32 \[1, 3, 32, 32\]\)",
         ),
         (torch.zeros(3, 16, 16), r"\[pictures, 3, 16, 16\] \(got torch.float32 \[3, 16, 16\]\)"),
+        (torch.zeros(1, 3, 16, 24), r"must be square \(got torch.float32 \[1, 3, 16, 24\]\)"),
         (torch.zeros(1, 3, 0, 16), r"\(got torch.float32 \[1, 3, 0, 16\]\)"),
         (torch.full((1, 3, 16, 16), 255.0), r"low_res must be in \[-1, 1\] \(got 255 to 255\)"),
         (torch.full((1, 3, 16, 16), float("nan")), r"low_res must be in \[-1, 1\] \(got nan"),

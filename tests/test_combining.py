@@ -1,6 +1,7 @@
 """One LoRA of several: what PEFT itself computes, and a folder that travels."""
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,16 @@ def test_cat_is_the_mix_of_merging_all(
     for name, weight in weights(cascade).items():
         torch.testing.assert_close(weight, mixed[name], rtol=0, atol=1e-6)
     assert not same(mixed, base)
+
+
+def test_alphas_by_module_are_combined_in_silence(folders: dict[str, Path]) -> None:
+    dog, style = part(folders, "dog", 0.7), part(folders, "style", 0.5)
+    dog.adapter.config.alpha_pattern = {"mid_block.attentions.0.to_q": 2.0}
+    with warnings.catch_warnings(action="error"):
+        state = combined([dog, style], Combination("cat"), "new", CPU).state
+    module = "mid_block.attentions.0.to_q"
+    own = dog.adapter.state[f"{module}.lora_A.weight"]
+    torch.testing.assert_close(state[f"{module}.lora_A.weight"][:4], own * 0.7 * 2.0 / 4)
 
 
 def test_a_combination_travels(

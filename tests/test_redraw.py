@@ -371,9 +371,30 @@ def test_the_command_line_redraws(random_cascade: RandomCascade, tmp_path: Path)
         assert np.array_equal(pixels(drawn), pixels(images.final[0]))
 
 
+def test_the_command_line_enlarges_with_stage_2_alone(
+    random_cascade: RandomCascade, tmp_path: Path
+) -> None:
+    start, spec = tmp_path / "start.png", AdapterSpec()
+    small = picture().resize((16, 16))
+    small.save(start)
+    for stage, base in ((1, random_cascade.stage_1), (2, random_cascade.stage_2)):
+        export(trained_unet(base, spec), tmp_path / "adapters", base, stage, spec)
+    flags = f"--adapter {tmp_path / 'adapters'} --low-res {start} --out {tmp_path / 'drawn'}"
+    generate([*flags.split(), "--stage-2-steps", "2", "--prompt", PROMPT])
+    names = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert names == ["000-a-cat-seed0-stage_2.png", "contact_sheet.png"]
+    second = load_cascade(None, random_cascade.stage_2, adapters=tmp_path / "adapters")
+    images = second(PROMPT, low_res=small, sampling=Sampling(stage_2_steps=2), progress=False)
+    assert np.array_equal(
+        pixels(images.final[0]), pixels(Image.open(tmp_path / "drawn" / names[0]))
+    )
+    assert np.array_equal(((images.low_res[0] + 1) * 127.5).round().permute(1, 2, 0), small)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        ("--low-res nowhere.png", "nowhere.png cannot be read"),
         ("--mask mask.png", "start from a picture; give --image too"),
         ("--strength 0.5", "start from a picture; give --image too"),
         ("--image nowhere.png", "nowhere.png cannot be read"),
