@@ -1,7 +1,7 @@
 """Checkpoints: a tree of tensors and plain values, as one safetensors and one JSON file.
 
-A checkpoint is written beside its place and renamed into it, so that one which has its final name
-is whole. Nothing is ever unpickled.
+A checkpoint is written beside its place and renamed into it, and renamed out of it before it is
+deleted, so that one which has its final name is whole. Nothing is ever unpickled.
 """
 
 import json
@@ -16,24 +16,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adapters.errors import UserError
+from adapters.files import replace_folder, written
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 def save_checkpoint(root: Path, step: int, tree: dict[str, Any], keep: int) -> Path:
-    """Write ``root/step-NNNNNN`` and delete all but the newest ``keep`` checkpoints."""
-    folder = root / f"step-{step:06d}"
-    partial = root / f"partial-{step:06d}"
-    for stale in (partial, folder):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors: dict[str, torch.Tensor] = {}
-    document = json.dumps(_encode(tree, tensors))
-    save_file(tensors, partial / "state.safetensors")
-    (partial / "state.json").write_text(document, encoding="utf-8")
-    os.replace(partial, folder)
-    for _, old in checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+    """Write ``root/step-NNNNNN``, then delete all but the newest ``keep`` checkpoints.
+
+    Raises:
+        UserError: where the disk refuses.
+    """
+    folder, partial = root / f"step-{step:06d}", root / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    new = partial / "new"
+    with written(folder):
+        new.mkdir(parents=True)
+        tensors: dict[str, torch.Tensor] = {}
+        document = json.dumps(_encode(tree, tensors))
+        save_file(tensors, new / "state.safetensors")
+        (new / "state.json").write_text(document, encoding="utf-8")
+        replace_folder(new, folder)
+        for _, old in checkpoints(root)[:-keep]:
+            os.replace(old, partial / old.name)
+        shutil.rmtree(partial)
     return folder
 
 

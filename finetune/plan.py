@@ -124,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     with command_line():
         recipe = load_recipe(options.recipe, options.overrides)
-        text = fit_text(recipe, options.vram) if options.vram else f"{plan_text(plan(recipe))}\n"
+        plain = options.vram is None
+        text = f"{plan_text(plan(recipe))}\n" if plain else fit_text(recipe, options.vram)
         sys.stdout.write(text)
 
 

@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from adapters.errors import UserError
+from adapters.kinds import AdapterSpec
 from adapters.tokens import prompt_tokens
 from finetune.footprint import Footprint, Rehearsal
 from finetune.recipe import Recipe
@@ -99,11 +100,15 @@ def _run(
 def _untrained(
     recipe: Recipe, stage: Stage, device: torch.device, rehearsals: Mapping[Stage, Rehearsal]
 ) -> Rehearsal:
-    """A stage that others need pictures of: in their precision where it is not trained itself."""
+    """A stage that others need pictures of: where it is not trained, in their precision.
+
+    Their adapter may fit none of its modules; the default one fits any, and takes next to nothing.
+    """
     if stage in rehearsals:
         return rehearsals[stage]
     (other, rehearsal), *_ = rehearsals.items()
-    as_that = recipe.model_copy(update={stage.name: recipe.training(other)})
+    training = recipe.training(other).model_copy(update={"adapter": AdapterSpec()})
+    as_that = recipe.model_copy(update={stage.name: training})
     return Rehearsal.of(as_that, stage, device, rehearsal.text_tokens)
 
 

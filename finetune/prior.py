@@ -48,12 +48,7 @@ def class_pictures(
     """
     prior = recipe.prior
     assert prior is not None
-    own = Path(prior.folder).expanduser() if prior.folder else None
-    if own and not own.is_dir():
-        raise UserError(
-            f"prior.folder {prior.folder!r} is no folder: name one with pictures of the class, or"
-            " leave the field out to sample them from the base."
-        )
+    own = own_folder(prior)
     if own and has_captions(own):
         return load_pictures(Data(source=str(own)), recipe.cache, recipe.crop_px, prior.count)
     folder = own or sampled_folder(recipe, prior, embeds, device)
@@ -63,6 +58,21 @@ def class_pictures(
         replace(picture, caption=_in_turn(prior.prompts, index))
         for index, picture in enumerate(pictures)
     ]
+
+
+def own_folder(prior: Prior) -> Path | None:
+    """The folder that class pictures are taken from; ``None``: they are sampled.
+
+    Raises:
+        UserError: where there is no such folder.
+    """
+    own = Path(prior.folder).expanduser() if prior.folder else None
+    if own and not own.is_dir():
+        raise UserError(
+            f"prior.folder {prior.folder!r} is no folder: name one with pictures of the class, or"
+            " leave the field out to sample them from the base."
+        )
+    return own
 
 
 def sampled_folder(

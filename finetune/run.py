@@ -16,6 +16,7 @@ from adapters.errors import UserError
 from adapters.info import read_info
 from adapters.kinds import peft_config
 from finetune.checkpoints import checkpoints, load_checkpoint
+from finetune.prior import own_folder
 from finetune.recipe import Recipe, Training
 from finetune.stages import Stage
 from finetune.trainee import Trainee, optimizer_of
@@ -48,8 +49,11 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises:
         UserError: where a base is missing or of another stage, a target matches nothing, the
-            optimizer does not run here, or noise levels or timesteps are not the schedule's.
+            optimizer does not run here, noise levels or timesteps are not the schedule's, or
+            there is no folder of class pictures where one is named.
     """
+    if recipe.prior:
+        own_folder(recipe.prior)
     sections = (recipe.prior, recipe.validation, recipe.comparison)
     samplings = [section.sampling for section in sections if section and section.sampling]
     for stage in recipe.trained:

@@ -1,11 +1,16 @@
 """Checkpoints: whole or not there, and the same tree again."""
 
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from adapters.errors import UserError
+from finetune import checkpoints as module
 from finetune.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 
 TREE = {
@@ -54,13 +59,50 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert [step for step, _ in checkpoints(tmp_path)] == [100, 1000]
 
 
-def test_a_partial_checkpoint_is_none(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, TREE, keep=2)
-    (tmp_path / "partial-000002").mkdir()
-    (tmp_path / "partial-000002" / "state.json").write_text("{")
-    assert [step for step, _ in checkpoints(tmp_path)] == [1]
-    save_checkpoint(tmp_path, 2, TREE, keep=2)
-    assert [step for step, _ in checkpoints(tmp_path)] == [1, 2]
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_kill_at_any_moment_leaves_whole_checkpoints(
+    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the newest step is saved anew, and where the next one is."""
+    left = always = 1000
+
+    def mortal(call: Callable[..., Any]) -> Callable[..., Any]:
+        def until_killed(*given: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return call(*given, **options)
+
+        return until_killed
+
+    changing = ((module, "save_file"), (module, "replace_folder"), (os, "replace"), (os, "unlink"))
+    for owner, name in changing:
+        monkeypatch.setattr(owner, name, mortal(getattr(owner, name)))
+    for moment in range(20):
+        root = tmp_path / str(moment)
+        for earlier in (1, 2):
+            save_checkpoint(root, earlier, TREE, keep=2)
+        left = moment
+        with suppress(KeyboardInterrupt):
+            save_checkpoint(root, step, TREE, keep=2)
+        survived, left = left >= 0, always
+        whole = checkpoints(root)
+        assert len(whole) >= 2
+        for _, folder in whole:
+            assert_same(load_checkpoint(folder), TREE)
+        save_checkpoint(root, 9, TREE, keep=1)
+        assert [folder.name for folder in root.iterdir()] == ["step-000009"]
+        if survived:
+            break
+    assert survived
+    assert [saved for saved, _ in whole] == [step - 1, step]
+
+
+def test_a_disk_that_refuses_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="step-000001 cannot be written"):
+        save_checkpoint(tmp_path / "file", 1, TREE, keep=1)
 
 
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors"])

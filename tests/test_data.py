@@ -445,6 +445,11 @@ def test_a_configuration_of_the_dataset_is_chosen(name: str, tmp_path: Path) -> 
     assert load_captions(data, tmp_path / "cache") == [f"one of the {name}"]
 
 
+def test_a_part_of_a_split_is_a_split(tmp_path: Path) -> None:
+    data = as_parquet(tmp_path / "source").model_copy(update={"split": "train[1:]"})
+    assert load_captions(data, tmp_path / "cache") == list(CAPTIONS[1:])
+
+
 def test_no_more_pictures_are_read_than_asked_for(tmp_path: Path) -> None:
     data = with_prompt(tmp_path / "source")
     everything = load_pictures(data, tmp_path / "cache", SIZE_PX)

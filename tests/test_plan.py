@@ -21,7 +21,7 @@ from finetune.stages import STAGES, Batch
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
 from unets import tally
-from unets.tally import GIB, Tally
+from unets.tally import GIB, Tally, reserved
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -149,6 +149,17 @@ def test_every_phase_of_the_run_is_planned(recipe: Recipe) -> None:
     assert "class pictures" not in [phase.name for phase in plan(without).phases]
 
 
+def test_a_stage_that_is_not_trained_is_planned_without_the_others_adapter(recipe: Recipe) -> None:
+    recipe = recipe.model_copy(update={"stage_1": None, "prior": None})
+    taken = []
+    for targets in ("class_embedding.linear_1", "*"):  # Stage I has no such module
+        spec = AdapterSpec(kind="lora", rank=64, targets=targets)
+        planned = plan(changed(recipe, 2, adapter=spec))
+        samples = next(phase for phase in planned.phases if phase.name.endswith("samples"))
+        taken.append(samples.bytes - reserved(planned.footprints[STAGES[2]].resident))
+    assert taken[0] == pytest.approx(taken[1], abs=1)
+
+
 def test_settings_that_fit_are_sorted_by_time_and_keep_the_pictures_a_step(recipe: Recipe) -> None:
     choices = fitting_settings(recipe, STAGES[1], 10 * GIB, 7)
     fastest = choices[0].settings
@@ -200,7 +211,7 @@ def test_the_command_needs_no_weights_and_no_gpu(
     assert "No settings of this recipe fit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("vram", ["much", "8XB", "0.1GB", "-3"])
+@pytest.mark.parametrize("vram", ["", "much", "8XB", "0.1GB", "-3"])
 def test_a_size_that_is_none_is_said_to_be_none(
     vram: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -346,7 +346,8 @@ def test_stage_2s_mistakes_are_found_before_stage_1_trains(
         ("stage_2.noise_level=[0, 5000]", "stage_2.noise_level must be within 0 and 999"),
         (f"base.stage_2={random_cascade.stage_1}", "IFSuperResolutionPipeline"),
         (f"base.stage_1={random_cascade.stage_2}", "IFPipeline"),
-        ("data.source=nowhere", "nowhere"),
+        ("data.source=./nowhere", "there is no such folder"),
+        ("prior={prompts: [a dog], folder: nowhere}", "prior.folder 'nowhere' is no folder"),
     ):
         with pytest.raises(SystemExit):
             run(path, override)
