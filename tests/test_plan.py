@@ -1,5 +1,6 @@
 """What a run takes, found out beforehand: against the real step, and as a person asks for it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from finetune.stages import STAGES, Batch
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
 from unets import tally
-from unets.tally import GIB, Tally, reserved
+from unets.tally import GIB, Tally, reserved, total_bytes, reserved
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -158,6 +159,19 @@ def test_a_stage_that_is_not_trained_is_planned_without_the_others_adapter(recip
         samples = next(phase for phase in planned.phases if phase.name.endswith("samples"))
         taken.append(samples.bytes - reserved(planned.footprints[STAGES[2]].resident))
     assert taken[0] == pytest.approx(taken[1], abs=1)
+
+
+def test_a_safety_checker_visits_while_pictures_are_drawn(
+    guarded_cascade: RandomCascade, tmp_path: Path
+) -> None:
+    guarded = Recipe.model_validate(tree(guarded_cascade, tmp_path) | {"stage_2": None})
+    rehearsal = Rehearsal.of(guarded, STAGES[1], GPU, 7)
+    checker = guarded.source(STAGES[1]).guard_weights(torch.bfloat16)
+    assert rehearsal.guard_bytes == total_bytes(checker) > 0
+    unguarded = replace(rehearsal, guard_bytes=0)
+    assert rehearsal.drawing_bytes(2) - unguarded.drawing_bytes(2) == rehearsal.guard_bytes
+    class_pictures = plan(guarded, text_tokens=7).phases[1].bytes
+    assert class_pictures == reserved(rehearsal.weights_bytes + rehearsal.drawing_bytes(4))
 
 
 def test_settings_that_fit_are_sorted_by_time_and_keep_the_pictures_a_step(recipe: Recipe) -> None:
