@@ -22,7 +22,7 @@ from finetune.stages import STAGES, Batch
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
 from unets import tally
-from unets.tally import GIB, Tally, reserved, total_bytes, reserved
+from unets.tally import GIB, Tally, reserved, total_bytes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
