@@ -1,7 +1,6 @@
 """Loading the stages of a cascade from folders or hub names, with diffusers' own pipelines."""
 
 import inspect
-import logging
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import (
     DDPMScheduler,
@@ -31,8 +29,8 @@ from transformers import CLIPConfig, T5Config, T5EncoderModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapters.errors import UserError
+from adapters.guards import GUARDS, SafetyChecker
 from adapters.hub import asking_the_hub, split_revision
-from adapters.placing import CHECKER, visiting
 from unets.frozen import freeze
 from unets.loading import fill, hub_patterns, load_unet, placement
 
@@ -42,9 +40,6 @@ PIPELINES: dict[int, type[DiffusionPipeline]] = {
     3: StableDiffusionUpscalePipeline,
 }
 """The pipeline of each stage."""
-
-GUARDS = (CHECKER, "feature_extractor", "watermarker")
-"""The components that guard a stage's pictures; always kept as the base has them."""
 
 LOADING_ERRORS = (
     *(OSError, ValueError, SafetensorError),
@@ -61,35 +56,6 @@ FIELD_TYPES: dict[type, tuple[type, str]] = {
 """What a field of a scheduler may hold, by the type of its default."""
 
 Loaded = TypeVar("Loaded")
-
-# diffusers prints every safety checker that is handed to it, layer by layer
-logging.getLogger("diffusers.pipelines.pipeline_loading_utils").addFilter(
-    lambda record: "non-standard module" not in record.getMessage()
-)
-
-
-class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is untyped
-    """IF's safety checker, in main memory, such that it loads and runs with current libraries.
-
-    It visits the device of the pictures that it is shown. In diffusers 0.42 it omits the
-    ``post_init`` without which transformers 5 cannot load it, and it blackens arrays only, while
-    the x4 upscaler hands it a tensor.
-    """
-
-    def __init__(self, config: CLIPConfig) -> None:
-        super().__init__(config)
-        self.post_init()
-
-    def forward(
-        self, clip_input: Tensor, images: np.ndarray | Tensor, **thresholds: float
-    ) -> tuple[np.ndarray | Tensor, list[bool], list[bool]]:
-        """Blacken flagged pictures of ``images``, [N, ...] in any layout, in place."""
-        with visiting([self], clip_input.device):
-            if not isinstance(images, Tensor):
-                return super().forward(clip_input, images, **thresholds)
-            flags = super().forward(clip_input, np.zeros(len(images)), **thresholds)[1:]
-        images[torch.tensor(flags).any(dim=0)] = 0
-        return images, *flags
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from diffusers import (
 )
 from tqdm import tqdm
 
-from adapters.bases import GUARDS, Source
+from adapters.bases import Source
 from adapters.budget import TEXT, limit, memory_bytes, within
 from adapters.cascade import Cascade
 from adapters.errors import UserError
+from adapters.guards import GUARDS
 from adapters.merging import StageAdapter
 from adapters.names import closest
 from adapters.placing import Placing

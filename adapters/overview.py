@@ -7,7 +7,7 @@ from itertools import chain
 from diffusers import DiffusionPipeline, ModelMixin
 from transformers import PreTrainedModel
 
-from adapters.bases import GUARDS
+from adapters.guards import GUARDS
 from adapters.mixing import MergedAdapters
 from unets.frozen import Quantised
 

@@ -34,7 +34,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from adapters.bases import GUARDS
+from adapters.guards import GUARDS
 from tests.random_cascade import clip_tokenizer
 
 ROOT = Path(__file__).parent.parent
