@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from adapters.errors import UserError
+from unets.frozen import FrozenConv2d, FrozenLinear
 
 ADAPTER_NAME = "default"
 """The name that PEFT knows the adapter by within a UNet."""
@@ -199,11 +200,20 @@ def attach(
         if not blank:
             torch.default_generator.manual_seed(seed)  # PEFT initialises on the CPU
         unet.add_adapter(config, adapter_name=ADAPTER_NAME)
+    check_trainable(unet)
     for parameter in adapter_parameters(unet).values():
         parameter.data = parameter.data.float()
     _measure_magnitudes(unet)
     unet.train(unet.training)  # the new layers take on the UNet's mode
     return adapter_parameters(unet)
+
+
+def check_trainable(unet: nn.Module) -> None:
+    """Assert that no layer of an adapter is frozen: such a layer would return no gradient."""
+    for name, module in unet.named_modules():
+        if isinstance(module, FrozenLinear | FrozenConv2d):
+            owned = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            assert not owned, f"{name} is trainable, but frozen layers return no gradient"
 
 
 def _measure_magnitudes(unet: nn.Module) -> None:

@@ -111,8 +111,25 @@ class _Conv2d(torch.autograd.Function):
         )
 
 
-class FrozenLinear(nn.Linear):
+class Converted(type):
+    """The metaclass of layers that are converted from plain ones, and never constructed.
+
+    PEFT makes the ``lora_A`` and ``lora_B`` of a convolution with ``type(base_layer)(...)``. They must
+    train, so calling the class of a frozen layer constructs its plain, trainable counterpart.
+    """
+
+    plain: type[nn.Module]
+    """The class that calling this one constructs."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Construct the plain layer."""
+        return cls.plain(*args, **kwargs)
+
+
+class FrozenLinear(nn.Linear, metaclass=Converted):
     """A Linear that returns the gradient of its input only."""
+
+    plain = nn.Linear
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -122,8 +139,10 @@ class FrozenLinear(nn.Linear):
         return result
 
 
-class FrozenConv2d(nn.Conv2d):
+class FrozenConv2d(nn.Conv2d, metaclass=Converted):
     """A Conv2d that returns the gradient of its input only."""
+
+    plain = nn.Conv2d
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, in, H, W] to [B, out, h, w]."""
