@@ -46,6 +46,7 @@ def test_a_loaded_unet_is_the_one_that_diffusers_loads(
 ) -> None:
     place = folder(random_cascade, stage)
     theirs = UNet2DConditionModel.from_pretrained(place, subfolder="unet").eval()
+    theirs.requires_grad_(False)  # of trainable weights PyTorch may choose other kernels
     ours = Source(str(place), stage).unet("fp32", CPU)
     assert not ours.training
     assert not any(p.requires_grad for p in ours.parameters())

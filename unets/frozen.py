@@ -114,8 +114,8 @@ class _Conv2d(torch.autograd.Function):
 class Converted(type):
     """The metaclass of layers that are converted from plain ones, and never constructed.
 
-    PEFT makes the ``lora_A`` and ``lora_B`` of a convolution with ``type(base_layer)(...)``. They must
-    train, so calling the class of a frozen layer constructs its plain, trainable counterpart.
+    PEFT makes the ``lora_A`` and ``lora_B`` of a convolution with ``type(base_layer)(...)``. They
+    must train, so calling the class of a frozen layer constructs its plain, trainable counterpart.
     """
 
     plain: type[nn.Module]
