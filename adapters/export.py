@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from peft import PeftConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.errors import UserError
 from adapters.files import replace_folder
 from adapters.formats import lora_config
 from adapters.info import (
@@ -29,6 +31,7 @@ from adapters.kinds import ADAPTER_NAME, adapted_modules, diffusers_loads
 from adapters.licence import is_deepfloyd
 from adapters.low_rank import Approximation
 from adapters.merging import StageAdapter
+from adapters.names import listed
 
 __all__ = ["AdapterInfo", "Exported", "export_adapter", "read_info"]
 
@@ -129,9 +132,13 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
     Args:
         adapter: the adapter.
         approximation: a LoRA for diffusers in its stead.
+
+    Raises:
+        UserError: where a tensor is not finite.
     """
     info, config, tensors = adapter.info, adapter.config, adapter.state
     target = adapter.folder
+    check_finite(tensors, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as temporary:
         new = Path(temporary) / "new"
@@ -144,6 +151,17 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
             info = info and approximated(info, approximation)
         save_for_diffusers(tensors, config, new / LORA_WEIGHT_NAME_SAFE, header_of(info))
         replace_folder(new, target)
+
+
+def check_finite(tensors: Mapping[str, Tensor], target: Path) -> None:
+    """Raise a UserError that names the tensors which are not finite."""
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{target} is not written: {len(broken)} of the adapter's {len(tensors)} tensors hold"
+            f" values that are NaN or infinite ({listed(broken, 4)}); train it with a lower"
+            " optimizer.learning_rate, or from a checkpoint before it diverged."
+        )
 
 
 def header_of(info: AdapterInfo | None) -> dict[str, str]:

@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from adapters.errors import UserError
 from adapters.files import replace_folder, written
 
+FORMAT = 2
+"""The version of a checkpoint's contents. 2: tensors start blocks of their own in the optimizer."""
+
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -33,7 +36,7 @@ def save_checkpoint(root: Path, step: int, tree: dict[str, Any], keep: int) -> P
     with written(folder):
         new.mkdir(parents=True)
         tensors: dict[str, torch.Tensor] = {}
-        document = json.dumps(_encode(tree, tensors))
+        document = json.dumps({"format": FORMAT, "tree": _encode(tree, tensors)})
         save_file(tensors, new / "state.safetensors")
         (new / "state.json").write_text(document, encoding="utf-8")
         replace_folder(new, folder)
@@ -59,12 +62,20 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """
     try:
         tensors = load_file(folder / "state.safetensors")
-        tree = _decode(json.loads((folder / "state.json").read_text(encoding="utf-8")), tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        found = document.get("format", 1)
+        tree = _decode(document["tree"], tensors) if found == FORMAT else None
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"The checkpoint {folder} is damaged ({error}); delete that folder to continue from the"
             " checkpoint before it."
         ) from error
+    if tree is None:
+        raise UserError(
+            f"The checkpoint {folder} has the format {found}, and this version continues from the"
+            f" format {FORMAT} alone; finish the run with the version that began it, or delete its"
+            " checkpoints to start over."
+        )
     assert isinstance(tree, dict)
     return tree
 

@@ -121,11 +121,11 @@ class Rehearsal:
         batch = self.batch(batch_size or self.trainee.training.batch_size)
         with Tally(self._resident(batch)) as tally:
             self.trainee.accumulate(batch)
-        values = self.trainee.weights.values.numel()
+        algorithm = OPTIMIZERS[self.optimizer]
         return Footprint(
             weights=self.weights_bytes,
             adapter=total_bytes(self._adapter()),
-            optimizer=int(values * OPTIMIZERS[self.optimizer].state_bytes),
+            optimizer=algorithm.state_bytes(self.trainee.weights.slices(whole_tensors=False)),
             activations=tally.peak_bytes,
             flops=tally.flops,
             work=tally.flops

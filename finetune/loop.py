@@ -1,5 +1,6 @@
 """The training loop: one for both stages."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,14 @@ from finetune.run import Folders, identity, noise_levels, resume
 from finetune.stages import STAGES, Stage
 from finetune.tracking import Meter, Tracker, forget_peak_memory, free_memory
 from finetune.trainee import Trainee
+from finetune.update_size import UpdateSize
 from finetune.validation import Validation, prepare_validation
 
 CARD_PROMPTS = 8
 """How many captions an adapter names where the recipe has no validation prompts."""
+
+SIZE_POINTS = 25
+"""At most so many points of a run measure the size of the update, which changes slowly."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
         )
     run_steps(recipe, trainee, batches, tracker, validate, accelerator)
     if accelerator.is_main_process:
+        trainee.watch.check()
         with trainee.final_weights() as unet:
             samples = show(validate, tracker, trainee.step)
             info = adapter_info(recipe, trainee, material)
@@ -88,6 +94,8 @@ def run_steps(
     gradient = trainee.weights.gradient
     compiling = Compiling.of(recipe, trainee, accelerator.num_processes)
     meter = Meter(batches.num_train_timesteps, accelerator.device)
+    update_size = UpdateSize(trainee.unet)
+    size_every = math.ceil(training.steps / recipe.log_every / SIZE_POINTS) * recipe.log_every
     forget_peak_memory(accelerator.device)
     indices = range(first * training.accumulation, training.steps * training.accumulation)
     feed = prefetch(batches, indices, accelerator.device)
@@ -109,6 +117,9 @@ def run_steps(
         if done % recipe.log_every == 0 or last:
             points = meter.read(accelerator, training.accumulation)
             check_finite(points["loss"], done)
+            trainee.watch.check()
+            if accelerator.is_main_process and (done % size_every == 0 or last):
+                points |= {f"update/{block}": size for block, size in update_size().items()}
             tracker.points(points | {"learning_rate": options.learning_rate * factor}, done)
             if reason := compiling.consider(points["pictures_per_second"]):
                 tracker.bar.write(reason)

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules by name."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +12,10 @@ import bitsandbytes as bnb
 import prodigyopt
 import schedulefree
 import torch
-from torch import nn
 from transformers.optimization import Adafactor
 
 from adapters.errors import UserError
-from finetune.weights import is_fast
+from finetune.weights import BLOCK, Slice
 
 Groups = list[dict[str, Any]]
 Betas = tuple[float, float]
@@ -24,8 +23,8 @@ Betas = tuple[float, float]
 ADAM_BETAS = (0.9, 0.999)
 LION_BETAS = (0.9, 0.99)
 
-EIGHT_BIT = 1 + 4 / 2**8
-"""Bytes of an 8-bit moment: bitsandbytes keeps one float32 scale for 2**8 values."""
+EIGHT_BIT = 1 + 4 / BLOCK
+"""Bytes of an 8-bit moment: bitsandbytes keeps one float32 scale a block."""
 
 
 @dataclass(frozen=True)
@@ -36,39 +35,72 @@ class Algorithm:
     """Takes the parameter groups, ``weight_decay``, and ``betas`` where it has any."""
     betas: Betas | None
     """Its own betas, for recipes that give none; ``None``: it has no betas."""
-    state_bytes: float
-    """How many bytes of GPU memory it keeps for each value."""
+    moments: int
+    """How many values it keeps on the device for each value that it updates."""
+    eight_bit: bool = False
+    """Whether it keeps them in 8 bits, except those of small tensors."""
     whole_tensors: bool = False
     """Whether it treats a matrix as more than its elements, so that it needs each by itself."""
     finds_scale: bool = False
     """Whether it finds its own step size, which the learning rate only multiplies."""
 
-
-def _paged(groups: Groups, **options: Any) -> torch.optim.Optimizer:
-    if not torch.cuda.is_available():
-        raise UserError(
-            "optimizer.name: paged_adamw_8bit needs a GPU, to page its state out of; this machine"
-            " has none: use adamw_8bit."
+    def state_bytes(self, slices: Iterable[Slice]) -> int:
+        """Bytes of the device's memory that its state takes for what it updates."""
+        return sum(
+            int(
+                each.parameter.numel()
+                * self.moments
+                * (EIGHT_BIT if self.eight_bit and not each.kind.small else 4)
+            )
+            for each in slices
         )
-    return bnb.optim.PagedAdamW8bit(groups, **options)
+
+
+class _BitsByGroup:
+    """An 8-bit optimizer that keeps each group's state in the group's ``optim_bits``."""
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """Settings of one parameter, as bitsandbytes asks for them."""
+        config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[misc]
+        return config | {"optim_bits": group["optim_bits"], "min_8bit_size": 0}
+
+
+class AdamW8bit(_BitsByGroup, bnb.optim.AdamW8bit):  # type: ignore[misc]  # untyped
+    """AdamW."""
+
+
+class PagedAdamW8bit(_BitsByGroup, bnb.optim.PagedAdamW8bit):  # type: ignore[misc]
+    """AdamW whose state is paged out to main memory where a GPU runs short."""
+
+    def __init__(self, groups: Groups, **options: Any) -> None:
+        if not torch.cuda.is_available():
+            raise UserError(
+                "optimizer.name: paged_adamw_8bit needs a GPU, to page its state out of; this"
+                " machine has none: use adamw_8bit."
+            )
+        super().__init__(groups, **options)
+
+
+class Lion8bit(_BitsByGroup, bnb.optim.Lion8bit):  # type: ignore[misc]
+    """Lion."""
 
 
 OPTIMIZERS: Mapping[str, Algorithm] = MappingProxyType(
     {
-        "adamw_8bit": Algorithm(bnb.optim.AdamW8bit, ADAM_BETAS, 2 * EIGHT_BIT),
-        "paged_adamw_8bit": Algorithm(_paged, ADAM_BETAS, 0),
-        "adamw": Algorithm(torch.optim.AdamW, ADAM_BETAS, 8),
-        "lion_8bit": Algorithm(bnb.optim.Lion8bit, LION_BETAS, EIGHT_BIT),
+        "adamw_8bit": Algorithm(AdamW8bit, ADAM_BETAS, 2, eight_bit=True),
+        "paged_adamw_8bit": Algorithm(PagedAdamW8bit, ADAM_BETAS, 0, eight_bit=True),
+        "adamw": Algorithm(torch.optim.AdamW, ADAM_BETAS, 2),
+        "lion_8bit": Algorithm(Lion8bit, LION_BETAS, 1, eight_bit=True),
         "adafactor": Algorithm(
             partial(Adafactor, beta1=None, scale_parameter=False, relative_step=False),
             betas=None,
-            state_bytes=0,
+            moments=0,
             whole_tensors=True,
         ),
         "prodigy": Algorithm(
-            partial(prodigyopt.Prodigy, safeguard_warmup=True), ADAM_BETAS, 16, finds_scale=True
+            partial(prodigyopt.Prodigy, safeguard_warmup=True), ADAM_BETAS, 4, finds_scale=True
         ),
-        "schedule_free": Algorithm(schedulefree.AdamWScheduleFree, ADAM_BETAS, 8),
+        "schedule_free": Algorithm(schedulefree.AdamWScheduleFree, ADAM_BETAS, 2),
     }
 )
 """Optimizers by name."""
@@ -76,31 +108,28 @@ OPTIMIZERS: Mapping[str, Algorithm] = MappingProxyType(
 
 def build_optimizer(
     name: str,
-    parameters: Mapping[str, nn.Parameter],
+    slices: Sequence[Slice],
     *,
     learning_rate: float,
     betas: Betas | None = None,
     weight_decay: float,
     lora_plus_ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """The optimizer of an adapter's parameters.
+    """Build the optimizer of an adapter's parameters.
 
     With ``lora_plus_ratio`` above 1 the B matrices, which start at zero, learn that much faster
     than the rest (LoRA+, arXiv 2402.12354). ``betas``: ``None`` for the optimizer's own.
     """
     algorithm = OPTIMIZERS[name]
     assert betas is None or algorithm.betas is not None, f"{name} has no betas"
-    fast = [p for key, p in parameters.items() if is_fast(key)]
-    slow = [p for key, p in parameters.items() if not is_fast(key)]
-    if lora_plus_ratio == 1.0:
-        fast, slow = [], list(parameters.values())
-    groups = [
-        {"params": group, "lr": rate, "base_lr": rate}
-        for group, rate in ((slow, learning_rate), (fast, learning_rate * lora_plus_ratio))
-        if group
-    ]
+    groups: dict[tuple[float, int], dict[str, Any]] = {}
+    for each in slices:
+        rate = learning_rate * (lora_plus_ratio if each.kind.fast else 1.0)
+        bits = 8 if algorithm.eight_bit and not each.kind.small else 32
+        new = {"params": [], "lr": rate, "base_lr": rate, "optim_bits": bits}
+        groups.setdefault((rate, bits), new)["params"].append(each.parameter)
     decay = {} if algorithm.betas is None else {"betas": betas or algorithm.betas}
-    optimizer = algorithm.build(groups, weight_decay=weight_decay, **decay)
+    optimizer = algorithm.build(list(groups.values()), weight_decay=weight_decay, **decay)
     if isinstance(optimizer, schedulefree.AdamWScheduleFree):
         optimizer.train()
     return optimizer

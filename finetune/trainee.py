@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adapters.kinds import KINDS, attach
+from finetune.gradients import GradientWatch
 from finetune.losses import Losses, NoiseTables, hybrid_loss
 from finetune.optimizers import OPTIMIZERS, averaged_weights, build_optimizer
 from finetune.recipe import Optimizer, Training
@@ -52,6 +53,8 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     average: Tensor | None
     """The exponential moving average of the weights, where the recipe keeps one."""
+    watch: GradientWatch
+    """Whether all of the weights have received a gradient."""
     step: int = field(default=0)
     recorded: Replayed[Losses] = field(init=False)
     """The forward and backward pass."""
@@ -92,6 +95,7 @@ class Trainee:
             weights=weights,
             optimizer=optimizer_of(training.optimizer, weights),
             average=None if training.ema_decay is None else weights.values.clone(),
+            watch=GradientWatch(weights, training.adapter.dropout),
         )
 
     def accumulate(self, batch: Batch) -> Losses:
@@ -124,6 +128,7 @@ class Trainee:
     def update(self) -> Tensor:
         """Take an optimizer step with the gradients so far, and return their norm."""
         gradient = self.weights.gradient
+        self.watch.observe(gradient, self.optimizer.param_groups[0]["lr"])
         norm = gradient.norm()
         if self.training.optimizer.max_grad_norm is not None:
             gradient.mul_((self.training.optimizer.max_grad_norm / norm).clamp(max=1))
@@ -158,6 +163,7 @@ class Trainee:
             "parameters": views(self.weights.values),
             "average": None if self.average is None else views(self.average),
             "optimizer": self.optimizer.state_dict(),
+            "gradients": self.watch.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -169,6 +175,7 @@ class Trainee:
                     view.copy_(state[saved][name])
         self.weights.publish()
         self.optimizer.load_state_dict(state["optimizer"])
+        self.watch.load_state(state["gradients"])
 
 
 def _checkpoint(draws: bool, module: nn.Module, *inputs: Any) -> Any:

@@ -2,9 +2,38 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+BLOCK = 256
+"""Values that share a scale in bitsandbytes' 8-bit states. Every tensor starts a block of its own:
+in a block of two tensors, the larger gradients of one would drown those of the other."""
+
+SMALL = 4096
+"""Tensors of fewer values keep their state in 32 bits, as bitsandbytes keeps it by default."""
+
+
+class Kind(NamedTuple):
+    """What an optimizer must know of a tensor."""
+
+    fast: bool
+    """Whether LoRA+ teaches it faster: it is one of the B matrices."""
+    small: bool
+    """Whether it is too small for a state in 8 bits."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the flat vector that an optimizer updates as one tensor."""
+
+    parameter: nn.Parameter
+    """A view of the values; its gradient is the same view of the gradient."""
+    kind: Kind
+    """The kind of all tensors in it."""
 
 
 class FlatWeights:
@@ -15,14 +44,21 @@ class FlatWeights:
     rounding, as they add up in float32 (Mixed Precision Training, arXiv 1710.03740).
 
     Args:
-        parameters: by name; the B matrices of LoRA+ are put last, so that they are one slice.
+        parameters: by name; kept in an order in which every :class:`Slice` is one piece.
         dtype: the precision that the UNet trains them in.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        self.parameters = dict(sorted(parameters.items(), key=lambda item: is_fast(item[0])))
-        flat = [parameter.detach().float().flatten() for parameter in self.parameters.values()]
-        self.values = torch.cat(flat)
+        self.parameters = dict(sorted(parameters.items(), key=_kind_of))
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        self.lengths = [-(-size // BLOCK) * BLOCK for size in sizes]
+        """Values of each tensor, those that fill up its last block included."""
+        self.values = torch.cat(
+            [
+                F.pad(parameter.detach().float().flatten(), (0, length - parameter.numel()))
+                for parameter, length in zip(self.parameters.values(), self.lengths, strict=True)
+            ]
+        )
         self.gradient = torch.zeros_like(self.values)
         same = dtype == torch.float32
         self.working = self.values if same else self.values.to(dtype)
@@ -34,24 +70,28 @@ class FlatWeights:
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """A flat vector by the names and shapes of the parameters."""
-        parts = torch.split(flat, [parameter.numel() for parameter in self.parameters.values()])
         return {
-            name: part.view(parameter.shape)
-            for (name, parameter), part in zip(self.parameters.items(), parts, strict=True)
+            name: part[: parameter.numel()].view(parameter.shape)
+            for (name, parameter), part in zip(
+                self.parameters.items(), flat.split(self.lengths), strict=True
+            )
         }
 
-    def slices(self, *, whole_tensors: bool) -> dict[str, nn.Parameter]:
-        """What an optimizer is given: all slow and all fast values, or every tensor by itself."""
-        values, gradients = self.views(self.values), self.views(self.gradient)
-        if not whole_tensors:
-            slow = sum(v.numel() for name, v in values.items() if not is_fast(name))
-            cuts = {"slow": slice(slow), "fast.lora_B.": slice(slow, None)}
-            values = {name: self.values[cut] for name, cut in cuts.items()}
-            gradients = {name: self.gradient[cut] for name, cut in cuts.items()}
-        slices = {name: nn.Parameter(value) for name, value in values.items() if value.numel()}
-        for name, parameter in slices.items():
-            parameter.grad = gradients[name]
-        return slices
+    def slices(self, *, whole_tensors: bool) -> list[Slice]:
+        """Divide the values for an optimizer, in as few pieces as it can treat alike.
+
+        Args:
+            whole_tensors: whether the optimizer needs every tensor by itself.
+        """
+        if whole_tensors:
+            values, gradients = self.views(self.values), self.views(self.gradient)
+            kinds = map(_kind_of, self.parameters.items())
+            return list(map(_slice, values.values(), gradients.values(), kinds))
+        lengths: dict[Kind, int] = {}
+        for item, length in zip(self.parameters.items(), self.lengths, strict=True):
+            lengths[_kind_of(item)] = lengths.get(_kind_of(item), 0) + length
+        pieces = (flat.split(list(lengths.values())) for flat in (self.values, self.gradient))
+        return list(map(_slice, *pieces, lengths))
 
     def collect(self) -> None:
         """Add the gradients of the UNet's parameters to ``gradient``."""
@@ -76,6 +116,12 @@ class FlatWeights:
             self.parameters[name].data = view
 
 
-def is_fast(name: str) -> bool:
-    """Whether a parameter is one of the B matrices, which LoRA+ teaches faster."""
-    return ".lora_B." in name
+def _kind_of(item: tuple[str, nn.Parameter]) -> Kind:
+    name, parameter = item
+    return Kind(fast=".lora_B." in name, small=parameter.numel() < SMALL)
+
+
+def _slice(values: Tensor, gradient: Tensor, kind: Kind) -> Slice:
+    parameter = nn.Parameter(values)
+    parameter.grad = gradient
+    return Slice(parameter, kind)

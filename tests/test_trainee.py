@@ -4,52 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from adapters.kinds import KINDS, AdapterSpec
 from finetune.checkpoints import load_checkpoint, save_checkpoint
 from finetune.optimizers import OPTIMIZERS
-from finetune.recipe import Optimizer, Training
-from finetune.stages import STAGES, Batch
+from finetune.recipe import Optimizer
+from finetune.stages import Batch
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
+from tests.trainees import batch_of, take_steps, trainee_of
+from unets.loading import Precision
 
 
-def trainee_of(
-    cascade: RandomCascade, stage: int, dtype: torch.dtype = torch.float32, **options: object
+def trainee_at(
+    cascade: RandomCascade, stage: int, precision: Precision = "fp32", **options: object
 ) -> Trainee:
     base = {1: cascade.stage_1, 2: cascade.stage_2}[stage]
-    training = Training(steps=10, **{"optimizer": Optimizer(learning_rate=1e-2), **options})
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=dtype)
-    schedulers = tuple(
-        DDPMScheduler.from_pretrained(base, subfolder=name) for name in STAGES[stage].schedulers
-    )
-    return Trainee.of(STAGES[stage], training, unet, schedulers, seed=0)
-
-
-def batch_of(trainee: Trainee, index: int = 0) -> Batch:
-    draw = torch.Generator().manual_seed(index)
-    size = trainee.unet.config.sample_size
-    shape = (2, 3, size, size)
-    second = trainee.stage.super_resolution
-    return Batch(
-        pixels=torch.rand(shape, generator=draw) * 2 - 1,
-        prompt_embeds=torch.randn((2, 7, 32), generator=draw),
-        weight=torch.full((2,), 0.5),
-        noise=torch.randn(shape, generator=draw),
-        timesteps=torch.randint(300, 700, (2,), generator=draw),
-        low_res=torch.rand((2, 3, 16, 16), generator=draw) * 2 - 1 if second else None,
-        low_res_noise=torch.randn(shape, generator=draw) if second else None,
-        noise_level=torch.randint(1000, (2,), generator=draw) if second else None,
-    )
-
-
-def take_steps(trainee: Trainee, count: int) -> list[float]:
-    losses = []
-    for _ in range(count):
-        losses.append(trainee.accumulate(batch_of(trainee, trainee.step)).total.mean().item())
-        trainee.update()
-    return losses
+    return trainee_of(base, stage, precision, **options)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -57,7 +28,7 @@ def take_steps(trainee: Trainee, count: int) -> list[float]:
 def test_every_kind_learns_and_the_base_does_not_change(
     random_cascade: RandomCascade, stage: int, kind: str
 ) -> None:
-    trainee = trainee_of(random_cascade, stage, adapter=AdapterSpec(kind=kind))
+    trainee = trainee_at(random_cascade, stage, adapter=AdapterSpec(kind=kind))
     names = set(trainee.weights.parameters)
     base = {n: t.clone() for n, t in trainee.unet.state_dict().items() if n not in names}
     batch = batch_of(trainee)
@@ -82,11 +53,11 @@ def test_a_saved_state_continues_to_the_same_bytes(
         "adapter": AdapterSpec(rank=16, targets="all"),
         "ema_decay": 0.5,
     }
-    straight = trainee_of(random_cascade, 1, **options)
+    straight = trainee_at(random_cascade, 1, **options)
     take_steps(straight, 2)
     folder = save_checkpoint(tmp_path, 2, straight.state(), keep=1)
     take_steps(straight, 2)
-    continued = trainee_of(random_cascade, 1, **options)
+    continued = trainee_at(random_cascade, 1, **options)
     continued.load_state(load_checkpoint(folder))
     assert continued.step == 2
     take_steps(continued, 2)
@@ -99,12 +70,12 @@ def test_a_saved_state_continues_to_the_same_bytes(
 
 def test_accumulation_equals_one_large_batch(random_cascade: RandomCascade) -> None:
     def gradient(accumulation: int, parts: list[Batch]) -> torch.Tensor:
-        trainee = trainee_of(random_cascade, 1, accumulation=accumulation)
+        trainee = trainee_at(random_cascade, 1, accumulation=accumulation)
         for part in parts:
             trainee.accumulate(part)
         return trainee.weights.gradient.clone()
 
-    trainee = trainee_of(random_cascade, 1)
+    trainee = trainee_at(random_cascade, 1)
     parts = [batch_of(trainee, index) for index in (0, 1)]
     names = parts[0].tensors()
     together = Batch(
@@ -115,7 +86,7 @@ def test_accumulation_equals_one_large_batch(random_cascade: RandomCascade) -> N
 
 
 def test_the_gradient_is_clipped_to_its_norm(random_cascade: RandomCascade) -> None:
-    trainee = trainee_of(
+    trainee = trainee_at(
         random_cascade,
         1,
         optimizer=Optimizer(name="adamw", learning_rate=1e-30, max_grad_norm=1e-3),
@@ -131,8 +102,8 @@ def test_the_gradient_is_clipped_to_its_norm(random_cascade: RandomCascade) -> N
 
 
 def test_gradient_checkpointing_changes_no_gradient(random_cascade: RandomCascade) -> None:
-    plain = trainee_of(random_cascade, 2)
-    checkpointed = trainee_of(random_cascade, 2, gradient_checkpointing=True)
+    plain = trainee_at(random_cascade, 2)
+    checkpointed = trainee_at(random_cascade, 2, gradient_checkpointing=True)
     for trainee in (plain, checkpointed):
         trainee.accumulate(batch_of(trainee))
     gradients = [trainee.weights.gradient for trainee in (plain, checkpointed)]
@@ -142,7 +113,7 @@ def test_gradient_checkpointing_changes_no_gradient(random_cascade: RandomCascad
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bf16_base_trains_a_float32_adapter(random_cascade: RandomCascade, kind: str) -> None:
     spec = AdapterSpec(kind=kind)
-    trainee = trainee_of(random_cascade, 1, dtype=torch.bfloat16, adapter=spec)
+    trainee = trainee_at(random_cascade, 1, precision="bf16", adapter=spec)
     assert trainee.unet.dtype == torch.bfloat16
     assert trainee.weights.values.dtype == trainee.weights.gradient.dtype == torch.float32
     take_steps(trainee, 1)
@@ -159,8 +130,8 @@ def test_gradients_in_bf16_are_those_in_float32_but_for_rounding(
     random_cascade: RandomCascade,
 ) -> None:
     gradients = []
-    for dtype in (torch.float32, torch.bfloat16):
-        trainee = trainee_of(random_cascade, 1, dtype=dtype)
+    for precision in ("fp32", "bf16"):
+        trainee = trainee_at(random_cascade, 1, precision)
         trainee.accumulate(batch_of(trainee))
         gradients.append(trainee.weights.gradient.clone())
     exact, rounded = gradients
@@ -170,7 +141,7 @@ def test_gradients_in_bf16_are_those_in_float32_but_for_rounding(
 def test_final_weights_are_the_average_and_training_goes_on_unchanged(
     random_cascade: RandomCascade,
 ) -> None:
-    trainee = trainee_of(random_cascade, 1, ema_decay=0.5)
+    trainee = trainee_at(random_cascade, 1, ema_decay=0.5)
     take_steps(trainee, 3)
     training = {name: p.detach().clone() for name, p in trainee.weights.parameters.items()}
     assert trainee.average is not None
