@@ -1,17 +1,26 @@
-"""A frozen Linear with a LoRA as one operation: 8 matrix products, where PEFT's takes 16 kernels.
+"""Frozen layers with a LoRA as one operation: 8 matrix products, where PEFT's takes 16 kernels.
 
-The module stays PEFT's own, with its names and parameters; only its forward pass changes, and only
-where nothing but W x + b + s B A x is asked of it.
+Modules stay PEFT's own, with their names and parameters; only their forward passes change, and only
+where nothing but W x + b + s B A x is asked of them.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
 
-from unets.frozen import FrozenLinear
+from unets.frozen import FrozenConv2d, FrozenLinear
+
+Settings: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+"""Stride, padding, dilation and groups of a convolution."""
+
+
+def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """The factor times a matrix product, as one operation."""
+    nothing = left.new_empty(()).expand(len(left), right.shape[1])
+    return torch.addmm(nothing, left, right, beta=0, alpha=factor)
 
 
 class _Adapted(torch.autograd.Function):
@@ -32,15 +41,98 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         rows, hidden, a, b = ctx.saved_tensors
         gradient = gradient.flatten(0, -2)
-        of_hidden = gradient.new_empty(()).expand(hidden.shape)
-        of_hidden = torch.addmm(of_hidden, gradient, b, beta=0, alpha=ctx.scaling)
-        of_b = torch.addmm(
-            gradient.new_empty(()).expand(b.shape), gradient.T, hidden, beta=0, alpha=ctx.scaling
-        )
+        of_hidden = _product(gradient, b, ctx.scaling)
+        of_b = _product(gradient.T, hidden, ctx.scaling)
         of_inputs = None
         if ctx.needs_input_grad[0]:
             of_inputs = (gradient @ ctx.layer.weight).addmm_(of_hidden, a).view(ctx.shape)
         return of_inputs, of_hidden.T @ rows, of_b, None, None
+
+
+class _AdaptedConv2d(torch.autograd.Function):
+    """W * x + s B (A * x) of channels_last pictures; B, a convolution of 1 x 1, as a product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        layer: FrozenConv2d,
+        bias: Tensor | None,
+    ) -> Tensor:
+        assert not isinstance(layer.padding, str)
+        settings: Settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        hidden = F.conv2d(inputs, a, None, *settings)
+        result = F.conv2d(inputs, layer.weight, bias, *settings)
+        _rows(result).addmm_(_rows(hidden), b.flatten(1).T, alpha=scaling)
+        ctx.save_for_backward(inputs, hidden, a, b)
+        ctx.scaling, ctx.layer, ctx.settings = scaling, layer, settings
+        return result
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        inputs, hidden, a, b = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        rows, b_rows, scaling = _rows(gradient), b.flatten(1), ctx.scaling
+        of_hidden = _product(rows, b_rows, scaling)
+        of_b = _product(rows.T, _rows(hidden), scaling).view(b.shape)
+        of_hidden = of_hidden.view(hidden.movedim(1, -1).shape).movedim(-1, 1)
+        wanted = ctx.needs_input_grad[0]
+        of_inputs, of_a = _conv2d_gradients(of_hidden, inputs, a, ctx.settings, (wanted, True))
+        if of_inputs is not None:
+            frozen = ctx.layer.weight
+            of_inputs += _conv2d_gradients(gradient, inputs, frozen, ctx.settings, (True, False))[0]
+        return of_inputs, of_a, of_b, None, None, None
+
+
+def _rows(pictures: Tensor) -> Tensor:
+    """Channels_last pictures [B, C, H, W] as rows [B * H * W, C] that share their memory."""
+    return pictures.movedim(1, -1).view(-1, pictures.shape[1])
+
+
+def _conv2d_gradients(
+    gradient: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    settings: Settings,
+    wanted: tuple[bool, bool],
+) -> tuple[Any, Any]:
+    """The gradients of a convolution by its input and its weight, where they are wanted."""
+    stride, padding, dilation, groups = settings
+    return torch.ops.aten.convolution_backward(
+        gradient,
+        inputs,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [*wanted, False],
+    )[:2]
+
+
+def _plain_adapter(layer: LoraLayer, inputs: Tensor) -> str | None:
+    """The name of the one adapter that a layer applies; ``None``: PEFT must do it.
+
+    PEFT does what is merged, switched off, dropped out or of a variant such as DoRA, and what the
+    compiler fuses itself.
+    """
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.merged or layer.disable_adapters or layer.lora_variant or len(active) != 1:
+        return None
+    (name,) = active
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    draws = layer.training and isinstance(layer.lora_dropout[name], nn.Dropout)
+    if draws or torch.compiler.is_compiling() or a.weight.dtype != inputs.dtype:
+        return None
+    return None if b.bias is not None else name
 
 
 class AdaptedLinear(Linear):  # type: ignore[misc]  # PEFT is untyped
@@ -48,20 +140,41 @@ class AdaptedLinear(Linear):  # type: ignore[misc]  # PEFT is untyped
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        plain = not (args or kwargs or self.merged or self.disable_adapters or self.lora_variant)
-        if plain and len(active) == 1 and not torch.compiler.is_compiling():
-            (name,) = active
-            a, b = self.lora_A[name], self.lora_B[name]
-            draws = self.training and isinstance(self.lora_dropout[name], nn.Dropout)
-            if not draws and a.weight.dtype == inputs.dtype and b.bias is None:
-                scaling = self.scaling[name]
-                return _Adapted.apply(inputs, a.weight, b.weight, scaling, self.base_layer)
-        return super().forward(inputs, *args, **kwargs)
+        name = None if args or kwargs else _plain_adapter(self, inputs)
+        if name is None:
+            return super().forward(inputs, *args, **kwargs)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return _Adapted.apply(inputs, a, b, self.scaling[name], self.base_layer)
+
+
+class AdaptedConv2d(Conv2d):  # type: ignore[misc]  # PEFT is untyped
+    """PEFT's LoRA of a frozen Conv2d."""
+
+    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, in, H, W] to [B, out, h, w]."""
+        result = None if args or kwargs else self._fused(inputs, self.base_layer.bias)
+        return super().forward(inputs, *args, **kwargs) if result is None else result
+
+    def without_bias(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same less the bias, and that; ``None`` where it is already added."""
+        result = self._fused(inputs, None)
+        return (super().forward(inputs), None) if result is None else (result, self.base_layer.bias)
+
+    def _fused(self, inputs: Tensor, bias: Tensor | None) -> Tensor | None:
+        name = _plain_adapter(self, inputs)
+        if name is None or not inputs.is_contiguous(memory_format=torch.channels_last):
+            return None
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return _AdaptedConv2d.apply(inputs, a, b, self.scaling[name], self.base_layer, bias)
+
+
+FUSED = {Linear: (FrozenLinear, AdaptedLinear), Conv2d: (FrozenConv2d, AdaptedConv2d)}
+"""PEFT's LoRA layers: the base layer with which one is fused, and what it becomes."""
 
 
 def fuse_adapters(model: nn.Module) -> None:
-    """Give the LoRAs of a model's frozen Linears their fused forward pass, in place."""
+    """Give the LoRAs of a model's frozen layers their fused forward pass, in place."""
     for layer in model.modules():
-        if type(layer) is Linear and isinstance(layer.base_layer, FrozenLinear):
-            layer.__class__ = AdaptedLinear
+        base, fused = FUSED.get(type(layer), (None, None))
+        if base is not None and isinstance(layer.base_layer, base):
+            layer.__class__ = fused

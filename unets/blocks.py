@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from unets.adapted import AdaptedConv2d
 from unets.frozen import FrozenConv2d
 from unets.norms import add, norm_act
 
@@ -35,6 +36,8 @@ def convolved(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     """A convolution of pictures, and its bias where that is still to be added."""
     if isinstance(layer, FrozenConv2d):
         return layer.without_bias(inputs), layer.bias
+    if isinstance(layer, AdaptedConv2d):
+        return layer.without_bias(inputs)
     return layer(inputs), None
 
 
