@@ -162,7 +162,8 @@ class Optimizer(Section):
     schedule: Annotated[str, name_in(SCHEDULES)] = "constant"
     """One of the names in ``finetune.optimizers.SCHEDULES``."""
     warmup_steps: NonNegative = 0
-    """Steps over which the learning rate rises from zero."""
+    """Steps over which the learning rate rises from zero, fewer than the stage's ``steps``;
+    ``one_cycle`` rises from 1/25, and over 0.3 of the steps where this is 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this norm; ``None``: never."""
 
@@ -229,7 +230,8 @@ class Training(Section):
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR weighting of the MSE term; ``None``: none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Keep an exponential moving average of the adapter and export that; ``None``: no."""
+    """Keep an exponential moving average of the adapter and export that; ``None``: no. The decay
+    after t steps is at most (1 + t) / (10 + t), so that short runs average what they learnt."""
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
@@ -406,6 +408,13 @@ def _between_sections(tree: Any) -> Iterator[tuple[str, str]]:
     for stage in trained:
         if given("prior") is not None and given(f"{stage}.batch_size") == 1:
             yield f"{stage}.batch_size", "must be at least 2 with prior preservation (got 1)"
+        warmup, steps = given(f"{stage}.optimizer.warmup_steps"), given(f"{stage}.steps")
+        if isinstance(warmup, int) and isinstance(steps, int) and warmup >= steps > 0:
+            yield (
+                f"{stage}.optimizer.warmup_steps",
+                f"must be less than {stage}.steps, or the learning rate never reaches its peak"
+                f" (got {warmup} of {steps} steps)",
+            )
         kind, ratio = given(f"{stage}.adapter.kind"), given(f"{stage}.optimizer.lora_plus_ratio")
         if kind in KINDS_WITHOUT_B and ratio not in (None, 1):
             yield (

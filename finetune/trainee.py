@@ -33,6 +33,14 @@ def optimizer_of(options: Optimizer, weights: FlatWeights) -> torch.optim.Optimi
     )
 
 
+def warmed_up_decay(decay: float, updates: int) -> float:
+    """The average's decay after a number of updates, as in diffusers' ``EMAModel``.
+
+    It starts low, so that the average of a short run is not that of its first weights.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
 @dataclass
 class Trainee:
     """A frozen UNet with an adapter, the adapter's optimizer, and how far training has come.
@@ -130,8 +138,9 @@ class Trainee:
         self.optimizer.step()
         gradient.zero_()
         self.weights.publish()
-        if self.average is not None:
-            self.average.lerp_(self.weights.values, 1 - (self.training.ema_decay or 0))
+        if self.average is not None and self.training.ema_decay is not None:
+            decay = warmed_up_decay(self.training.ema_decay, self.step)
+            self.average.lerp_(self.weights.values, 1 - decay)
         self.step += 1
         return norm
 

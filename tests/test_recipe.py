@@ -156,6 +156,11 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
         (SMALL.replace("stage_1: {steps: 5}", ""), "nothing to train"),
         (SMALL + "stage_2: {steps: 5}", "base.stage_2: must name"),
         (SMALL + "prior: {prompts: [a dog]}\n", None),
+        (SMALL.replace("steps: 5", "steps: 5, optimizer: {warmup_steps: 4}"), None),
+        (
+            SMALL.replace("steps: 5", "steps: 5, optimizer: {warmup_steps: 5}"),
+            r"warmup_steps: must be less than stage_1.steps.*\(got 5 of 5 steps\)",
+        ),
         (SMALL.replace("small", "../up"), "name: String should match"),
         (
             SMALL.replace("one}", "one, stage_2: two}")

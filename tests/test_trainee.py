@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import nn
 
 from adapters.kinds import KINDS, AdapterSpec
 from finetune.checkpoints import load_checkpoint, save_checkpoint
@@ -165,6 +167,25 @@ def test_gradients_in_bf16_are_those_in_float32_but_for_rounding(
         gradients.append(trainee.weights.gradient.clone())
     exact, rounded = gradients
     assert (rounded - exact).norm() / exact.norm() < 0.1
+
+
+def test_the_average_warms_up_as_in_its_formula(random_cascade: RandomCascade) -> None:
+    for decay in (0.25, 0.9999):
+        trainee = trainee_of(random_cascade, 1, ema_decay=decay)
+        expected = trainee.weights.values.double()
+        theirs: EMAModel | None = None
+        for updates in range(6):
+            take_steps(trainee, 1)
+            rate = min(decay, (1 + updates) / (10 + updates))
+            expected = rate * expected + (1 - rate) * trainee.weights.values.double()
+            assert trainee.average is not None
+            assert torch.allclose(trainee.average.double(), expected, rtol=1e-5, atol=1e-8)
+            if theirs is None:  # diffusers' first update takes the weights as they are
+                theirs = EMAModel([nn.Parameter(trainee.average.clone())], decay=decay)
+                theirs.optimization_step = 1
+            else:
+                theirs.step([nn.Parameter(trainee.weights.values)])
+            assert torch.allclose(trainee.average, theirs.shadow_params[0], rtol=1e-5, atol=1e-8)
 
 
 def test_final_weights_are_the_average_and_training_goes_on_unchanged(
