@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from adapters.kinds import KINDS, attach
@@ -18,6 +18,7 @@ from finetune.recipe import Optimizer, Training
 from finetune.stages import Batch, Stage, noised
 from finetune.weights import FlatWeights
 from unets.adapted import fuse_adapters
+from unets.dropout import DropoutKeys, key_dropout
 from unets.graphs import Replayed
 
 
@@ -60,6 +61,8 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     average: Tensor | None
     """The exponential moving average of the weights, where the recipe keeps one."""
+    dropout_keys: DropoutKeys
+    """What the adapter's dropout derives from in each forward pass."""
     step: int = field(default=0)
     recorded: Replayed[Losses] = field(init=False)
     """The forward and backward pass."""
@@ -86,8 +89,11 @@ class Trainee:
         parameters = attach(unet, training.adapter, seed=seed)
         if unet.device.type != "cpu":
             fuse_adapters(unet)
-        if training.gradient_checkpointing:
-            unet.enable_gradient_checkpointing(partial(_checkpoint, training.adapter.dropout > 0))
+        dropout_keys = key_dropout(unet, training.adapter.dropout)
+        if training.gradient_checkpointing:  # nothing draws, so there is no random state to keep
+            unet.enable_gradient_checkpointing(
+                partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            )
         unet.train()
         own = KINDS[training.adapter.kind].trains_in_unet_precision
         weights = FlatWeights(parameters, unet.dtype if own else torch.float32)
@@ -100,6 +106,7 @@ class Trainee:
             weights=weights,
             optimizer=optimizer_of(training.optimizer, weights),
             average=None if training.ema_decay is None else weights.values.clone(),
+            dropout_keys=dropout_keys,
         )
 
     def accumulate(self, batch: Batch) -> Losses:
@@ -108,6 +115,7 @@ class Trainee:
 
     def _forward_backward(self, **tensors: Tensor) -> Losses:
         batch = Batch(**tensors)
+        self.dropout_keys.values = batch.dropout_keys
         noisy = noised(batch, self.schedulers[0])
         inputs = self.stage.unet_inputs(batch, noisy, self.schedulers, self.unet.dtype)
         prediction = self.predict(**inputs, return_dict=False)[0]
@@ -178,8 +186,3 @@ class Trainee:
                     view.copy_(state[saved][name])
         self.weights.publish()
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def _checkpoint(draws: bool, module: nn.Module, *inputs: Any) -> Any:
-    """Gradient checkpointing; only modules that draw need the generator's state kept for them."""
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=draws)

@@ -53,8 +53,8 @@ class AdaptedLinear(Linear):  # type: ignore[misc]  # PEFT is untyped
         if plain and len(active) == 1 and not torch.compiler.is_compiling():
             (name,) = active
             a, b = self.lora_A[name], self.lora_B[name]
-            draws = self.training and isinstance(self.lora_dropout[name], nn.Dropout)
-            if not draws and a.weight.dtype == inputs.dtype and b.bias is None:
+            drops = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
+            if not drops and a.weight.dtype == inputs.dtype and b.bias is None:
                 scaling = self.scaling[name]
                 return _Adapted.apply(inputs, a.weight, b.weight, scaling, self.base_layer)
         return super().forward(inputs, *args, **kwargs)
