@@ -22,6 +22,26 @@ def keys_of(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2**62, (count, 2), generator=draw)
 
 
+def keyed_lowbias32(key: int, layer: int, element: int) -> int:
+    """The hash in whole numbers, without a sign."""
+    word = 2**32
+    salt = layer * 0x9E3779B9
+    bits = (element + key + salt) % word
+    bits = (bits ^ bits >> 16) * 0x7FEB352D % word
+    bits = (bits + (key >> 32) + salt) % word
+    bits = (bits ^ bits >> 15) * 0x846CA68B % word
+    return bits ^ bits >> 16
+
+
+def test_the_hash_is_lowbias32_with_a_key_of_64_bits() -> None:
+    keys = [3, 3 + 2**32, 2**62 - 5, *keys_of(4)[:, 0].tolist()]
+    for layer in (0, 1, 300):
+        bits = hash_bits(torch.tensor(keys), layer, 50).tolist()
+        expected = [[keyed_lowbias32(key, layer, i) for i in range(50)] for key in keys]
+        assert [[value % 2**32 for value in row] for row in bits] == expected
+    assert bits[0] != bits[1]
+
+
 def test_the_hash_is_even_and_its_rows_have_nothing_in_common() -> None:
     count = 2**16
     keys = keys_of(3)[:, 0]
