@@ -1,12 +1,15 @@
-"""The batch of every step, as a function of (seed, rank, step) alone.
+"""The batch of every step, as a function of (seed, position in the run) alone.
 
-Nothing here keeps state: any step's batch can be made in any order, on any process, so a run that
-is continued sees exactly what it would have seen.
+A step's pictures are one global batch, that of all processes and accumulated batches together. Each
+picture in it has a position in the run, and all that is random about it is drawn from that: so the
+same global batch is the same pictures, noise, timesteps, crops, dropped captions and dropout,
+however it is divided. Nothing here keeps state: any batch can be made in any order, on any process,
+so a run that is continued sees exactly what it would have seen.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -16,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.data import Picture, crop, to_tensor
-from finetune.recipe import Data, Prior
+from finetune.recipe import Data, Prior, Timesteps
 from finetune.stages import Batch
 
 ORDER, DRAWS, MODEL, CLASS = range(4)
-"""What a random stream is for: the order of the pictures, a batch's draws, dropout in the model,
-sampling class pictures."""
+"""What a random stream is for: the order of the pictures, a picture's draws, dropout of the model's
+weights in a step, sampling class pictures."""
 
 
 def derived_seed(*key: int) -> int:
@@ -61,76 +64,93 @@ class Batches:
     """The range of augmentation levels, inclusive."""
     num_train_timesteps: int
     seed: int
+    timesteps: Timesteps = field(default_factory=Timesteps)
+    """The distribution of the timesteps."""
+    accumulation: int = 1
+    """Batches of an optimizer step on each process."""
     rank: int = 0
     world_size: int = 1
 
     @property
+    def parts(self) -> int:
+        """How many batches a global batch is divided into."""
+        return self.accumulation * self.world_size
+
+    @property
+    def global_size(self) -> int:
+        """How many pictures an optimizer step sees, on all processes."""
+        return self.batch_size * self.parts
+
+    @property
     def class_count(self) -> int:
-        """How many pictures of a batch are class pictures."""
+        """How many pictures of a global batch are class pictures: at least one, and never all."""
         if self.prior is None:
             return 0
-        return min(max(round(self.batch_size * self.prior.share), 1), self.batch_size - 1)
+        return min(max(round(self.global_size * self.prior.share), 1), self.global_size - 1)
 
-    def weight(self) -> Tensor:
-        """The loss weight of each place in the batch, [B]."""
-        classes = self.class_count
-        instances = self.batch_size - classes
-        weights = [1 / instances] * instances
-        if self.prior is not None:
-            weights += [self.prior.weight / classes] * classes
-        return torch.tensor(weights)
+    def places(self, index: int) -> list[tuple[int, int]]:
+        """The optimizer step of a batch and, for each picture, its place in the global batch.
+
+        The global batch holds the instance pictures, then the class pictures. A part takes every
+        ``parts``-th place, so the parts' shares of class pictures differ by one picture at most.
+        """
+        step, micro_step = divmod(index, self.accumulation)
+        part = micro_step * self.world_size + self.rank
+        return [(step, place) for place in range(part, self.global_size, self.parts)]
+
+    def picture(self, step: int, place: int) -> tuple[Picture, float]:
+        """The picture at a place of a step's global batch, and its weight in the loss.
+
+        Weights are those of the global batch, times the parts whose gradients are averaged.
+        """
+        pictures, weight, count = self.pictures, 1.0, self.global_size - self.class_count
+        if self.prior is not None and place >= count:
+            place -= count
+            pictures, weight, count = self.class_pictures, self.prior.weight, self.class_count
+        chosen = picture_at(step * count + place, len(pictures), self.seed)
+        return pictures[chosen], weight / count * self.parts
 
     def chosen(self, index: int) -> list[Picture]:
         """The pictures of a batch: the instance pictures, then the class pictures."""
-        places = []
-        for pictures, count in (
-            (self.pictures, self.batch_size - self.class_count),
-            (self.class_pictures, self.class_count),
-        ):
-            first = (index * self.world_size + self.rank) * count
-            places += [
-                pictures[picture_at(position, len(pictures), self.seed)]
-                for position in range(first, first + count)
-            ]
-        return places
+        return [self.picture(*place)[0] for place in self.places(index)]
 
     def __call__(self, index: int) -> Batch:
         """The batch of an index: the step times the accumulation, plus the micro-step."""
-        key = derived_seed(self.seed, DRAWS, self.rank, index)
+        rows = [self.example(*place) for place in self.places(index)]
+        return Batch(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+    def example(self, step: int, place: int) -> dict[str, Tensor]:
+        """All that a batch holds of one picture, by field and without the batch's dimension."""
+        picture, weight = self.picture(step, place)
+        key = derived_seed(self.seed, DRAWS, step * self.global_size + place)
         rng = np.random.default_rng(key)
         draw = torch.Generator().manual_seed(key)
-        pictures = self.chosen(index)
-        crops = [
-            crop(
-                picture,
-                self.size_px,
-                rng,
-                center_shift=self.data.center_shift,
-                horizontal_flip=self.data.horizontal_flip,
-            )
-            for picture in pictures
-        ]
-        dropped = rng.random(len(pictures)) < self.data.caption_dropout
-        captions = ["" if drop else p.caption for p, drop in zip(pictures, dropped, strict=True)]
-        pixels = torch.stack([to_tensor(image) for image in crops])
-        low_res = low_res_noise = noise_level = None
-        noise = torch.randn(pixels.shape, generator=draw)
-        timesteps = torch.randint(self.num_train_timesteps, (len(pictures),), generator=draw)
-        if self.low_res_px is not None:
-            low_res = torch.stack([to_tensor(shrink(image, self.low_res_px)) for image in crops])
-            low_res_noise = torch.randn(pixels.shape, generator=draw)
-            low, high = self.noise_level
-            noise_level = torch.randint(low, high + 1, (len(pictures),), generator=draw)
-        return Batch(
-            pixels=pixels,
-            prompt_embeds=torch.stack([self.prompt_embeds[caption] for caption in captions]),
-            weight=self.weight(),
-            noise=noise,
-            timesteps=timesteps,
-            low_res=low_res,
-            low_res_noise=low_res_noise,
-            noise_level=noise_level,
+        image = crop(
+            picture,
+            self.size_px,
+            rng,
+            center_shift=self.data.center_shift,
+            horizontal_flip=self.data.horizontal_flip,
         )
+        caption = "" if rng.random() < self.data.caption_dropout else picture.caption
+        pixels = to_tensor(image)
+        timestep = self.timesteps.draw(rng, self.num_train_timesteps)
+        example = {
+            "pixels": pixels,
+            "prompt_embeds": self.prompt_embeds[caption],
+            "weight": torch.tensor(weight),
+            "noise": torch.randn(pixels.shape, generator=draw),
+            "timesteps": torch.tensor(timestep),
+            "dropout_keys": torch.tensor([key, derived_seed(self.seed, MODEL, step)]),
+        }
+        if self.low_res_px is not None:
+            low, high = self.noise_level
+            example |= {
+                "low_res": to_tensor(shrink(image, self.low_res_px)),
+                "low_res_noise": torch.randn(pixels.shape, generator=draw),
+                "noise_level": torch.tensor(rng.integers(low, high, endpoint=True)),
+            }
+        return example
 
 
 def shrink(image: Image.Image, size_px: int) -> Image.Image:

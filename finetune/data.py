@@ -1,15 +1,16 @@
 """Pictures and captions: read through the `datasets` library, decoded once, cropped as IF's were.
 
-A picture is decoded into an 8-bit RGB array that lies in the cache under the hash of its file, and
-is mapped into memory from there; a step reads no more of it than its crop.
+A picture is decoded into 8-bit RGB arrays that lie in the cache under the hash of its file, a large
+one in a reduction for each size of crop; they are mapped into memory from there, and a step reads
+no more of them than its crop.
 """
 
 import glob
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from adapters.reading import DECODING_ERRORS, plain
 from finetune.recipe import Data
 
 SPARE_RESOLUTION = 4
-"""A picture is cached with a short side of at least this many times the largest crop's."""
+"""A picture is cached with a short side of at least this many times the crop's."""
 
 PICTURE_FEATURES = (
     datasets.Value("string"),
@@ -51,22 +52,35 @@ class Picture:
     """One captioned picture; its pixels lie in the cache."""
 
     file: Path
-    """The decoded picture in the cache, a ``.npy`` file."""
+    """The decoded picture in the cache, a ``.npy`` file: for the largest crops."""
     caption: str
     source: str
     """Where it came from: its path, or the dataset and row."""
+    reduced: Mapping[int, Path] = field(default_factory=dict)
+    """The same for smaller crops, by their side in pixels."""
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """[H, W, 3] RGB, mapped from the cache and read-only.
+        """[H, W, 3] RGB for the largest crops, mapped from the cache and read-only."""
+        return _map(self.file)
 
-        Mapped anew each time, as a map keeps its file open, and files are fewer than pictures.
-        """
-        return np.load(self.file, mmap_mode="r", allow_pickle=False)
+    def pixels_for(self, size_px: int) -> NDArray[np.uint8]:
+        """The pixels that crops of a size are taken from, whatever other sizes are cropped."""
+        return _map(self.reduced.get(size_px, self.file))
+
+
+def _map(file: Path) -> NDArray[np.uint8]:
+    """Map a file, each time again: a map keeps its file open, and few files may be."""
+    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def load_pictures(
-    data: Data, cache_dir: Path, size_px: int, limit: int | None = None
+    data: Data,
+    cache_dir: Path,
+    size_px: int,
+    limit: int | None = None,
+    *,
+    smaller_px: Sequence[int] = (),
 ) -> list[Picture]:
     """The pictures of a recipe, each decoded once and kept in the cache for later runs.
 
@@ -77,6 +91,7 @@ def load_pictures(
         cache_dir: the recipe's cache.
         size_px: the largest crop that will be taken; far larger pictures are cached reduced.
         limit: how many pictures to read at most, from the first on; ``None``: all.
+        smaller_px: the other crops that will be taken, each from a reduction of its own.
 
     Raises:
         UserError: where the source, its columns, a caption or a picture is missing or damaged.
@@ -88,7 +103,8 @@ def load_pictures(
     def picture(row: int) -> Picture:
         image = images[row][data.image_column]
         source, content = _content(image, f"row {row} of {data.source}")
-        return Picture(_decoded(content, source, cache_dir, size_px), captions[row], source)
+        files = _decoded(content, source, cache_dir, (size_px, *smaller_px))
+        return Picture(files.pop(size_px), captions[row], source, files)
 
     rows = range(len(table))[:limit]
     with ThreadPoolExecutor() as pool:
@@ -122,7 +138,7 @@ def crop(
         horizontal_flip: mirror every other picture.
     """
     shift, flip = rng.uniform(-1, 1), rng.random() < 0.5
-    pixels = picture.pixels
+    pixels = picture.pixels_for(size_px)
     height, width = pixels.shape[:2]
     side, margin = min(height, width), abs(height - width) / 2
     start = round(margin + shift * min(center_shift * side, margin))
@@ -292,24 +308,26 @@ def _content(image: dict[str, Any] | None, row: str) -> tuple[str, bytes]:
         ) from error
 
 
-def _decoded(content: bytes, source: str, cache_dir: Path, size_px: int) -> Path:
-    """The decoded picture in the cache; decodes it where it is not there yet."""
+def _decoded(
+    content: bytes, source: str, cache_dir: Path, sizes_px: Sequence[int]
+) -> dict[int, Path]:
+    """The decoded picture in the cache for each size of crop; decodes it where one is missing."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            reduction = _reduction(min(image.size), size_px)
-            name = f"{hashlib.sha256(content).hexdigest()}-{reduction}.npy"
-            file = cache_dir / "pictures" / name
-            if not file.exists():
-                pixels = decode(image, reduction)
-                with replacing(file) as temporary:
-                    np.save(temporary, pixels, allow_pickle=False)
+            digest = hashlib.sha256(content).hexdigest()
+            reductions = {size_px: _reduction(min(image.size), size_px) for size_px in sizes_px}
+            files = {r: cache_dir / "pictures" / f"{digest}-{r}.npy" for r in reductions.values()}
+            if missing := [r for r, file in files.items() if not file.exists()]:
+                for reduction, pixels in zip(missing, decode(image, missing), strict=True):
+                    with replacing(files[reduction]) as temporary:
+                        np.save(temporary, pixels, allow_pickle=False)
     except UnidentifiedImageError as error:
         raise UserError(
             f"The picture {source} is damaged or of an unknown format; remove or replace it."
         ) from error
     except DECODING_ERRORS as error:
         raise UserError(f"The picture {source} is damaged ({error}); replace it.") from error
-    return file
+    return {size_px: files[reduction] for size_px, reduction in reductions.items()}
 
 
 def _reduction(short_side: int, size_px: int) -> int:
@@ -318,12 +336,21 @@ def _reduction(short_side: int, size_px: int) -> int:
     return factor if factor > 1 else 1
 
 
-def decode(image: Image.Image, reduction: int = 1) -> NDArray[np.uint8]:
-    """[H, W, 3] RGB: turned upright, flattened on white, averaged over boxes.
+def decode(image: Image.Image, reductions: Sequence[int]) -> list[NDArray[np.uint8]]:
+    """Decode a picture, turn it upright, flatten it on white, and average it over boxes.
 
-    Boxes are ``reduction`` pixels wide and high; those that the right and lower edge would cut are
-    left out.
+    Args:
+        image: the opened file.
+        reductions: widths and heights of the boxes in pixels; those that the right and lower edge
+            would cut are left out.
+
+    Returns:
+        [H, W, 3] RGB for each reduction.
     """
     image = plain(image)
-    width, height = (side - side % reduction for side in image.size)
-    return np.asarray(image.reduce(reduction, box=(0, 0, width, height)))
+
+    def reduce(reduction: int) -> NDArray[np.uint8]:
+        width, height = (side - side % reduction for side in image.size)
+        return np.asarray(image.reduce(reduction, box=(0, 0, width, height)))
+
+    return [reduce(reduction) for reduction in reductions]

@@ -113,6 +113,7 @@ class Rehearsal:
             weight=torch.empty(batch_size, device=META),
             noise=torch.empty_like(pixels),
             timesteps=integers,
+            dropout_keys=torch.empty(batch_size, 2, dtype=torch.int64, device=META),
             **low_res,
         )
 

@@ -16,13 +16,13 @@ from adapters.export import export_adapter
 from adapters.info import AdapterInfo, read_info, stage_folders
 from adapters.sheet import contact_sheet
 from finetune import __version__
-from finetune.batches import MODEL, Batches, derived_seed, prefetch
+from finetune.batches import Batches, derived_seed, prefetch
 from finetune.checkpoints import save_checkpoint
 from finetune.compiling import Compiling
 from finetune.data import Picture
 from finetune.optimizers import learning_rate_factor, set_learning_rate
 from finetune.recipe import Recipe
-from finetune.run import Folders, identity, noise_levels, resume
+from finetune.run import Folders, identity, noise_levels, resume, timesteps_of
 from finetune.stages import STAGES, Stage
 from finetune.tracking import Meter, Tracker, forget_peak_memory, free_memory
 from finetune.trainee import Trainee
@@ -100,7 +100,6 @@ def run_steps(
     indices = range(first * training.accumulation, training.steps * training.accumulation)
     feed = prefetch(batches, indices, accelerator.device)
     for step in range(first, training.steps):
-        torch.manual_seed(derived_seed(recipe.seed, MODEL, accelerator.process_index, step))
         options = training.optimizer
         factor = learning_rate_factor(options.schedule, step, training.steps, options.warmup_steps)
         set_learning_rate(trainee.optimizer, factor)
@@ -183,6 +182,8 @@ def batches_of(
         noise_level=noise_levels(trainee.training, trainee.schedulers[-1]),
         num_train_timesteps=trainee.schedulers[0].config.num_train_timesteps,
         seed=derived_seed(recipe.seed, stage.number),
+        timesteps=timesteps_of(trainee.training, stage, trainee.schedulers[0]),
+        accumulation=trainee.training.accumulation,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )

@@ -135,40 +135,59 @@ def build_optimizer(
     return optimizer
 
 
+Schedule = Callable[[int, int, int], float]
+"""The learning rate over its peak, of a step (from 0), the steps of the run, and its warm-up."""
+
+
 def _cosine(progress: float) -> float:
+    """Fall from 1 to 0 as progress goes from 0 to 1."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType(
-    {
-        "constant": lambda progress: 1.0,
-        "cosine": _cosine,
-        "linear": lambda progress: 1 - progress,
-        "one_cycle": lambda progress: 1e-4 + (1 - 1e-4) * _cosine(progress),
-    }
-)
-"""What is left of the peak learning rate after the warm-up, for progress from 0 to 1."""
+def _after_warmup(fall: Callable[[float], float]) -> Schedule:
+    """Rise linearly from zero in the warm-up, then fall: as ``transformers.get_scheduler`` does."""
 
-ONE_CYCLE_START = 1 / 25
-"""Where the one-cycle warm-up starts: upstream's 4e-6 for a peak of 1e-4 (and 1e-8 at the end)."""
+    def factor(step: int, steps: int, warmup_steps: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        return fall((step - warmup_steps) / max(steps - warmup_steps, 1))
+
+    return factor
+
+
+ONE_CYCLE_ENDS = 1 / 25, 1e-4
+"""Where one-cycle starts and ends: upstream's 4e-6 and 1e-8 for a peak of 1e-4."""
 
 ONE_CYCLE_WARMUP = 0.3
 """The share of one-cycle's steps that is warm-up where the recipe gives none."""
 
 
+def _one_cycle(step: int, steps: int, warmup_steps: int) -> float:
+    """Torch's ``OneCycleLR``, whose warm-up ends with its last step at the peak.
+
+    In runs of less than four steps 0.3 of them are no step: these start at the peak.
+    """
+    start, end = ONE_CYCLE_ENDS
+    peak = max((warmup_steps or ONE_CYCLE_WARMUP * steps) - 1, 0)
+    if step < peak:
+        return 1 + (start - 1) * _cosine(step / peak)
+    return end + (1 - end) * _cosine((step - peak) / max(steps - 1 - peak, 1))
+
+
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
+    {
+        "constant": _after_warmup(lambda progress: 1.0),
+        "cosine": _after_warmup(_cosine),
+        "linear": _after_warmup(lambda progress: 1 - progress),
+        "one_cycle": _one_cycle,
+    }
+)
+"""Schedules by name."""
+
+
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int = 0) -> float:
     """The learning rate of a step (from 0) over its peak: a function of the step alone."""
-    start = 0.0
-    if schedule == "one_cycle":
-        start = ONE_CYCLE_START
-        warmup_steps = warmup_steps or round(ONE_CYCLE_WARMUP * steps)
-    if step < warmup_steps:
-        rise = (step + 1) / (warmup_steps + 1)
-        if schedule == "one_cycle":
-            rise = 1 - _cosine(step / warmup_steps)
-        return start + (1 - start) * rise
-    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
-    return SCHEDULES[schedule](progress)
+    return SCHEDULES[schedule](step, steps, warmup_steps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

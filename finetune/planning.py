@@ -161,8 +161,7 @@ def fitting_settings(recipe: Recipe, stage: Stage, budget: float, text_tokens: i
     """
     own = recipe.training(stage)
     pictures = own.batch_size * own.accumulation
-    least = 1 if recipe.prior is None else 2
-    sizes = [n for n in range(pictures, least - 1, -1) if pictures % n == 0]
+    sizes = [n for n in range(pictures, 0, -1) if pictures % n == 0]
     found = []
     choices = [(precision, again) for precision in BASES for again in (False, True)]
     for precision, again in tqdm(choices, f"Settings of {stage.name}", leave=False, delay=2):

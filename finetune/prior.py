@@ -49,11 +49,17 @@ def class_pictures(
     prior = recipe.prior
     assert prior is not None
     own = own_folder(prior)
-    if own and has_captions(own):
-        return load_pictures(Data(source=str(own)), recipe.cache, recipe.crop_px, prior.count)
+    captioned = own is not None and has_captions(own)
     folder = own or sampled_folder(recipe, prior, embeds, device)
-    data = Data(source=str(folder), prompt=prior.prompts[0])
-    pictures = load_pictures(data, recipe.cache, recipe.crop_px, prior.count)
+    pictures = load_pictures(
+        Data(source=str(folder), prompt=None if captioned else prior.prompts[0]),
+        recipe.cache,
+        recipe.crop_px,
+        prior.count,
+        smaller_px=recipe.smaller_crops_px,
+    )
+    if captioned:
+        return pictures
     return [
         replace(picture, caption=_in_turn(prior.prompts, index))
         for index, picture in enumerate(pictures)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
 import yaml
 from peft import LoraConfig
@@ -31,6 +32,7 @@ from adapters.names import name_in
 from adapters.sampling import Sampling
 from finetune.optimizers import OPTIMIZERS, SCHEDULES, Algorithm
 from finetune.stages import STAGES, Stage
+from finetune.timesteps import DENSITIES
 from finetune.yaml12 import Dumper
 from unets.loading import Precision, automatic_precision
 
@@ -128,9 +130,10 @@ class Prior(Section):
     folder: str | None = None
     """A folder of class pictures to take instead of sampling them from the base cascade."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """The share of each batch that is class pictures: at least one, and never all."""
+    """The share of class pictures in each optimizer step, on all processes and accumulated batches
+    together: at least one, and never all."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """The weight of the class pictures' loss beside that of the subject's."""
+    """The weight of the class pictures' mean loss beside that of the subject's."""
     sampling: Sampling = Sampling()
     """How class pictures are sampled."""
 
@@ -162,7 +165,8 @@ class Optimizer(Section):
     schedule: Annotated[str, name_in(SCHEDULES)] = "constant"
     """One of the names in ``finetune.optimizers.SCHEDULES``."""
     warmup_steps: NonNegative = 0
-    """Steps over which the learning rate rises from zero."""
+    """Steps over which the learning rate rises from zero, fewer than the stage's ``steps``;
+    ``one_cycle`` rises from 1/25, and over 0.3 of the steps where this is 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this norm; ``None``: never."""
 
@@ -201,15 +205,61 @@ def _algorithm(info: ValidationInfo) -> Algorithm | None:
     return OPTIMIZERS.get(info.data.get("name", ""))
 
 
+class Timesteps(Section):
+    """The distribution of the timesteps that a stage is trained at: 0 has the least noise."""
+
+    low: NonNegative = 0
+    """The first timestep that is drawn."""
+    high: NonNegative | None = None
+    """The last timestep that is drawn; ``None``: the last of the base's schedule."""
+    density: Annotated[str, name_in(DENSITIES)] = "uniform"
+    """How they lie between: one of the names in ``finetune.timesteps.DENSITIES``."""
+    shape: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """The parameters of ``beta``, [a, b], or of ``logit_normal``, [mean, std]: for ``beta``, [1, 2]
+    is more of the low timesteps (detail), [2, 1] of the high ones (composition) and [2, 2] of those
+    between; ``None``: for ``uniform``, which has none."""
+
+    @field_validator("high")
+    @classmethod
+    def _is_not_below(cls, high: int | None, info: ValidationInfo) -> int | None:
+        low = info.data.get("low", 0)
+        if high is not None and high < low:
+            raise ValueError(f"must be at least low, {low} (got {high})")
+        return high
+
+    @field_validator("shape")
+    @classmethod
+    def _fits_its_density(
+        cls, shape: tuple[float, float] | None, info: ValidationInfo
+    ) -> tuple[float, float] | None:
+        if (name := info.data.get("density")) is None:  # a mistake that is reported by itself
+            return shape
+        parameters, values = DENSITIES[name].parameters, shape or ()
+        if len(values) != len(parameters):
+            expected = f"[{', '.join(parameters)}]" if parameters else "left out"
+            raise ValueError(f"must be {expected} with {name} (got {list(values) or None})")
+        for value, (parameter, bound) in zip(values, parameters.items(), strict=True):
+            if value <= bound:
+                raise ValueError(f"{parameter} must be greater than {bound} (got {value})")
+        return shape
+
+    def draw(self, rng: np.random.Generator, count: int) -> int:
+        """A timestep of a schedule of ``count``; each has an equal part of 0 to 1."""
+        high = count - 1 if self.high is None else self.high
+        place = DENSITIES[self.density].draw(rng, *self.shape or ())
+        return min(self.low + int(place * (high + 1 - self.low)), high)  # a place may round to 1
+
+
 class Training(Section):
     """What is trained in one stage, and for how long."""
 
     steps: Positive
     """Optimizer steps."""
     batch_size: Positive = 4
-    """Pictures a step on each GPU, class pictures included."""
+    """Pictures at a time on each GPU, class pictures included."""
     accumulation: Positive = 1
-    """Batches whose gradients are averaged into one optimizer step."""
+    """Batches whose gradients are averaged into one optimizer step: 2 batches of 2 train as one of
+    4 does."""
     adapter: AdapterSpec = AdapterSpec()
     """The adapter: kind, rank, targets."""
     optimizer: Optimizer = Optimizer()
@@ -223,13 +273,16 @@ class Training(Section):
     """On a GPU, record the step as one CUDA graph and replay it."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the UNet; ``auto``: where the run is long enough to win back the minutes it takes."""
+    timesteps: Timesteps = Timesteps()
+    """The timesteps that each picture's own is drawn from."""
     noise_level: Levels | None = None
     """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
     ``None``: all levels of the model's schedule."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR weighting of the MSE term; ``None``: none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Keep an exponential moving average of the adapter and export that; ``None``: no."""
+    """Keep an exponential moving average of the adapter and export that; ``None``: no. The decay
+    after t steps is at most (1 + t) / (10 + t), so that short runs average what they learnt."""
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
@@ -283,7 +336,8 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's name: its folder under ``runs_dir``."""
     seed: NonNegative = 0
-    """All randomness of the run derives from (seed, rank, step)."""
+    """All randomness of the run derives from it and from each picture's position in the run: a
+    global batch (of all processes and accumulated batches) is the same however it is divided."""
     base: Base
     """The cascade to teach."""
     data: Data
@@ -356,7 +410,16 @@ class Recipe(Section):
     @property
     def crop_px(self) -> int:
         """The side of the largest crop that a stage is taught, in pixels."""
-        return max(self.source(stage).picture_size_px for stage in self.trained)
+        return self._crops_px[-1]
+
+    @property
+    def smaller_crops_px(self) -> list[int]:
+        """The sides of the other crops that stages are taught, in pixels."""
+        return self._crops_px[:-1]
+
+    @property
+    def _crops_px(self) -> list[int]:
+        return sorted({self.source(stage).picture_size_px for stage in self.trained})
 
     @property
     def folder(self) -> Path:
@@ -404,8 +467,20 @@ def _between_sections(tree: Any) -> Iterator[tuple[str, str]]:
     if given("stage_1.noise_level") is not None:
         yield "stage_1.noise_level", "is for stage_2 alone: Stage I has no augmentation to draw"
     for stage in trained:
-        if given("prior") is not None and given(f"{stage}.batch_size") == 1:
-            yield f"{stage}.batch_size", "must be at least 2 with prior preservation (got 1)"
+        accumulation = given(f"{stage}.accumulation")
+        alone = given(f"{stage}.batch_size") == 1 and accumulation in (None, 1)
+        if given("prior") is not None and alone:
+            yield (
+                f"{stage}.batch_size",
+                "must be at least 2 with prior preservation, or accumulation must be (got 1)",
+            )
+        warmup, steps = given(f"{stage}.optimizer.warmup_steps"), given(f"{stage}.steps")
+        if isinstance(warmup, int) and isinstance(steps, int) and warmup >= steps > 0:
+            yield (
+                f"{stage}.optimizer.warmup_steps",
+                f"must be less than {stage}.steps, or the learning rate never reaches its peak"
+                f" (got {warmup} of {steps} steps)",
+            )
         kind, ratio = given(f"{stage}.adapter.kind"), given(f"{stage}.optimizer.lora_plus_ratio")
         if kind in KINDS_WITHOUT_B and ratio not in (None, 1):
             yield (

@@ -17,7 +17,7 @@ from adapters.info import read_info
 from adapters.kinds import peft_config
 from finetune.checkpoints import checkpoints, load_checkpoint
 from finetune.prior import own_folder
-from finetune.recipe import Recipe, Training
+from finetune.recipe import Recipe, Timesteps, Training
 from finetune.stages import Stage
 from finetune.trainee import Trainee, optimizer_of
 from finetune.weights import FlatWeights
@@ -49,8 +49,8 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises:
         UserError: where a base is missing or of another stage, a target matches nothing, the
-            optimizer does not run here, noise levels or timesteps are not the schedule's, or
-            there is no folder of class pictures where one is named.
+            optimizer does not run here, noise levels, timesteps to draw or timesteps to sample
+            are not the schedule's, or there is no folder of class pictures where one is named.
     """
     if recipe.prior:
         own_folder(recipe.prior)
@@ -65,6 +65,7 @@ def check_recipe(recipe: Recipe) -> None:
             training.optimizer, FlatWeights({"": nn.Parameter(torch.zeros(1))}, unet.dtype)
         )
         noise_levels(training, source.scheduler(stage.schedulers[-1]))
+        timesteps_of(training, stage, source.scheduler(stage.schedulers[0]))
         for sampling in samplings:
             check_steps(stage.number, source.scheduler(stage.schedulers[0]), sampling)
 
@@ -83,6 +84,23 @@ def noise_levels(training: Training, scheduler: DDPMScheduler) -> tuple[int, int
             f" image_noising_scheduler (got [{low}, {high}])."
         )
     return low, high
+
+
+def timesteps_of(training: Training, stage: Stage, scheduler: DDPMScheduler) -> Timesteps:
+    """The distribution of a stage's timesteps.
+
+    Raises:
+        UserError: where the recipe's range goes beyond the base's schedule.
+    """
+    last = scheduler.config.num_train_timesteps - 1
+    timesteps = training.timesteps
+    for end, timestep in (("low", timesteps.low), ("high", timesteps.high or 0)):
+        if timestep > last:
+            raise UserError(
+                f"{stage.name}.timesteps.{end} must be at most {last}, the last timestep of the"
+                f" base's scheduler (got {timestep})."
+            )
+    return timesteps
 
 
 def identity(recipe: Recipe, stage: Stage) -> dict[str, Any]:

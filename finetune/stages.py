@@ -18,8 +18,8 @@ from torch import Tensor
 class Batch:
     """All that one training step consumes; every shape is fixed for the whole run.
 
-    The step itself draws nothing: noise, timesteps and noise levels are drawn beforehand from
-    (seed, rank, step), so a step is a function of these tensors alone.
+    The step itself draws nothing: all that is random about a picture is drawn beforehand from
+    (seed, position in the run), so a step is a function of these tensors alone.
     """
 
     pixels: Tensor
@@ -27,7 +27,9 @@ class Batch:
     prompt_embeds: Tensor
     """[B, T, D], text encodings, padding included (IF's UNets attend to all of it)."""
     weight: Tensor
-    """[B], each picture's weight in the loss; those of the instance pictures sum to 1."""
+    """[B], each picture's weight in the loss. Over a step's batches on all processes, the weighted
+    sums of the losses average to the mean of the instance pictures' losses, and beside it that of
+    the class pictures' times ``prior.weight``."""
     noise: Tensor
     """[B, 3, S, S], standard normal."""
     timesteps: Tensor
@@ -38,6 +40,9 @@ class Batch:
     """[B, 3, S, S], Stage II only: standard normal."""
     noise_level: Tensor | None = None
     """[B] int64, Stage II only: the augmentation level of the low-res picture."""
+    dropout_keys: Tensor | None = None
+    """[B, 2] int64, the keys of each picture and of the optimizer step, which the adapter's dropout
+    derives from (:mod:`unets.dropout`); ``None``: it has none."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that this stage has, by field name."""

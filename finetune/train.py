@@ -72,7 +72,9 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
         recipe.source(first).unet_config["act_fn"],
     )
     with accelerator.main_process_first():
-        pictures = load_pictures(recipe.data, recipe.cache, recipe.crop_px)
+        pictures = load_pictures(
+            recipe.data, recipe.cache, recipe.crop_px, smaller_px=recipe.smaller_crops_px
+        )
     if accelerator.is_main_process:
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
     try:

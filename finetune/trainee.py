@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from adapters.kinds import KINDS, attach
@@ -19,6 +19,7 @@ from finetune.recipe import Optimizer, Training
 from finetune.stages import Batch, Stage, noised
 from finetune.weights import FlatWeights
 from unets.adapted import fuse_adapters
+from unets.dropout import DropoutKeys, key_dropout
 from unets.graphs import Replayed
 
 
@@ -32,6 +33,14 @@ def optimizer_of(options: Optimizer, weights: FlatWeights) -> torch.optim.Optimi
         weight_decay=options.weight_decay,
         lora_plus_ratio=options.lora_plus_ratio,
     )
+
+
+def warmed_up_decay(decay: float, updates: int) -> float:
+    """The average's decay after a number of updates, as in diffusers' ``EMAModel``.
+
+    It starts low, so that the average of a short run is not that of its first weights.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
 
 
 @dataclass
@@ -55,6 +64,8 @@ class Trainee:
     """The exponential moving average of the weights, where the recipe keeps one."""
     watch: GradientWatch
     """Whether all of the weights have received a gradient."""
+    dropout_keys: DropoutKeys
+    """What the adapter's dropout derives from in each forward pass."""
     step: int = field(default=0)
     recorded: Replayed[Losses] = field(init=False)
     """The forward and backward pass."""
@@ -81,8 +92,11 @@ class Trainee:
         parameters = attach(unet, training.adapter, seed=seed)
         if unet.device.type != "cpu":
             fuse_adapters(unet)
-        if training.gradient_checkpointing:
-            unet.enable_gradient_checkpointing(partial(_checkpoint, training.adapter.dropout > 0))
+        dropout_keys = key_dropout(unet, training.adapter.dropout)
+        if training.gradient_checkpointing:  # nothing draws, so there is no random state to keep
+            unet.enable_gradient_checkpointing(
+                partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            )
         unet.train()
         own = KINDS[training.adapter.kind].trains_in_unet_precision
         weights = FlatWeights(parameters, unet.dtype if own else torch.float32)
@@ -96,6 +110,7 @@ class Trainee:
             optimizer=optimizer_of(training.optimizer, weights),
             average=None if training.ema_decay is None else weights.values.clone(),
             watch=GradientWatch(weights, training.adapter.dropout),
+            dropout_keys=dropout_keys,
         )
 
     def accumulate(self, batch: Batch) -> Losses:
@@ -104,6 +119,7 @@ class Trainee:
 
     def _forward_backward(self, **tensors: Tensor) -> Losses:
         batch = Batch(**tensors)
+        self.dropout_keys.values = batch.dropout_keys
         noisy = noised(batch, self.schedulers[0])
         inputs = self.stage.unet_inputs(batch, noisy, self.schedulers, self.unet.dtype)
         prediction = self.predict(**inputs, return_dict=False)[0]
@@ -135,8 +151,9 @@ class Trainee:
         self.optimizer.step()
         gradient.zero_()
         self.weights.publish()
-        if self.average is not None:
-            self.average.lerp_(self.weights.values, 1 - (self.training.ema_decay or 0))
+        if self.average is not None and self.training.ema_decay is not None:
+            decay = warmed_up_decay(self.training.ema_decay, self.step)
+            self.average.lerp_(self.weights.values, 1 - decay)
         self.step += 1
         return norm
 
@@ -176,8 +193,3 @@ class Trainee:
         self.weights.publish()
         self.optimizer.load_state_dict(state["optimizer"])
         self.watch.load_state(state["gradients"])
-
-
-def _checkpoint(draws: bool, module: nn.Module, *inputs: Any) -> Any:
-    """Gradient checkpointing; only modules that draw need the generator's state kept for them."""
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=draws)

@@ -16,7 +16,8 @@ from PIL import Image
 from adapters.errors import UserError
 from finetune import data as data_module
 from finetune.data import Picture, crop, load_captions, load_pictures, to_tensor
-from finetune.recipe import Data
+from finetune.recipe import Data, Recipe
+from tests.random_cascade import RandomCascade
 
 SIZE_PX = 16
 CAPTIONS = ("a red cat", "a Blue dog", "<b>two</b> frogs")
@@ -208,6 +209,47 @@ def test_huge_pictures_are_reduced_in_the_cache(reduction: int, tmp_path: Path) 
     ]
     difference = np.subtract(*[np.asarray(image, dtype=np.int16) for image in crops])
     assert np.abs(difference).max() <= 2
+
+
+def test_a_stages_pixels_do_not_depend_on_the_other_stage(
+    random_cascade: RandomCascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crop of each stage, of a photo that is cached in another reduction for either."""
+    (tmp_path / "source").mkdir()
+    photo(600, 700).save(tmp_path / "source" / "photo.png")
+    decoded = []
+    original = data_module.decode
+    monkeypatch.setattr(data_module, "decode", lambda *a: decoded.append(a) or original(*a))
+
+    def crops(*stages: str) -> list[np.ndarray]:
+        recipe = Recipe.model_validate(
+            {
+                "name": "x",
+                "base": {
+                    "stage_1": str(random_cascade.stage_1),
+                    "stage_2": str(random_cascade.stage_2),
+                },
+                "data": {"source": str(tmp_path / "source"), "prompt": "x"},
+                "cache_dir": str(tmp_path / "cache" / "-".join(stages)),
+                **{stage: {"steps": 1} for stage in stages},
+            }
+        )
+        (picture,) = load_pictures(
+            recipe.data, recipe.cache, recipe.crop_px, smaller_px=recipe.smaller_crops_px
+        )
+        sides = {"stage_1": 16, "stage_2": 64}
+        rng = np.random.default_rng(0)
+        return [
+            np.asarray(crop(picture, sides[stage], rng, center_shift=0.0, horizontal_flip=False))
+            for stage in stages
+        ]
+
+    both = crops("stage_1", "stage_2")
+    assert len(decoded) == 1
+    for pixels, stage in zip(both, ("stage_1", "stage_2"), strict=True):
+        np.testing.assert_array_equal(pixels, *crops(stage))
+    kept = [np.load(f, mmap_mode="r").shape for f in (tmp_path / "cache").glob("*-*/pictures/*")]
+    assert sorted(kept) == [(66, 77, 3), (300, 350, 3)]  # 600 px by 9 and by 2
 
 
 def test_only_huge_pictures_are_reduced(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Every optimizer learns, every schedule has its shape."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from transformers import get_scheduler
 
 from finetune.checkpoints import load_checkpoint, save_checkpoint
 from finetune.optimizers import (
     OPTIMIZERS,
-    SCHEDULES,
     averaged_weights,
     build_optimizer,
     learning_rate_factor,
@@ -172,30 +172,78 @@ def test_schedule_free_is_used_averaged_and_trained_as_before() -> None:
         assert torch.allclose(p, tensor, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules_start_peak_and_end(schedule: str) -> None:
-    factors = [learning_rate_factor(schedule, step, 100, 10) for step in range(100)]
-    assert max(factors) == pytest.approx(1.0)
-    assert factors.index(max(factors)) == 10
-    assert factors[:10] == sorted(factors[:10])
-    assert all(factor > 0 for factor in factors)
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert learning_rate_factor(schedule, 100, 100, 10) == pytest.approx(
-        {"constant": 1.0, "one_cycle": 1e-4}.get(schedule, 0.0), abs=1e-12
+def library_factors(schedule: LRScheduler, steps: int) -> list[float]:
+    """What a library's schedule makes of a learning rate of 1, step by step."""
+    factors = []
+    for _ in range(steps):
+        factors += schedule.get_last_lr()
+        schedule.optimizer.step()
+        schedule.step()
+    return factors
+
+
+def any_optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7, 19])
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+def test_schedules_with_warm_up_are_those_of_transformers(name: str, warmup_steps: int) -> None:
+    theirs = get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        any_optimizer(),
+        num_warmup_steps=warmup_steps,
+        num_training_steps=20,
+    )
+    ours = [learning_rate_factor(name, step, 20, warmup_steps) for step in range(20)]
+    assert ours == pytest.approx(library_factors(theirs, 20), abs=1e-12)
+    assert max(ours) == ours[warmup_steps] == 1
+
+
+def one_cycle(steps: int, share: float) -> LRScheduler:
+    """Torch's, with upstream's ends: 4e-6 and 1e-8 for a peak of 1e-4."""
+    return OneCycleLR(
+        any_optimizer(),
+        1.0,
+        total_steps=steps,
+        pct_start=share,
+        div_factor=25,
+        final_div_factor=400,
+        cycle_momentum=False,
     )
 
 
-def test_one_cycle_is_upstreams() -> None:
-    """4e-6 to 1e-4 to 1e-8, as torch's OneCycleLR draws it with upstream's factors."""
-    steps, peak = 100, 1e-4
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-    torch_schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peak, total_steps=steps + 1, pct_start=31 / 101, final_div_factor=400
-    )
-    for step in range(steps):
-        ours = peak * learning_rate_factor("one_cycle", step, steps)
-        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+@pytest.mark.parametrize("steps", [*range(4, 61), 100, 1000])
+def test_one_cycle_is_torchs_at_every_length(steps: int) -> None:
+    ours = [learning_rate_factor("one_cycle", step, steps) for step in range(steps)]
+    assert ours == pytest.approx(library_factors(one_cycle(steps, 0.3), steps), rel=1e-9)
+
+
+@pytest.mark.parametrize("warmup_steps", [2, 5, 19])
+def test_one_cycles_warm_up_is_torchs_share(warmup_steps: int) -> None:
+    ours = [learning_rate_factor("one_cycle", step, 20, warmup_steps) for step in range(20)]
+    theirs = library_factors(one_cycle(20, warmup_steps / 20), 20)
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_runs_too_short_for_one_cycles_warm_up_start_at_the_peak() -> None:
+    for steps in (1, 2, 3):
+        factors = [learning_rate_factor("one_cycle", step, steps) for step in range(steps)]
+        assert factors[0] == 1
+        assert factors == sorted(factors, reverse=True)
+        assert steps == 1 or factors[-1] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_first_step_at_rate_zero_changes_nothing_and_breaks_nothing(name: str) -> None:
+    values = parameters()
+    optimizer = build(name, values)
+    before = [p.detach().clone() for p in values.values()]
+    for factor in (0.0, 0.5, 1.0):
+        set_learning_rate(optimizer, factor)
+        for p in values.values():
+            p.grad.copy_(p.detach())
         optimizer.step()
-        torch_schedule.step()
-    assert math.isclose(peak * learning_rate_factor("one_cycle", 0, steps), 4e-6)
-    assert math.isclose(peak * learning_rate_factor("one_cycle", steps, steps), 1e-8)
+        same = [torch.equal(p, b) for p, b in zip(values.values(), before, strict=True)]
+        assert all(same) == (factor == 0)
+        assert all(p.isfinite().all() for p in values.values())

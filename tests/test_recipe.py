@@ -84,12 +84,14 @@ sed: 3
 stage_1:
   steps: many
   noise_level: [0, 9]
+  timesteps: {low: 9, high: 3, density: beta, shape: [1, 0]}
   optimizer: {name: adamw8bit, schedule: bar, learning_rat: 3, betas: [0.9, 1.0]}
   adapter: {rnak: 4, targets: 3}
 stage_2:
   steps: 5
   batch_size: 1
   noise_level: [9, 3]
+  timesteps: {density: uniform, shape: [1, 1], hihg: 3}
   adapter: {kind: lokr, targets: [to_q, 4]}
   optimizer: {lora_plus_ratio: 4}
 """,
@@ -101,6 +103,8 @@ stage_2:
         "seed": "Input should be greater than or equal to 0 (got -1)",
         "sed": "unknown key; did you mean seed?",
         "stage_1.steps": "Input should be a valid integer (got 'many')",
+        "stage_1.timesteps.high": "must be at least low, 9 (got 3)",
+        "stage_1.timesteps.shape": "b must be greater than 0 (got 0.0)",
         "stage_1.noise_level": "is for stage_2 alone",
         "stage_1.optimizer.name": "unknown name 'adamw8bit'; did you mean adamw_8bit?",
         "stage_1.optimizer.schedule": "unknown name 'bar'; valid: constant, cosine",
@@ -110,6 +114,8 @@ stage_2:
         "stage_1.adapter.targets": "Input should be a valid string or a valid tuple (got 3)",
         "base.stage_2": "must name a Stage II model",
         "stage_2.batch_size": "must be at least 2 with prior preservation",
+        "stage_2.timesteps.shape": "must be left out with uniform (got [1.0, 1.0])",
+        "stage_2.timesteps.hihg": "unknown key; did you mean high?",
         "stage_2.noise_level": "must be [low, high] with low <= high (got [9, 3])",
         "stage_2.adapter.targets.1": "Input should be a valid string (got 4)",
         "stage_2.optimizer.lora_plus_ratio": "must be 1 with lokr, which has no B matrices",
@@ -156,6 +162,24 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
         (SMALL.replace("stage_1: {steps: 5}", ""), "nothing to train"),
         (SMALL + "stage_2: {steps: 5}", "base.stage_2: must name"),
         (SMALL + "prior: {prompts: [a dog]}\n", None),
+        (
+            SMALL.replace("steps: 5", "steps: 5, batch_size: 1, accumulation: 2")
+            + "prior: {prompts: [a dog]}\n",
+            None,
+        ),
+        (
+            SMALL.replace("steps: 5", "steps: 5, timesteps: {density: logit_normal}"),
+            r"timesteps.shape: must be \[mean, std\] with logit_normal",
+        ),
+        (
+            SMALL.replace("steps: 5", "steps: 5, timesteps: {density: normal}"),
+            "timesteps.density: unknown name 'normal'; did you mean",
+        ),
+        (SMALL.replace("steps: 5", "steps: 5, optimizer: {warmup_steps: 4}"), None),
+        (
+            SMALL.replace("steps: 5", "steps: 5, optimizer: {warmup_steps: 5}"),
+            r"warmup_steps: must be less than stage_1.steps.*\(got 5 of 5 steps\)",
+        ),
         (SMALL.replace("small", "../up"), "name: String should match"),
         (
             SMALL.replace("one}", "one, stage_2: two}")

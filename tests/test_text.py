@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import IFPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from finetune.data import load_pictures
 from finetune.loading import load_recipe
 from finetune.recipe import Recipe
 from finetune.text import captions_of, embed_captions, model_identity
+from finetune.train import gather
 from tests.random_cascade import RandomCascade
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -331,6 +333,18 @@ def test_all_captions_of_a_run_are_found(make_recipe: MakeRecipe, tmp_path: Path
         "a sks cat on red",
         "a tree",
     ]
+
+
+def test_the_empty_caption_is_encoded_though_none_is_dropped(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Guidance is taken against it."""
+    save_picture(tmp_path / "pictures")
+    source = {"source": str(tmp_path / "pictures"), "prompt": "a sks cat", "caption_dropout": 0.0}
+    recipe = make_recipe(data=source)
+    pictures = load_pictures(recipe.data, recipe.cache, 16)
+    material = gather(recipe, pictures, Accelerator(cpu=True))
+    assert material.prompt_embeds[""].shape == material.prompt_embeds["a sks cat"].shape
 
 
 def test_precompute_leaves_nothing_to_encode(

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ from finetune.compare import main as compare
 from finetune.data import load_pictures
 from finetune.loading import load_recipe
 from finetune.loop import batches_of, load_trainee
-from finetune.optimizers import learning_rate_factor, set_learning_rate
-from finetune.stages import STAGES
+from finetune.stages import STAGES, Batch
 from finetune.train import gather, main
 from tests.random_cascade import RandomCascade
 
@@ -92,8 +90,8 @@ def run(recipe: Path, *overrides: str) -> None:
 def launch(recipe: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run a recipe through accelerate's launcher, as the README says."""
     launcher = ["accelerate.commands.launch", "--quiet", "--config_file", "accelerate_config.yaml"]
-    if processes > 1:  # accelerate's own launcher wants mpirun for several processes on a CPU
-        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes)]
+    if processes > 1:
+        launcher += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
     return subprocess.run(
         [
             *(sys.executable, "-m", *launcher, "-m", "finetune.train"),
@@ -258,34 +256,66 @@ def test_a_longer_run_continues_and_another_recipe_does_not(
     assert "give the recipe a new name" in error
 
 
-def test_two_processes_average_their_gradients(
+def test_a_global_batch_trains_the_same_however_it_is_divided(
     random_cascade: RandomCascade, pictures: Path, tmp_path: Path
 ) -> None:
-    """The adapter is that of one process which accumulates both processes' batches."""
-    recipe_text = recipe_of(random_cascade, pictures, stage_2=None, validation={}, prior=None)
+    """Over two processes or over accumulated batches: with prior preservation, of whose class
+    pictures not all have one, with flips, dropped captions and dropout in the adapter."""
+    tree = recipe_of(random_cascade, pictures, stage_2=None, validation={}, log_every=1)
+    tree["data"] |= {"horizontal_flip": True, "caption_dropout": 0.3}
+    tree["prior"] |= {"folder": str(pictures), "share": 0.25, "weight": 0.7}
+    tree["stage_1"]["adapter"] = {"rank": 4, "targets": "attention+conv", "dropout": 0.2}
     # in full precision, as 8-bit states would magnify what the order of a sum rounds
-    recipe_text["stage_1"]["optimizer"] = {"name": "adamw", "learning_rate": 1e-3}
-    path = save_recipe(tmp_path, recipe_text)
-    done = launch(path, processes=2)
+    tree["stage_1"]["optimizer"] = {"name": "adamw", "learning_rate": 1e-3, "max_grad_norm": 0.1}
+    path = save_recipe(tmp_path, tree)
+    done = launch(path, "name=launched", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Adapters:") == 1
-    exported = load_file(adapter_file(tmp_path / "runs" / "run", "stage_1"))
+    launched = tmp_path / "runs" / "launched"
+    weights, losses = load_file(adapter_file(launched, "stage_1")), points(launched, "loss")
+    norms = points(launched, "gradient_norm")
+    assert min(norms) > 0.1  # that is, clipped
+    for accumulation, size in ((1, 4), (2, 2), (4, 1)):
+        sizes = f"stage_1.accumulation={accumulation}", f"stage_1.batch_size={size}"
+        run(path, f"name=alone-{accumulation}", *sizes)
+        alone = tmp_path / "runs" / f"alone-{accumulation}"
+        assert points(alone, "loss") == pytest.approx(losses, rel=1e-5)
+        assert points(alone, "gradient_norm") == pytest.approx(norms, rel=1e-4)
+        ours = load_file(adapter_file(alone, "stage_1"))
+        for name, tensor in weights.items():
+            assert torch.allclose(ours[name], tensor, rtol=1e-3, atol=1e-5), name
 
-    recipe = load_recipe(path, [f"cache_dir={tmp_path / 'cache'}", "stage_1.accumulation=2"])
-    loaded = load_pictures(recipe.data, recipe.cache, recipe.crop_px)
-    material = gather(recipe, loaded, Accelerator(cpu=True))
-    trainee = load_trainee(recipe, STAGES[1], torch.device("cpu"))
-    batches = batches_of(recipe, STAGES[1], trainee, material, Accelerator(cpu=True))
-    options = trainee.training.optimizer
-    for step in range(trainee.training.steps):
-        for rank in range(2):
-            trainee.accumulate(replace(batches, rank=rank, world_size=2)(step))
-        factor = learning_rate_factor(options.schedule, step, trainee.training.steps)
-        set_learning_rate(trainee.optimizer, factor)
-        trainee.update()
-    for name, parameter in trainee.weights.parameters.items():
-        theirs = exported["unet." + name.replace(".default.", ".")]
-        assert torch.allclose(parameter, theirs, rtol=1e-3, atol=1e-5), name
+
+def test_what_a_recipe_says_of_draws_reaches_the_batches(
+    random_cascade: RandomCascade, pictures: Path, tmp_path: Path
+) -> None:
+    tree = recipe_of(random_cascade, pictures, stage_1=None, validation={}, prior=None)
+    tree["stage_2"] |= {"timesteps": {"low": 990}, "noise_level": [7, 8]}
+    path = save_recipe(tmp_path, tree)
+
+    def batch(*overrides: str) -> Batch:
+        recipe = load_recipe(path, [f"cache_dir={tmp_path / 'cache'}", *overrides])
+        loaded = load_pictures(recipe.data, recipe.cache, recipe.crop_px)
+        material = gather(recipe, loaded, Accelerator(cpu=True))
+        trainee = load_trainee(recipe, STAGES[2], torch.device("cpu"))
+        return batches_of(recipe, STAGES[2], trainee, material, Accelerator(cpu=True))(0)
+
+    drawn, other = batch("stage_2.batch_size=20"), batch("stage_2.batch_size=20", "seed=1")
+    assert (drawn.timesteps >= 990).all()
+    assert len(set(drawn.timesteps.tolist())) > 3
+    assert drawn.noise_level is not None
+    assert set(drawn.noise_level.tolist()) == {7, 8}
+    assert not torch.equal(drawn.noise, other.noise)
+    assert not torch.equal(drawn.timesteps, other.timesteps)
+    accumulated = batch("stage_2.batch_size=5", "stage_2.accumulation=4")
+    assert torch.equal(accumulated.noise, drawn.noise[::4])
+
+
+def points(run_folder: Path, tag: str) -> list[float]:
+    """The values of a curve of Stage I."""
+    events = EventAccumulator(str(run_folder / "logs" / "stage_1"))
+    events.Reload()
+    return [point.value for point in events.Scalars(tag)]
 
 
 @pytest.mark.parametrize(
@@ -343,6 +373,8 @@ def test_stage_2s_mistakes_are_found_before_stage_1_trains(
     path = save_recipe(tmp_path, recipe_of(random_cascade, pictures, validation={}, prior=None))
     for override, message in (
         ("stage_2.adapter.targets=[to_x]", "'to_x' matches no"),
+        ("stage_1.timesteps.high=1000", "stage_1.timesteps.high must be at most 999"),
+        ("stage_2.timesteps.low=1000", "stage_2.timesteps.low must be at most 999"),
         ("stage_2.noise_level=[0, 5000]", "stage_2.noise_level must be within 0 and 999"),
         (f"base.stage_2={random_cascade.stage_1}", "IFSuperResolutionPipeline"),
         (f"base.stage_1={random_cascade.stage_2}", "IFPipeline"),

@@ -37,7 +37,9 @@ def trainee_of(
     return Trainee.of(STAGES[stage], training, unet, schedulers, seed=0)
 
 
-def batch_of(trainee: Trainee, index: int = 0, pictures: int = 2) -> Batch:
+def batch_of(
+    trainee: Trainee, index: int = 0, pictures: int = 2, step_key: int = 2**61 + 12345
+) -> Batch:
     """Random pictures, each with seven random text tokens, on the CPU."""
     draw = torch.Generator().manual_seed(index)
     config = trainee.unet.config
@@ -52,6 +54,10 @@ def batch_of(trainee: Trainee, index: int = 0, pictures: int = 2) -> Batch:
         low_res=torch.rand((pictures, 3, 16, 16), generator=draw) * 2 - 1 if second else None,
         low_res_noise=torch.randn(shape, generator=draw) if second else None,
         noise_level=torch.randint(1000, (pictures,), generator=draw) if second else None,
+        dropout_keys=torch.stack(
+            [torch.randint(2**62, (pictures,), generator=draw), torch.full((pictures,), step_key)],
+            dim=1,
+        ),
     )
 
 

@@ -129,8 +129,8 @@ def _plain_adapter(layer: LoraLayer, inputs: Tensor) -> str | None:
         return None
     (name,) = active
     a, b = layer.lora_A[name], layer.lora_B[name]
-    draws = layer.training and isinstance(layer.lora_dropout[name], nn.Dropout)
-    if draws or torch.compiler.is_compiling() or a.weight.dtype != inputs.dtype:
+    drops = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
+    if drops or torch.compiler.is_compiling() or a.weight.dtype != inputs.dtype:
         return None
     return None if b.bias is not None else name
 
