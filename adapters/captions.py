@@ -107,7 +107,12 @@ def check_vocabulary(
     lost = {
         caption: tuple(word for word in own if word in unknown) for caption, own in words.items()
     }
-    _say("The tokenizer does not know", lost, captions, "the model cannot tell them apart.")
+    _say(
+        "The tokenizer does not know",
+        lost,
+        captions,
+        "to the model, all unknown words are one and the same.",
+    )
 
 
 def clean(caption: str) -> str:

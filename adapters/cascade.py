@@ -128,10 +128,10 @@ class Cascade(AdaptedStages):
         if redraw is not None:
             redraw = redraw.take(spread(range(len(redraw)), *each, "pictures to start from"))
         if embeds is None:
-            encoded = {text: "the prompt" for stage in (1, 2) for text in prompts[stage]}
-            self._check_captions(
-                {negative_prompt or "": "negative_prompt"} | encoded, clean_caption
-            )
+            encoded = {negative_prompt or "": "negative_prompt"}
+            encoded |= dict.fromkeys(prompts[2], "stage_2_prompt")
+            encoded |= dict.fromkeys(prompts[1], "the prompt")
+            self._check_captions(encoded, clean_caption)
         below = None
         if low_res is not None:
             below = as_pixels(spread(Redraw.of(low_res).pictures, *each, "low_res pictures"))

@@ -60,10 +60,9 @@ def _overridden(tree: dict[str, Any], override: str) -> dict[str, Any]:
     if not equals:
         raise UserError(f"An override must be key=value (got {override!r}).")
     kinds = _kinds_at(path.split("."))
-    literal = str in kinds and kinds <= {str, NoneType}
-    value = (
-        _value(text, override) if not literal or (text == "null" and NoneType in kinds) else text
-    )
+    is_none = text == "null" and NoneType in kinds
+    is_text = str in kinds and kinds <= {str, NoneType} and not is_none
+    value = text if is_text else _value(text, override)
 
     def laid_over(node: Any, key: str, *rest: str) -> dict[str, Any]:
         node = {} if node is None else node

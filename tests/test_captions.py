@@ -194,7 +194,7 @@ def test_words_that_the_tokenizer_does_not_know_are_said(
 
 
 DRAWINGS: dict[str, Callable[..., object]] = {
-    "prompt": lambda c, text, **o: c(text, **o),
+    "the prompt": lambda c, text, **o: c(text, **o),
     "one of several": lambda c, text, **o: c(["a dog", text], **o),
     "stage_2_prompt": lambda c, text, **o: c("a dog", stage_2_prompt=text, **o),
     "negative_prompt": lambda c, text, **o: c("a dog", negative_prompt=text, **o),
@@ -205,8 +205,9 @@ DRAWINGS: dict[str, Callable[..., object]] = {
 }
 
 
-@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+@pytest.mark.parametrize(("name", "draw"), DRAWINGS.items(), ids=DRAWINGS)
 def test_no_prompt_of_a_cascade_is_emptied(
+    name: str,
     draw: Callable[..., object],
     cascade: Cascade,
     monkeypatch: pytest.MonkeyPatch,
@@ -214,7 +215,8 @@ def test_no_prompt_of_a_cascade_is_emptied(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(cascade.text.text_encoder, "forward", lambda *_, **__: pytest.fail(FAILING))
-        with pytest.raises(UserError, match=r"'<sks>'.*clean_caption=False"):
+        place = name if "_" in name else "the prompt"
+        with pytest.raises(UserError, match=rf"{place} '<sks>'.*clean_caption=False"):
             draw(cascade, "<sks>", sampling=FEW, progress=False)
     draw(cascade, "a <sks>", sampling=FEW, progress=False)
     draw(cascade, "<sks>", sampling=FEW, progress=False, clean_caption=False)
