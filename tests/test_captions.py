@@ -24,6 +24,7 @@ from adapters.encode import main as encode
 from adapters.generate import main as generate
 from adapters.picture_info import read_picture_info
 from finetune import precompute
+from finetune.compare import compare
 from finetune.data import Picture
 from finetune.loading import load_recipe
 from finetune.recipe import Recipe
@@ -230,6 +231,8 @@ def test_encode_refuses_and_says(cascade: Cascade, caplog: pytest.LogCaptureFixt
         cascade.encode(["a dog", "#3"])
     cascade.encode(["a dog #3", ""])
     assert "Cleaning drops '#3'" in caplog.messages[0]
+    cascade.encode(["a 猫"], clean_caption=False)
+    assert "does not know '猫' in 1 of 1 captions" in caplog.messages[1]
     raw, empty = cascade.encode(["#3", ""], clean_caption=False)
     assert not torch.equal(raw, empty)
 
@@ -261,11 +264,16 @@ def test_generate_keeps_what_it_is_told_to_and_draws_it_again(
 
 
 def test_the_encode_command_refuses_before_it_loads_and_keeps_what_it_is_told_to(
-    random_cascade: RandomCascade, cascade: Cascade, tmp_path: Path, request: pytest.FixtureRequest
+    random_cascade: RandomCascade,
+    cascade: Cascade,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     file = tmp_path / "one.safetensors"
     command = [str(random_cascade.stage_1), "--prompt", "<sks>", "--out", str(file)]
-    encode([*command, "--no-clean-caption", "--device", "cpu"])
+    encode([*command, "--prompt", "猫", "--no-clean-caption", "--device", "cpu"])
+    assert "does not know '猫' in 1 of 3 captions" in caplog.messages[0]
     embeds = load_embeds(file)
     expected = cascade.encode(["<sks>"], clean_caption=False)[0]
     assert torch.equal(embeds["<sks>"], expected)
@@ -331,6 +339,10 @@ def test_no_caption_of_a_recipe_is_emptied(
         embed_captions(captions_of(with_text("#3"), ()), with_text("#3"), CPU)
     check_recipe(with_text("a dog #3"))
     assert f"{field} 'a dog #3'" in caplog.messages[0]
+    if section == "comparison":
+        (tmp_path / "runs/test/adapters").mkdir(parents=True)
+        with pytest.raises(UserError, match=sentence):
+            compare(with_text("#3", runs_dir=str(tmp_path / "runs")))
     check_recipe(with_text("#3", text={"clean_caption": False}))
     assert len(caplog.messages) == 1
 
