@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPConfig, T5Config, T5EncoderModel
+from transformers import CLIPConfig, T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapters.errors import UserError
@@ -118,11 +118,7 @@ class Source:
         self, precision: str, dtype: torch.dtype, device: torch.device
     ) -> T5EncoderModel:
         """The stage's text encoder, frozen; ``dtype`` is that of what is not quantised."""
-        if self._class_of("text_encoder") is None:
-            raise UserError(
-                f"{self.name} has no text encoder of its own; name Stage I, or a model that has"
-                " one."
-            )
+        self._check_text_encoder()
 
         def load(folder: Path) -> T5EncoderModel:
             encoder = _empty_text_encoder(T5Config.from_pretrained(folder), dtype)
@@ -134,6 +130,11 @@ class Source:
 
         patterns = hub_patterns(self.variant, SAFE_WEIGHTS_NAME)
         return self._from_folder("text_encoder", patterns, load)
+
+    def tokenizer(self) -> T5Tokenizer:
+        """The tokenizer of the stage's text encoder, without the encoder."""
+        self._check_text_encoder()
+        return self.load(T5Tokenizer.from_pretrained, subfolder="tokenizer")
 
     def text_pipeline(self, precision: str, dtype: torch.dtype, device: torch.device) -> IFPipeline:
         """The stage's pipeline with its tokenizer and text encoder alone, see above.
@@ -219,6 +220,14 @@ class Source:
         """The name of a component's class; ``None``: the model has no such component."""
         named = self.index.get(component)
         return named[-1] if isinstance(named, list) and named else None
+
+    def _check_text_encoder(self) -> None:
+        """Check that the stage has a text encoder."""
+        if self._class_of("text_encoder") is None:
+            raise UserError(
+                f"{self.name} has no text encoder of its own; name Stage I, or a model that has"
+                " one."
+            )
 
     def _check_schedulers(self) -> None:
         """Check that the fields of the stage's schedulers are of the types that they must be."""

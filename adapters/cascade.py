@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adapters.adapted import AdaptedStages, alone
 from adapters.budget import TEXT
+from adapters.captions import KEEP_IN_PYTHON, check_captions, check_vocabulary
 from adapters.checks import check_drawing
 from adapters.conditioning import (
     Conditioning,
@@ -103,11 +104,13 @@ class Cascade(AdaptedStages):
             embeds: encodings [T, D] of all prompts that Stage I and II are told, and of what
                 guidance leads away from, such as :func:`adapters.embeds.load_embeds` reads;
                 ``None``: this cascade's text encoder makes them.
-            clean_caption: clean prompts as IF's pipelines do by default.
+            clean_caption: clean prompts as IF's pipelines do by default, which drops words such as
+                ``<sks>``, ``j0hn``, ``#3`` and all Chinese; of ``embeds``, whether theirs were.
             progress: show progress bars.
 
         Raises:
-            UserError: where there is nothing to draw, and as :meth:`sample`.
+            UserError: where there is nothing to draw or cleaning empties a prompt, and as
+                :meth:`sample`.
 
         Example:
             >>> few = Sampling(stage_1_steps=4, stage_2_steps=2)
@@ -124,6 +127,11 @@ class Cascade(AdaptedStages):
         each = count // images_per_prompt, images_per_prompt
         if redraw is not None:
             redraw = redraw.take(spread(range(len(redraw)), *each, "pictures to start from"))
+        if embeds is None:
+            encoded = {negative_prompt or "": "negative_prompt"}
+            encoded |= dict.fromkeys(prompts[2], "stage_2_prompt")
+            encoded |= dict.fromkeys(prompts[1], "the prompt")
+            self._check_captions(encoded, clean_caption)
         below = None
         if low_res is not None:
             below = as_pixels(spread(Redraw.of(low_res).pictures, *each, "low_res pictures"))
@@ -141,6 +149,7 @@ class Cascade(AdaptedStages):
             redraw=redraw,
             prompts=prompts,
             negative_prompt=negative_prompt,
+            clean_caption=clean_caption,
             progress=progress,
         )
 
@@ -203,6 +212,9 @@ class Cascade(AdaptedStages):
         """Encode prompts along the path of ``IFPipeline.__call__``, [N, T, D] on the device.
 
         :func:`adapters.embeds.save_embeds` keeps them for a cascade without a text encoder.
+
+        Raises:
+            UserError: where there is no text encoder, or cleaning empties a prompt.
         """
         if self.text is None:
             raise UserError(
@@ -210,11 +222,18 @@ class Cascade(AdaptedStages):
                 " hand sample() the embeddings."
             )
         check_texts(prompts)
+        self._check_captions(dict.fromkeys(prompts, "the prompt"), clean_caption)
         with self.placing.at_work(TEXT, self.text):
             embeds, _ = self.text.encode_prompt(
                 list(prompts), do_classifier_free_guidance=False, clean_caption=clean_caption
             )
         return embeds
+
+    def _check_captions(self, captions: Mapping[str, str], clean_caption: bool) -> None:
+        """Refuse prompts that cleaning empties, and say which words are lost of others."""
+        check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
+        if self.text is not None:
+            check_vocabulary(captions, self.text.tokenizer, clean_caption=clean_caption)
 
     def _encodings(
         self, texts: Sequence[str], embeds: Mapping[str, Tensor] | None, clean_caption: bool
@@ -238,6 +257,7 @@ class Cascade(AdaptedStages):
         redraw: Redraw | None = None,
         prompts: Sequence[str] | Mapping[int, Sequence[str]] = (),
         negative_prompt: str | None = None,
+        clean_caption: bool = True,
         progress: bool = True,
     ) -> CascadeImages:
         """Sample pictures from text embeddings.
@@ -255,6 +275,7 @@ class Cascade(AdaptedStages):
             prompts: N, or these by stage, where a stage has that of the one before if not its own;
                 Stage III reads them, and the result names them.
             negative_prompt: of Stage III.
+            clean_caption: whether the encoded prompts were cleaned, which the result says.
             progress: show progress bars.
 
         Raises:
@@ -272,6 +293,7 @@ class Cascade(AdaptedStages):
             seeds=tuple(map(int, seeds)),
             prompts=every_stage(texts, EVERY_STAGE),
             negative_prompt=negative_prompt,
+            clean_caption=clean_caption,
             redraw=redraw,
         )
         sampling = self.placing.limited(sampling or WAYS[conditioning.way].sampling)
@@ -327,6 +349,7 @@ class Cascade(AdaptedStages):
         info = PictureInfo(
             stage=max(drawn),
             negative_prompt=conditioning.negative_prompt,
+            clean_caption=conditioning.clean_caption,
             models={stage: self.base_names[stage] for stage in drawn},
             revision=self.revision,
             variant=self.variant,

@@ -39,6 +39,8 @@ class Conditioning:
     only encodings were given."""
     negative_prompt: str | None = None
     """What ``negative_embeds`` encode, for Stage III; ``None``: the empty caption."""
+    clean_caption: bool = True
+    """Whether the encoded prompts were cleaned, for what pictures say of themselves."""
     redraw: Redraw | None = None
     """Pictures to start from, N; ``None``: pictures start from noise."""
 
@@ -62,6 +64,7 @@ class Conditioning:
             seeds=self.seeds[rows],
             prompts={stage: texts[rows] for stage, texts in self.prompts.items()},
             negative_prompt=self.negative_prompt,
+            clean_caption=self.clean_caption,
             redraw=None if self.redraw is None else self.redraw.take(range(len(self))[rows]),
         )
 

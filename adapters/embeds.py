@@ -72,7 +72,8 @@ def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
     """The encodings of prompts, [N, T, D].
 
     Raises:
-        UserError: where one is not there, naming the closest, or is of another shape.
+        UserError: where one is not there, naming the closest, is of another shape, or is that of
+            the empty caption, as encodings of a prompt are that cleaning has emptied.
     """
     for prompt in prompts:
         if prompt not in embeds:
@@ -88,4 +89,10 @@ def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
             f"Encodings must each be [tokens, width], and all of one shape (found {found}); make"
             " them with one text encoder."
         )
+    for prompt in filter(None, prompts):
+        if "" in embeds and torch.equal(embeds[prompt], embeds[""]):
+            raise UserError(
+                f"The encoding of {prompt!r} is that of the empty caption, so cleaning has dropped"
+                " all of its words; encode it with `python -m adapters.encode --no-clean-caption`."
+            )
     return torch.stack([embeds[prompt] for prompt in prompts])

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapters.bases import Source, source_of
+from adapters.captions import KEEP_IN_PYTHON, check_captions, check_vocabulary
 from adapters.conditioning import check_texts
 from adapters.embeds import save_embeds
 from adapters.errors import command_line
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         source = source_of(options.model, options.revision, options.variant)
         device = available(options.device or "auto")
         precision = options.precision or automatic_precision(device)
-        save_embeds(options.out, prompts, encode(source, prompts, precision, device))
+        clean_caption = options.clean_caption
+        embeds = encode(source, prompts, precision, device, clean_caption=clean_caption)
+        save_embeds(options.out, prompts, embeds)
     sys.stdout.write(f"{options.out}\n")
 
 
@@ -46,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     add("model", help="Stage I, or Stage II with a text encoder of its own: folder or hub name")
     add("--prompt", action="append", required=True, help="what to encode; may be repeated")
     add("--out", type=Path, required=True, help="the file to write, such as prompts.safetensors")
+    help_ = "clean prompts as IF's pipelines do; drops <sks>, j0hn, #3 and all Chinese (clean)"
+    add("--clean-caption", action=argparse.BooleanOptionalAction, default=True, help=help_)
     add("--precision", choices=TEXT_PRECISIONS, help="the weights' (bf16 on a GPU, fp32 on a CPU)")
     add("--device", help="such as cuda or cpu (the GPU where there is one)")
     add("--revision", help="the model's hub revision")
@@ -53,7 +58,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def encode(source: Source, prompts: Sequence[str], precision: str, device: torch.device) -> Tensor:
+def encode(
+    source: Source,
+    prompts: Sequence[str],
+    precision: str,
+    device: torch.device,
+    *,
+    clean_caption: bool = True,
+) -> Tensor:
     """The encodings of prompts along the path of ``IFPipeline.__call__``, [N, T, D].
 
     Args:
@@ -61,15 +73,21 @@ def encode(source: Source, prompts: Sequence[str], precision: str, device: torch
         prompts: N, encoded one by one, so that an encoding does not depend on its company.
         precision: one of :data:`TEXT_PRECISIONS`.
         device: where to encode.
+        clean_caption: clean prompts as IF's pipelines do by default.
 
     Raises:
-        UserError: where the model has no text encoder, or cannot be loaded.
+        UserError: where the model has no text encoder or cannot be loaded, or where cleaning
+            empties a prompt.
     """
     check_texts(prompts)
+    captions = dict.fromkeys(prompts, "the prompt")
+    check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
+    check_vocabulary(captions, source.tokenizer(), clean_caption=clean_caption)
     pipe = source.text_pipeline(precision, PRECISIONS.get(precision, torch.bfloat16), device)
-    options = {"do_classifier_free_guidance": False, "device": device, "clean_caption": True}
+    options = {"do_classifier_free_guidance": False, "device": device}
     rows = [
-        pipe.encode_prompt(prompt, **options)[0] for prompt in tqdm(prompts, "Encoding", delay=2)
+        pipe.encode_prompt(prompt, **options, clean_caption=clean_caption)[0]
+        for prompt in tqdm(prompts, "Encoding", delay=2)
     ]
     return torch.cat(rows)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from adapters.captions import KEEP_IN_PYTHON, check_captions
 from adapters.cascade import Cascade
 from adapters.conditioning import check_seeds, check_texts
 from adapters.embeds import load_embeds
@@ -32,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "scale": 1.0,
     "seed": 0,
     "images_per_prompt": 1,
+    "clean_caption": True,
     "device": "auto",
     "dtype": "auto",
 }
@@ -62,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     add("--stage-2-prompt", action="append", metavar="PROMPT", help=told.format("II", "I"))
     add("--stage-3-prompt", action="append", metavar="PROMPT", help=told.format("III", "II"))
     add("--negative-prompt", help="what to lead away from")
+    help_ = "clean prompts as IF's pipelines do; drops <sks>, j0hn, #3 and all Chinese (clean)"
+    add("--clean-caption", action=argparse.BooleanOptionalAction, help=help_)
     add("--embeds", metavar="FILE", help="encodings of all these, by adapters.encode; no encoder")
     add("--out", type=Path, required=True, help="the folder for the pictures")
     help_ = "a square picture to enlarge, once for all prompts or for each; no Stage I (none)"
@@ -116,7 +120,12 @@ def generate(given: dict[str, Any]) -> Path:
     low_res = None if options.low_res is None else Redraw.of(options.low_res).pictures
     settings = sampling(given, info, redraw)
     check_seeds([options.seed])
-    check_texts([*options.prompt, options.negative_prompt or ""])
+    texts = {options.negative_prompt or "": "--negative-prompt"}
+    texts |= dict.fromkeys(options.stage_2_prompt or (), "--stage-2-prompt")
+    texts |= dict.fromkeys(options.prompt, "--prompt")
+    check_texts(texts)
+    if options.embeds is None:
+        check_captions(texts, clean_caption=options.clean_caption, setting=KEEP_IN_PYTHON)
     check_out(options.out, "folder")
     embeds = None if options.embeds is None else load_embeds(options.embeds)
     images = loaded(options, info)(
@@ -130,6 +139,7 @@ def generate(given: dict[str, Any]) -> Path:
         low_res=low_res,
         redraw=redraw,
         embeds=embeds,
+        clean_caption=options.clean_caption,
     )
     return images.save(options.out)
 
@@ -138,6 +148,7 @@ def options_of(info: PictureInfo) -> dict[str, Any]:
     """The options that draw a picture anew; pictures to start from are not known."""
     named = {
         "negative_prompt": info.negative_prompt,
+        "clean_caption": info.clean_caption,
         "seed": info.seed,
         "revision": info.revision,
         "variant": info.variant,

@@ -58,6 +58,8 @@ class PictureInfo(BaseModel):
     """What each stage was told to draw; none where only encodings were given."""
     negative_prompt: str | None = None
     """What guidance led away from; ``None``: the empty caption."""
+    clean_caption: bool = True
+    """Whether prompts were cleaned as IF's pipelines do by default."""
     models: dict[int, str]
     """The base models, as they were named."""
     revision: str | None = None

@@ -25,7 +25,7 @@ from finetune.recipe import Comparison, Recipe
 from finetune.run import Folders
 from finetune.sampling import sample_prompts
 from finetune.stages import STAGES
-from finetune.text import embed_captions
+from finetune.text import embed_captions, written_captions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +76,9 @@ def sample_both(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = comparison.stage_2_prompts
     stage_2_prompts = None if own is None else own + comparison.other_prompts
-    embeds = embed_captions([*prompts, *(own or ()), ""], recipe, device)
+    written = written_captions(recipe)
+    captions = {text: written[text] for text in [*prompts, *(own or ()), ""]}
+    embeds = embed_captions(captions, recipe, device)
     cascade = load_cascade(
         recipe.base.stage_1,
         recipe.base.stage_2,

@@ -5,6 +5,7 @@ one in a reduction for each size of crop; they are mapped into memory from there
 no more of them than its crop.
 """
 
+import codecs
 import glob
 import hashlib
 import io
@@ -23,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from adapters.captions import find_invisible
 from adapters.errors import UserError
 from adapters.files import replacing
 from adapters.reading import DECODING_ERRORS, plain
@@ -42,6 +44,9 @@ PICTURE_FEATURES = (
 
 CAPTION_FEATURES = (datasets.Value("string"), datasets.Value("large_string"))
 """What a column of captions may hold."""
+
+TEXT_SUFFIXES = (".csv", ".jsonl")
+"""The kinds of metadata files that are text."""
 
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError)
 """What ``datasets`` raises where a source is missing, malformed or out of reach."""
@@ -194,12 +199,15 @@ def read_captions(data: Data, table: datasets.Dataset) -> list[str]:
         return [data.prompt] * len(table)
     _check_column(data, table, "caption_column", CAPTION_FEATURES)
     captions = [(caption or "").strip() for caption in table[data.caption_column]]
-    if "" in captions:
-        raise UserError(
-            f"data.source {data.source!r}: row {captions.index('')} has an empty caption in column"
-            f" {data.caption_column!r}; write one, or give data.prompt for all pictures (pictures"
-            " for the empty caption come from data.caption_dropout)."
-        )
+    for row, caption in enumerate(captions):
+        invisible = find_invisible(caption)
+        if not caption or invisible:
+            kind = f"invisible caption ({invisible})" if invisible else "empty caption"
+            raise UserError(
+                f"data.source {data.source!r}: row {row} has an {kind} in column"
+                f" {data.caption_column!r}; write one, or give data.prompt for all pictures"
+                " (pictures for the empty caption come from data.caption_dropout)."
+            )
     return captions
 
 
@@ -231,6 +239,8 @@ def _load_saved_splits(data: Data, folder: Path, cache_dir: Path) -> datasets.Da
 
 def _load_picture_folder(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
     metadata = _metadata(folder)
+    if metadata and metadata.suffix in TEXT_SUFFIXES:
+        read_text(metadata)  # says what datasets would not
     files = [metadata] if metadata else _pictures_in(folder)
     table = datasets.load_dataset(
         "imagefolder",
@@ -248,13 +258,34 @@ def _load_picture_folder(data: Data, folder: Path, cache_dir: Path) -> datasets.
 
 def _text_beside(picture: Path) -> str:
     text = picture.with_suffix(".txt")
-    try:
-        return text.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not text.is_file():
         raise UserError(
             f"The picture {picture} has no caption: write {text.name} beside it, list all pictures"
             " in a metadata.jsonl, or give data.prompt for all."
-        ) from None
+        )
+    caption = read_text(text)
+    if not caption or find_invisible(caption):
+        found = find_invisible(caption) or "no characters"
+        raise UserError(f"The caption {text} is empty (found {found}); write one.")
+    return caption
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        UserError: where it is in another encoding.
+    """
+    content = file.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        found = "UTF-16"
+    else:
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            found = f"byte 0x{content[error.start]:02x} in line {line}, as Windows-1252 has"
+    raise UserError(f"{file} must be text in UTF-8 (found {found}); save it as UTF-8.")
 
 
 def _metadata(folder: Path) -> Path | None:

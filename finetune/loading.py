@@ -1,8 +1,10 @@
 """Reading a recipe: its file, what the command line lays over it, and its mistakes in words."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,13 +15,21 @@ from adapters.names import closest
 from finetune.recipe import Place, Recipe
 from finetune.yaml12 import Loader
 
+NAMING = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)
+"""What YAML takes for the name of a value, or of its type."""
+
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+"""What reading YAML raises: of ``!!int abc`` and of what is nested too deeply, no YAMLError."""
+
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: a YAML file.
-        overrides: ``dotted.key=value`` pairs laid over it, values in YAML.
+        overrides: ``dotted.key=value`` pairs laid over it. Of a field that holds a text the value
+            is that text, letter for letter (``null``: none, where that is allowed); of others it is
+            YAML.
 
     Raises:
         UserError: listing every mistake with its path: unknown keys and names (with the closest
@@ -30,7 +40,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The recipe {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise UserError(f"The recipe {path} is not valid YAML: {error}.") from error
     if not isinstance(tree, dict):
         raise UserError(f"The recipe {path} must be a YAML mapping (got {type(tree).__name__}).")
@@ -49,10 +59,10 @@ def _overridden(tree: dict[str, Any], override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"An override must be key=value (got {override!r}).")
-    try:
-        value = yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"The value of the override {override!r} is not valid YAML.") from error
+    kinds = _kinds_at(path.split("."))
+    is_none = text == "null" and NoneType in kinds
+    is_text = str in kinds and kinds <= {str, NoneType} and not is_none
+    value = text if is_text else _value(text, override)
 
     def laid_over(node: Any, key: str, *rest: str) -> dict[str, Any]:
         node = {} if node is None else node
@@ -61,6 +71,26 @@ def _overridden(tree: dict[str, Any], override: str) -> dict[str, Any]:
         return {**node, key: laid_over(node.get(key), *rest) if rest else value}
 
     return laid_over(tree, *path.split("."))
+
+
+def _value(text: str, override: str) -> Any:
+    """The value of an override in YAML, where YAML reads all of its text as a value."""
+    try:
+        value = yaml.load(text, Loader=Loader)
+        tokens = [t for t in yaml.scan(text) if not isinstance(t, yaml.StreamEndToken)]
+    except YAML_ERRORS as error:
+        raise UserError(
+            f"The value of the override {override!r} is not valid YAML: texts within it that have"
+            " any of : # & * ! [ ] { } , must be in quotes."
+        ) from error
+    rest = text[tokens[-1].end_mark.index :].strip()
+    named = [text[t.start_mark.index : t.end_mark.index] for t in tokens if isinstance(t, NAMING)]
+    if rest or named:
+        raise UserError(
+            f"The override {override!r} has {(named or [rest])[0]!r} in it, which YAML does not"
+            " take as text; put the text in quotes."
+        )
+    return value
 
 
 def _explain(error: ValidationError) -> list[str]:
@@ -112,7 +142,20 @@ def _fields_at(path: Place) -> list[str]:
 
 def _below(section: type[BaseModel], name: int | str) -> type[BaseModel] | None:
     """The section that a field of a section holds, if it holds one."""
+    kinds = (kind for kind in _kinds(section, name) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+
+
+def _kinds_at(path: Sequence[str]) -> set[Any]:
+    """The types that the field at a path may hold; none where there is no such field."""
+    section: type[BaseModel] | None = Recipe
+    for part in path[:-1]:
+        section = section and _below(section, part)
+    return _kinds(section, path[-1]) if section else set()
+
+
+def _kinds(section: type[BaseModel], name: int | str) -> set[Any]:
+    """The types that a field of a section may hold; none where it has no such field."""
     field = section.model_fields.get(str(name))
     options = () if field is None else get_args(field.annotation) or (field.annotation,)
-    kinds = (option for option in options if isinstance(option, type))
-    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+    return {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in options}

@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def precompute(recipe: Recipe) -> str:
     """Encode what the cache lacks; returns how much that was, and how a trainer reuses it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    captions = {*captions_of(recipe, ()), *load_captions(recipe.data, recipe.cache)}
+    own = load_captions(recipe.data, recipe.cache)
+    captions = {text: f"row {row} of {recipe.data.source}" for row, text in enumerate(own)}
+    captions |= captions_of(recipe, ())
     cache = CaptionCache(recipe, device)
     cached = sum(cache.has(caption) for caption in captions)
     embed_captions(captions, recipe, device)

@@ -101,6 +101,8 @@ def sampled_folder(
         "seed": recipe.seed,
         "sampling": prior.sampling.model_dump(exclude={"batch_size"}, exclude_none=True),
     }
+    if not recipe.text.clean_caption:
+        identity["clean_caption"] = False
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = recipe.cache / "class_pictures" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +170,7 @@ def _sample(
             [_in_turn(prior.prompts, index) for index in pending],
             seeds=[derived_seed(recipe.seed, CLASS, index, attempt) for index in pending],
             sampling=prior.sampling,
+            clean_caption=recipe.text.clean_caption,
             progress=False,
         )
         samples |= dict(zip(pending, sampled, strict=True))

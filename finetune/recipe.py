@@ -146,7 +146,8 @@ class Text(Section):
     device: Literal["auto", "cpu"] = "auto"
     """Where captions are encoded; ``auto``: on the training device."""
     clean_caption: bool = True
-    """Clean captions as IF's pipelines do by default (HTML, links, odd punctuation)."""
+    """Clean captions as IF's pipelines do by default: HTML, links and odd punctuation go, but so
+    do words such as ``<sks>``, ``j0hn``, ``#3``, ``@mydog``, and all Chinese."""
 
 
 class Optimizer(Section):

@@ -19,6 +19,7 @@ from finetune.checkpoints import checkpoints, load_checkpoint
 from finetune.prior import own_folder
 from finetune.recipe import Recipe, Timesteps, Training
 from finetune.stages import Stage
+from finetune.text import check_cleaning, written_captions
 from finetune.trainee import Trainee, optimizer_of
 from finetune.weights import FlatWeights
 from unets.loading import empty_unet
@@ -50,8 +51,10 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: where a base is missing or of another stage, a target matches nothing, the
             optimizer does not run here, noise levels, timesteps to draw or timesteps to sample
-            are not the schedule's, or there is no folder of class pictures where one is named.
+            are not the schedule's, there is no folder of class pictures where one is named, or
+            cleaning empties a prompt.
     """
+    check_cleaning(written_captions(recipe), recipe)
     if recipe.prior:
         own_folder(recipe.prior)
     sections = (recipe.prior, recipe.validation, recipe.comparison)

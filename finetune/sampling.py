@@ -19,6 +19,7 @@ def sample_prompts(
     sampling: Sampling,
     stage_2_prompts: Sequence[str] | None = None,
     low_res: Tensor | None = None,
+    clean_caption: bool = True,
     progress: bool = True,
 ) -> CascadeImages:
     """Sample each prompt once, guided away from the empty caption.
@@ -31,6 +32,7 @@ def sample_prompts(
         sampling: steps and guidance.
         stage_2_prompts: N, what Stage II and III are told instead; ``None``: the same.
         low_res: [N, 3, s, s] in [-1, 1]: upsample these; Stage I is not run.
+        clean_caption: whether the encoded prompts were cleaned, which saved pictures say.
         progress: show progress bars.
     """
     told = {1: prompts, 2: prompts if stage_2_prompts is None else stage_2_prompts}
@@ -41,5 +43,6 @@ def sample_prompts(
         sampling=sampling,
         low_res=low_res,
         prompts=told,
+        clean_caption=clean_caption,
         progress=progress,
     )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from adapters.captions import check_captions, check_vocabulary
 from adapters.embeds import TENSOR
 from adapters.errors import UserError
 from adapters.files import replacing
@@ -41,6 +42,13 @@ WHOLE_BYTES = 2**28
 BLOCK_BYTES = 2**20
 """The size of a hashed block of a large file."""
 
+PROMPT_FIELDS = {
+    "validation": ("prompts", "stage_2_prompts"),
+    "prior": ("prompts",),
+    "comparison": ("prompts", "stage_2_prompts", "other_prompts"),
+}
+"""The lists of captions that a recipe itself holds, by section."""
+
 BLOCKS = 100
 """How many blocks are hashed of a large file, evenly spaced from its first byte to its last."""
 
@@ -48,7 +56,9 @@ KEPT_ENCODINGS = 100
 """How many encodings are kept in memory, those used last."""
 
 
-def embed_captions(captions: Iterable[str], recipe: Recipe, device: torch.device) -> "PromptEmbeds":
+def embed_captions(
+    captions: Mapping[str, str] | Iterable[str], recipe: Recipe, device: torch.device
+) -> "PromptEmbeds":
     """The text encoding of each distinct caption, in the encoder's precision.
 
     Bit for bit what ``IFPipeline.__call__`` makes of the caption: each is encoded by itself, so its
@@ -56,17 +66,23 @@ def embed_captions(captions: Iterable[str], recipe: Recipe, device: torch.device
     a caption, and is gone from memory when this returns.
 
     Args:
-        captions: plain captions; cleaning them is part of the text path.
+        captions: plain captions, or these with where each is written; cleaning them is part of the
+            text path.
         recipe: its ``base``, ``text`` and ``cache_dir``.
         device: the training device.
 
     Raises:
-        UserError: where the base model cannot be read.
+        UserError: where the base model cannot be read, or cleaning empties a caption.
     """
+    places = captions if isinstance(captions, Mapping) else dict.fromkeys(captions, "the caption")
+    check_cleaning(places, recipe)
     cache = CaptionCache(recipe, device)
     embeds = PromptEmbeds(cache, captions)
     missing = [caption for caption in embeds if not cache.has(caption)]
     if missing:
+        tokenizer = recipe.source(STAGES[1]).tokenizer()
+        unseen = {caption: places[caption] for caption in missing}
+        check_vocabulary(unseen, tokenizer, clean_caption=recipe.text.clean_caption)
         with text_pipeline(recipe, cache.precision, cache.device) as pipeline:
             for caption in tqdm(missing, "Encoding captions", delay=2):
                 encoding, _ = pipeline.encode_prompt(
@@ -79,21 +95,44 @@ def embed_captions(captions: Iterable[str], recipe: Recipe, device: torch.device
     return embeds
 
 
-def captions_of(recipe: Recipe, pictures: Iterable[Picture]) -> list[str]:
-    """All distinct captions that a run needs, sorted; the empty caption is one of them."""
-    validation = recipe.validation
-    captions = {"", *(picture.caption for picture in pictures)}
-    captions.update(validation.prompts, validation.stage_2_prompts or ())
-    if recipe.prior:
-        captions.update(recipe.prior.prompts)
-        folder = recipe.prior.folder
-        if folder and has_captions(Path(folder).expanduser()):
-            own = load_captions(Data(source=folder), recipe.cache)
-            captions.update(own[: recipe.prior.count])
-    if comparison := recipe.comparison:
-        captions.update(comparison.prompts, comparison.stage_2_prompts or ())
-        captions.update(comparison.other_prompts)
-    return sorted(captions)
+def captions_of(recipe: Recipe, pictures: Iterable[Picture]) -> dict[str, str]:
+    """All distinct captions that a run needs, sorted, each with where it is written.
+
+    The empty caption is one of them.
+    """
+    captions = {picture.caption: f"the caption of {picture.source}" for picture in pictures}
+    prior = recipe.prior
+    if prior and prior.folder and has_captions(Path(prior.folder).expanduser()):
+        own = load_captions(Data(source=prior.folder), recipe.cache)[: prior.count]
+        captions |= dict.fromkeys(own, f"a caption of prior.folder {prior.folder}")
+    captions |= written_captions(recipe)
+    return dict(sorted(captions.items()))
+
+
+def written_captions(recipe: Recipe) -> dict[str, str]:
+    """The captions that a recipe itself holds, and the empty one, each with its field."""
+    captions = {"": "the empty caption"}
+    tree = recipe.model_dump(include={"data", *PROMPT_FIELDS})
+    for section, fields in PROMPT_FIELDS.items():
+        for field in fields if tree[section] else ():
+            captions |= dict.fromkeys(tree[section][field] or (), f"{section}.{field}")
+    if recipe.data.prompt is not None:
+        captions[recipe.data.prompt] = "data.prompt"
+    return captions
+
+
+def check_cleaning(captions: Mapping[str, str], recipe: Recipe) -> None:
+    """Refuse captions that cleaning empties, and say which words others lose.
+
+    Args:
+        captions: each with where it is written.
+        recipe: says whether captions are cleaned.
+
+    Raises:
+        UserError: where cleaning leaves nothing of a caption.
+    """
+    setting = "text.clean_caption: false"
+    check_captions(captions, clean_caption=recipe.text.clean_caption, setting=setting)
 
 
 class CaptionCache:

@@ -1,9 +1,24 @@
-"""YAML as people write it: keys once, and 1e-4 a number."""
+"""YAML 1.2 as people write it: 1e-4 is a number, 0100 a hundred, 12:30 a text, and keys are unique.
+
+PyYAML reads YAML 1.1, where these are a text, 64 and 750.
+"""
 
 import re
 from typing import Any
 
 import yaml
+
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
+}
+"""What a plain scalar must match to be a number (YAML 1.2.2, section 10.3.2); whole ones first."""
+
+YAML_1_1_ONLY = (*NUMBERS, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
+"""What PyYAML recognises in ways that YAML 1.2 does not."""
 
 
 class Loader(yaml.SafeLoader):
@@ -23,16 +38,22 @@ class Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number; leading zeros mean nothing."""
+        text = str(self.construct_scalar(node))
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
 
 class Dumper(yaml.SafeDumper):
-    """Safe YAML that :class:`Loader` reads as it was meant."""
+    """Safe YAML that :class:`Loader`, and any reader of YAML 1.1, reads as it was meant."""
 
 
-# YAML 1.2 reads 1e-4 as a number; PyYAML, which is YAML 1.1, as text
-yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-    Loader=Loader,
-    Dumper=Dumper,
-)
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rows if tag not in YAML_1_1_ONLY]
+    for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_int)
+for tag, pattern in NUMBERS.items():
+    yaml.add_implicit_resolver(
+        tag, re.compile(rf"^(?:{pattern})$"), list("-+.0123456789"), Loader=Loader, Dumper=Dumper
+    )

@@ -403,7 +403,51 @@ def no_captions(folder: Path) -> tuple[Data, str]:
 def empty_caption(folder: Path) -> tuple[Data, str]:
     data = with_text_files(folder)
     (folder / "2 [test].txt").write_text(" \n")
-    return data, "row 2 has an empty caption"
+    return data, "2 [test].txt is empty (found SPACE, U+000A)"
+
+
+def empty_caption_in_metadata(folder: Path) -> tuple[Data, str]:
+    data = with_metadata(folder)
+    file = folder / "metadata.jsonl"
+    file.write_text(file.read_text().replace(CAPTIONS[2], " "))
+    return data, "row 2 has an empty caption in column 'text'"
+
+
+def invisible_caption(folder: Path) -> tuple[Data, str]:
+    data = with_text_files(folder)
+    (folder / "2 [test].txt").write_text("\u200b\u2060")
+    return data, "2 [test].txt is empty (found ZERO WIDTH SPACE, WORD JOINER)"
+
+
+def invisible_caption_in_metadata(folder: Path) -> tuple[Data, str]:
+    data = with_metadata(folder)
+    file = folder / "metadata.jsonl"
+    file.write_text(file.read_text().replace(CAPTIONS[2], "\ufeff"))
+    return data, "row 2 has an invisible caption (ZERO WIDTH NO-BREAK SPACE)"
+
+
+def caption_in(encoding: str, found: str) -> Callable[[Path], tuple[Data, str]]:
+    def make(folder: Path) -> tuple[Data, str]:
+        data = with_text_files(folder)
+        (folder / "2 [test].txt").write_bytes("a dog\nin a café".encode(encoding))
+        return data, f"2 [test].txt must be text in UTF-8 (found {found}"
+
+    return make
+
+
+def metadata_in(
+    encoding: str, name: str, found: str, word: str = "café"
+) -> Callable[[Path], tuple[Data, str]]:
+    def make(folder: Path) -> tuple[Data, str]:
+        file = save_photos(folder, 1)[0].name
+        lines = {
+            "metadata.jsonl": f'\n{{"file_name": "{file}", "text": "{word}"}}',
+            "metadata.csv": f"file_name,text\n{file},{word}",
+        }
+        (folder / name).write_bytes(lines[name].encode(encoding))
+        return Data(source=str(folder)), f"{name} must be text in UTF-8 (found {found}"
+
+    return make
 
 
 def unknown_split(folder: Path) -> tuple[Data, str]:
@@ -429,6 +473,16 @@ MISTAKES = (
     metadata_is_empty,
     no_captions,
     empty_caption,
+    empty_caption_in_metadata,
+    invisible_caption,
+    invisible_caption_in_metadata,
+    caption_in("cp1252", "byte 0xe9 in line 2"),
+    caption_in("utf-16", "UTF-16"),
+    caption_in("utf-16-be", "UTF-16"),
+    metadata_in("cp1252", "metadata.jsonl", "byte 0xe9 in line 2"),
+    metadata_in("cp1252", "metadata.csv", "byte 0xe9 in line 2"),
+    metadata_in("utf-16", "metadata.jsonl", "UTF-16"),
+    metadata_in("utf-16-le", "metadata.csv", "UTF-16", "cafe"),
     unknown_split,
     unknown_saved_split,
 )
@@ -446,6 +500,13 @@ def test_a_mistake_is_one_sentence_that_names_it(
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache").glob("pictures/.*"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
+    data = with_text_files(tmp_path / "source")
+    for file in (tmp_path / "source").glob("*.txt"):
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert load_captions(data, tmp_path / "cache") == list(CAPTIONS)
 
 
 @pytest.mark.parametrize(

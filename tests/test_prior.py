@@ -136,6 +136,7 @@ def test_runs_that_start_together_sample_once(
         {"prior": PRIOR | {"prompts": PROMPTS[::-1]}},
         {"prior": PRIOR | {"sampling": SAMPLING | {"stage_1_guidance": 2.0}}},
         {"stage_2": {"steps": 1}},
+        {"text": {"clean_caption": False}},
     ],
 )
 def test_what_decides_on_them_is_in_their_key(

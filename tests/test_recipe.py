@@ -8,6 +8,7 @@ import yaml
 
 from adapters.errors import UserError
 from finetune.loading import load_recipe
+from finetune.yaml12 import Loader
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMALL = """
@@ -145,7 +146,7 @@ def test_settings_that_an_optimizer_cannot_take(
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     path = write(tmp_path, SMALL.replace("steps: 5", "steps: 5, optimizer: {learning_rate: 1e-3}"))
-    recipe = load_recipe(path, ["stage_1.optimizer.weight_decay=2e-3", "name='1e4'"])
+    recipe = load_recipe(path, ["stage_1.optimizer.weight_decay=2e-3", "name=1e4"])
     assert recipe.stage_1 is not None
     assert recipe.stage_1.optimizer.learning_rate == 1e-3
     assert recipe.stage_1.optimizer.weight_decay == 2e-3
@@ -202,7 +203,68 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("override", ["steps", "stage_1.steps.deep=3", "seed=[1"])
+LITERAL = ("a sks dog #3", "&dog", "12e4567", "0100", "12:30", "~/x", "[a]", "'a'", "a: b", "yes")
+MOMENTS = ("a dog #3", "12:30", "2026-13-45")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        *(("data.prompt", text, text) for text in LITERAL),
+        *(("base.revision", text, text) for text in LITERAL),
+        *(("data.source", text, text) for text in LITERAL),
+        ("data.prompt", "null", None),
+        ("base.stage_2", "null", None),
+        ("name", "null", "null"),
+        ("name", "007", "007"),
+        ("seed", "0100", 100),
+        ("seed", "0x1f", 31),
+        ("seed", "0o17", 15),
+        ("data.center_shift", "1e-1", 0.1),
+        ("data.horizontal_flip", "true", True),
+        ("validation.prompts", "['a dog #3', 12:30, 2026-13-45]", MOMENTS),
+        ("stage_1.adapter.targets", "[to_q]", ("to_q",)),
+        ("stage_1.adapter.targets", "to_q", "to_q"),
+    ],
+)
+def test_an_override_of_a_text_is_that_text_and_others_are_yaml_1_2(
+    tmp_path: Path, path: str, text: str, value: object
+) -> None:
+    node: object = load_recipe(write(tmp_path, SMALL), [f"{path}={text}"])
+    for part in path.split("."):
+        node = vars(node)[part]
+    assert node == value
+    assert type(node) is type(value)
+
+
+def test_what_is_read_is_what_was_written_in_yaml_1_1_and_1_2(tmp_path: Path) -> None:
+    for text in ("12:30", "0100", "0o17", "0x1f", "1_000", "2026-11-28", "yes", "=", "1e4"):
+        recipe = load_recipe(write(tmp_path, SMALL), [f"data.prompt={text}"])
+        assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+        assert yaml.safe_load(recipe.to_yaml())["data"]["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("number", "meant"), [("0100", 100), ("-07", -7), ("0x10", 16), ("0o10", 8), ("12:30", "12:30")]
+)
+def test_numbers_of_a_file_are_those_of_yaml_1_2(number: str, meant: object) -> None:
+    assert yaml.load(f"a: {number}", Loader=Loader) == {"a": meant}
+
+
+@pytest.mark.parametrize("text", ["seed: !!int abc", "seed: !!float x", "[" * 5000])
+def test_what_yaml_cannot_construct_is_said(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("steps", "stage_1.steps.deep=3", "seed=[1", "seed=5 #3", "seed=!!int abc"),
+        *("validation.prompts=[a dog #3, b]", "validation.prompts=[a dog] #3"),
+        *("validation.prompts=[&dog a]", "stage_1.adapter.targets=!to_q x"),
+    ],
+)
 def test_bad_overrides(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError, match="override"):
         load_recipe(write(tmp_path, SMALL), [override])

@@ -321,7 +321,8 @@ def test_all_captions_of_a_run_are_found(make_recipe: MakeRecipe, tmp_path: Path
         },
     )
     pictures = load_pictures(recipe.data, recipe.cache, 16)
-    assert captions_of(recipe, pictures) == [
+    captions = captions_of(recipe, pictures)
+    assert list(captions) == [
         "",
         "a cat",
         "a cat of the class",
@@ -333,6 +334,14 @@ def test_all_captions_of_a_run_are_found(make_recipe: MakeRecipe, tmp_path: Path
         "a sks cat on red",
         "a tree",
     ]
+    places = [captions[text] for text in ("a sks cat", "a dog", "a cat on blue", "a tree")]
+    assert places == [
+        "data.prompt",
+        "prior.prompts",
+        "validation.stage_2_prompts",
+        "comparison.other_prompts",
+    ]
+    assert captions["a cat of the class"] == f"a caption of prior.folder {tmp_path / 'class'}"
 
 
 def test_the_empty_caption_is_encoded_though_none_is_dropped(
