@@ -28,6 +28,7 @@ from adapters.info import (
 from adapters.kinds import ADAPTER_NAME, adapted_modules, diffusers_loads
 from adapters.licence import is_deepfloyd
 from adapters.low_rank import Approximation
+from adapters.lycoris import LycorisConfig
 from adapters.merging import StageAdapter
 
 __all__ = ["AdapterInfo", "Exported", "export_adapter", "read_info"]
@@ -131,6 +132,7 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
         approximation: a LoRA for diffusers in its stead.
     """
     info, config, tensors = adapter.info, adapter.config, adapter.state
+    assert not isinstance(config, LycorisConfig), "a file of LyCORIS is not exported again"
     target = adapter.folder
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as temporary:
