@@ -19,7 +19,14 @@ from adapters.errors import UserError
 from adapters.info import HEADER_KEY, PEFT_WEIGHTS, find_weights, parse_info
 from adapters.keys import modules_of, parts_of, rename_tensors, tensors_of
 from adapters.kinds import KINDS, AdapterSpec
-from adapters.lycoris import ALGORITHMS, HALVES, LycorisConfig, Tensors, algorithm_of
+from adapters.lycoris import (
+    ALGORITHMS,
+    HALVES,
+    LycorisConfig,
+    Tensors,
+    algorithm_of,
+    with_peft_magnitude,
+)
 from adapters.whole import (
     PEFT_ERRORS,
     PEFT_TYPES,
@@ -93,19 +100,6 @@ def is_lycoris(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> b
         algorithm is not None and (name in alphas or not algorithm.alpha)
         for name, algorithm in algorithms.items()
     )
-
-
-def with_peft_magnitude(tensors: Tensors) -> dict[str, Tensor]:
-    """Rename LyCORIS' DoRA magnitude of a LoRA as PEFT has it, where that is one by output."""
-    own = dict(tensors)
-    if "lora_A.weight" in own and "dora_scale" in own:
-        outputs, dims = len(own["lora_B.weight"]), own["lora_A.weight"].ndim
-        scale = own["dora_scale"]
-        if scale.numel() == outputs == len(scale):
-            del own["dora_scale"]
-            shape = (1, -1, 1, 1) if dims == 4 else (-1,)
-            own["lora_magnitude_vector"] = scale.reshape(shape)
-    return own
 
 
 def joined(modules: Mapping[str, Tensors]) -> dict[str, Tensor]:

@@ -54,21 +54,21 @@ TENSOR = re.compile(
 FOREIGN = {
     r"(base_model\.model\.)?(text_encoder|te\d?\.|lora_te)": "adapt a text encoder: save the"
     " UNet's adapter alone",
-    r"(lora_)?transformer": "adapt a transformer, which IF has not: load it with its own model",
+    r"(lora_)?transformer": "adapt a transformer, and IF has none: load it with its own model",
     r"(lora_unet_|\w+\.)*(input|middle|output)_blocks?": "have the names of the original Stable"
     " Diffusion, and IF's UNets have diffusers' names: load it with its own model",
     r".*\.[wb]_norm$": "change normalisation layers, and only Linear and Conv2d layers can be"
     " adapted here: train without train_norm",
     r".*\.diff_b$": "change biases, and only weights can be adapted here: train with another"
     " algorithm than full",
-    r".*\.([pq]_layer\.weight|lambda_layer|base_(p|q|lambda))$": "are of T-LoRA, whose rank changes"
+    r".*\.([pq]_layer\.weight|lambda_layer)$": "are of T-LoRA, whose rank changes"
     " with the timestep, so that it cannot be merged: train another algorithm",
     r".*(lora|hada|lokr|oft|alpha|dora|vera|ia3|boft|hra)": "are of no module and no kind of"
     " adapter that an IF UNet takes: load it with its own model",
     r".*\.(weight|bias)$": "are weights of a model itself: make an adapter of a whole model with"
     " `python -m adapters.extract`",
 }
-"""How keys begin that cannot be used, what these do, and what to do about it; the first counts."""
+"""What keys that cannot be used look like, what they do and what to do; the first match counts."""
 
 TWICE = "are two spellings, or two adapters, of one tensor: keep one of them"
 """What is wrong with two keys of one name."""

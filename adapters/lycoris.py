@@ -59,7 +59,11 @@ class Algorithm(NamedTuple):
 
 
 def _rank_of_lokr(t: Tensors) -> int:
-    """The rank of the factors; of whole matrices the largest that they can have."""
+    """The rank of the factors; of whole matrices the largest that they can have.
+
+    The file does not keep the rank that whole matrices were trained with, so that, as in the
+    library's own loading of files, ``rs_lora`` is lost on them.
+    """
     factors = [t[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in t]
     if factors:
         return len(factors[0])
@@ -212,6 +216,17 @@ def simplify(tensors: Tensors) -> dict[str, Tensor]:
         shape = [1] * max(vector.ndim, 2)
         shape[on_input] = -1
         own["ia3_scale"] = vector.reshape(shape)
+    return own
+
+
+def with_peft_magnitude(tensors: Tensors) -> dict[str, Tensor]:
+    """Rename the DoRA magnitude of a LoRA as PEFT has it, where it is one by output."""
+    own = dict(tensors)
+    if {"dora_scale", "lora_A.weight", "lora_B.weight"} <= own.keys():
+        scale, outputs = own["dora_scale"], len(own["lora_B.weight"])
+        if scale.numel() == len(scale) == outputs:
+            shape = (1, -1, 1, 1) if own["lora_A.weight"].ndim == 4 else (-1,)
+            own["lora_magnitude_vector"] = own.pop("dora_scale").reshape(shape)
     return own
 
 

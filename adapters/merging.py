@@ -157,7 +157,10 @@ class StageAdapter:
             if len(unknown) < len(self.modules):
                 with following_settings(self.folder):
                     inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
-                needed = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
+                # by its default PEFT asks the hub about the base's vocabulary
+                needed = get_peft_model_state_dict(
+                    unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+                )
             else:
                 needed = {}
         names = dict.fromkeys([*self.state, *needed])

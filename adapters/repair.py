@@ -55,7 +55,8 @@ def repair(path: Path, out: Path | None = None) -> str:
     if not isinstance(config, LoraConfig):
         raise UserError(
             f"{file} is an adapter of kind {kind_of(config)}, which diffusers cannot load in"
-            " any spelling; load it with load_cascade or PEFT."
+            " any spelling; load it with load_cascade, or make a LoRA of it with"
+            " `python -m adapters.resize`."
         )
     beside = out is None
     out = out or file.with_name(f"{file.stem}_repaired.safetensors")

@@ -144,7 +144,7 @@ def whole_modules(
         file: for messages.
 
     Raises:
-        UserError: where a module lacks tensors that the others of it need, or two of them cannot be
+        UserError: where a module lacks tensors that its others need, or has some that cannot be
             multiplied, naming them.
     """
     whole: dict[str, dict[str, Tensor]] = {}
@@ -162,7 +162,7 @@ def whole_modules(
             misfits.append(_shapes(name, own))
     if lacking:
         raise UserError(
-            f"{file} is not whole: of {len(lacking)} modules it lacks tensors ({listed(lacking)});"
+            f"{file} is not whole: it lacks tensors of {len(lacking)} modules ({listed(lacking)});"
             " fetch or export it again."
         )
     if misfits:
@@ -196,10 +196,11 @@ def check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path) 
         UserError: naming the first module whose tensors have another.
     """
     for name, tensors in modules.items():
-        algorithm, own = algorithm_of(tensors), vars(config).get("rank_pattern", {})
+        algorithm = algorithm_of(tensors)
         if algorithm is None or HALVES.keys() <= tensors.keys():
-            continue  # whole matrices have any rank
-        stated, found = own.get(get_pattern_key(own, name), config.r), algorithm.rank(tensors)
+            continue  # PEFT's OFT, which scales by no rank; whole matrices, which may have any
+        own, found = config.rank_pattern, algorithm.rank(tensors)
+        stated = own.get(get_pattern_key(own, name), config.r)
         if stated != found:
             raise UserError(
                 f"{file} has tensors of rank {found} for {name}, but its configuration states"

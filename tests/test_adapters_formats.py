@@ -212,7 +212,7 @@ FIRST = "down_blocks.1.attentions.0.to_q"
 UNUSABLE = {
     "text_encoder.encoder.layers.0.q_proj.lora_A.weight": "adapt a text encoder: save the UNet's",
     "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "adapt a text encoder",
-    "transformer.blocks.0.attn.to_q.lora_A.weight": "adapt a transformer, which IF has not",
+    "transformer.blocks.0.attn.to_q.lora_A.weight": "adapt a transformer, and IF has none",
     "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": "names of the original Stable Diffusion",
     "mid_block.attentions.0.to_q.vera_lambda_b": "no kind of adapter that an IF UNet takes",
     "unet.lower_blocks.0.to_q.lora_A.weight": "are of no module",
