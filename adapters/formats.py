@@ -127,7 +127,7 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
             return None
         if config is not None:
             check_settings(config)
-    except (*PEFT_ERRORS, OSError, RecursionError) as error:
+    except (*PEFT_ERRORS, OSError) as error:
         where = beside if own else f"{LORA_ADAPTER_METADATA_KEY} of {file}"
         raise UserError(
             f"{where} is no PEFT configuration of a UNet's adapter ({error}); correct it, or"

@@ -229,4 +229,8 @@ def test_without_biases_a_whole_difference_is_an_adapter(
     unet = load_unet(random_cascade)
     name = "mid_block.attentions.0.to_q"
     change = adapter.delta(name, unet.get_submodule(name), unet.get_submodule(name).weight)
-    torch.testing.assert_close(change, tensors[f"lycoris_{name.replace('.', '_')}.diff"])
+    key = f"lycoris_{name.replace('.', '_')}.diff"
+    torch.testing.assert_close(change, tensors[key])
+    save_file(tensors | {key: tensors[key][:1].contiguous()}, path)
+    with pytest.raises(UserError, match=f"another shape: {name}.diff"):
+        cascade.add_adapter(path)
