@@ -93,7 +93,8 @@ class AdaptedStages:
                 :func:`adapters.hub.adapter_path`. Another tool's goes to the stage whose UNet it
                 fits by names and shapes, and is not held against any base.
             scale: how much of it, in all stages or by stage (``{1: 0.5}``: none of it in Stage II):
-                each weight W becomes W + scale * (W merged - W). Adapters add up.
+                each weight W becomes W + scale * (W merged - W). Adapters add up. For what that is
+                of a DoRA, see :meth:`set_adapters`.
             name: what to call it; ``None``: after its folder.
 
         Returns:
@@ -128,6 +129,12 @@ class AdaptedStages:
             scales: by name, in all stages or by stage (``{"dog": 0.8, "style": {1: 0.5, 2: 1}}``);
                 names alone have the scale 1. What is not named, an adapter or a stage of it, is
                 switched off, and stays loaded.
+
+                A scale takes its part of all that an adapter changes, whatever its kind: half of a
+                DoRA is halfway from W to W merged, and none of it is W. In diffusers'
+                ``set_adapters`` a scale multiplies a DoRA's B A alone and keeps its magnitudes in
+                full, so that both draw the same at the scale 1 only. Of a LoRA, rsLoRA, LoHa and
+                LoKr both mean the same.
 
         Raises:
             UserError: where a name is unknown or a scale not finite. Nothing has changed then.

@@ -30,6 +30,7 @@ from adapters.info import (
 from adapters.kinds import ADAPTER_NAME, adapted_modules, diffusers_loads
 from adapters.licence import is_deepfloyd
 from adapters.low_rank import Approximation
+from adapters.lycoris import LycorisConfig
 from adapters.merging import StageAdapter
 from adapters.names import listed
 
@@ -137,6 +138,7 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
         UserError: where a tensor is not finite.
     """
     info, config, tensors = adapter.info, adapter.config, adapter.state
+    assert not isinstance(config, LycorisConfig), "a file of LyCORIS is not exported again"
     target = adapter.folder
     check_finite(tensors, target)
     target.parent.mkdir(parents=True, exist_ok=True)

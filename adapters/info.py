@@ -14,9 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 from adapters.errors import UserError
 from adapters.kinds import AdapterSpec
+from adapters.names import listed
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 """The file of an exported stage that PEFT and our own loader read."""
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+"""The endings of files that only Python's pickle reads."""
 
 STAGE_FOLDERS = ("stage_1", "stage_2")
 """The folders of an export, one a stage."""
@@ -164,14 +168,9 @@ def stage_folders(folder: Path) -> list[Path]:
         UserError: where it is neither.
     """
     inside = [folder / name for name in STAGE_FOLDERS if (folder / name).is_dir()]
-    if inside:
-        return inside
-    if weights_file(folder) is not None:
-        return [folder]
-    raise UserError(
-        f"{folder} has no exported adapter (no stage_1, stage_2 or .safetensors file in it); name"
-        " the adapters folder of a finished run, or another tool's adapter."
-    )
+    if not inside:
+        find_weights(folder)
+    return inside or [folder]
 
 
 def export_stages(folder: Path) -> list[Path]:
@@ -189,8 +188,39 @@ def export_stages(folder: Path) -> list[Path]:
     return places
 
 
+def find_weights(path: Path) -> Path:
+    """Find the safetensors file of a single adapter: itself, or in a folder.
+
+    Raises:
+        UserError: where there is none, or several of which none has a name that tells, or only
+            pickled ones.
+    """
+    file = weights_file(path)
+    if file is not None:
+        return file
+    inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    several = [each.name for each in inside if each.suffix == ".safetensors"]
+    pickled = [str(each) for each in inside if each.suffix in PICKLED and each.is_file()]
+    if several and path.is_dir():
+        raise UserError(
+            f"{path} has {len(several)} .safetensors files ({listed(several, 4)}), and none of"
+            " their names says which is the adapter; name the one that you mean."
+        )
+    if pickled:
+        raise UserError(
+            f"{listed(pickled, 4)} cannot be read, as pickled files may run code; convert pickled"
+            " files to .safetensors with the tool that wrote them."
+        )
+    if path.is_file():
+        raise UserError(f"{path} is no adapter, which is a .safetensors file; correct the path.")
+    raise UserError(
+        f"{path} has no exported adapter (no stage_1, stage_2 or .safetensors file in it); name"
+        " the adapters folder of a finished run, or another tool's adapter."
+    )
+
+
 def weights_file(path: Path) -> Path | None:
-    """The safetensors file of a single adapter: itself, or in a folder; ``None``: there is none."""
+    """The safetensors file of a single adapter as :func:`find_weights`; ``None``: there is none."""
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
     names = [path / name for name in (PEFT_WEIGHTS, LORA_WEIGHT_NAME_SAFE)]

@@ -15,7 +15,7 @@ from adapters.bases import sources_of
 from adapters.changes import by_block, inner, update
 from adapters.errors import command_line
 from adapters.formats import alpha_of, kind_of, rank_of
-from adapters.info import AdapterInfo, weights_file
+from adapters.info import AdapterInfo, find_weights
 from adapters.kinds import KINDS
 from adapters.merging import StageAdapter
 from adapters.names import listed
@@ -60,8 +60,7 @@ def described(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> dict[st
     """
     info, modules = adapter.info, list(adapter.modules)
     base, difference = compared(adapter, bases)
-    file = weights_file(adapter.folder)
-    assert file is not None
+    file = find_weights(adapter.folder)
     tensors = adapter.state.values()
     return {
         "file": str(file),

@@ -25,10 +25,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from adapters.errors import UserError
-from adapters.formats import module_of, read_adapter, scaling
+from adapters.formats import alpha_of, kind_of, rank_of, read_adapter, scaling
 from adapters.hub import adapter_path
 from adapters.info import HEADER_KEY, AdapterInfo, BaseSignature, parse_info, stage_folders
+from adapters.keys import module_of
 from adapters.kinds import ADAPTER_NAME
+from adapters.lycoris import LycorisConfig, Tensors, algorithm_of, weight_change
 from adapters.names import listed
 from adapters.updates import (
     Dense,
@@ -68,9 +70,9 @@ class StageAdapter:
     """Its folder or file."""
     info: AdapterInfo | None
     """What it says of itself; ``None``: another tool wrote it."""
-    config: PeftConfig
+    config: PeftConfig | LycorisConfig
     state: dict[str, Tensor]
-    """Its tensors under PEFT's names without prefix, on the CPU."""
+    """Its tensors under PEFT's names, or LyCORIS', without prefix, on the CPU."""
 
     @classmethod
     def load(cls, folder: Path) -> "StageAdapter":
@@ -103,11 +105,8 @@ class StageAdapter:
 
     @property
     def kind(self) -> str:
-        """LoRA, rsLoRA or DoRA, or what PEFT calls other kinds, in small letters."""
-        lora = isinstance(self.config, LoraConfig)
-        if lora and self.config.use_dora:
-            return "dora"
-        return "rslora" if lora and self.config.use_rslora else self.config.peft_type.value.lower()
+        """LoRA, rsLoRA or DoRA, or what PEFT or LyCORIS calls other kinds, in small letters."""
+        return kind_of(self.config)
 
     @cached_property
     def modules(self) -> dict[str, dict[str, Tensor]]:
@@ -151,11 +150,17 @@ class StageAdapter:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
             present = dict(unet.named_modules())
+            if isinstance(self.config, LycorisConfig):
+                unfit = [n for n in self.modules if not self._changes(n, present.get(n))]
+                return [tensor for name in unfit for tensor in self.modules[name]]
             unknown = [name for name in self.modules if name not in present]
             if len(unknown) < len(self.modules):
                 with following_settings(self.folder):
                     inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
-                needed = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
+                # by its default PEFT asks the hub about the base's vocabulary
+                needed = get_peft_model_state_dict(
+                    unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+                )
             else:
                 needed = {}
         names = dict.fromkeys([*self.state, *needed])
@@ -226,8 +231,10 @@ class StageAdapter:
                 " weights can be merged here; train it without lora_bias, or load it with PEFT."
             )
         if not self.has_factors:
-            merged = in_order_of(weight, self._merged(name, module, weight)).flatten(1)
-            return Dense(merged.sub_(as_matrix(weight)).cpu())
+            by_formula = algorithm_of(self._parts(name)) and not isinstance(self.config, LoraConfig)
+            change = self._by_formula if by_formula else self._by_peft
+            added = in_order_of(weight, change(name, module, weight))
+            return Dense(added.flatten(1).cpu())
         assert isinstance(self.config, LoraConfig)
         b, a = (tensors[f"{name}.lora_{side}.weight"] for side in "BA")
         if (len(b), *a.shape[1:]) != weight.shape:
@@ -239,8 +246,36 @@ class StageAdapter:
         """What merging adds to a module's weight, [out, in, ...] in float32; see :meth:`update`."""
         return delta(weight, self.update(name, module, weight))
 
-    def _merged(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
-        """What PEFT's own merge makes of a weight, in float32."""
+    def _parts(self, name: str) -> Tensors:
+        """The tensors of a module without its name in theirs."""
+        own = self.modules[name]
+        return {tensor.removeprefix(f"{name}."): values for tensor, values in own.items()}
+
+    def _changes(self, name: str, module: nn.Module | None) -> bool:
+        """Whether the tensors of a module fit it, by their shapes."""
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            return False
+        try:
+            change = weight_change(self._parts(name), module.weight, 1.0)
+        except RuntimeError:
+            return False
+        return change.shape == module.weight.shape
+
+    def _by_formula(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
+        """What LyCORIS' formulas, which are also PEFT's of a LoHa and LoKr, add to a weight."""
+        alpha, rank = alpha_of(self.config, name), rank_of(self.config, name)
+        assert alpha is not None
+        try:
+            change = weight_change(self._parts(name), weight, alpha / rank if rank else alpha)
+        except RuntimeError:  # of tensors of another shape
+            self._misfit(name, module)
+        if change.shape != weight.shape:
+            self._misfit(name, module)
+        return change
+
+    def _by_peft(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
+        """What PEFT's own merge adds to a weight, in float32."""
+        assert not isinstance(self.config, LycorisConfig)
         root = _alone(name, _plain(module, weight))
         config = copy(self.config)
         config.target_modules = {name}  # PEFT would shorten many names to ambiguous endings
@@ -263,7 +298,7 @@ class StageAdapter:
         assert isinstance(layer, BaseTunerLayer)
         with following_settings(self.folder):
             layer.merge()
-        return layer.get_base_layer().weight.detach()
+        return layer.get_base_layer().weight.detach().sub_(weight)
 
     def _misfit(self, name: str, module: nn.Module, missing: Sequence[str] = ()) -> NoReturn:
         if missing:

@@ -16,9 +16,10 @@ from torch import Tensor
 from adapters.errors import UserError, command_line
 from adapters.export import save_for_diffusers
 from adapters.files import check_out, replacing
-from adapters.formats import module_of, modules_of, read_adapter, scaling
+from adapters.formats import kind_of, read_adapter, scaling
 from adapters.hub import adapter_path
-from adapters.info import weights_file
+from adapters.info import find_weights
+from adapters.keys import module_of, modules_of
 from adapters.kinds import ADAPTER_NAME
 from adapters.skeleton import AdaptedOnly
 
@@ -50,12 +51,12 @@ def repair(path: Path, out: Path | None = None) -> str:
         UserError: where the file is no LoRA, has keys that are unknown or unpaired, or is ``out``.
     """
     config, state, header = read_adapter(path)
-    file = weights_file(path)
-    assert file is not None
+    file = find_weights(path)
     if not isinstance(config, LoraConfig):
         raise UserError(
-            f"{file} is an adapter of kind {config.peft_type.value}, which diffusers cannot load in"
-            " any spelling; load it with load_cascade or PEFT."
+            f"{file} is an adapter of kind {kind_of(config)}, which diffusers cannot load in"
+            " any spelling; load it with load_cascade, or make a LoRA of it with"
+            " `python -m adapters.resize`."
         )
     beside = out is None
     out = out or file.with_name(f"{file.stem}_repaired.safetensors")

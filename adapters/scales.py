@@ -10,7 +10,11 @@ import torch
 from adapters.errors import UserError
 
 Scale: TypeAlias = float | Mapping[int, float]
-"""The factor of an adapter's updates: in all its stages, or by stage, 0 in those not named."""
+"""The factor of an adapter's updates: in all its stages, or by stage, 0 in those not named.
+
+It multiplies the whole update W merged - W. diffusers agrees, except on a DoRA, whose magnitudes it
+keeps in full: see :meth:`adapters.adapted.AdaptedStages.set_adapters`.
+"""
 
 Scales: TypeAlias = Mapping[str, Scale] | Sequence[str] | str
 """Adapters by name, each with its scale; without, 1."""

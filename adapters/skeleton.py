@@ -6,7 +6,7 @@ import torch
 from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
 
-from adapters.formats import modules_of
+from adapters.keys import modules_of
 
 
 class AdaptedOnly(nn.Module, PeftAdapterMixin):  # type: ignore[misc]  # diffusers is untyped

@@ -1,5 +1,6 @@
 """Whether what was read of an adapter can be used, and is all of it."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,12 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from adapters.errors import UserError
 from adapters.kinds import KINDS
+from adapters.lycoris import HALVES, Tensors, algorithm_of, missing_tensors, simplify
 from adapters.names import ROOTS, listed
 from adapters.scales import is_factor
 
@@ -23,8 +26,8 @@ DTYPES = {
 }
 """The types of values that adapters are read in, and what people call them."""
 
-PEFT_TYPES = tuple(dict.fromkeys(str(kind.config().peft_type.value) for kind in KINDS.values()))
-"""What PEFT calls the kinds of adapter that a UNet takes here."""
+PEFT_TYPES = {str(kind.config().peft_type.value): kind.config for kind in KINDS.values()}
+"""The configurations of the kinds of adapter that a UNet takes here, by PEFT's name of them."""
 
 PREFIXES = {kind.value: mark for kind, mark in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
 """What the names of a kind's tensors begin with, by PEFT's name of the kind."""
@@ -32,10 +35,15 @@ PREFIXES = {kind.value: mark for kind, mark in PEFT_TYPE_TO_PREFIX_MAPPING.items
 RANKS, FACTORS = ("r", "rank_pattern"), ("lora_alpha", "alpha", "alpha_pattern")
 """The settings that are whole numbers from 1, and numbers: one, or one by module."""
 
+EXPRESSIONS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+"""The settings that are regular expressions where they are one string, or by such."""
+
+LARGEST_RANK = 2**31 - 1
+"""The largest rank or number of blocks that a configuration may state."""
 
 PEFT_ERRORS = (
     *(ArithmeticError, AttributeError, ImportError, LookupError),
-    *(RuntimeError, TypeError, ValueError),
+    *(RuntimeError, TypeError, ValueError, re.error),
 )
 """What PEFT raises over settings that it cannot follow."""
 
@@ -49,7 +57,7 @@ def following_settings(place: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{place} has settings that PEFT cannot follow here ({type(error).__name__}: {reason});"
-            " mend its configuration, or load the model that it was trained on."
+            " correct its configuration, or load the model that it was trained on."
         ) from error
 
 
@@ -64,7 +72,7 @@ def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
         UserError: where one is empty, of a type other than :data:`DTYPES`, not finite in float32,
             or an alpha of several values.
     """
-    alphas = {key for key in tensors if key.endswith(".alpha")}
+    alphas = {key for key in tensors if key.endswith((".alpha", ".on_input"))}
     factors = {key: tensor for key, tensor in tensors.items() if key not in alphas}
     other = {key: tensor.dtype for key, tensor in factors.items() if tensor.dtype not in DTYPES}
     if other:
@@ -75,7 +83,7 @@ def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
         )
     problems = {
         "without any value, of rank 0": [key for key, t in factors.items() if not t.numel()],
-        "an alpha that is not one number": [key for key in alphas if tensors[key].numel() != 1],
+        "that should be one number each": [key for key in alphas if tensors[key].numel() != 1],
         "with values that are NaN or infinite": [
             key for key, tensor in tensors.items() if not tensor.float().isfinite().all()
         ],
@@ -108,11 +116,96 @@ def check_settings(config: PeftConfig) -> None:
         isinstance(target, str) for target in listing
     ):
         raise ValueError(f"its target_modules are {targets!r}")
+    for name in EXPRESSIONS:
+        value = settings.get(name)
+        patterns = [value] if isinstance(value, str) else value if isinstance(value, dict) else ()
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"its {name} has {pattern!r}, which is no regular expression: {error}"
+                ) from error
 
 
 def _is_rank(value: object, config: PeftConfig) -> bool:
     least = 0 if vars(config).get("oft_block_size") else 1  # OFT has the one or the other
-    return isinstance(value, int) and value >= least
+    return isinstance(value, int) and least <= value <= LARGEST_RANK
+
+
+def whole_modules(
+    modules: Mapping[str, Tensors], alphas: Iterable[str], file: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each module, checked, and as :func:`adapters.lycoris.simplify` does.
+
+    Args:
+        modules: the tensors of each module.
+        alphas: the modules that have an alpha.
+        file: for messages.
+
+    Raises:
+        UserError: where a module lacks tensors that its others need, or has some that cannot be
+            multiplied, naming them.
+    """
+    whole: dict[str, dict[str, Tensor]] = {}
+    lacking, misfits = [f"{name}.alpha alone" for name in alphas if name not in modules], []
+    for name, tensors in modules.items():
+        try:
+            whole[name] = own = simplify(tensors)
+        except RuntimeError:
+            misfits.append(_shapes(name, tensors))
+            continue
+        if missing := missing_tensors(own):
+            has = listed([part for part in own if part not in missing], 4)
+            lacking.append(f"{' and '.join(f'{name}.{part}' for part in missing)} beside {has}")
+        elif not _multiply(own):
+            misfits.append(_shapes(name, own))
+    if lacking:
+        raise UserError(
+            f"{file} is not whole: it lacks tensors of {len(lacking)} modules ({listed(lacking)});"
+            " fetch or export it again."
+        )
+    if misfits:
+        raise UserError(
+            f"{file} has tensors of one module that cannot be multiplied, as their ranks or"
+            f" dimensions differ ({listed(misfits, 4)}); fetch or export it again."
+        )
+    return whole
+
+
+def _multiply(tensors: Tensors) -> bool:
+    """Whether a module's tensors are matrices, or more, and those of a LoRA have one rank."""
+    algorithm = algorithm_of(tensors)
+    needs = algorithm.needs if algorithm else ()
+    matrices = [*needs, *(half for name in needs for half in HALVES.get(name, ())), "dora_scale"]
+    if any(tensors[name].ndim < 2 for name in matrices if name in tensors):
+        return False
+    a, b = (tensors.get(f"lora_{side}.weight") for side in "AB")
+    return a is None or b is None or len(a) == b.shape[1]
+
+
+def _shapes(name: str, tensors: Tensors) -> str:
+    found = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
+    return f"{name}: {found}"
+
+
+def check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path) -> None:
+    """Check that a LoHa or LoKr has the ranks that its configuration states, as it scales by them.
+
+    Raises:
+        UserError: naming the first module whose tensors have another.
+    """
+    for name, tensors in modules.items():
+        algorithm = algorithm_of(tensors)
+        if algorithm is None or HALVES.keys() <= tensors.keys():
+            continue  # PEFT's OFT, which scales by no rank; whole matrices, which may have any
+        own, found = config.rank_pattern, algorithm.rank(tensors)
+        stated = own.get(get_pattern_key(own, name), config.r)
+        if stated != found:
+            raise UserError(
+                f"{file} has tensors of rank {found} for {name}, but its configuration states"
+                f" {stated}; put the adapter_config.json beside it that it was saved with."
+            )
 
 
 def check_whole(
@@ -140,9 +233,10 @@ def check_whole(
     ]
     if others:
         says = f"a configuration of {kind}" if config else "no adapter_config.json beside it"
+        alpha = "" if config else " without an alpha each"
         raise UserError(
-            f"{file} has {says}, but tensors of another kind of adapter ({listed(others, 4)}); put"
-            " the adapter_config.json beside it that it was saved with."
+            f"{file} has {says}, but tensors of another kind of adapter{alpha}"
+            f" ({listed(others, 4)}); put the adapter_config.json beside it that it was saved with."
         )
     with following_settings(file):
         missing = [name for name in full_names(config) if name not in modules]

@@ -1,4 +1,4 @@
-"""Adapters that other tools wrote load whole; what is unknown, missing or unpaired is listed."""
+"""Adapters that other tools wrote load whole; what is unknown or missing is named."""
 
 import logging
 from collections.abc import Callable
@@ -10,14 +10,22 @@ from diffusers import IFPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters import load_cascade
 from adapters.errors import UserError
-from adapters.formats import peft_name, read_adapter, scaling
+from adapters.formats import read_adapter, scaling
+from adapters.keys import peft_name
 from adapters.kinds import AdapterSpec
+from adapters.merging import StageAdapter
 from adapters.names import ROOTS
 from benchmarks.random_model import UNETS
 from tests.random_cascade import RandomCascade
@@ -200,20 +208,179 @@ def a_file(random_cascade: RandomCascade, folder: Path) -> tuple[Path, dict[str,
     return path, load_file(path)
 
 
-def test_unknown_unpaired_and_doubled_keys_are_listed(
+FIRST = "down_blocks.1.attentions.0.to_q"
+UNUSABLE = {
+    "text_encoder.encoder.layers.0.q_proj.lora_A.weight": "adapt a text encoder: save the UNet's",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "adapt a text encoder",
+    "transformer.blocks.0.attn.to_q.lora_A.weight": "adapt a transformer, and IF has none",
+    "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": "names of the original Stable Diffusion",
+    "mid_block.attentions.0.to_q.vera_lambda_b": "no kind of adapter that an IF UNet takes",
+    "unet.lower_blocks.0.to_q.lora_A.weight": "are of no module",
+    "mid_block.attentions.0.to_q.base_layer.weight": "weights of a model itself: make an adapter",
+    "mid_block.resnets.0.conv1.bias": "weights of a model itself",
+    "lycoris_mid_block_resnets_0_norm1.w_norm": "change normalisation layers",
+    "emb_params": "of no kind of adapter that is known here",
+    f"unet.{FIRST}.lora.down.weight": "two spellings, or two adapters, of one tensor",
+    f"{FIRST}.lora_A.other.weight": "two spellings, or two adapters, of one tensor",
+}
+
+
+@pytest.mark.parametrize(("key", "sentence"), UNUSABLE.items())
+def test_an_unusable_key_is_named_with_what_it_does(
+    random_cascade: RandomCascade, tmp_path: Path, key: str, sentence: str
+) -> None:
+    path, tensors = a_file(random_cascade, tmp_path)
+    save_file(tensors | {key: torch.ones(2, 2)}, path)
+    with pytest.raises(UserError, match=sentence) as caught:
+        read_adapter(path)
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"lora_A.weight": None}, f"{FIRST}.lora_A.weight beside lora_B.weight"),
+        ({"lora_B.weight": None}, f"{FIRST}.lora_B.weight beside lora_A.weight"),
+        ({"lora_A.weight": None, "lora_B.weight": None, "alpha": ()}, f"{FIRST}.alpha alone"),
+        ({"lora_A.weight": (3, 32)}, r"differ \(.*lora_A.weight \[3, 32\], lora_B.weight \[\d+, 4"),
+        ({"lora_mid.weight": (4, 5, 3, 3)}, r"differ \(.*lora_mid.weight \[4, 5, 3, 3\]"),
+    ],
+)
+def test_the_lacking_half_of_a_module_is_named(
+    random_cascade: RandomCascade,
+    tmp_path: Path,
+    change: dict[str, tuple[int, ...] | None],
+    sentence: str,
+) -> None:
+    path, tensors = a_file(random_cascade, tmp_path)
+    for part, shape in change.items():
+        tensors.pop(f"unet.{FIRST}.{part}", None)
+        if shape is not None:
+            tensors[f"unet.{FIRST}.{part}"] = torch.ones(shape)
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=sentence):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AdapterSpec(rank=3, alpha=2.0),
+        AdapterSpec(kind="rslora", rank=2, alpha=5.0, targets="attention+conv"),
+        AdapterSpec(kind="dora", rank=2, alpha=1.0),
+        AdapterSpec(kind="loha", rank=2, alpha=3.0),
+    ],
+    ids=lambda spec: spec.kind,
+)
+def test_what_the_unet_itself_saves_is_what_it_loads(
+    random_cascade: RandomCascade, tmp_path: Path, spec: AdapterSpec
+) -> None:
+    """The header of ``save_lora_adapter`` has PEFT's settings without a prefix."""
+    trained_unet(random_cascade.stage_1, spec).save_lora_adapter(tmp_path)
+    config, state, _ = read_adapter(tmp_path)
+    ours, theirs = (load_unet(random_cascade.stage_1) for _ in range(2))
+    inputs = unet_inputs(ours)
+    base = output(ours, inputs)
+    inject_adapter_in_model(config, ours)
+    set_peft_model_state_dict(ours, state)
+    if spec.kind == "loha":  # which the UNet saves, and does not load
+        theirs = trained_unet(random_cascade.stage_1, spec)
+    else:
+        theirs.load_lora_adapter(load_file(tmp_path / NAME), prefix=None, metadata=config.to_dict())
+        loaded = load_unet(random_cascade.stage_1)
+        loaded.load_lora_adapter(str(tmp_path), prefix=None, weight_name=NAME)
+        assert torch.equal(output(loaded, inputs), output(theirs, inputs))
+    assert torch.equal(output(ours, inputs), output(theirs, inputs))
+    merged = load_cascade(random_cascade.stage_1, adapters=[tmp_path]).stages[1].unet
+    changed = output(theirs, inputs)
+    assert (changed - base).abs().max() > 0.01
+    torch.testing.assert_close(output(merged, inputs), changed, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "oft"])
+def test_names_of_wrapped_unets_and_of_their_own_state_are_read(
+    random_cascade: RandomCascade, tmp_path: Path, kind: str
+) -> None:
+    spec = AdapterSpec(kind=kind, rank=2)
+    base = random_cascade.stage_1
+    unet = trained_unet(base, spec)
+    folder = export(unet, tmp_path, base, 1, spec).folder
+    _, expected, header = read_adapter(folder)
+    marks = ("lora_", "hada_", "oft_R")
+    own = {k: t for k, t in unet.state_dict().items() if any(mark in k for mark in marks)}
+    assert all(".default" in key for key in own)
+    for spell in (
+        lambda key: key,
+        lambda key: key.replace("default", "my_dog"),
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: f"unet._orig_mod.{key}",
+        lambda key: key.replace("attentions.0.", "attentions.0._orig_mod."),
+        lambda key: f"base_model.model.{key}",
+    ):
+        save_file(
+            {spell(k): t for k, t in own.items()}, folder / "adapter_model.safetensors", header
+        )
+        _, state, _ = read_adapter(folder)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
+def test_the_header_of_another_model_says_nothing_of_the_unet(
     random_cascade: RandomCascade, tmp_path: Path
 ) -> None:
     path, tensors = a_file(random_cascade, tmp_path)
-    first, second, *_ = (key for key in tensors if key.endswith("lora_A.weight"))
-    del tensors[second]
-    doubled = first.replace(".lora_A.weight", ".lora.down.weight")
-    unknown = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
-    tensors |= {doubled: tensors[first].clone(), unknown: torch.zeros(1), "emb.x": torch.zeros(1)}
-    save_file(tensors, path)
-    with pytest.raises(UserError) as caught:
-        read_adapter(path)
-    for key in (unknown, "emb.x", doubled, first, second.replace("lora_A", "lora_B")):
-        assert key in str(caught.value)
+    save_file(tensors, path, metadata={"lora_adapter_metadata": '{"text_encoder.r": 8}'})
+    config, state, _ = read_adapter(path)
+    assert {scaling(config, state, name) for name in config.target_modules} == {1.0}
+
+
+def test_which_file_a_folder_means_is_said(random_cascade: RandomCascade, tmp_path: Path) -> None:
+    path, tensors = a_file(random_cascade, tmp_path)
+    path.unlink()
+    for name in ("one", "two"):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    with pytest.raises(
+        UserError, match=r"2 \.safetensors files \(one.safetensors, two.safetensors"
+    ):
+        load_cascade(random_cascade.stage_1, adapters=[tmp_path])
+    load_cascade(random_cascade.stage_1, adapters=[tmp_path / "one.safetensors"])
+    for other in ("adapter_model.bin", "last.ckpt"):
+        folder = tmp_path / other.partition(".")[2]
+        folder.mkdir()
+        (folder / other).write_bytes(b"pickle")
+        for named in (folder, folder / other):
+            with pytest.raises(UserError, match=f"{other} cannot be read, as pickled files"):
+                load_cascade(random_cascade.stage_1, adapters=[named])
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(UserError, match=r"notes.txt is no adapter, which is a .safetensors file"):
+        read_adapter(tmp_path / "notes.txt")
+
+
+def test_the_scale_of_a_dora_is_that_of_its_whole_change(
+    random_cascade: RandomCascade, tmp_path: Path
+) -> None:
+    """diffusers scales B A alone and keeps the magnitudes, so that both agree at 1 only."""
+    spec = AdapterSpec(kind="dora", rank=2)
+    base = random_cascade.stage_1
+    folder = export(trained_unet(base, spec), tmp_path, base, 1, spec).folder
+    inputs = unet_inputs(load_unet(base))
+    cascade = load_cascade(base, adapters={folder: 1.0})
+    theirs = load_unet(base)
+    theirs.load_lora_adapter(load_file(folder / NAME), prefix="unet", adapter_name="dora")
+    weight = theirs.get_submodule(FIRST)
+    (name,) = cascade.adapters
+    for scale, differs in ((1.0, False), (0.5, True), (0.0, True)):
+        cascade.set_adapters({name: scale})
+        theirs.set_adapters("dora", scale)
+        difference = (output(cascade.stages[1].unet, inputs) - output(theirs, inputs)).abs().max()
+        assert (difference > 1e-3) == differs
+    plain = weight.get_base_layer().weight
+    merged = StageAdapter.load(folder).delta(FIRST, weight.get_base_layer(), plain) + plain
+    cascade.set_adapters({name: 0.5})
+    torch.testing.assert_close(
+        cascade.stages[1].unet.get_submodule(FIRST).weight, (plain + merged) / 2
+    )
 
 
 def test_other_shapes_and_modules_are_listed(random_cascade: RandomCascade, tmp_path: Path) -> None:
@@ -242,7 +409,7 @@ def test_an_adapter_that_fits_both_stages_is_not_guessed_at(
 
 def test_damaged_and_pickled_files(random_cascade: RandomCascade, tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(UserError, match="convert pickled files"):
+    with pytest.raises(UserError, match="convert pickled"):
         read_adapter(tmp_path / "adapter_model.bin")
     (tmp_path / "broken.safetensors").write_bytes(b"\0\1\2")
     with pytest.raises(UserError, match=r"broken\.safetensors cannot be read"):

@@ -78,7 +78,7 @@ def test_a_whole_file_loses_nothing(random_cascade: RandomCascade, tmp_path: Pat
 def test_what_cannot_be_repaired(random_cascade: RandomCascade, tmp_path: Path) -> None:
     base, spec = random_cascade.stage_1, AdapterSpec(kind="loha")
     folder = export(trained_unet(base, spec), tmp_path, base, 1, spec).folder
-    with pytest.raises(UserError, match="kind LOHA, which diffusers cannot load"):
+    with pytest.raises(UserError, match="kind loha, which diffusers cannot load"):
         repair(folder)
     file = simpletuner(trained_unet(base, ATTENTION), tmp_path)
     with pytest.raises(UserError, match="is the file to repair"):

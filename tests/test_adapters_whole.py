@@ -233,6 +233,14 @@ def test_other_kinds_need_their_own_configuration(
         ({"peft_type": "LOHA", "alpha": float("nan")}, "its alpha is nan"),
         ({"peft_type": "LOHA", "target_modules": [1]}, "its target_modules are {1}"),
         ({"peft_type": "LOHA", "target_modules": 1}, "its target_modules are 1"),
+        (
+            {"peft_type": "LORA", "target_modules": "(to_q"},
+            r"its target_modules has '\(to_q'.*no reg",
+        ),
+        ({"peft_type": "LOKR", "exclude_modules": "*"}, r"its exclude_modules has '\*'.*repeat"),
+        ({"peft_type": "LORA", "rank_pattern": {"[": 1}}, r"its rank_pattern has '\['.*no regular"),
+        ({"peft_type": "LOHA", "alpha_pattern": {"a{9" + "9" * 30 + "}": 1}}, "alpha_pattern has"),
+        ({"peft_type": "LORA", "r": 10**30}, f"its r is {10**30}"),
     ],
 )
 def test_a_configuration_of_nothing_we_know_is_refused(
@@ -242,6 +250,28 @@ def test_a_configuration_of_nothing_we_know_is_refused(
     (folder / CONFIG).write_text(json.dumps(settings))
     with pytest.raises(UserError, match=f"{CONFIG} is no PEFT configuration .*{sentence}"):
         read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "\0", ""]
+)
+def test_json_that_cannot_be_parsed_is_said(
+    exports: dict[str, Path], tmp_path: Path, text: str
+) -> None:
+    folder = Path(shutil.copytree(exports["lora"], tmp_path / "stage_1"))
+    (folder / CONFIG).write_text(text)
+    assert f"{CONFIG} is no PEFT configuration" in refused(folder)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_rank_that_is_not_that_of_the_tensors_is_refused(
+    exports: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    folder = Path(shutil.copytree(exports[kind], tmp_path / "stage_1"))
+    own = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(own | {"r": 10**9}))
+    assert "tensors of rank 2 for" in refused(folder)
+    assert "states 1000000000" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +295,7 @@ def test_a_header_of_nothing_we_know_is_refused(
 
 def test_tensors_of_rank_0_or_without_two_dimensions_are_refused(tmp_path: Path) -> None:
     pairs = ((torch.zeros(0, 8), torch.zeros(8, 0)), (torch.zeros(()), torch.zeros(8, 1)))
-    for (a, b), sentence in zip(pairs, ("of rank 0", "without their pair"), strict=True):
+    for (a, b), sentence in zip(pairs, ("of rank 0", "ranks or dimensions differ"), strict=True):
         names = {f"unet.{FIRST}.lora_{side}.weight": t for side, t in (("A", a), ("B", b))}
         save_file(names, tmp_path / NAME)
         assert sentence in refused(tmp_path / NAME)
@@ -336,7 +366,6 @@ def test_a_file_that_diffusers_takes_in_no_spelling_is_not_called_whole(
         ("lora", {"megatron_config": {"a": 1}}),
         ("lora", {"alora_invocation_tokens": [1]}),
         ("oft", {"oft_block_size": "x"}),
-        ("lokr", {"decompose_factor": "x"}),
     ],
 )
 def test_settings_that_peft_cannot_follow_are_said(

@@ -1,0 +1,258 @@
+"""LyCORIS' algorithms: what the tensors of one module add to its weight, without its package.
+
+Each formula is that of the library's own forward pass (github.com/KohakuBlueleaf/LyCORIS, 4.1) at
+a multiplier of 1. W is a weight [out, in, ...], r a rank; ``scale`` is alpha / r. PEFT's LoHa and
+LoKr are the same formulas.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""The tensors of a module by their names without the module's."""
+
+HALVES: Mapping[str, tuple[str, str]] = {
+    "lokr_w1": ("lokr_w1_a", "lokr_w1_b"),
+    "lokr_w2": ("lokr_w2_a", "lokr_w2_b"),
+}
+"""The factors that stand for a matrix where it is not stored whole."""
+
+TOGETHER = ("hada_t1", "hada_t2")
+"""The core tensors of a LoHa on a convolution: both or none."""
+
+
+@dataclass
+class LycorisConfig:
+    """Settings of a file of LyCORIS, gathered from its tensors: such files have no others."""
+
+    kind: str
+    """Its algorithms, ``+`` between them."""
+    r: int
+    """The most common rank; 0: the algorithm has none."""
+    alpha: float
+    """The most common alpha (of OFT: its constraint)."""
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    target_modules: list[str]
+    base_model_name_or_path: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON takes them."""
+        return asdict(self)
+
+
+class Algorithm(NamedTuple):
+    """An algorithm: the tensors it needs, its rank by them, and its formula."""
+
+    kind: str
+    needs: tuple[str, ...]
+    rank: Callable[[Tensors], int]
+    """0: it has none."""
+    change: Callable[[Tensors, Tensor, float], Tensor]
+    """What is added to W, of the tensors, W and ``scale`` (of OFT: alpha itself)."""
+    alpha: bool = False
+    """Whether its files always have an alpha, which scales the change."""
+
+
+def _rank_of_lokr(t: Tensors) -> int:
+    """The rank of the factors; of whole matrices the largest that they can have.
+
+    The file does not keep the rank that whole matrices were trained with, so that, as in the
+    library's own loading of files, ``rs_lora`` is lost on them.
+    """
+    factors = [t[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in t]
+    if factors:
+        return len(factors[0])
+    return min(t["lokr_w1"].shape) * min(t["lokr_w2"].flatten(1).shape)
+
+
+def _lora(t: Tensors, weight: Tensor, scale: float) -> Tensor:
+    return (t["lora_B.weight"].flatten(1) @ t["lora_A.weight"].flatten(1) * scale).view_as(weight)
+
+
+def _loha(t: Tensors, weight: Tensor, scale: float) -> Tensor:
+    """(w1_a w1_b) ⊙ (w2_a w2_b), equation 2 of arXiv 2108.06098."""
+    one, two = (
+        _product(t.get(f"hada_t{side}"), t[f"hada_w{side}_a"], t[f"hada_w{side}_b"])
+        for side in (1, 2)
+    )
+    return (one * two * scale).view_as(weight)
+
+
+def _lokr(t: Tensors, weight: Tensor, scale: float) -> Tensor:
+    """w1 ⊗ w2, the Kronecker product of arXiv 2212.10650."""
+    one = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    two = (
+        t["lokr_w2"]
+        if "lokr_w2" in t
+        else _product(t.get("lokr_t2"), t["lokr_w2_a"], t["lokr_w2_b"])
+    )
+    one = one.view(*one.shape, *[1] * (two.ndim - 2))
+    return (torch.kron(one, two.contiguous()) * scale).view_as(weight)
+
+
+def _product(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """A B, or with a core [r, r, ...] the Tucker product of it, A [r, out] and B [r, in]."""
+    return a @ b if core is None else torch.einsum("ij...,ip,jq->pq...", core, a, b)
+
+
+def _glora(t: Tensors, weight: Tensor, scale: float) -> Tensor:
+    """W A + B, with the low-rank A = a1 a2 and B = b1 b2."""
+    a1, a2, b1, b2 = (t[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
+    return (torch.einsum("oi...,ij->oj...", weight, a1 @ a2) + (b1 @ b2).view_as(weight)) * scale
+
+
+def _full(t: Tensors, weight: Tensor, scale: float) -> Tensor:
+    return t["diff"]
+
+
+def _ia3(t: Tensors, weight: Tensor, scale: float) -> Tensor:
+    return weight * t["ia3_scale"]
+
+
+def _oft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
+    """(R - I) W with R of orthogonal blocks [number, size, size]; the blocks are transposed."""
+    blocks = _rotations(t["oft_blocks"], scale * len(weight))
+    rows = weight.unflatten(0, blocks.shape[:2])
+    turned = torch.einsum("knm,kn...->km...", blocks, rows).flatten(0, 1)
+    return _rescaled(t, turned) - weight
+
+
+def _boft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
+    """(R - I) W with R a butterfly, arXiv 2311.06243, of blocks [stages, number, size, size]."""
+    turned = weight
+    for stage, blocks in enumerate(_rotations(t["oft_blocks"], scale * len(weight))):
+        apart = 2**stage * (blocks.shape[-1] // 2)  # how far the rows lie that a stage mixes
+        rows = turned.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2)
+        rows = torch.einsum("bij,bj...->bi...", blocks, rows.unflatten(0, blocks.shape[:2]))
+        turned = rows.flatten(0, 1).unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
+    return _rescaled(t, turned) - weight
+
+
+def _rotations(blocks: Tensor, constraint: float) -> Tensor:
+    """Orthogonal blocks, by Cayley's transform of the skew-symmetric part of what is stored.
+
+    Args:
+        blocks: [..., size, size].
+        constraint: the largest norm of that part; 0: any.
+    """
+    skew = blocks - blocks.mT
+    if constraint:
+        skew = skew * (constraint / (skew.norm() + 1e-8)).clamp(max=1)
+    eye = torch.eye(blocks.shape[-1], device=blocks.device)
+    return torch.linalg.solve(eye - skew, eye + skew, left=False)
+
+
+def _rescaled(t: Tensors, weight: Tensor) -> Tensor:
+    return weight * t["rescale"] if "rescale" in t else weight
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "lora_": Algorithm(
+        "lora", ("lora_A.weight", "lora_B.weight"), lambda t: len(t["lora_A.weight"]), _lora
+    ),
+    "hada_": Algorithm(
+        "loha",
+        tuple(f"hada_w{side}_{half}" for side in (1, 2) for half in "ab"),
+        lambda t: len(t["hada_w1_b"]),
+        _loha,
+        alpha=True,
+    ),
+    "lokr_": Algorithm("lokr", tuple(HALVES), _rank_of_lokr, _lokr, alpha=True),
+    "a1": Algorithm(
+        "glora",
+        ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+        lambda t: len(t["a2.weight"]),
+        _glora,
+        alpha=True,
+    ),
+    "diff": Algorithm("full", ("diff",), lambda t: 0, _full),
+    "ia3_scale": Algorithm("ia3", ("ia3_scale",), lambda t: 0, _ia3),
+    "oft_blocks": Algorithm("diag-oft", ("oft_blocks",), lambda t: 0, _oft),
+    "boft": Algorithm("boft", ("oft_blocks",), lambda t: 0, _boft),
+}
+"""The algorithms by how the name of a tensor begins that only they have (``boft``: the shape)."""
+
+
+def algorithm_of(tensors: Tensors) -> Algorithm | None:
+    """The algorithm of a module's tensors; ``None``: none of these (PEFT's own OFT)."""
+    if "oft_blocks" in tensors and tensors["oft_blocks"].ndim == 4:
+        return ALGORITHMS["boft"]
+    marks = (mark for mark in ALGORITHMS for name in tensors if name.startswith(mark))
+    return next((ALGORITHMS[mark] for mark in marks), None)
+
+
+def missing_tensors(tensors: Tensors) -> list[str]:
+    """The names of the tensors that a module's algorithm needs and that are not there."""
+    algorithm = algorithm_of(tensors)
+    missing: list[str] = []
+    for name in algorithm.needs if algorithm else ():
+        halves = [half for half in HALVES.get(name, ()) if half in tensors]
+        if name not in tensors:
+            missing += [h for h in HALVES[name] if h not in halves] if halves else [name]
+    cores = [name for name in TOGETHER if name in tensors]
+    return missing + [name for name in TOGETHER if cores and name not in cores]
+
+
+def simplify(tensors: Tensors) -> dict[str, Tensor]:
+    """Write a module's tensors as another algorithm that is known has them, to the same effect.
+
+    The core of a LoRA (``lora_mid``) goes into its A, and IA3's vector gets the dimensions that
+    multiply a weight.
+
+    Raises:
+        RuntimeError: where a core does not fit its factors.
+    """
+    own = dict(tensors)
+    if {"lora_mid.weight", "lora_A.weight"} <= own.keys():
+        core, a = own.pop("lora_mid.weight").float(), own["lora_A.weight"].float()
+        own["lora_A.weight"] = torch.einsum("ij...,jq->iq...", core, a.flatten(1))
+    if {"on_input", "weight"} <= own.keys():
+        vector, on_input = own.pop("weight"), int(own.pop("on_input"))
+        shape = [1] * max(vector.ndim, 2)
+        shape[on_input] = -1
+        own["ia3_scale"] = vector.reshape(shape)
+    return own
+
+
+def with_peft_magnitude(tensors: Tensors) -> dict[str, Tensor]:
+    """Rename the DoRA magnitude of a LoRA as PEFT has it, where it is one by output."""
+    own = dict(tensors)
+    if {"dora_scale", "lora_A.weight", "lora_B.weight"} <= own.keys():
+        scale, outputs = own["dora_scale"], len(own["lora_B.weight"])
+        if scale.numel() == len(scale) == outputs:
+            shape = (1, -1, 1, 1) if own["lora_A.weight"].ndim == 4 else (-1,)
+            own["lora_magnitude_vector"] = own.pop("dora_scale").reshape(shape)
+    return own
+
+
+def weight_change(tensors: Tensors, weight: Tensor, scale: float) -> Tensor:
+    """What the tensors of a module add to its weight.
+
+    Args:
+        tensors: of one of :data:`ALGORITHMS`, whole; with ``dora_scale``, DoRA's magnitude, over
+            outputs [out, 1, ...] or inputs [1, in, ...].
+        weight: the base's own W, [out, in, ...]; the result has its device.
+        scale: alpha / rank; of OFT alpha, of others without a rank nothing.
+
+    Returns:
+        [out, in, ...] in float32.
+
+    Raises:
+        RuntimeError: where the shapes do not fit the weight.
+    """
+    own = {name: t.to(weight.device, torch.float32) for name, t in tensors.items()}
+    algorithm, base = algorithm_of(own), weight.to(torch.float32)
+    assert algorithm is not None
+    change = algorithm.change(own, base, scale)
+    if "dora_scale" not in own:
+        return change
+    merged, magnitude = base + change, own["dora_scale"]
+    magnitude = magnitude.view(*magnitude.shape, *[1] * (weight.ndim - magnitude.ndim))
+    others = [dim for dim, size in enumerate(magnitude.shape) if size == 1]
+    norm = torch.linalg.vector_norm(merged, dim=others, keepdim=True)
+    return merged * (magnitude / norm) - base
