@@ -4,7 +4,8 @@
 
 Random weights of the published sizes, made in ``--model`` where they are not there. A configuration
 is a stage, the base's precision, the batch size and, with a ``c``, gradient checkpointing; with a
-``t``, ``torch.compile``, which takes minutes and is measured only where ``--only`` names it.
+``v``, an adapter on the convolutions too; with a ``t``, ``torch.compile``, which takes minutes and is
+measured only where ``--only`` names it.
 Measured is PyTorch's peak of reserved memory from the first step on; predicted is
 ``Footprint.reserved``, found out without weights. Writes ``plan_measured.md`` and ``.json``.
 """
@@ -37,6 +38,7 @@ CONFIGURATIONS = (
         "1-bf16-1",
         "1-bf16-4",
         "1-bf16-4c",
+        "1-bf16-4v",
         "1-bf16-16",
         "1-int8-4",
         "1-nf4-1",
@@ -58,12 +60,15 @@ class Configuration:
     batch_size: int
     gradient_checkpointing: bool
     compiled: bool
+    targets: str
 
     @classmethod
     def of(cls, name: str) -> "Configuration":
         """From a name such as ``1-nf4-4c``."""
         stage, precision, batch = name.split("-")
-        return cls(name, int(stage), precision, int(batch.rstrip("ct")), "c" in batch, "t" in batch)
+        targets = "attention+conv" if "v" in batch else "attention"
+        size = int(batch.rstrip("ctv"))
+        return cls(name, int(stage), precision, size, "c" in batch, "t" in batch, targets)
 
     def recipe(self, model: Path) -> Recipe:
         """A recipe that trains so."""
@@ -72,6 +77,7 @@ class Configuration:
             "batch_size": self.batch_size,
             "precision": self.precision,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "adapter": {"targets": self.targets},
         }
         return Recipe.model_validate(
             {
@@ -150,7 +156,8 @@ def table(results: dict[str, dict[str, Any]], about: str) -> str:
     lines = [
         about,
         "",
-        "| stage-precision-batch (c: checkpointed, t: compiled) | predicted, GiB | reserved |"
+        "| stage-precision-batch (c: checkpointed, v: convolutions too, t: compiled) |"
+        " predicted, GiB | reserved |"
         " off by | allocated | ms a step | TFLOP/s |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
