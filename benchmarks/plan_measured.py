@@ -4,10 +4,10 @@
 
 Random weights of the published sizes, made in ``--model`` where they are not there. A configuration
 is a stage, the base's precision, the batch size and, with a ``c``, gradient checkpointing; with a
-``v``, an adapter on the convolutions too; with a ``t``, ``torch.compile``, which takes minutes and is
-measured only where ``--only`` names it.
-Measured is PyTorch's peak of reserved memory from the first step on; predicted is
-``Footprint.reserved``, found out without weights. Writes ``plan_measured.md`` and ``.json``.
+``v``, an adapter on the convolutions too; with a ``t``, ``torch.compile``, which takes minutes and
+is measured only where ``--only`` names it. Measured is PyTorch's peak of reserved memory from the
+first step on; predicted is ``Footprint.reserved``, found out without weights. Writes
+``plan_measured.md`` and ``.json``.
 """
 
 import argparse
