@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -286,7 +287,8 @@ def _read_pickled(path: Path, model: str) -> dict[str, Tensor]:
     try:
         # files of before PyTorch 1.6 are no archives, and cannot be mapped
         mapped = zipfile.is_zipfile(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong with it is said below
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:  # what is not PyTorch's may fail anywhere in its reader
         found = None
     if not isinstance(found, dict) or not all(

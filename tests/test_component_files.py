@@ -337,6 +337,9 @@ def test_an_adapter_is_merged_into_it(
     merge([str(tmp_path / "adapter"), *options, "--out", str(tmp_path / "merged")])
     assert hub.downloaded(name) == needed(base, case.read)
     loaded = load_cascade(name, variant="fp16", adapters=[tmp_path / "adapter"], device="cpu")
+    schedule = "scheduler/scheduler_config.json"
+    assert (tmp_path / "merged" / schedule).read_bytes() == (base / schedule).read_bytes()
+    assert b'"lambda_min_clipped": -5.1' in (base / schedule).read_bytes()
     theirs = UNet2DConditionModel.from_pretrained(tmp_path / "merged", subfolder="unet")
     assert same(theirs.state_dict(), state_of(loaded.stages[1], "unet"))
     again = load_cascade(tmp_path / "merged", variant="fp16", device="cpu")
