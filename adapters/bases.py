@@ -161,6 +161,10 @@ class Source:
         """The safetensors files of a component, see :meth:`ModelFiles.safetensors`."""
         return self.load(lambda _: self.files.safetensors(part))
 
+    def absent_bytes(self, part: str) -> list[int]:
+        """The sizes of a component's files that are still to be downloaded, in bytes."""
+        return self.load(lambda _: self.files.absent_bytes(part))
+
     @property
     def folder(self) -> Path:
         """The model's folder with all of its components; of the hub's, what its pipeline loads."""

@@ -173,6 +173,11 @@ class ModelFiles:
             return {}
         return {file.path: file.size for file in files}
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether it is known what files there are, rather than which are in the local cache."""
+        return self._is_here or bool(self.listing)
+
     def has_weights(self, component: str) -> bool:
         """Whether a component is a network."""
         names = set(self._names(component))

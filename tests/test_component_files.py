@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ from adapters.kinds import AdapterSpec, adapter_state, attach
 from adapters.merge import main as merge
 from adapters.stored import StoredUNet
 from finetune.loop import load_trainee
+from finetune.plan import downloads_text, main
+from finetune.planning import plan
 from finetune.recipe import Recipe
 from finetune.stages import STAGES
 from finetune.text import embed_captions
@@ -345,6 +349,71 @@ def test_an_adapter_is_merged_into_it(
     again = load_cascade(tmp_path / "merged", variant="fp16", device="cpu")
     for part in ("unet", "safety_checker", "watermarker"):
         assert same(state_of(again.stages[1], part), state_of(loaded.stages[1], part)), part
+
+
+def planned(recipe: Recipe) -> dict[str, tuple[int, float]]:
+    """The files and GiB of each row of a plan's downloads."""
+    rows = [line.rsplit(maxsplit=2) for line in downloads_text(recipe).splitlines()[1:-1]]
+    return {name: (int(files), float(gib)) for name, files, gib in rows}
+
+
+@pytest.mark.parametrize("drawing", [True, False])
+def test_a_plan_says_what_is_downloaded(
+    published: tuple[str, Case],
+    tmp_path: Path,
+    hub: HubStandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    drawing: bool,
+) -> None:
+    name, _ = published
+    prompts = ["a cat"] if drawing else []
+    recipe = recipe_of(name, tmp_path, validation={"prompts": prompts})
+    plan(recipe, CPU, 7)
+    before = hub.downloaded(name)
+    assert not [file for file in before if file.endswith((".safetensors", ".bin"))]
+    monkeypatch.setattr("finetune.plan.GIB", 1)  # bytes
+    foreseen = planned(recipe)
+    assert hub.downloaded(name) == before
+    embed_captions(["a cat"], recipe, CPU)
+    load_trainee(recipe, STAGES[1], CPU)
+    if drawing:
+        load_cascade(name, variant="fp16", device="cpu", text_encoder=False)
+    sizes: dict[str, list[int]] = {}
+    for place in hub.downloaded(name) - before:
+        size = len(hub.repositories[name].files()[place])
+        sizes.setdefault(f"stage_1, {place.partition('/')[0]}", []).append(size)
+    assert foreseen == {part: (len(each), sum(each)) for part, each in sizes.items()}
+    assert downloads_text(recipe) == ""
+
+
+def test_a_plan_offline(
+    guarded_cascade: RandomCascade,
+    tmp_path: Path,
+    hub: HubStandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = f"owner/{tmp_path.name}"
+    hub.publish(name, guarded_cascade.stage_1)
+    recipe = recipe_of(name, tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    main([str(tmp_path / "recipe.yaml")])
+    online = capsys.readouterr().out
+    assert re.search(r"^stage_1, unet +1 +\d", online, re.MULTILINE)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    main([str(tmp_path / "recipe.yaml")])
+    assert capsys.readouterr().out == online  # the hub's listing is remembered
+    older = tmp_path / "older"  # clients kept no listings
+    ignore = shutil.ignore_patterns("trees")
+    shutil.copytree(constants.HF_HUB_CACHE, older, symlinks=True, ignore=ignore)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(older))
+    main([str(tmp_path / "recipe.yaml")])
+    out = capsys.readouterr().out
+    assert out.endswith(f"What is to be downloaded of {name} cannot be told offline.\n")
+
+
+def test_a_plan_of_folders_has_no_downloads(guarded_cascade: RandomCascade, tmp_path: Path) -> None:
+    assert downloads_text(recipe_of(str(guarded_cascade.stage_1), tmp_path)) == ""
 
 
 class Runs:
