@@ -202,7 +202,7 @@ class ModelFiles:
 
     def fetch(self, places: Iterable[str]) -> Path:
         """The model's folder, once these files are in it."""
-        if self._is_here:
+        if self._is_here or not self.listing:  # then no others are to be had
             return self.root
         # the commit rather than the branch: all files of a model are of one moment
         commit = self.root.name

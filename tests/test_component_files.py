@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.deepfloyd_if import IFWatermarker
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -410,6 +410,35 @@ def test_a_plan_offline(
     main([str(tmp_path / "recipe.yaml")])
     out = capsys.readouterr().out
     assert out.endswith(f"What is to be downloaded of {name} cannot be told offline.\n")
+
+
+def offline(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def unreachable(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.shutdown()
+    hub.server_close()
+    close_session()  # its connections were kept alive
+
+
+@pytest.mark.parametrize("cut_off", [offline, unreachable])
+def test_what_is_in_the_cache_loads_without_the_hub_and_what_is_not_is_said(
+    guarded_cascade: RandomCascade,
+    tmp_path: Path,
+    hub: HubStandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    cut_off: Callable[[HubStandIn, pytest.MonkeyPatch], None],
+) -> None:
+    name = f"owner/{tmp_path.name}"
+    rewrite(guarded_cascade.stage_1, tmp_path / "published", CASES["pickled"].layout)
+    hub.publish(name, tmp_path / "published")
+    before = Source(name, 1, None, "fp16").unet("fp32", CPU).state_dict()
+    cut_off(hub, monkeypatch)
+    assert same(Source(name, 1, None, "fp16").unet("fp32", CPU).state_dict(), before)
+    with pytest.raises(UserError, match=f"The model '{name}' cannot be loaded") as caught:
+        Source(name, 1, None, "fp16").text_encoder("fp32", torch.float32, CPU)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_plan_of_folders_has_no_downloads(guarded_cascade: RandomCascade, tmp_path: Path) -> None:
