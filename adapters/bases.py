@@ -177,7 +177,8 @@ class Source:
     @property
     def parts(self) -> list[str]:
         """The names of the model's components."""
-        return [name for name in self.index if self._class_of(name)]
+        # a name is a folder's too, and must not lead out of the model
+        return [name for name in self.index if name.isidentifier() and self._class_of(name)]
 
     @property
     def unet_config(self) -> dict[str, Any]:

@@ -196,7 +196,12 @@ class ModelFiles:
         return [f"{component}/{name}" for name in names]
 
     def absent_bytes(self, component: str) -> list[int]:
-        """The sizes of the files that a component needs and that are still to be downloaded."""
+        """The sizes of the files that a component needs and that are still to be downloaded.
+
+        None of a folder, which need not hold any weights.
+        """
+        if not self.listing:
+            return []
         absent = (place for place in self.places(component) if not (self.root / place).is_file())
         return [self.listing[place] for place in absent]
 

@@ -1,6 +1,7 @@
 """Models load as published: variants or plain, safetensors or pickled, in shards or whole."""
 
 import errno
+import json
 import os
 import pickle
 import re
@@ -108,6 +109,8 @@ def test_of_what_is_there_the_variant_comes_first_then_safetensors(
         ("config.json", "fp16", "its unet has no weights"),
         ("model.fp16.safetensors", None, "its unet has weights of the variant fp16 only"),
         ("model-00001-of-00003.safetensors", None, "of the 3 shards of its unet, 2 are not there"),
+        ("model-00001-of-00002.safetensors pytorch_model.bin", None, "1 are not there"),
+        ("model.fp16-00001-of-00002.safetensors model.safetensors", "fp16", "1 are not there"),
         (
             "model-#-of-00002.safetensors model-#-of-00004.safetensors",
             None,
@@ -443,6 +446,18 @@ def test_what_is_in_the_cache_loads_without_the_hub_and_what_is_not_is_said(
 
 def test_a_plan_of_folders_has_no_downloads(guarded_cascade: RandomCascade, tmp_path: Path) -> None:
     assert downloads_text(recipe_of(str(guarded_cascade.stage_1), tmp_path)) == ""
+
+
+def test_the_index_of_a_model_does_not_lead_out_of_it(
+    random_cascade: RandomCascade, tmp_path: Path
+) -> None:
+    (tmp_path / "outside").mkdir()
+    shutil.copytree(random_cascade.stage_1, tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    index["../outside"] = ["diffusers", "UNet2DConditionModel"]
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    source = Source(str(tmp_path / "model"), 1)
+    assert source.parts == ["scheduler", "text_encoder", "tokenizer", "unet"]
 
 
 class Runs:
