@@ -21,18 +21,18 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPConfig, T5Config, T5EncoderModel, T5Tokenizer
-from transformers.utils import SAFE_WEIGHTS_NAME
 
+from adapters.component_files import ModelFiles
 from adapters.errors import UserError
 from adapters.guards import GUARDS, SafetyChecker
-from adapters.hub import asking_the_hub, split_revision
+from adapters.hub import split_revision
+from adapters.placing import CHECKER
 from unets.frozen import freeze
-from unets.loading import fill, hub_patterns, load_unet, placement
+from unets.loading import fill, load_unet, placement
 
 PIPELINES: dict[int, type[DiffusionPipeline]] = {
     1: IFPipeline,
@@ -81,38 +81,36 @@ class Source:
 
         This and all below raise a UserError where there is no such model, or one of another stage.
         """
-        if self.has_safety_checker and "safety_checker" not in components:
-            components["safety_checker"] = self.load(
-                SafetyChecker.from_pretrained,
-                subfolder="safety_checker",
-                dtype=dtype,
-                **self._weights,
-            )
+
+        def load(_: Path) -> DiffusionPipeline:
+            options = {"dtype": dtype, "use_safetensors": True}
+            parts = [part for part in self.parts if part not in components]
+            with self.files.plain_folder(parts) as folder:
+                if CHECKER in parts and self.has_safety_checker:
+                    place = folder / CHECKER
+                    components[CHECKER] = SafetyChecker.from_pretrained(place, **options)
+                return PIPELINES[self.stage].from_pretrained(folder, **components, **options)
+
         self._check_schedulers()
-        kind = PIPELINES[self.stage]
-        return self.load(kind.from_pretrained, **components, dtype=dtype, **self._weights)
+        return self.load(load)
 
     @property
     def has_safety_checker(self) -> bool:
         """Whether its pictures are guarded by IF's own."""
-        return self._class_of("safety_checker") == IFSafetyChecker.__name__
+        return self._class_of(CHECKER) == IFSafetyChecker.__name__
 
     def guard_weights(self, dtype: torch.dtype) -> list[Tensor]:
         """The weights of its safety checker without values; none where it has no such."""
         if not self.has_safety_checker:
             return []
-        config = self.load(CLIPConfig.from_pretrained, subfolder="safety_checker")
+        config = self.load(CLIPConfig.from_pretrained, CHECKER)
         with torch.device("meta"):
             return list(SafetyChecker(config).to(dtype).state_dict().values())
 
     def unet(self, precision: str, device: torch.device) -> UNet2DConditionModel:
         """The stage's UNet, frozen, in a precision of :func:`unets.loading.empty_unet`."""
-
-        def load(folder: Path) -> UNet2DConditionModel:
-            return load_unet(folder, precision, device, self.variant)
-
-        _ = self.unet_config  # said plainly where it is none
-        return self._from_folder("unet", hub_patterns(self.variant), load)
+        config, files = self.unet_config, self.weights("unet")
+        return self.load(lambda _: load_unet(config, files, precision, device))
 
     def text_encoder(
         self, precision: str, dtype: torch.dtype, device: torch.device
@@ -121,20 +119,25 @@ class Source:
         self._check_text_encoder()
 
         def load(folder: Path) -> T5EncoderModel:
-            encoder = _empty_text_encoder(T5Config.from_pretrained(folder), dtype)
+            config = T5Config.from_pretrained(folder, subfolder="text_encoder")
+            encoder = _empty_text_encoder(config, dtype)
             place = placement(encoder, precision, dtype, device)
-            tied = T5EncoderModel._tied_weights_keys
-            fill(encoder, folder, place, SAFE_WEIGHTS_NAME, self.variant, optional=tied)
+            fill(encoder, files, place, optional=T5EncoderModel._tied_weights_keys)
             encoder.tie_weights()
             return encoder
 
-        patterns = hub_patterns(self.variant, SAFE_WEIGHTS_NAME)
-        return self._from_folder("text_encoder", patterns, load)
+        files = self.weights("text_encoder")
+        return self.load(load)
 
     def tokenizer(self) -> T5Tokenizer:
         """The tokenizer of the stage's text encoder, without the encoder."""
         self._check_text_encoder()
-        return self.load(T5Tokenizer.from_pretrained, subfolder="tokenizer")
+
+        def load(_: Path) -> T5Tokenizer:
+            folder = self.files.fetch(["tokenizer/*"])
+            return T5Tokenizer.from_pretrained(folder, subfolder="tokenizer")
+
+        return self.load(load)
 
     def text_pipeline(self, precision: str, dtype: torch.dtype, device: torch.device) -> IFPipeline:
         """The stage's pipeline with its tokenizer and text encoder alone, see above.
@@ -147,7 +150,7 @@ class Source:
 
     def blank_text_encoder(self, precision: str, dtype: torch.dtype) -> T5EncoderModel:
         """What :meth:`text_encoder` gives, without values and on the meta device."""
-        config = self.load(T5Config.from_pretrained, subfolder="text_encoder")
+        config = self.load(T5Config.from_pretrained, "text_encoder")
         encoder = _empty_text_encoder(config, dtype)
         place = placement(encoder, precision, dtype, torch.device("meta"))
         for name, weight in encoder.state_dict().items():
@@ -155,32 +158,42 @@ class Source:
         encoder.tie_weights()
         return encoder
 
-    @property
-    def unet_folder(self) -> Path:
-        """The folder of the stage's UNet; of the hub's, its configuration and weights."""
-        return self._from_folder("unet", hub_patterns(self.variant), lambda folder: folder)
+    @cached_property
+    def files(self) -> ModelFiles:
+        """The model's files."""
+        return ModelFiles(self.name, self.revision, self.variant)
+
+    def weights(self, part: str) -> list[Path]:
+        """The safetensors files of a component, see :meth:`ModelFiles.safetensors`."""
+        return self.load(lambda _: self.files.safetensors(part))
+
+    def absent_bytes(self, part: str) -> list[int]:
+        """The sizes of a component's files that are still to be downloaded, in bytes."""
+        return self.load(lambda _: self.files.absent_bytes(part))
 
     @property
     def folder(self) -> Path:
         """The model's folder with all of its components; of the hub's, what its pipeline loads."""
+        return self.load(
+            lambda _: self.files.fetch(
+                place for part in self.parts for place in self.files.places(part)
+            )
+        )
 
-        def find(name: str, revision: str | None) -> Path:
-            if Path(name).is_dir():
-                return Path(name)
-            download = PIPELINES[self.stage].download
-            options = {"revision": revision, "variant": self.variant, "use_safetensors": True}
-            return Path(download(name, **options))
-
-        return self.load(find)
+    @property
+    def parts(self) -> list[str]:
+        """The names of the model's components."""
+        # a name is a folder's too, and must not lead out of the model
+        return [name for name in self.index if name.isidentifier() and self._class_of(name)]
 
     @property
     def unet_config(self) -> dict[str, Any]:
         """The configuration of the stage's UNet."""
-        return self.load(_object, kind=UNet2DConditionModel, subfolder="unet")
+        return self.load(_object, "unet", kind=UNet2DConditionModel)
 
     def scheduler(self, name: str) -> DDPMScheduler:
         """The noise schedule of a component: ``scheduler``, or ``image_noising_scheduler``."""
-        return self.load(DDPMScheduler.from_pretrained, subfolder=name)
+        return self.load(DDPMScheduler.from_pretrained, name)
 
     @property
     def picture_size_px(self) -> int:
@@ -210,10 +223,6 @@ class Source:
                 f"The model {self.name!r} is neither a folder that exists nor a hub name"
                 " (owner/name, owner/name@revision); correct the path."
             )
-        if not Path(self.name).is_dir():
-            files = [DiffusionPipeline.config_name]
-            with asking_the_hub(self.name):  # once, where diffusers would try for half a minute
-                snapshot_download(self.name, revision=self.revision, allow_patterns=files)
         return self._read(_object, kind=DiffusionPipeline)
 
     def _class_of(self, component: str) -> str | None:
@@ -234,34 +243,26 @@ class Source:
         for part in self.index:
             kind = getattr(diffusers, str(self._class_of(part)), None)
             if inspect.isclass(kind) and issubclass(kind, SchedulerMixin):
-                self._read(_check_fields, kind=kind, subfolder=part)
+                self._read(_check_fields, part, kind=kind)
 
-    @property
-    def _weights(self) -> dict[str, Any]:
-        return {"variant": self.variant, "use_safetensors": True}
+    def load(self, load: Callable[..., Loaded], part: str | None = None, **options: Any) -> Loaded:
+        """What ``load(folder, …)`` gives, once the model is of the stage's class.
 
-    def _from_folder(
-        self, part: str, patterns: Sequence[str], load: Callable[[Path], Loaded]
-    ) -> Loaded:
-        """What ``load`` makes of a component's folder; of the hub's, files of these patterns."""
-
-        def find(name: str, revision: str | None) -> Loaded:
-            folder = Path(name)
-            if not folder.is_dir():
-                files = [f"{part}/{pattern}" for pattern in patterns]
-                folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
-            return load(folder / part)
-
-        return self.load(find)
-
-    def load(self, load: Callable[..., Loaded], **options: Any) -> Loaded:
-        """What ``load(name, revision=…, …)`` gives, once the model is of the stage's class."""
+        Args:
+            load: is given the model's folder and the options.
+            part: a component whose configuration ``load`` reads, as its option ``subfolder``.
+            options: handed on.
+        """
         _ = self.index  # checks the model's class before anything else of it is read
-        return self._read(load, **options)
+        return self._read(load, part, **options)
 
-    def _read(self, load: Callable[..., Loaded], **options: Any) -> Loaded:
+    def _read(self, load: Callable[..., Loaded], part: str | None = None, **options: Any) -> Loaded:
         try:
-            return load(self.name, revision=self.revision, **options)
+            folder = self.files.root
+            if part is not None:
+                folder = self.files.fetch([f"{part}/*config.json"])
+                options["subfolder"] = part
+            return load(folder, **options)
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())
             raise UserError(
@@ -270,18 +271,18 @@ class Source:
             ) from error
 
 
-def _object(name: str, kind: type[ConfigMixin], **options: Any) -> dict[str, Any]:
+def _object(folder: Path, kind: type[ConfigMixin], **options: Any) -> dict[str, Any]:
     """The configuration of a kind of component, or a ValueError where it is no JSON object."""
-    config = kind.load_config(name, **options)
+    config = kind.load_config(folder, **options)
     if not isinstance(config, dict):
         file = "/".join(filter(None, (options.get("subfolder"), kind.config_name)))
         raise ValueError(f"its {file} must be a JSON object (got a {type(config).__name__})")
     return dict(config)
 
 
-def _check_fields(name: str, kind: type[ConfigMixin], **options: Any) -> None:
+def _check_fields(folder: Path, kind: type[ConfigMixin], **options: Any) -> None:
     """A ValueError where a field of a component is not of the type of its default."""
-    config = _object(name, kind, **options)
+    config = _object(folder, kind, **options)
     for field, parameter in inspect.signature(kind.__init__).parameters.items():
         wanted, words = FIELD_TYPES.get(type(parameter.default), (object, ""))
         value = config.get(field, parameter.default)

@@ -259,10 +259,10 @@ def _upscaler(source: Source, below: Source) -> Part:
     size_px = below.picture_size_px
     with torch.device(META):
         unet = UNet2DConditionModel.from_config(
-            source.load(UNet2DConditionModel.load_config, subfolder="unet")
+            source.load(UNet2DConditionModel.load_config, "unet")
         )
-        vae = AutoencoderKL.from_config(source.load(AutoencoderKL.load_config, subfolder="vae"))
-        text = CLIPTextModel(source.load(CLIPTextConfig.from_pretrained, subfolder="text_encoder"))
+        vae = AutoencoderKL.from_config(source.load(AutoencoderKL.load_config, "vae"))
+        text = CLIPTextModel(source.load(CLIPTextConfig.from_pretrained, "text_encoder"))
     models = [nn.Module.to(model, torch.bfloat16).eval() for model in (unet, vae, text)]
     weights = [weight for model in models for weight in model.state_dict().values()]
     guard = total_bytes(below.guard_weights(torch.bfloat16))

@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 
 from adapters.bases import sources_of
 from adapters.changes import Update, by_block, inner, needed_base, shape_of, update
+from adapters.component_files import CONFIG
 from adapters.errors import UserError, command_line
 from adapters.formats import alpha_of, kind_of, rank_of
 from adapters.merging import StageAdapter
 from adapters.names import listed
-from adapters.stored import CONFIG, StoredUNet
+from adapters.stored import StoredUNet
 from adapters.tables import aligned, facts, span
 
 Read = Callable[[str], Update | None]

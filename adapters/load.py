@@ -70,7 +70,8 @@ def load_cascade(
             the UNet, so that adapters are switched in milliseconds, or on the ``cpu``, which saves
             that memory (:class:`adapters.mixing.MergedAdapters`) and takes a transfer each time.
         revision: the hub revision of Stage I and II where their names have none.
-        variant: the weights' variant of Stage I and II, such as ``fp16``.
+        variant: the weights' variant of Stage I and II, such as ``fp16``; what has none is read
+            from its plain files, and that is told.
         device: ``auto``: the GPU where there is one.
         dtype: the precision of the UNets, or of each stage's; ``auto``: bf16 on a GPU, fp32
             elsewhere. The text encoder of fp16 UNets is bf16, as T5-XXL overflows in fp16, and

@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -15,19 +14,18 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 
 from adapters.bases import Source
+from adapters.component_files import CONFIG
 from adapters.errors import UserError
-from adapters.files import replacing, write_text
+from adapters.files import write_text
 from adapters.licence import licence_files
 from adapters.merged_card import CARD, merged_card
 from adapters.merging import StageAdapter, merged_weight
-from adapters.stored import CONFIG, StoredUNet
+from adapters.stored import StoredUNet
+from adapters.tensor_files import write_tensors
 from unets.loading import PRECISIONS
 
 UNET = "unet"
 """The folder of the UNet within a model's folder."""
-
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""Precisions by the names that safetensors files have for them."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +141,8 @@ class MergedModel:
     @torch.no_grad()
     def _write_weights(self, folder: Path, advance: Callable[[int], object]) -> None:
         for file, names in self.shards.filename_to_tensors.items():
-            # wide precisions first, so that each tensor is aligned, as safetensors' own writer does
-            order = sorted(names, key=lambda name: (-self.weights[name].itemsize, name))
-            blank = {name: self.weights[name] for name in order}
-            with replacing(folder / file) as temporary, temporary.open("wb") as stream:
-                stream.write(safetensors_header(blank, {"format": "pt"}))
-                for name, weight in blank.items():
-                    stream.write(self._merged(name).view(-1).view(torch.uint8).numpy().data)
-                    advance(weight.nbytes)
+            blank = {name: self.weights[name] for name in names}
+            write_tensors(folder / file, blank, self._merged, advance)
         if self.shards.is_sharded:
             index = {
                 "metadata": self.shards.metadata,
@@ -173,23 +165,6 @@ class MergedModel:
                 " --dtype or a lower --scale."
             )
         return result
-
-
-def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """What a safetensors file begins with; the tensors' bytes follow in their order.
-
-    With it, a file is written while only one of its tensors is in memory.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    start = 0
-    for name, tensor in tensors.items():
-        end = start + tensor.nbytes
-        dtype = DTYPES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors are aligned
-    return len(text).to_bytes(8, "little") + text
 
 
 def linked(path: Path, place: Path) -> None:

@@ -12,12 +12,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adapters.bases import LOADING_ERRORS, Source, source_of
+from adapters.component_files import CONFIG, ModelFiles
 from adapters.errors import UserError
 from adapters.info import SIGNATURE_PARAMETERS, BaseSignature
 from adapters.names import listed
-from unets.loading import weight_files
-
-CONFIG = UNet2DConditionModel.config_name
 
 
 @dataclass(frozen=True)
@@ -26,15 +24,16 @@ class StoredUNet:
 
     name: str
     """The model's name, for messages."""
-    folder: Path
-    """The UNet's folder."""
-    variant: str | None = None
-    """The weights' variant, such as ``fp16``."""
+    model: ModelFiles
+    """The files of the model that it is a component of."""
+    part: str = "unet"
+    """The component's name."""
 
     @classmethod
     def of(cls, source: Source) -> "StoredUNet":
         """The UNet of a stage."""
-        return cls(source.name, source.unet_folder, source.variant)
+        _ = source.index  # checks the model's class
+        return cls(source.name, source.files)
 
     @classmethod
     def find(
@@ -43,8 +42,15 @@ class StoredUNet:
         """The UNet of a stage's folder or hub name, or of a folder of its own."""
         folder = Path(name)
         if (folder / CONFIG).is_file():
-            return cls(name, folder, variant)
+            place = folder.resolve()
+            return cls(name, ModelFiles(str(place.parent), None, variant), place.name)
         return cls.of(source_of(name, revision, variant))
+
+    @cached_property
+    def folder(self) -> Path:
+        """The UNet's folder, with its configuration."""
+        with self._reading():
+            return self.model.fetch([f"{self.part}/{CONFIG}"]) / self.part
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -92,7 +98,7 @@ class StoredUNet:
     @cached_property
     def _files(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
-        for file in weight_files(self.folder, self.variant):
+        for file in self.model.safetensors(self.part):
             with safe_open(file, "pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
         return files
@@ -115,7 +121,6 @@ class StoredUNet:
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"The UNet of {self.name} in {self.folder} cannot be read ({reason}); name a model"
-                " in diffusers' layout with safetensors weights, and their variant if they have"
-                " one."
+                f"The UNet of {self.name} cannot be read ({reason}); name a model in diffusers'"
+                " layout, and the variant of its weights if they have no other."
             ) from error

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 
 from adapters.budget import memory_bytes
 from adapters.errors import command_line
+from adapters.guards import GUARDS
 from finetune.loading import load_recipe
 from finetune.planning import Plan, fit, plan
 from finetune.recipe import Recipe
+from finetune.stages import STAGES
+from finetune.text import TEXT_PARTS
 from unets.tally import GIB
 
 Row = tuple[str, ...]
@@ -79,6 +82,34 @@ def _phases(plan: Plan) -> list[str]:
     return [*_table(rows), "", last]
 
 
+def downloads_text(recipe: Recipe) -> str:
+    """The files that a run will download, by component, as a person reads it.
+
+    Caches of encodings and class pictures are taken to be empty. Nothing where all files are here;
+    one sentence where the hub has never listed them and cannot be asked.
+
+    Raises:
+        UserError: where a base lacks weights that the run needs.
+    """
+    draws = bool(recipe.validation.prompts or (recipe.prior and not recipe.prior.folder))
+    rows: list[Row] = []
+    everything: list[int] = []
+    for stage in dict.fromkeys((STAGES[1], *recipe.trained)):
+        source = recipe.source(stage)
+        if not source.files.is_listed:
+            return f"What is to be downloaded of {source.name} cannot be told offline.\n"
+        needed = {"unet": draws or stage in recipe.trained}
+        needed |= dict.fromkeys(GUARDS, draws) | dict.fromkeys(TEXT_PARTS, stage is STAGES[1])
+        for part in source.parts:
+            if needed.get(part, True) and (sizes := source.absent_bytes(part)):
+                rows.append((f"{stage.name}, {part}", f"{len(sizes):,}", _gib(sum(sizes))))
+                everything += sizes
+    if not rows:
+        return ""
+    last = ("in all", f"{len(everything):,}", _gib(sum(everything)))
+    return "\n".join([*_table([("to download", "files", "GiB"), *rows, last]), ""])
+
+
 def _on_cpu(plan: Plan) -> bool:
     return plan.device.type == "cpu"
 
@@ -126,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = load_recipe(options.recipe, options.overrides)
         plain = options.vram is None
         text = f"{plan_text(plan(recipe))}\n" if plain else fit_text(recipe, options.vram)
-        sys.stdout.write(text)
+        downloads = downloads_text(recipe)
+        sys.stdout.write("\n".join(filter(None, (text, downloads))))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Base(Section):
     revision: str | None = None
     """The hub revision of Stage I and II where their names have none; ``None``: the newest."""
     variant: str | None = None
-    """The weights' variant in the hub repository, such as ``fp16``; ``None``: the plain files."""
+    """The weights' variant, such as ``fp16``, of components that have it; ``None``: plain files."""
 
 
 class Data(Section):

@@ -81,15 +81,20 @@ def make_unet(stage: str) -> UNet2DConditionModel:
 
 def make_scheduler(stage: str) -> DDPMScheduler:
     """IF's noise schedule and sampler for a stage."""
-    return DDPMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="epsilon",
-        variance_type="learned_range",
-        clip_sample=True,
-        thresholding=True,
-        dynamic_thresholding_ratio=0.95,
-        sample_max_value=SAMPLE_MAX_VALUES[stage],
+    return DDPMScheduler.from_config(
+        {
+            "num_train_timesteps": 1000,
+            "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "epsilon",
+            "variance_type": "learned_range",
+            "clip_sample": True,
+            "thresholding": True,
+            "dynamic_thresholding_ratio": 0.95,
+            "sample_max_value": SAMPLE_MAX_VALUES[stage],
+            # DDPM has no use for it, but a DPM-Solver that is built from this configuration: it
+            # cannot step from where the cosine schedule's log signal-to-noise ratio has no bound
+            "lambda_min_clipped": -5.1,
+        }
     )
 
 

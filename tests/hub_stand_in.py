@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -82,6 +83,17 @@ class HubStandIn(ThreadingHTTPServer):
     def url(self) -> str:
         """Its address."""
         return f"http://127.0.0.1:{self.server_port}"
+
+    def publish(self, repo: str, folder: Path, branch: str = "main") -> str:
+        """Commit all files of a folder to a branch of a repository; returns the commit's name."""
+        paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        files = {place: path.read_bytes() for place, path in paths.items()}
+        return self.repositories.setdefault(repo, Repository()).commit(branch, files, branch)
+
+    def downloaded(self, repo: str) -> set[str]:
+        """The files of a repository that were downloaded, by their place in it."""
+        matches = (re.fullmatch(rf"GET /{repo}/resolve/[^/]+/(.+)", asked) for asked in self.asked)
+        return {match[1] for match in matches if match}
 
     def changes(self) -> list[str]:
         """The requests that change something."""

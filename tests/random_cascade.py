@@ -93,17 +93,23 @@ def save_random_cascade(folder: Path, *, guarded: bool = False, seed: int = 0) -
             **shared,
             **_guards(guarded),
             unet=unet(sample_size=32 if guarded else 16),
-            scheduler=DDPMScheduler(**SCHEDULER, sample_max_value=1.5),
+            scheduler=scheduler(sample_max_value=1.5),
         ).save_pretrained(cascade.stage_1)
         IFSuperResolutionPipeline(
             **shared,
             **_guards(guarded),
             unet=unet(sample_size=64, super_resolution=True),
-            scheduler=DDPMScheduler(**SCHEDULER, sample_max_value=1.0),
+            scheduler=scheduler(sample_max_value=1.0),
             image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
         ).save_pretrained(cascade.stage_2)
         upscaler().save_pretrained(cascade.stage_3)
     return cascade
+
+
+def scheduler(sample_max_value: float) -> DDPMScheduler:
+    """IF's noise schedule, with the published field that it has for DPM-Solvers alone."""
+    own = {"sample_max_value": sample_max_value, "lambda_min_clipped": -5.1}
+    return DDPMScheduler.from_config(SCHEDULER | own)
 
 
 def unet(sample_size: int, super_resolution: bool = False) -> UNet2DConditionModel:

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, IFPipeline, UNet2DConditionModel
+from diffusers import IFPipeline, UNet2DConditionModel
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from adapters import load_cascade
 from adapters.export import AdapterInfo, export_adapter
 from adapters.kinds import AdapterSpec
 from adapters.merge import main
+from tests.hub_stand_in import hub_stand_in
 from tests.random_cascade import RandomCascade
 from tests.test_adapters_export import (
     DIFFUSERS_SPECS,
@@ -222,33 +224,22 @@ def test_a_licence_beside_the_stages_comes_along(
 
 
 def test_a_base_on_the_hub_is_taken_at_the_adapters_revision(
-    random_cascade: RandomCascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_cascade: RandomCascade,
+    guarded_cascade: RandomCascade,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A hub with one repository, whose snapshot is links, as the hub's client keeps them."""
-    snapshot, asked = tmp_path / "snapshot", []
-
-    def link(source: str, place: str) -> None:
-        Path(place).symlink_to(source)
-
-    shutil.copytree(random_cascade.stage_1, snapshot, copy_function=link)
-    (snapshot / "LICENSE").write_text("of the hub")
-
-    def download(name: str, *, revision: str | None, **_: object) -> str:
-        asked.append((name, revision))
-        return str(snapshot)
-
-    index = DiffusionPipeline.load_config(snapshot)
-    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name, revision: index)
-    monkeypatch.setattr(IFPipeline, "download", download)
-    monkeypatch.setattr("adapters.bases.snapshot_download", download)
-    monkeypatch.setattr("adapters.licence.snapshot_download", download)
+    shutil.copytree(random_cascade.stage_1, tmp_path / "base")
+    (tmp_path / "base" / "LICENSE").write_text("of the hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     unet, info = trained_unet(random_cascade.stage_1, SPEC), {"base_revision": "v2", "spec": SPEC}
     info |= {"base_model": "owner/base", "stage": 1, "step": 7, "recipe": "", "version": "1"}
-    export_adapter(unet, tmp_path / "adapter", AdapterInfo(**info))
-    asked.clear()
-    merge(tmp_path / "adapter", "--out", tmp_path / "merged")
-    assert set(asked) == {("owner/base", "v2")}
-    monkeypatch.undo()
+    with hub_stand_in() as hub:
+        hub.publish("owner/base", guarded_cascade.stage_1)
+        commit = hub.publish("owner/base", tmp_path / "base", "v2")
+        export_adapter(unet, tmp_path / "adapter", AdapterInfo(**info))
+        merge(tmp_path / "adapter", "--out", tmp_path / "merged")
+        assert {path.split("/")[4] for path in hub.asked if "/resolve/" in path} == {commit}
     expected = merged_in_memory(random_cascade, 1, (tmp_path / "adapter", 1.0))
     assert same(plain(1, tmp_path / "merged"), expected)
     assert (tmp_path / "merged" / "LICENSE").read_text() == "of the hub"
@@ -268,7 +259,6 @@ def snapshot_of(folder: Path) -> dict[Path, bytes]:
         ("--scale 1e30 --variant fp16", "that torch.float16 cannot hold once merged"),
         ("--max-shard-size 5", "--max-shard-size must be a size with its unit, such as 5GB"),
         ("--variant ../fp16", "--variant must be letters"),
-        ("--base-variant fp16", "neither .*fp16.safetensors nor .* is there"),
         ("--base {stage_3}", "but .* is a StableDiffusionUpscalePipeline; name Stage I or II"),
         ("--base {stage_2} --base {stage_2}", "are both of Stage 2"),
         ("--base nowhere", "'nowhere' is neither a folder that exists nor a hub name"),
@@ -327,7 +317,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("adapters.merged_folder.safetensors_header", full)
+        patch.setattr("adapters.tensor_files.safetensors_header", full)
         with pytest.raises(SystemExit):
             merge(exported, "--out", tmp_path / "new")
     assert "new cannot be written (No space left" in capsys.readouterr().err

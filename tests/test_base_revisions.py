@@ -20,7 +20,7 @@ from adapters.picture_info import read_picture_info
 from finetune.loop import adapter_info
 from finetune.recipe import Recipe
 from finetune.stages import STAGES
-from tests.hub_stand_in import Repository, hub_stand_in
+from tests.hub_stand_in import hub_stand_in
 from tests.random_cascade import RandomCascade, save_random_cascade
 from tests.test_adapters_export import base_of, trained_unet
 from tests.test_adapters_kinds import load_unet
@@ -48,12 +48,8 @@ def old(
     commits = {}
     with hub_stand_in() as hub:
         for stage, name in MODELS.items():
-            hub.repositories[name] = Repository()
             for branch, cascade in {f"old-{stage}": random_cascade, "main": newer}.items():
-                folder = vars(cascade)[f"stage_{stage}"]
-                files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.*")}
-                data = {place: path.read_bytes() for place, path in files.items()}
-                hub.repositories[name].commit(branch, data, branch)
+                hub.publish(name, vars(cascade)[f"stage_{stage}"], branch)
             commits[stage] = hub.repositories[name].branches[f"old-{stage}"]
         assert len(set(commits.values())) == len(commits)
         yield commits

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import IFPipeline, IFSuperResolutionPipeline
+from diffusers import DPMSolverMultistepScheduler, IFPipeline, IFSuperResolutionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
+from adapters.bases import Source
 from finetune.metrics import ClipScorer
+from models.architecture import make_scheduler
 from models.world import BACKGROUNDS, SEEN, THINGS, caption
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +100,36 @@ def test_the_schedule_is_ifs(stage: str) -> None:
     assert scheduler["variance_type"] == "learned_range"
     assert scheduler["prediction_type"] == "epsilon"
     assert scheduler["thresholding"] is True
+    assert scheduler["lambda_min_clipped"] == -5.1
+    made = dict(make_scheduler(stage).config)
+    assert {name: made[name] for name in scheduler if name[0] != "_"} == {
+        name: value for name, value in scheduler.items() if name[0] != "_"
+    }
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_the_schedule_has_for_dpm_solvers_reaches_them_without_a_warning(
+    number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    diffusers_logging.enable_propagation()
+    try:
+        source = Source(str(TINY / f"stage_{number}"), number)
+        alone = source.scheduler("scheduler")
+        within = source.pipeline(torch.float32, text_encoder=None, tokenizer=None).scheduler
+    finally:
+        diffusers_logging.disable_propagation()
+    assert "lambda" not in caplog.text
+    assert alone.config == within.config
+    assert alone.config.lambda_min_clipped == -5.1
+    clipped, unclipped = (
+        DPMSolverMultistepScheduler.from_config(alone.config, timestep_spacing="linspace", **fields)
+        for fields in ({}, {"lambda_min_clipped": -float("inf")})
+    )
+    assert clipped.config.lambda_min_clipped == -5.1
+    for solver in (clipped, unclipped):
+        solver.set_timesteps(20)
+    log_snr = (solver.alphas_cumprod / (1 - solver.alphas_cumprod)).log() / 2
+    assert log_snr[clipped.timesteps].min() >= -5.1 > log_snr[unclipped.timesteps].min()
 
 
 @pytest.mark.parametrize("stage", ["stage_1", "stage_2"])

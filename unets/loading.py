@@ -4,8 +4,7 @@ Tensors are read one by one from memory-mapped safetensors files, so host memory
 copy of the model, and a device never holds more of the full-precision weights than a few layers.
 """
 
-import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -69,23 +67,21 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def load_unet(
-    folder: Path, precision: str, device: torch.device, variant: str | None = None
+    config: dict[str, Any], files: Sequence[Path], precision: str, device: torch.device
 ) -> UNet2DConditionModel:
-    """The frozen UNet of a folder in diffusers' layout, evaluating.
+    """The frozen UNet of a configuration, evaluating.
 
     Args:
-        folder: with ``config.json`` and safetensors weights, in one file or several.
+        config: the UNet's configuration.
+        files: safetensors files with its weights.
         precision: see :func:`empty_unet`.
         device: where to.
-        variant: the weights' variant, such as ``fp16``.
 
     Raises:
         OSError, ValueError: where files are missing, damaged or not those of the configuration.
     """
-    config = UNet2DConditionModel.load_config(folder)
     unet = empty_unet(config, precision, device)
-    place = placement(unet, precision, compute_dtype(precision, device), device)
-    fill(unet, folder, place, SAFETENSORS_WEIGHTS_NAME, variant)
+    fill(unet, files, placement(unet, precision, compute_dtype(precision, device), device))
     return unet
 
 
@@ -142,29 +138,21 @@ def placement(
 
 
 def fill(
-    model: nn.Module,
-    folder: Path,
-    place: Place,
-    file_name: str,
-    variant: str | None = None,
-    *,
-    optional: Collection[str] = (),
+    model: nn.Module, files: Sequence[Path], place: Place, *, optional: Collection[str] = ()
 ) -> None:
-    """Read a model's weights from a folder, several at a time.
+    """Read a model's weights, several at a time.
 
     Args:
         model: says which weights there are.
-        folder: holds the safetensors files.
+        files: safetensors files that hold them.
         place: takes the weights.
-        file_name: of the single file, after which those of several are named.
-        variant: see :func:`weight_files`.
         optional: names of weights that may be missing.
 
     Raises:
         OSError, ValueError: where files or weights are missing.
     """
     names, found = set(model.state_dict()), set()
-    for file in weight_files(folder, variant, file_name):
+    for file in files:
         with safe_open(file, "pt") as opened:
             here = sorted(names.intersection(opened.keys()))
         found.update(here)
@@ -172,8 +160,8 @@ def fill(
             list(pool.map(partial(_read, file, place=place), _shares(here)))
     if missing := sorted(names - found - set(optional)):
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the weights that its config.json asks for, such as"
-            f" {missing[0]}"
+            f"{len(missing)} of the weights that its config.json asks for are not in"
+            f" {', '.join(map(str, files))}, such as {missing[0]}"
         )
 
 
@@ -185,38 +173,3 @@ def _read(file: Path, names: list[str], place: Place) -> None:
 
 def _shares(names: list[str]) -> Iterator[list[str]]:
     return (names[start::READERS] for start in range(READERS))
-
-
-def hub_patterns(variant: str | None, file_name: str = SAFETENSORS_WEIGHTS_NAME) -> list[str]:
-    """The files of a hub repository's folder that hold a model's configuration and weights."""
-    stem, end = file_name.split(".")
-    weights = f"{stem}*.{variant}*" if variant else f"{stem}.{end}"
-    shards = () if variant else (f"{stem}-*.{end}", f"{file_name}.index.json")
-    return ["config.json", weights, *shards]
-
-
-def weight_files(
-    folder: Path, variant: str | None, file_name: str = SAFETENSORS_WEIGHTS_NAME
-) -> list[Path]:
-    """The safetensors files that hold a model's weights.
-
-    Args:
-        folder: where they are.
-        variant: what stands before the files' ending, such as ``fp16``; ``None``: nothing.
-        file_name: of a single file; an index beside several is named after it.
-
-    Raises:
-        OSError: where there are none, or one of several is missing.
-    """
-    mark = f".{variant}" if variant else ""
-    single = folder / file_name.replace(".safetensors", f"{mark}.safetensors")
-    index = folder / f"{file_name}.index{mark}.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(f"neither {single} nor {index} is there")
-    shards = json.loads(index.read_text())["weight_map"].values()
-    files = [folder / name for name in sorted(set(shards))]
-    if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{missing[0]}, which {index.name} names, is not there")
-    return files

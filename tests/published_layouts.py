@@ -1,0 +1,65 @@
+"""Models rewritten in the layouts that published ones have: variants, formats, shards."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Layout = Mapping[str, Sequence[str]]
+"""File names by component; ``#`` stands for the number of a shard, and those of fp16 are named so.
+"""
+
+UNET, NET = "diffusion_pytorch_model", "model"
+
+
+def rewrite(model: Path, folder: Path, layout: Layout) -> None:
+    """Copy a model whose weights are plain and in one file each, and store those otherwise.
+
+    Args:
+        model: the folder to copy.
+        folder: where to.
+        layout: of the components that are stored otherwise; what it does not name stays.
+    """
+    shutil.copytree(model, folder)
+    for component, names in layout.items():
+        (plain,) = (folder / component).glob("*.safetensors")
+        state = load_file(plain)
+        plain.unlink()
+        for name in names:
+            _store(state, folder / component, name)
+
+
+def files_of(names: Sequence[str]) -> set[str]:
+    """The names of all files that are meant by names with ``#``."""
+    return {shard for name in names for shard in _shards(name)}
+
+
+def _shards(name: str) -> list[str]:
+    count = int(name.partition("-of-")[2][:5] or 1)
+    return [name.replace("#", f"{number:05}") for number in range(1, count + 1)]
+
+
+def _store(state: Mapping[str, Tensor], folder: Path, name: str) -> None:
+    shards = _shards(name)
+    if "fp16" in name:
+        state = {key: value.half() for key, value in state.items()}
+    parts = [dict(list(state.items())[n :: len(shards)]) for n in range(len(shards))]
+    for shard, part in zip(shards, parts, strict=True):
+        save = save_file if shard.endswith(".safetensors") else torch.save
+        save(part, folder / shard)
+    if len(shards) > 1:
+        places = {key: shard for shard, part in zip(shards, parts, strict=True) for key in part}
+        index = {"metadata": {"total_size": 0}, "weight_map": places}
+        (folder / index_of(name)).write_text(json.dumps(index))
+
+
+def index_of(name: str) -> str:
+    """The name of the index of shards, as the library that names shards so writes it."""
+    stem, end = name.replace("-#-of-00002", "").replace(".fp16", "").split(".")
+    variant = ".fp16" * ("fp16" in name)
+    is_old = name.endswith(f".fp16.{end}")
+    return f"{stem}.{end}{variant}.index.json" if is_old else f"{stem}.{end}.index{variant}.json"
