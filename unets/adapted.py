@@ -16,6 +16,8 @@ from unets.frozen import FrozenConv2d, FrozenLinear
 Settings: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 """Stride, padding, dilation and groups of a convolution."""
 
+LAST = torch.channels_last
+
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     """The factor times a matrix product, as one operation."""
@@ -64,8 +66,9 @@ class _AdaptedConv2d(torch.autograd.Function):
     ) -> Tensor:
         assert not isinstance(layer.padding, str)
         settings: Settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        hidden = F.conv2d(inputs, a, None, *settings)
-        result = F.conv2d(inputs, layer.weight, bias, *settings)
+        # on a GPU they are channels_last already; tensors without values know no such rule
+        hidden = F.conv2d(inputs, a, None, *settings).contiguous(memory_format=LAST)
+        result = F.conv2d(inputs, layer.weight, bias, *settings).contiguous(memory_format=LAST)
         _rows(result).addmm_(_rows(hidden), b.flatten(1).T, alpha=scaling)
         ctx.save_for_backward(inputs, hidden, a, b)
         ctx.scaling, ctx.layer, ctx.settings = scaling, layer, settings
@@ -76,7 +79,7 @@ class _AdaptedConv2d(torch.autograd.Function):
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
         inputs, hidden, a, b = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        gradient = gradient.contiguous(memory_format=LAST)
         rows, b_rows, scaling = _rows(gradient), b.flatten(1), ctx.scaling
         of_hidden = _product(rows, b_rows, scaling)
         of_b = _product(rows.T, _rows(hidden), scaling).view(b.shape)
@@ -162,7 +165,7 @@ class AdaptedConv2d(Conv2d):  # type: ignore[misc]  # PEFT is untyped
 
     def _fused(self, inputs: Tensor, bias: Tensor | None) -> Tensor | None:
         name = _plain_adapter(self, inputs)
-        if name is None or not inputs.is_contiguous(memory_format=torch.channels_last):
+        if name is None or not inputs.is_contiguous(memory_format=LAST):
             return None
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return _AdaptedConv2d.apply(inputs, a, b, self.scaling[name], self.base_layer, bias)
