@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters.kinds import KINDS, adapter_parameters
 from finetune.run import Folders
-from finetune.stages import STAGES, Batch
+from finetune.stages import STAGES, Batch, noised
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
 from tests.small_runs import flat, logged, made_batches, recipe_of, saved_weights, train, trainee_of
@@ -63,6 +63,27 @@ def test_each_forward_pass_is_with_the_newest_weights(
     exact = trainee.state()["parameters"]
     for name, parameter in adapter_parameters(trainee.unet).items():
         assert torch.equal(parameter, exact[name].to(parameter.dtype)), name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "oft"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
+def test_training_starts_from_what_the_base_predicts(
+    random_cascade: RandomCascade, tmp_path: Path, kind: str, precision: str
+) -> None:
+    """To the bit, in the precision that the adapter trains in (OFT: but for rounding)."""
+    adapter = {"kind": kind, "rank": 2, "targets": "all"}
+    settings = {"precision": precision, "adapter": adapter}
+    trainee = trainee_of(recipe_of(random_cascade, tmp_path, stage=settings))
+    batch = made_batches(recipe_of(random_cascade, tmp_path))(0)
+    trainee.unet.disable_adapters()
+    with torch.no_grad():
+        inputs = trainee.stage.unet_inputs(
+            batch, noised(batch, trainee.schedulers[0]), trainee.schedulers, trainee.unet.dtype
+        )
+        base = trainee.unet(**inputs).sample
+        trainee.unet.enable_adapters()
+        ours = trainee.unet(**inputs).sample
+    assert torch.equal(ours, base)
 
 
 KILLED: Mapping[str, dict[str, Any]] = {
