@@ -46,14 +46,16 @@ def test_gradients_of_batches_add_up_and_go_with_the_update(
     assert (one - other).norm() > 0.1 * one.norm()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_each_forward_pass_is_with_the_newest_weights(
-    random_cascade: RandomCascade, tmp_path: Path, precision: str
+    random_cascade: RandomCascade, tmp_path: Path, precision: str, kind: str
 ) -> None:
+    """In float32, but for a LoRA beside bf16, whose products need no more."""
     recipe = recipe_of(
         random_cascade,
         tmp_path,
-        stage={"precision": precision},
+        stage={"precision": precision, "adapter": {"kind": kind, "rank": 2}},
         optimizer={"learning_rate": 0.03},
     )
     trainee, batch = trainee_of(recipe), made_batches(recipe)(0)
@@ -61,8 +63,10 @@ def test_each_forward_pass_is_with_the_newest_weights(
     trainee.update()
     assert not torch.allclose(trainee.accumulate(batch).total, base, rtol=1e-4)
     exact = trainee.state()["parameters"]
+    rounded = precision == "bf16" and kind in ("lora", "rslora")
     for name, parameter in adapter_parameters(trainee.unet).items():
-        assert torch.equal(parameter, exact[name].to(parameter.dtype)), name
+        assert torch.equal(parameter.bfloat16(), exact[name].bfloat16()), name
+        assert rounded or torch.equal(parameter, exact[name]), name
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "oft"])

@@ -432,7 +432,8 @@ def test_checkpointed_blocks_are_run_once_more(
 ) -> None:
     recipe = make(stage={"gradient_checkpointing": checkpointing})
     trainee, runs = trainee_of(recipe), []
-    trainee.unet.down_blocks[1].resnets[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    behind_adapters = trainee.unet.up_blocks[0].resnets[0]
+    behind_adapters.register_forward_pre_hook(lambda *_: runs.append(1))
     trainee.accumulate(made_batches(recipe)(0))
     assert len(runs) == passes
 
