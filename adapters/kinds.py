@@ -52,7 +52,7 @@ class AdapterSpec(BaseModel):
     """The update is scaled by alpha / rank (rsLoRA: / sqrt(rank); OFT: not at all); ``None``:
     alpha = rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input (LoHa, LoKr: on rows of its update; OFT: on its blocks)."""
+    """Dropout on the adapter's input (LoHa, LoKr: on rows of its update; OFT: none)."""
     targets: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "attention"
     """A preset (``attention``, ``attention+conv``, ``all``: whatever the kind adapts) or patterns
     of module names: a pattern matches whole names and their endings after a dot, and ``*`` stands
@@ -75,6 +75,8 @@ class Kind:
     trains_in_unet_precision: bool = False
     """Whether it trains well where its forward and backward passes are in the UNet's precision;
     otherwise they are in float32, as its weights and optimizer always are."""
+    drops: bool = True
+    """Whether PEFT applies dropout to it."""
 
 
 def _lora(**switch: bool) -> Callable[[AdapterSpec], dict[str, Any]]:
@@ -91,7 +93,7 @@ def _lycoris(spec: AdapterSpec) -> dict[str, Any]:
 
 
 def _oft(spec: AdapterSpec) -> dict[str, Any]:
-    return {"r": spec.rank, "oft_block_size": 0, "module_dropout": spec.dropout}
+    return {"r": spec.rank, "oft_block_size": 0}
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -103,8 +105,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "dora": Kind(LoraConfig, _lora(use_dora=True), diffusers=True, alone=True),
         "loha": Kind(LoHaConfig, _lycoris, diffusers=False),
         "lokr": Kind(LoKrConfig, _lycoris, diffusers=False),
-        # PEFT rotates the patches of a convolution without its padding: no identity to start from
-        "oft": Kind(OFTConfig, _oft, diffusers=False, modules=(nn.Linear,)),
+        # PEFT rotates the patches of a convolution without its padding: no identity to start from;
+        # it builds OFT's dropout, and never calls it
+        "oft": Kind(OFTConfig, _oft, diffusers=False, modules=(nn.Linear,), drops=False),
     }
 )
 
@@ -155,9 +158,15 @@ def peft_config(unet: nn.Module, spec: AdapterSpec) -> PeftConfig:
     """The PEFT configuration of a spec, its targets as full module names.
 
     Raises:
-        UserError: where a target matches no module, or one that the kind does not adapt.
+        UserError: where a target matches no module, or one that the kind does not adapt, or the
+            kind takes no dropout.
     """
     kind = KINDS[spec.kind]
+    if spec.dropout and not kind.drops:
+        raise UserError(
+            f"An adapter of kind {spec.kind!r} trains without dropout, as PEFT applies none: set"
+            f" adapter.dropout to 0 (got {spec.dropout}), or choose another kind."
+        )
     matched = match_targets(unet, spec.targets)
     targets = [name for name in matched if isinstance(unet.get_submodule(name), kind.modules)]
     if len(targets) < len(matched) and spec.targets != "all":
@@ -185,7 +194,7 @@ def attach(
         :func:`adapter_parameters`: float32, trainable, on the UNet's device.
 
     Raises:
-        UserError: where a target matches no module.
+        UserError: as :func:`peft_config`.
 
     Example:
         >>> unet = UNet2DConditionModel.from_pretrained("models/if-tiny/stage_1", subfolder="unet")
