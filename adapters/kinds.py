@@ -75,8 +75,6 @@ class Kind:
     trains_in_unet_precision: bool = False
     """Whether it trains well where its forward and backward passes are in the UNet's precision;
     otherwise they are in float32, as its weights and optimizer always are."""
-    drops: bool = True
-    """Whether PEFT applies dropout to it."""
 
 
 def _lora(**switch: bool) -> Callable[[AdapterSpec], dict[str, Any]]:
@@ -107,7 +105,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "lokr": Kind(LoKrConfig, _lycoris, diffusers=False),
         # PEFT rotates the patches of a convolution without its padding: no identity to start from;
         # it builds OFT's dropout, and never calls it
-        "oft": Kind(OFTConfig, _oft, diffusers=False, modules=(nn.Linear,), drops=False),
+        "oft": Kind(OFTConfig, _oft, diffusers=False, modules=(nn.Linear,)),
     }
 )
 
@@ -158,15 +156,9 @@ def peft_config(unet: nn.Module, spec: AdapterSpec) -> PeftConfig:
     """The PEFT configuration of a spec, its targets as full module names.
 
     Raises:
-        UserError: where a target matches no module, or one that the kind does not adapt, or the
-            kind takes no dropout.
+        UserError: where a target matches no module, or one that the kind does not adapt.
     """
     kind = KINDS[spec.kind]
-    if spec.dropout and not kind.drops:
-        raise UserError(
-            f"An adapter of kind {spec.kind!r} trains without dropout, as PEFT applies none: set"
-            f" adapter.dropout to 0 (got {spec.dropout}), or choose another kind."
-        )
     matched = match_targets(unet, spec.targets)
     targets = [name for name in matched if isinstance(unet.get_submodule(name), kind.modules)]
     if len(targets) < len(matched) and spec.targets != "all":

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from peft import OFTConfig, inject_adapter_in_model
 from PIL import Image, ImageOps
 from prodigyopt import Prodigy
 from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from adapters.errors import UserError
 from adapters.kinds import KINDS, adapter_parameters, adapter_state
 from finetune.batches import Batches
 from finetune.data import to_tensor
@@ -26,7 +24,7 @@ from finetune.recipe import Recipe
 from finetune.stages import Batch
 from finetune.trainee import Trainee
 from finetune.validation import Validation
-from tests.random_cascade import RandomCascade
+from tests.random_cascade import TEXT_WIDTH, RandomCascade
 from tests.small_runs import (
     PROMPTS,
     exported,
@@ -109,7 +107,8 @@ def test_weights_move_as_far_as_the_schedule_says(make: Recipes, shape: str) -> 
     train(recipe)
     moved = rates(recipe)
     assert holds(moved), moved
-    assert logged(recipe, "learning_rate") == pytest.approx(moved, rel=1e-3)
+    rounding = 1e-8  # of weights that have moved by as little as a ten-millionth
+    assert logged(recipe, "learning_rate") == pytest.approx(moved, rel=1e-3, abs=rounding)
 
 
 def test_lora_plus_moves_b_matrices_farther(make: Recipes) -> None:
@@ -438,7 +437,7 @@ def test_checkpointed_blocks_are_run_once_more(
     assert len(runs) == passes
 
 
-@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.drops])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_recomputed_drops_what_was_dropped(make: Recipes, kind: str) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -455,32 +454,27 @@ def test_what_is_recomputed_drops_what_was_dropped(make: Recipes, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_is_drawn_in_training_or_refused(make: Recipes, kind: str) -> None:
-    stage = {"adapter": {"kind": kind, "rank": 4, "dropout": 0.5}}
-    if not KINDS[kind].drops:
-        with pytest.raises(
-            UserError, match=r"without dropout.* set adapter.dropout to 0 \(got 0.5"
-        ):
-            trainee_of(make(stage=stage))
-        return
-    trainee = trainee_of(make(stage=stage))
-    for tensor in adapter_state(trainee.unet).values():
-        tensor.add_(0.05)
-    layer = trainee.unet.mid_block.attentions[0].to_q
-    x = torch.ones(3, layer.in_features)
-    assert not torch.equal(layer(x), layer(x))
-    with trainee.final_weights():
-        assert torch.equal(layer(x), layer(x))
-
-
-def test_pefts_oft_still_applies_no_dropout() -> None:
-    """Where PEFT comes to apply it, the kind can take it too."""
-    model = nn.Sequential(nn.Linear(16, 16))
-    config = OFTConfig(r=4, oft_block_size=0, module_dropout=0.5, target_modules=["0"])
-    layer = inject_adapter_in_model(config, model).train()[0]
-    nn.init.normal_(layer.oft_R["default"].weight, std=0.1)
-    x = torch.ones(3, 16)
-    assert torch.equal(layer(x), layer(x))
+def test_dropout_is_drawn_in_training_alone(make: Recipes, kind: str) -> None:
+    adapter = {"kind": kind, "rank": 4, "dropout": 0.5}
+    losses, plain = [], []
+    for recipe, found in (
+        (make(stage={"adapter": adapter}), losses),
+        (make(stage={"adapter": adapter | {"dropout": 0.0}}), plain),
+    ):
+        trainee = trainee_of(recipe)
+        trainee.weights.values.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        trainee.weights.publish()
+        batch = made_batches(recipe)(0)
+        for key in (1, 2):
+            keys = torch.full_like(batch.dropout_keys, key)
+            found.append(trainee.accumulate(replace(batch, dropout_keys=keys)).total)
+        with trainee.final_weights() as unet, torch.no_grad():
+            x = torch.ones(1, 3, *[unet.config.sample_size] * 2)
+            found.append(unet(x, 500, torch.ones(1, 7, TEXT_WIDTH)).sample)
+    assert not torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], plain[0])
+    assert torch.equal(plain[0], plain[1])
+    assert torch.equal(losses[2], plain[2])
 
 
 def test_each_step_drops_something_else_and_each_run_the_same(
@@ -488,7 +482,11 @@ def test_each_step_drops_something_else_and_each_run_the_same(
 ) -> None:
     """At every step the same batch and, but for rounding, the same weights."""
     call = Batches.__call__
-    monkeypatch.setattr(Batches, "__call__", lambda self, index: call(self, 0))
+
+    def same_but_for_dropout(self: Batches, index: int) -> Batch:
+        return replace(call(self, 0), dropout_keys=call(self, index).dropout_keys)
+
+    monkeypatch.setattr(Batches, "__call__", same_but_for_dropout)
 
     def norms(dropout: float) -> list[float]:
         adapter = {"rank": 4, "dropout": dropout}
