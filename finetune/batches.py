@@ -98,17 +98,19 @@ class Batches:
         part = micro_step * self.world_size + self.rank
         return [(step, place) for place in range(part, self.global_size, self.parts)]
 
-    def picture(self, step: int, place: int) -> tuple[Picture, float]:
-        """The picture at a place of a step's global batch, and its weight in the loss.
+    def picture(self, step: int, place: int) -> tuple[Picture, float, float]:
+        """The picture at a place of a step's global batch, its loss weight and caption dropout.
 
         Weights are those of the global batch, times the parts whose gradients are averaged.
         """
-        pictures, weight, count = self.pictures, 1.0, self.global_size - self.class_count
+        pictures, weight, dropout = self.pictures, 1.0, self.data.caption_dropout
+        count = self.global_size - self.class_count
         if self.prior is not None and place >= count:
-            place -= count
-            pictures, weight, count = self.class_pictures, self.prior.weight, self.class_count
+            place, count = place - count, self.class_count
+            pictures, weight = self.class_pictures, self.prior.weight
+            dropout = self.prior.caption_dropout
         chosen = picture_at(step * count + place, len(pictures), self.seed)
-        return pictures[chosen], weight / count * self.parts
+        return pictures[chosen], weight / count * self.parts, dropout
 
     def chosen(self, index: int) -> list[Picture]:
         """The pictures of a batch: the instance pictures, then the class pictures."""
@@ -121,7 +123,7 @@ class Batches:
 
     def example(self, step: int, place: int) -> dict[str, Tensor]:
         """All that a batch holds of one picture, by field and without the batch's dimension."""
-        picture, weight = self.picture(step, place)
+        picture, weight, dropout = self.picture(step, place)
         key = derived_seed(self.seed, DRAWS, step * self.global_size + place)
         rng = np.random.default_rng(key)
         draw = torch.Generator().manual_seed(key)
@@ -132,7 +134,7 @@ class Batches:
             center_shift=self.data.center_shift,
             horizontal_flip=self.data.horizontal_flip,
         )
-        caption = "" if rng.random() < self.data.caption_dropout else picture.caption
+        caption = "" if rng.random() < dropout else picture.caption
         pixels = to_tensor(image)
         timestep = self.timesteps.draw(rng, self.num_train_timesteps)
         example = {

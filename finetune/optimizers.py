@@ -23,6 +23,8 @@ Betas = tuple[float, float]
 ADAM_BETAS = (0.9, 0.999)
 LION_BETAS = (0.9, 0.99)
 
+FULL_BITS = torch.finfo(torch.float32).bits
+
 EIGHT_BIT = 1 + 4 / BLOCK
 """Bytes of an 8-bit moment: bitsandbytes keeps one float32 scale a block."""
 
@@ -125,7 +127,7 @@ def build_optimizer(
     groups: dict[tuple[float, int], dict[str, Any]] = {}
     for each in slices:
         rate = learning_rate * (lora_plus_ratio if each.kind.fast else 1.0)
-        bits = 8 if algorithm.eight_bit and not each.kind.small else 32
+        bits = 8 if algorithm.eight_bit and not each.kind.small else FULL_BITS
         new = {"params": [], "lr": rate, "base_lr": rate, "optim_bits": bits}
         groups.setdefault((rate, bits), new)["params"].append(each.parameter)
     decay = {} if algorithm.betas is None else {"betas": betas or algorithm.betas}

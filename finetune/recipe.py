@@ -134,6 +134,9 @@ class Prior(Section):
     together: at least one, and never all."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """The weight of the class pictures' mean loss beside that of the subject's."""
+    caption_dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The share of class pictures whose caption is replaced by the empty one, whatever
+    ``data.caption_dropout`` is: what guidance is taken against is preserved too."""
     sampling: Sampling = Sampling()
     """How class pictures are sampled."""
 

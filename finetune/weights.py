@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 256
+BLOCK = 2**8
 """Values that share a scale in bitsandbytes' 8-bit states. Every tensor starts a block of its own:
 in a block of two tensors, the larger gradients of one would drown those of the other."""
 
-SMALL = 4096
+SMALL = 2**12
 """Tensors of fewer values keep their state in 32 bits, as bitsandbytes keeps it by default."""
 
 

@@ -143,7 +143,6 @@ def test_what_the_disk_refuses_later_is_one_sentence(capsys: pytest.CaptureFixtu
         (["--stage-1-steps", "5000"], "stage_1_steps is 5000, but this cascade allows 1000"),
         (["--noise-level", "1000"], "noise_level is 1000, but this cascade allows 999"),
         (["--stage-3-noise-level", "351"], "stage_3_noise_level is 351, but this cascade allows 3"),
-        (["--variant", "fp16"], "check its name, revision and variant"),
         (["--seed", str(2**64 - 1), "--images-per-prompt", "2"], "(got 18446744073709551616)"),
         (["--stage-2-prompt", "a", "--stage-2-prompt", "b"], "one for each of the 1 (got 2)"),
     ],

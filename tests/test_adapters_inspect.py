@@ -196,7 +196,6 @@ def test_ranks_of_their_own_are_summed_up(
         ("nowhere", "nowhere has no exported adapter"),
         ("{stage_1}", "has no exported adapter"),
         ("{adapter} --base nowhere", "'nowhere' is neither a folder that exists nor a hub name"),
-        ("{adapter} --base {stage_1} --variant fp16", "cannot be read (neither"),
     ],
 )
 def test_mistakes_are_one_sentence(

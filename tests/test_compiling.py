@@ -10,7 +10,7 @@ from adapters.errors import UserError
 from finetune.compiling import WATCHED_POINTS, Compiling
 from finetune.recipe import Recipe
 from tests.random_cascade import RandomCascade
-from tests.test_trainee import take_steps, trainee_of
+from tests.trainees import take_steps, trainee_of
 
 
 def compiling_of(cascade: RandomCascade, folder: Path, **training: Any) -> Compiling:
@@ -23,7 +23,7 @@ def compiling_of(cascade: RandomCascade, folder: Path, **training: Any) -> Compi
             "cache_dir": str(folder),
         }
     )
-    trainee = trainee_of(cascade, 1)
+    trainee = trainee_of(cascade.stage_1, 1)
     trainee.training = recipe.training(trainee.stage)
     return Compiling.of(recipe, trainee, 1)
 
@@ -55,7 +55,7 @@ def test_compiled_steps_have_the_losses_of_plain_ones(
     random_cascade: RandomCascade, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced and differentiated by the compiler; generating code is left out, for time."""
-    plain, traced = (trainee_of(random_cascade, 2) for _ in range(2))
+    plain, traced = (trainee_of(random_cascade.stage_2, 2) for _ in range(2))
     compiler = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda *args, **options: compiler(*args, backend="aot_eager", **options)

@@ -11,7 +11,7 @@ from finetune.recipe import Training
 from finetune.stages import STAGES
 from finetune.trainee import Trainee
 from tests.random_cascade import RandomCascade
-from tests.test_trainee import batch_of
+from tests.trainees import batch_of
 from unets.graphs import KEPT, GraphMemory, Replayed
 
 

@@ -150,7 +150,9 @@ def test_what_decides_on_them_is_in_their_key(
 def test_interrupted_sampling_goes_on_to_the_same_pictures(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = made(make_recipe(cache_dir=str(tmp_path / "other")))
+    # as many at once in both: a picture's last bit may depend on how many are drawn with it
+    two = PRIOR | {"sampling": SAMPLING | {"batch_size": 2}}
+    whole = made(make_recipe(cache_dir=str(tmp_path / "other"), prior=two))
     sampled: list[int] = []
 
     def interrupted(*arguments: Any) -> dict[int, Image.Image]:
@@ -161,7 +163,7 @@ def test_interrupted_sampling_goes_on_to_the_same_pictures(
         return images
 
     original = prior._sample
-    recipe = make_recipe(prior=PRIOR | {"sampling": SAMPLING | {"batch_size": 2}})
+    recipe = make_recipe(prior=two)
     with monkeypatch.context() as patch:
         patch.setattr(prior, "_sample", interrupted)
         with pytest.raises(KeyboardInterrupt):
