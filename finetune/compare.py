@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,11 +22,23 @@ from adapters.sheet import contact_sheet
 from finetune.data import crop, load_pictures
 from finetune.loading import load_recipe
 from finetune.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
-from finetune.recipe import Comparison, Recipe
+from finetune.recipe import Comparison, Expected, Recipe
 from finetune.run import Folders
 from finetune.sampling import sample_prompts
 from finetune.stages import STAGES
 from finetune.text import embed_captions, written_captions
+
+Scores: TypeAlias = dict[str, float | None]
+"""Scores by name and by what they are of, such as ``clip_i/base``; ``None``: not defined."""
+
+TITLES = {
+    "clip_i": "CLIP-I, generated to real pictures",
+    "clip_t": "CLIP-T, picture to prompt",
+    "clip_t_others": "CLIP-T, prompts of other things",
+}
+
+FAR = 3
+"""A score so many spreads below what is expected is no chance: something is broken."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,11 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with command_line():
         recipe = load_recipe(options.recipe, options.overrides)
-        sys.stdout.write(compare(recipe))
+        text, scores = compare(recipe)
+        sys.stdout.write(text)
+        if recipe.comparison is not None and recipe.comparison.expected is not None:
+            sys.stdout.write(judge(scores, recipe.comparison.expected))
 
 
-def compare(recipe: Recipe) -> str:
-    """Write ``before_after.png`` and ``.json`` into the run's folder; returns a table to print.
+def compare(recipe: Recipe) -> tuple[str, Scores]:
+    """Write ``before_after.png`` and ``.json`` into the run's folder; a table to print and scores.
 
     Raises:
         UserError: where the recipe has no ``comparison`` section, or the run no adapters.
@@ -66,7 +82,7 @@ def compare(recipe: Recipe) -> str:
     picture = folders.run / "before_after.png"
     sheet.save(picture)
     write_text(folders.run / "before_after.json", json.dumps(scores, indent=2) + "\n")
-    return table(scores, picture, folders)
+    return table(scores, picture, folders), scores
 
 
 def sample_both(
@@ -117,7 +133,7 @@ def score(
     photos: Sequence[Image.Image],
     before: Sequence[Image.Image],
     after: Sequence[Image.Image],
-) -> dict[str, float | None]:
+) -> Scores:
     """CLIP-I and CLIP-T of the subject's prompts and of the others, base and fine-tuned."""
     scorer = ClipScorer(comparison.clip)
     real, subjects = scorer.images(photos), len(comparison.prompts)
@@ -127,7 +143,7 @@ def score(
             for prompt in comparison.prompts + comparison.other_prompts
         ]
     )
-    scores: dict[str, float | None] = {"clip_i/real_to_real": clip_i_ceiling(real)}
+    scores: Scores = {"clip_i/real_to_real": clip_i_ceiling(real)}
     for name, pictures in (("base", before), ("fine_tuned", after)):
         vectors = scorer.images(pictures)
         scores[f"clip_i/{name}"] = clip_i(vectors[:subjects], real)
@@ -139,13 +155,8 @@ def score(
 
 def table(scores: Mapping[str, float | None], picture: Path, folders: Folders) -> str:
     """The scores and what to open next, as text."""
-    rows = [
-        ("CLIP-I, generated to real pictures", "clip_i"),
-        ("CLIP-T, picture to prompt", "clip_t"),
-        ("CLIP-T, prompts of other things", "clip_t_others"),
-    ]
     lines = [f"{'':36}{'base':>8}{'tuned':>8}{'ceiling':>9}"]
-    for title, key in rows:
+    for key, title in TITLES.items():
         if f"{key}/base" in scores:
             ceiling = _number(scores["clip_i/real_to_real"]) if key == "clip_i" else ""
             base, tuned = (_number(scores[f"{key}/{name}"]) for name in ("base", "fine_tuned"))
@@ -157,6 +168,32 @@ def table(scores: Mapping[str, float | None], picture: Path, folders: Folders) -
         f"Curves      .venv/bin/tensorboard --logdir {folders.run / 'logs'}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def judge(scores: Scores, expected: Expected) -> str:
+    """Say whether scores are where they should be.
+
+    Raises:
+        UserError: where one is far below.
+    """
+    shortfalls = {}
+    for key in TITLES:
+        found, wanted = scores.get(f"{key}/fine_tuned"), vars(expected)[key]
+        if found is not None and wanted is not None and found < wanted - expected.spread:
+            shortfalls[key] = f"{TITLES[key]} is {found:.3f}, expected {wanted:.3f}"
+    if not shortfalls:
+        return f"As expected (to within {expected.spread:.3f}): the subject is learnt.\n"
+    far = [
+        sentence
+        for key, sentence in shortfalls.items()
+        if (scores[f"{key}/fine_tuned"] or 0) < vars(expected)[key] - FAR * expected.spread
+    ]
+    if far:
+        raise UserError(
+            f"The run did not learn what it should: {'; '.join(far)}. Compare the recipe with the"
+            " one that these figures are of, and look at the curves."
+        )
+    return f"Lower than expected: {'; '.join(shortfalls.values())}; another seed may do better.\n"
 
 
 def _number(score: float | None) -> str:

@@ -313,6 +313,19 @@ class Validation(Section):
     """Steps, guidance and noise level, by stage."""
 
 
+class Expected(Section):
+    """Scores at which a run should end, those of a finished run on another machine."""
+
+    clip_i: Annotated[float, Field(gt=-1, le=1)]
+    """CLIP-I, the subject's pictures to the real ones."""
+    clip_t: Annotated[float, Field(gt=-1, le=1)]
+    """CLIP-T of the subject's prompts."""
+    clip_t_others: Annotated[float, Field(gt=-1, le=1)] | None = None
+    """CLIP-T of the other prompts; ``None``: there are none."""
+    spread: Annotated[float, Field(gt=0)]
+    """How far runs with other seeds or on other processors end from these."""
+
+
 class Comparison(Section):
     """The picture of the base beside the fine-tuned cascade (``python -m finetune.compare``)."""
 
@@ -328,6 +341,8 @@ class Comparison(Section):
     """The words of the prompts that name the subject, such as ``sks octopus``."""
     clip: str
     """The CLIP model of the scores: folder or hub name."""
+    expected: Expected | None = None
+    """The scores at which the run should end; ``None``: not known."""
     seed: NonNegative = 0
     """The seed of the pictures."""
     sampling: Sampling | None = None

@@ -215,14 +215,19 @@ def test_the_prior_is_preserved_beside_the_subject(batches: Batches) -> None:
 
 
 def test_captions_are_dropped_as_often_as_asked(batches: Batches) -> None:
-    def empty_share(dropout: float) -> float:
-        some = replace(batches, data=Data(source="x", caption_dropout=dropout))
-        embeds = torch.cat([some(index).prompt_embeds[:, 0, 0] for index in range(80)])
-        return (embeds == 0).float().mean().item()
+    """Those of the subject and those of the class by themselves."""
+    assert batches.prior is not None
 
-    assert empty_share(0.0) == 0
-    assert empty_share(1.0) == 1
-    assert empty_share(0.3) == pytest.approx(0.3, abs=0.08)
+    def empty_shares(subject: float, classes: float) -> list[float]:
+        prior = batches.prior.model_copy(update={"caption_dropout": classes})
+        some = replace(batches, data=Data(source="x", caption_dropout=subject), prior=prior)
+        count = batches.batch_size - batches.class_count
+        empty = torch.stack([some(index).prompt_embeds[:, 0, 0] == 0 for index in range(120)])
+        return [part.float().mean().item() for part in (empty[:, :count], empty[:, count:])]
+
+    assert empty_shares(0.0, 1.0) == [0, 1]
+    assert empty_shares(1.0, 0.3) == [1, pytest.approx(0.3, abs=0.08)]
+    assert empty_shares(0.3, 0.1) == [pytest.approx(0.3, abs=0.08), pytest.approx(0.1, abs=0.05)]
 
 
 def test_stage_2_sees_its_own_crop_shrunk(batches: Batches) -> None:
