@@ -176,24 +176,22 @@ def judge(scores: Scores, expected: Expected) -> str:
     Raises:
         UserError: where one is far below.
     """
-    shortfalls = {}
-    for key in TITLES:
-        found, wanted = scores.get(f"{key}/fine_tuned"), vars(expected)[key]
-        if found is not None and wanted is not None and found < wanted - expected.spread:
-            shortfalls[key] = f"{TITLES[key]} is {found:.3f}, expected {wanted:.3f}"
-    if not shortfalls:
-        return f"As expected (to within {expected.spread:.3f}): the subject is learnt.\n"
-    far = [
-        sentence
-        for key, sentence in shortfalls.items()
-        if (scores[f"{key}/fine_tuned"] or 0) < vars(expected)[key] - FAR * expected.spread
+    wanted = expected.model_dump(include=set(TITLES), exclude_none=True)
+    found = {key: scores[f"{key}/fine_tuned"] or 0.0 for key in wanted}
+    short = {key: wanted[key] - found[key] for key in wanted}
+    sentences = [
+        f"{TITLES[key]} is {found[key]:.3f}, expected {wanted[key]:.3f}"
+        for key in wanted
+        if short[key] > expected.spread
     ]
-    if far:
+    if not sentences:
+        return f"As expected, to within {expected.spread}: the subject is learnt.\n"
+    if max(short.values()) > FAR * expected.spread:
         raise UserError(
-            f"The run did not learn what it should: {'; '.join(far)}. Compare the recipe with the"
-            " one that these figures are of, and look at the curves."
+            f"The run did not learn what it should: {'; '.join(sentences)}. Compare its recipe with"
+            " the one that these figures are of, and look at its curves."
         )
-    return f"Lower than expected: {'; '.join(shortfalls.values())}; another seed may do better.\n"
+    return f"Lower than expected: {'; '.join(sentences)}. Another seed may do better.\n"
 
 
 def _number(score: float | None) -> str:

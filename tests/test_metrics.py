@@ -16,7 +16,7 @@ from adapters.images import CascadeImages
 from adapters.sampling import Sampling
 from finetune import compare
 from finetune.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
-from finetune.recipe import Base, Comparison, Data, Recipe, Training, Validation
+from finetune.recipe import Base, Comparison, Data, Expected, Recipe, Training, Validation
 from finetune.run import Folders
 from finetune.sampling import sample_prompts
 from tests.random_cascade import RandomCascade
@@ -70,6 +70,32 @@ def test_one_picture_has_no_ceiling(tmp_path: Path) -> None:
     scores = {"clip_i/real_to_real": None, "clip_i/base": 0.25, "clip_i/fine_tuned": 0.5}
     row = compare.table(scores, tmp_path / "picture.png", Folders(tmp_path)).splitlines()[1]
     assert row.split()[-3:] == ["0.250", "0.500", "-"]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ((0.46, 0.62, 0.60), "As expected, to within 0.05"),
+        (
+            (0.44, 0.62, 0.60),
+            "Lower than expected: CLIP-I, generated to real pictures is 0.440",
+        ),
+        ((0.46, 0.62, 0.40), "Lower than expected: CLIP-T, prompts of other things is 0.400"),
+        ((0.34, 0.50, 0.60), None),
+        ((0.50, 0.66, 0.34), None),
+    ],
+)
+def test_a_run_that_did_not_learn_what_it_should_is_told(
+    found: tuple[float, float, float], words: str | None
+) -> None:
+    expected = Expected(clip_i=0.5, clip_t=0.66, clip_t_others=0.5, spread=0.05)
+    names = [f"{key}/fine_tuned" for key in compare.TITLES]
+    scores: compare.Scores = dict(zip(names, found, strict=True))
+    if words is not None:
+        assert compare.judge(scores, expected).startswith(words)
+        return
+    with pytest.raises(UserError, match="did not learn what it should: CLIP"):
+        compare.judge(scores, expected)
 
 
 @pytest.mark.parametrize("own", [None, Sampling(stage_1_steps=3)])
