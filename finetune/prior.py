@@ -38,7 +38,7 @@ def class_pictures(
     Args:
         recipe: with a ``prior`` section. The first ``prior.count`` pictures of ``prior.folder``,
             with their own captions where they have any; without a folder, pictures of the base
-            cascade, of Stage II where that is trained.
+            cascade: each stage is taught those that it draws itself.
         embeds: text encodings [T, D] of the class prompts and the empty caption.
         device: where to sample.
 
@@ -49,19 +49,37 @@ def class_pictures(
     prior = recipe.prior
     assert prior is not None
     own = own_folder(prior)
-    captioned = own is not None and has_captions(own)
-    folder = own or sampled_folder(recipe, prior, embeds, device)
-    pictures = load_pictures(
-        Data(source=str(folder), prompt=None if captioned else prior.prompts[0]),
-        recipe.cache,
-        recipe.crop_px,
-        prior.count,
-        smaller_px=recipe.smaller_crops_px,
-    )
-    if captioned:
-        return pictures
+    if own is not None and has_captions(own):
+        return _load(recipe, Data(source=str(own)), prior.count)
+    data = Data(source=str(own), prompt=prior.prompts[0])
+    if own is not None:
+        pictures = _load(recipe, data, prior.count)
+    else:
+        pictures = _load_sampled(recipe, sampled_folder(recipe, prior, embeds, device), data)
     return [
         replace(picture, caption=_in_turn(prior.prompts, index))
+        for index, picture in enumerate(pictures)
+    ]
+
+
+def _load(recipe: Recipe, data: Data, count: int) -> list[Picture]:
+    sizes = {"smaller_px": recipe.smaller_crops_px}
+    return load_pictures(data, recipe.cache, recipe.crop_px, count, **sizes)
+
+
+def _load_sampled(recipe: Recipe, folder: Path, data: Data) -> list[Picture]:
+    """Load each trained stage's pictures; those of the last hold the others as smaller ones."""
+    by_size = {
+        recipe.source(stage).picture_size_px: load_pictures(
+            data.model_copy(update={"source": str(folder / stage.name)}),
+            recipe.cache,
+            recipe.source(stage).picture_size_px,
+        )
+        for stage in recipe.trained
+    }
+    *smaller, (_, pictures) = sorted(by_size.items())
+    return [
+        replace(picture, reduced={size: others[index].file for size, others in smaller})
         for index, picture in enumerate(pictures)
     ]
 
@@ -84,17 +102,17 @@ def own_folder(prior: Prior) -> Path | None:
 def sampled_folder(
     recipe: Recipe, prior: Prior, embeds: Mapping[str, Tensor], device: torch.device
 ) -> Path:
-    """The folder of the base cascade's class pictures: PNGs and ``metadata.jsonl``.
+    """The folder of the base cascade's class pictures, with a folder of PNGs for each stage.
 
     Sampled where it is not in the cache. A folder of its final name is whole; sampling that was
     interrupted goes on where it stopped, and each picture has its own seed. Of runs that start
     together, one samples and the others wait for it.
     """
     base = recipe.base
-    models = [base.stage_1]
-    if recipe.stage_2 is not None:
-        models.append(recipe.base_of(STAGES[2]))
+    stages = [STAGES[1]] if recipe.stage_2 is None else list(STAGES.values())
+    models = [recipe.base_of(stage) for stage in stages]
     identity = {
+        "folders": [stage.name for stage in stages],
         "models": [model_identity(model, base) for model in models],
         "prompts": prior.prompts,
         "count": prior.count,
@@ -110,27 +128,39 @@ def sampled_folder(
         if folder.is_dir():
             return folder
         partial = folder.with_name(f"{key}.partial")
-        files = [partial / f"{index:05d}.png" for index in range(prior.count)]
-        _sample_missing(files, models, recipe, prior, embeds, device)
+        names = [f"{index:05d}.png" for index in range(prior.count)]
+        places = {stage.number: partial / stage.name for stage in stages}
+        _sample_missing(names, places, models, recipe, prior, embeds, device)
         rows = [
-            json.dumps({"file_name": file.name, "text": _in_turn(prior.prompts, index)})
-            for index, file in enumerate(files)
+            json.dumps({"file_name": name, "text": _in_turn(prior.prompts, index)})
+            for index, name in enumerate(names)
         ]
-        write_text(partial / "metadata.jsonl", "\n".join(rows) + "\n")
+        for place in places.values():
+            write_text(place / "metadata.jsonl", "\n".join(rows) + "\n")
         os.replace(partial, folder)
     return folder
 
 
 def _sample_missing(
-    files: Sequence[Path],
+    names: Sequence[str],
+    places: Mapping[int, Path],
     models: Sequence[str],
     recipe: Recipe,
     prior: Prior,
     embeds: Mapping[str, Tensor],
     device: torch.device,
 ) -> None:
-    """Sample those of the pictures whose file does not exist yet."""
-    missing = [index for index, file in enumerate(files) if not file.exists()]
+    """Sample the pictures that not every stage's folder has yet.
+
+    Args:
+        names: of the pictures' files.
+        places: the folder of each stage.
+    """
+    missing = [
+        index
+        for index, name in enumerate(names)
+        if not all((place / name).exists() for place in places.values())
+    ]
     if not missing:
         return
     base = recipe.base
@@ -147,7 +177,8 @@ def _sample_missing(
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             for index, sample in _sample(cascade, recipe, prior, embeds, batch).items():
-                sample.save(files[index])
+                for stage, place in places.items():
+                    sample.save(place / names[index], stage)
             progress.update(len(batch))
     del cascade
     free_memory(device)

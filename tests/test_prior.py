@@ -89,13 +89,29 @@ def test_class_pictures_are_the_base_cascades(
         assert kept.tobytes() == image.tobytes()
 
 
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_stages_pixels_do_not_depend_on_the_other_stage(
+    make_recipe: MakeRecipe,
+    random_cascade: RandomCascade,
+    guarded_cascade: RandomCascade,
+    guarded: bool,
+) -> None:
+    cascade = guarded_cascade if guarded else random_cascade
+    alone = made(make_recipe(cascade))
+    both = made(make_recipe(cascade, stage_2={"steps": 1}))
+    size_px = alone[0].pixels.shape[0]
+    for one, other in zip(alone, both, strict=True):
+        np.testing.assert_array_equal(one.pixels_for(size_px), other.pixels_for(size_px))
+        assert other.pixels.shape[0] > size_px
+
+
 def test_each_says_what_it_was_drawn_with(
     make_recipe: MakeRecipe, random_cascade: RandomCascade
 ) -> None:
     recipe = make_recipe()
     made(recipe)
     (folder,) = (place for place in (recipe.cache / "class_pictures").iterdir() if place.is_dir())
-    info = read_picture_info(folder / "00001.png")
+    info = read_picture_info(folder / "stage_1" / "00001.png")
     assert info.prompts == {1: " a Dog"}
     assert info.seed == derived_seed(recipe.seed, CLASS, 1, 0)
     assert info.models == {1: str(random_cascade.stage_1)}
@@ -185,7 +201,7 @@ def test_interrupted_sampling_goes_on_to_the_same_pictures(
 def test_metadata_says_what_the_pictures_show(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     made(recipe)
-    (metadata,) = (recipe.cache / "class_pictures").glob("*/metadata.jsonl")
+    (metadata,) = (recipe.cache / "class_pictures").glob("*/stage_1/metadata.jsonl")
     rows = [json.loads(row) for row in metadata.read_text().splitlines()]
     assert [row["text"] for row in rows] == ["a cat", " a Dog", "a cat"]
     assert all((metadata.parent / row["file_name"]).is_file() for row in rows)

@@ -256,11 +256,19 @@ def test_a_longer_run_continues_and_another_recipe_does_not(
     assert "give the recipe a new name" in error
 
 
+@pytest.mark.parametrize(
+    ("processes", "size", "alone"), [(2, 2, [(1, 4), (2, 2), (4, 1)]), (4, 2, [(1, 8), (4, 2)])]
+)
 def test_a_global_batch_trains_the_same_however_it_is_divided(
-    random_cascade: RandomCascade, pictures: Path, tmp_path: Path
+    random_cascade: RandomCascade,
+    pictures: Path,
+    tmp_path: Path,
+    processes: int,
+    size: int,
+    alone: list[tuple[int, int]],
 ) -> None:
-    """Over two processes or over accumulated batches: with prior preservation, of whose class
-    pictures not all have one, with flips, dropped captions and dropout in the adapter."""
+    """Over processes or over accumulated batches: with prior preservation, of whose class pictures
+    not all have one, with flips, dropped captions and dropout in the adapter."""
     tree = recipe_of(random_cascade, pictures, stage_2=None, validation={}, log_every=1)
     tree["data"] |= {"horizontal_flip": True, "caption_dropout": 0.3}
     tree["prior"] |= {"folder": str(pictures), "share": 0.25, "weight": 0.7}
@@ -268,20 +276,20 @@ def test_a_global_batch_trains_the_same_however_it_is_divided(
     # in full precision, as 8-bit states would magnify what the order of a sum rounds
     tree["stage_1"]["optimizer"] = {"name": "adamw", "learning_rate": 1e-3, "max_grad_norm": 0.1}
     path = save_recipe(tmp_path, tree)
-    done = launch(path, "name=launched", processes=2)
+    done = launch(path, "name=launched", f"stage_1.batch_size={size}", processes=processes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Adapters:") == 1
     launched = tmp_path / "runs" / "launched"
     weights, losses = load_file(adapter_file(launched, "stage_1")), points(launched, "loss")
     norms = points(launched, "gradient_norm")
     assert min(norms) > 0.1  # that is, clipped
-    for accumulation, size in ((1, 4), (2, 2), (4, 1)):
-        sizes = f"stage_1.accumulation={accumulation}", f"stage_1.batch_size={size}"
+    for accumulation, each in alone:
+        sizes = f"stage_1.accumulation={accumulation}", f"stage_1.batch_size={each}"
         run(path, f"name=alone-{accumulation}", *sizes)
-        alone = tmp_path / "runs" / f"alone-{accumulation}"
-        assert points(alone, "loss") == pytest.approx(losses, rel=1e-5)
-        assert points(alone, "gradient_norm") == pytest.approx(norms, rel=1e-4)
-        ours = load_file(adapter_file(alone, "stage_1"))
+        own = tmp_path / "runs" / f"alone-{accumulation}"
+        assert points(own, "loss") == pytest.approx(losses, rel=1e-5)
+        assert points(own, "gradient_norm") == pytest.approx(norms, rel=1e-4)
+        ours = load_file(adapter_file(own, "stage_1"))
         for name, tensor in weights.items():
             assert torch.allclose(ours[name], tensor, rtol=1e-3, atol=1e-5), name
 
