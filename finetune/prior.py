@@ -150,12 +150,7 @@ def _sample_missing(
     embeds: Mapping[str, Tensor],
     device: torch.device,
 ) -> None:
-    """Sample the pictures that not every stage's folder has yet.
-
-    Args:
-        names: of the pictures' files.
-        places: the folder of each stage.
-    """
+    """Sample what is missing of the files of these names, in the folder of each stage."""
     missing = [
         index
         for index, name in enumerate(names)
