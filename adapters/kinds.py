@@ -52,7 +52,7 @@ class AdapterSpec(BaseModel):
     """The update is scaled by alpha / rank (rsLoRA: / sqrt(rank); OFT: not at all); ``None``:
     alpha = rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input (LoHa, LoKr: on rows of its update; OFT: none)."""
+    """Dropout on the adapter's input (LoHa, LoKr: on rows of its update; OFT: on its blocks)."""
     targets: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "attention"
     """A preset (``attention``, ``attention+conv``, ``all``: whatever the kind adapts) or patterns
     of module names: a pattern matches whole names and their endings after a dot, and ``*`` stands
@@ -103,8 +103,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "dora": Kind(LoraConfig, _lora(use_dora=True), diffusers=True, alone=True),
         "loha": Kind(LoHaConfig, _lycoris, diffusers=False),
         "lokr": Kind(LoKrConfig, _lycoris, diffusers=False),
-        # PEFT rotates the patches of a convolution without its padding: no identity to start from;
-        # it builds OFT's dropout, and never calls it
+        # PEFT rotates the patches of a convolution without its padding: no identity to start from
         "oft": Kind(OFTConfig, _oft, diffusers=False, modules=(nn.Linear,)),
     }
 )

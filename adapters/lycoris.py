@@ -71,7 +71,7 @@ def _rank_of_lokr(t: Tensors) -> int:
 
 
 def _lora(t: Tensors, weight: Tensor, scale: float) -> Tensor:
-    return (t["lora_B.weight"].flatten(1) @ t["lora_A.weight"].flatten(1) * scale).view_as(weight)
+    return _shaped(t["lora_B.weight"].flatten(1) @ t["lora_A.weight"].flatten(1) * scale, weight)
 
 
 def _loha(t: Tensors, weight: Tensor, scale: float) -> Tensor:
@@ -80,7 +80,7 @@ def _loha(t: Tensors, weight: Tensor, scale: float) -> Tensor:
         _product(t.get(f"hada_t{side}"), t[f"hada_w{side}_a"], t[f"hada_w{side}_b"])
         for side in (1, 2)
     )
-    return (one * two * scale).view_as(weight)
+    return _shaped(one * two * scale, weight)
 
 
 def _lokr(t: Tensors, weight: Tensor, scale: float) -> Tensor:
@@ -92,7 +92,18 @@ def _lokr(t: Tensors, weight: Tensor, scale: float) -> Tensor:
         else _product(t.get("lokr_t2"), t["lokr_w2_a"], t["lokr_w2_b"])
     )
     one = one.view(*one.shape, *[1] * (two.ndim - 2))
-    return (torch.kron(one, two.contiguous()) * scale).view_as(weight)
+    return _shaped(torch.kron(one, two.contiguous()) * scale, weight)
+
+
+def _shaped(change: Tensor, weight: Tensor) -> Tensor:
+    """Give a change [out, in, ...] or [out, in * ...] the shape of its weight.
+
+    Raises:
+        RuntimeError: where it is of a weight with other inputs or outputs.
+    """
+    if change.flatten(1).shape != weight.flatten(1).shape:
+        raise RuntimeError(f"a change of {list(change.shape)} for {list(weight.shape)}")
+    return change.reshape(weight.shape)
 
 
 def _product(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -103,7 +114,7 @@ def _product(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 def _glora(t: Tensors, weight: Tensor, scale: float) -> Tensor:
     """W A + B, with the low-rank A = a1 a2 and B = b1 b2."""
     a1, a2, b1, b2 = (t[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
-    return (torch.einsum("oi...,ij->oj...", weight, a1 @ a2) + (b1 @ b2).view_as(weight)) * scale
+    return (torch.einsum("oi...,ij->oj...", weight, a1 @ a2) + _shaped(b1 @ b2, weight)) * scale
 
 
 def _full(t: Tensors, weight: Tensor, scale: float) -> Tensor:
@@ -111,6 +122,8 @@ def _full(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 
 
 def _ia3(t: Tensors, weight: Tensor, scale: float) -> Tensor:
+    if t["ia3_scale"].numel() not in weight.shape[:2]:
+        raise RuntimeError("neither one value for each input nor one for each output")
     return weight * t["ia3_scale"]
 
 
@@ -212,7 +225,9 @@ def simplify(tensors: Tensors) -> dict[str, Tensor]:
         core, a = own.pop("lora_mid.weight").float(), own["lora_A.weight"].float()
         own["lora_A.weight"] = torch.einsum("ij...,jq->iq...", core, a.flatten(1))
     if {"on_input", "weight"} <= own.keys():
-        vector, on_input = own.pop("weight"), int(own.pop("on_input"))
+        vector, on_input = own.pop("weight"), int(switch := own.pop("on_input"))
+        if switch not in (0, 1):
+            raise RuntimeError(f"on_input must be 0 or 1 (got {switch.item()})")
         shape = [1] * max(vector.ndim, 2)
         shape[on_input] = -1
         own["ia3_scale"] = vector.reshape(shape)

@@ -176,8 +176,13 @@ def judge(scores: Scores, expected: Expected) -> str:
     Raises:
         UserError: where one is far below.
     """
-    wanted = expected.model_dump(include=set(TITLES), exclude_none=True)
-    found = {key: scores[f"{key}/fine_tuned"] or 0.0 for key in wanted}
+    known = {key for key in TITLES if f"{key}/fine_tuned" in scores}  # others may not be asked for
+    wanted = expected.model_dump(include=known, exclude_none=True)
+    given = {key: scores[f"{key}/fine_tuned"] for key in wanted}
+    # a score that is not defined, or not a number, is as far off as can be
+    found = {
+        key: -1.0 if score is None or score != score else score for key, score in given.items()
+    }
     short = {key: wanted[key] - found[key] for key in wanted}
     sentences = [
         f"{TITLES[key]} is {found[key]:.3f}, expected {wanted[key]:.3f}"

@@ -18,6 +18,9 @@ from finetune.yaml12 import Loader
 NAMING = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)
 """What YAML takes for the name of a value, or of its type."""
 
+DEEPEST = 20
+"""More levels than any key of a recipe has."""
+
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 """What reading YAML raises: of ``!!int abc`` and of what is nested too deeply, no YAMLError."""
 
@@ -59,6 +62,10 @@ def _overridden(tree: dict[str, Any], override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"An override must be key=value (got {override!r}).")
+    if path.count(".") > DEEPEST:
+        raise UserError(
+            f"No key of a recipe lies so deep as that of the override {override[:80]!r}…"
+        )
     kinds = _kinds_at(path.split("."))
     is_none = text == "null" and NoneType in kinds
     is_text = str in kinds and kinds <= {str, NoneType} and not is_none

@@ -36,6 +36,9 @@ from finetune.timesteps import DENSITIES
 from finetune.yaml12 import Dumper
 from unets.loading import Precision, automatic_precision
 
+LARGEST_SHAPE = 1e6
+"""The largest parameter of a density: beyond it all timesteps are one, and arithmetic gives out."""
+
 LEAST_SCALE = 0.1
 """The least learning rate that makes sense where the optimizer finds its own step size."""
 
@@ -243,8 +246,11 @@ class Timesteps(Section):
             expected = f"[{', '.join(parameters)}]" if parameters else "left out"
             raise ValueError(f"must be {expected} with {name} (got {list(values) or None})")
         for value, (parameter, bound) in zip(values, parameters.items(), strict=True):
-            if value <= bound:
-                raise ValueError(f"{parameter} must be greater than {bound} (got {value})")
+            if not bound < value <= LARGEST_SHAPE:
+                raise ValueError(
+                    f"{parameter} must be greater than {bound} and at most {LARGEST_SHAPE:g}"
+                    f" (got {value})"
+                )
         return shape
 
     def draw(self, rng: np.random.Generator, count: int) -> int:

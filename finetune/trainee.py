@@ -36,9 +36,10 @@ def optimizer_of(options: Optimizer, weights: FlatWeights) -> torch.optim.Optimi
 
 
 def warmed_up_decay(decay: float, updates: int) -> float:
-    """The average's decay after a number of updates, as in diffusers' ``EMAModel``.
+    """The average's decay after a number of updates.
 
-    It starts low, so that the average of a short run is not that of its first weights.
+    It starts low, so that the average of a short run is not that of its first weights; as in
+    diffusers' ``EMAModel`` but for its first update.
     """
     return min(decay, (1 + updates) / (10 + updates))
 

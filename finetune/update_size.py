@@ -19,6 +19,7 @@ class UpdateSize:
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.unet = unet
         self.layers = {n: m for n, m in unet.named_modules() if isinstance(m, BaseTunerLayer)}
         self.blocks = by_block(self.layers)
         self._weights: dict[str, Tensor] = {}
@@ -31,7 +32,10 @@ class UpdateSize:
             self._weights = {
                 name: _square(layer.get_base_layer().weight) for name, layer in self.layers.items()
             }
+        training = self.unet.training
+        self.unet.eval()  # an OFT that trains drops blocks of its rotation
         updates = {name: squared_norm(layer) for name, layer in self.layers.items()}
+        self.unet.train(training)
         ratios = [
             (_total(updates, names) / _total(self._weights, names)).sqrt()
             for names in self.blocks.values()

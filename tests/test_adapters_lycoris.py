@@ -234,3 +234,26 @@ def test_without_biases_a_whole_difference_is_an_adapter(
     save_file(tensors | {key: tensors[key][:1].contiguous()}, path)
     with pytest.raises(UserError, match=f"another shape: {name}.diff"):
         cascade.add_adapter(path)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"hada_w1_a": (128, 2), "hada_w1_b": (2, 32), "hada_w2_a": (128, 2), "hada_w2_b": (2, 32)},
+        {"lokr_w1": (8, 2), "lokr_w2": (16, 16)},
+    ],
+)
+def test_an_update_of_other_dimensions_does_not_fit(
+    random_cascade: RandomCascade, tmp_path: Path, shapes: dict[str, tuple[int, int]]
+) -> None:
+    """Of as many values as the weight of [64, 64], but [128, 32]."""
+    name = "down_blocks.1.attentions.0.to_q"
+    unet = load_unet(random_cascade)
+    weight = unet.get_submodule(name).weight
+    assert weight.numel() == 128 * 32
+    key = f"lycoris_{name.replace('.', '_')}."
+    tensors = {f"{key}{part}": torch.randn(shape) for part, shape in shapes.items()}
+    save_file(tensors | {f"{key}alpha": torch.tensor(2.0)}, tmp_path / "other.safetensors")
+    adapter = StageAdapter.load(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="does not fit"):
+        adapter.delta(name, unet.get_submodule(name), weight)

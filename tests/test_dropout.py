@@ -11,8 +11,10 @@ from torch import nn
 from adapters.bases import Source
 from adapters.kinds import KINDS, AdapterSpec, adapter_parameters, attach
 from tests.random_cascade import RandomCascade
+from tests.trainees import batch_of, take_steps, trainee_of
 from unets.adapted import AdaptedLinear, fuse_adapters
 from unets.dropout import DropoutKeys, KeyedDropout, hash_bits, key_dropout
+from unets.loading import Precision
 
 CPU = torch.device("cpu")
 
@@ -159,3 +161,29 @@ def test_an_orthogonal_adapter_loses_blocks(random_cascade: RandomCascade) -> No
             assert dropped or torch.equal(block, rotated)
             identity_blocks.append(dropped)
     assert np.mean(identity_blocks) == pytest.approx(0.4, abs=0.12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_with_dropout_on_a_base_of_any_precision(
+    random_cascade: RandomCascade, kind: str, precision: Precision
+) -> None:
+    spec = AdapterSpec(kind=kind, rank=2, dropout=0.1, targets="all")
+    trainee = trainee_of(random_cascade.stage_1, 1, precision, adapter=spec)
+    losses = take_steps(trainee, 2)
+    assert all(loss > 0 for loss in losses)
+    assert trainee.weights.values.isfinite().all()
+
+
+def test_a_dora_that_drops_nothing_is_pefts_own(random_cascade: RandomCascade) -> None:
+    """Of the dropped input, the part that the base's weight has in the result."""
+    gradients = []
+    for dropout in (0.0, 1e-9):
+        spec = AdapterSpec(kind="dora", rank=2, dropout=dropout, targets="attention+conv")
+        trainee = trainee_of(random_cascade.stage_1, 1, adapter=spec)
+        trainee.weights.values += 0.02 * torch.randn(
+            trainee.weights.values.shape, generator=torch.Generator().manual_seed(0)
+        )
+        trainee.accumulate(batch_of(trainee))
+        gradients.append(trainee.weights.gradient)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)

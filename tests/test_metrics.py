@@ -98,6 +98,19 @@ def test_a_run_that_did_not_learn_what_it_should_is_told(
         compare.judge(scores, expected)
 
 
+@pytest.mark.parametrize("score", [None, float("nan")])
+def test_a_score_that_is_not_defined_is_not_as_expected(score: float | None) -> None:
+    expected = Expected(clip_i=-0.5, clip_t=0.5, spread=0.05)
+    with pytest.raises(UserError, match="did not learn what it should: CLIP-I"):
+        compare.judge({"clip_i/fine_tuned": score, "clip_t/fine_tuned": 0.5}, expected)
+
+
+def test_scores_that_were_not_asked_for_are_not_judged() -> None:
+    expected = Expected(clip_i=0.5, clip_t=0.5, clip_t_others=0.5, spread=0.05)
+    scores: compare.Scores = {"clip_i/fine_tuned": 0.5, "clip_t/fine_tuned": 0.5}
+    assert compare.judge(scores, expected).startswith("As expected")
+
+
 @pytest.mark.parametrize("own", [None, Sampling(stage_1_steps=3)])
 def test_a_comparison_is_sampled_as_it_says(
     own: Sampling | None,

@@ -105,7 +105,7 @@ stage_2:
         "sed": "unknown key; did you mean seed?",
         "stage_1.steps": "Input should be a valid integer (got 'many')",
         "stage_1.timesteps.high": "must be at least low, 9 (got 3)",
-        "stage_1.timesteps.shape": "b must be greater than 0 (got 0.0)",
+        "stage_1.timesteps.shape": "b must be greater than 0 and at most 1e+06 (got 0.0)",
         "stage_1.noise_level": "is for stage_2 alone",
         "stage_1.optimizer.name": "unknown name 'adamw8bit'; did you mean adamw_8bit?",
         "stage_1.optimizer.schedule": "unknown name 'bar'; valid: constant, cosine",
@@ -294,3 +294,8 @@ comparison: {prompts: [a sks cat], subject: cat, identifier: sks cat, clip: c, s
     right = "validation: {prompts: [a sks cat], stage_2_prompts: [a cat]}"
     recipe = load_recipe(write(tmp_path, SMALL + right))
     assert recipe.validation.stage_2_prompts == ("a cat",)
+
+
+def test_an_override_deeper_than_any_key_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="No key of a recipe lies so deep"):
+        load_recipe("recipes/quickstart.yaml", [".".join("a" * 3000) + "=1"])

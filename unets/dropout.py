@@ -6,12 +6,16 @@ was drawn before; gradient checkpointing repeats it, and a CUDA graph replays it
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.loha import LoHaLayer
+from peft.tuners.lora.dora import DoraConv2dLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor, nn
+
+from unets.frozen import Quantised
 
 GOLDEN_RATIO = 0x9E3779B9
 """2**32 over the golden ratio: its multiples spread the layers' numbers over all 32 bits."""
@@ -108,7 +112,34 @@ def key_dropout(model: nn.Module, weight_share: float) -> DropoutKeys:
             _drop_rows(module, weight_share, layer, keys)
         if isinstance(module, OFTRotationModule) and weight_share > 0:
             _drop_blocks(module, weight_share, layer, keys)
+        if type(module) is DoraConv2dLayer:
+            module.__class__ = _DroppingDora
     return keys
+
+
+class _DroppingDora(DoraConv2dLayer):  # type: ignore[misc]  # PEFT is untyped
+    """PEFT's DoRA of a convolution, on a base of any precision where its input is dropped out.
+
+    PEFT convolves the dropped input, in float32, with the base's weight as it is.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        base_layer: nn.Conv2d,
+        base_result: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """What DoRA adds to the layer's result."""
+        if base_result is None:
+            # reading a quantised layer's weight would restore it
+            source = base_layer if isinstance(base_layer, Quantised) else base_layer.weight
+            base_result = base_layer(x.to(source.dtype))
+        result: Tensor = super().forward(
+            x, base_layer=base_layer, base_result=base_result, **options
+        )
+        return result
 
 
 def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Dropout]]:
