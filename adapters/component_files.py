@@ -52,7 +52,7 @@ OTHER_CONFIGS = {"tokenizer_config.json", "scheduler_config.json", "preprocessor
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
     r"(\.(?P<variant>[\w-]+?))?"
-    r"(-\d{5}-of-(?P<total>\d{5}))?"
+    r"(-(?P<number>\d{5})-of-(?P<total>\d{5}))?"
     r"(\.(?P<old_variant>[\w-]+))?"
     r"\.(?P<format>safetensors|bin)"
 )
@@ -103,28 +103,36 @@ def choose_weights(component: str, names: Iterable[str], variant: str | None) ->
             is missing.
         ValueError: where complete sets of different numbers of shards lie side by side.
     """
-    found: dict[Form, list[str]] = defaultdict(list)
-    others = set()
+    found: dict[Form, dict[int, str]] = defaultdict(dict)
+    others, twice = set(), []
     for match in filter(None, map(WEIGHTS.fullmatch, sorted(names))):
         own = match["variant"] or match["old_variant"]
         if own in (variant, None):
             shards, old = int(match["total"] or 1), bool(match["old_variant"])
             form = Form(own != variant, match["format"] == "bin", shards, old)
-            found[form].append(match[0])
+            number = int(match["number"] or 1)
+            twice += [match[0], found[form][number]] if number in found[form] else []
+            found[form][number] = match[0]
         else:
             others.add(own)
     if not found:
         only = f"weights of the variant {listed(sorted(others))} only" if others else "no weights"
         raise FileNotFoundError(f"its {component} has {only}")
 
-    def missing(form: Form) -> int:
-        return form.shards - len(found[form])
+    if twice:
+        raise ValueError(
+            f"the weights of its {component} lie there twice ({listed(sorted(set(twice)))}); remove"
+            " all but one set"
+        )
 
-    best = min(found, key=lambda form: (form[:2], missing(form) > 0, form))
+    def missing(form: Form) -> list[int]:
+        return sorted(set(range(1, form.shards + 1)) - found[form].keys())
+
+    best = min(found, key=lambda form: (form[:2], bool(missing(form)), form))
     if missing(best):
         raise FileNotFoundError(
-            f"of the {best.shards} shards of its {component}, {missing(best)} are not there; only"
-            f" {listed(found[best])}"
+            f"of the {best.shards} shards of its {component}, {len(missing(best))} are not there"
+            f" (number {listed(map(str, missing(best)))}); only {listed(found[best].values())}"
         )
     complete = {form.shards for form in found if form[:2] == best[:2] and not missing(form)}
     if best.shards > 1 and len(counts := list(map(str, sorted(complete)))) > 1:
@@ -132,7 +140,7 @@ def choose_weights(component: str, names: Iterable[str], variant: str | None) ->
             f"the weights of its {component} lie there both in {' and in '.join(counts)} shards;"
             " remove all but one set"
         )
-    return Weights(tuple(found[best]), best)
+    return Weights(tuple(found[best][number] for number in sorted(found[best])), best)
 
 
 @dataclass(frozen=True)
@@ -257,7 +265,8 @@ class ModelFiles:
 
     def _names(self, component: str) -> list[str]:
         if not self.listing:
-            return [path.name for path in (self.root / component).glob("*")]
+            files = (self.root / component).glob("*")
+            return [path.name for path in files if path.is_file()]  # a pipe would be waited for
         start = f"{component}/"
         return [place.removeprefix(start) for place in self.listing if place.startswith(start)]
 

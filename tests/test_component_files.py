@@ -110,6 +110,12 @@ def test_of_what_is_there_the_variant_comes_first_then_safetensors(
         ("model.fp16.safetensors", None, "its unet has weights of the variant fp16 only"),
         ("model-00001-of-00003.safetensors", None, "of the 3 shards of its unet, 2 are not there"),
         ("model-00001-of-00002.safetensors pytorch_model.bin", None, "1 are not there"),
+        (
+            "model-00001-of-00002.safetensors model-00003-of-00002.safetensors",
+            None,
+            r"1 are not there \(number 2\)",
+        ),
+        ("model.safetensors pytorch_model.safetensors", None, "lie there twice"),
         ("model.fp16-00001-of-00002.safetensors model.safetensors", "fp16", "1 are not there"),
         (
             "model-#-of-00002.safetensors model-#-of-00004.safetensors",
