@@ -239,5 +239,5 @@ def test_weights_in_several_files_and_variants_load(
         Source(str(tmp_path), 1).unet("fp32", CPU)
     shard = sorted((tmp_path / "unet").glob("*.safetensors"))[0]
     shard.unlink()
-    with pytest.raises(UserError, match="shards of its unet, 1 are not there \(number 1\); only"):
+    with pytest.raises(UserError, match=r"shards of its unet, 1 are not there \(number 1\); only"):
         Source(str(tmp_path), 1, variant="fp16").unet("fp32", CPU)
