@@ -29,7 +29,7 @@ test: lint
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest tests/test_fused.py tests/test_placing.py
+	$(BIN)/python -m pytest tests/unets/test_triton_kernels.py tests/adapters/cascade/test_offload.py
 
 format: setup
 	$(BIN)/ruff check --fix .

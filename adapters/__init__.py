@@ -8,16 +8,16 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
 
-from adapters.cascade import Cascade
-from adapters.embeds import load_embeds, save_embeds
+from adapters.cascade.cascade import Cascade
+from adapters.cascade.embeds import load_embeds, save_embeds
+from adapters.cascade.load import load_cascade
+from adapters.cascade.provenance import PictureInfo, read_picture_info
+from adapters.cascade.results import CascadeImages, Sample
+from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError
-from adapters.export import Exported, export_adapter
-from adapters.images import CascadeImages, Sample
-from adapters.info import AdapterInfo, read_info
-from adapters.kinds import AdapterSpec, attach
-from adapters.load import load_cascade
-from adapters.picture_info import PictureInfo, read_picture_info
-from adapters.sampling import Sampling
+from adapters.files.export import Exported, export_adapter
+from adapters.files.info import AdapterInfo, read_info
+from adapters.weights.kinds import AdapterSpec, attach
 
 __all__ = [
     "load_cascade",

@@ -5,14 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.combining import Part, combined
+from adapters.arguments import STAGES, available, by_stage, parse_scaled
+from adapters.atomic import check_out
 from adapters.errors import UserError, command_line
-from adapters.files import check_out
-from adapters.load import available
-from adapters.merging import StageAdapter
-from adapters.methods import METHODS, Combination
-from adapters.saving import save_adapters
-from adapters.scales import STAGES, by_stage, parse_scaled
+from adapters.files.export import save_adapters
+from adapters.files.stage_adapter import StageAdapter
+from adapters.merging.combination import METHODS, Combination, Part, combined
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; settings are those of :class:`adapters.methods.Combination`."""
+    """The command line; settings are those of :class:`adapters.merging.combination.Combination`."""
     parser = argparse.ArgumentParser(
         prog="adapters.combine", description="Combine LoRAs into one by a method of PEFT."
     )

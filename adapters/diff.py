@@ -11,14 +11,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from adapters.bases import sources_of
-from adapters.changes import Update, by_block, inner, needed_base, shape_of, update
-from adapters.component_files import CONFIG
-from adapters.errors import UserError, command_line
-from adapters.formats import alpha_of, kind_of, rank_of
-from adapters.merging import StageAdapter
-from adapters.names import listed
-from adapters.stored import StoredUNet
+from adapters.base.component_files import CONFIG
+from adapters.base.source import sources_of
+from adapters.base.stored_unet import StoredUNet
+from adapters.errors import UserError, command_line, listed
+from adapters.files.reading import alpha_of, kind_of, rank_of
+from adapters.files.stage_adapter import StageAdapter
+from adapters.merging.measure import Update, by_block, inner, needed_base, shape_of, update
 from adapters.tables import aligned, facts, span
 
 Read = Callable[[str], Update | None]

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapters.bases import Source, source_of
-from adapters.captions import KEEP_IN_PYTHON, check_captions, check_vocabulary
-from adapters.conditioning import check_texts
-from adapters.embeds import save_embeds
+from adapters.arguments import available
+from adapters.atomic import check_out
+from adapters.base.source import Source, source_of
+from adapters.cascade.embeds import save_embeds
 from adapters.errors import command_line
-from adapters.files import check_out
-from adapters.load import available
+from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
 from unets.loading import PRECISIONS, automatic_precision
 
 TEXT_PRECISIONS = ("fp32", "bf16", "int8", "nf4")

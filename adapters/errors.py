@@ -1,9 +1,11 @@
-"""The one error that a person is meant to read, and how command lines show it."""
+"""The version, the error that a person is meant to read, and names in its sentences."""
 
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from pydantic import AfterValidator
 from tqdm import tqdm
 
 
@@ -43,3 +45,30 @@ def command_line() -> Iterator[None]:
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+__version__ = "0.1.0"
+
+
+def listed(names: Iterable[str], limit: int = 20) -> str:
+    """Names in a sentence; of more than ``limit``, how many more."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def closest(word: str, names: Sequence[str]) -> str:
+    """A hint at the valid name that a word was probably meant to be."""
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
+
+
+def name_in(table: Mapping[str, object]) -> AfterValidator:
+    """A pydantic validator: the name of a row, or an error that hints at the closest."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"unknown name {name!r}; {closest(name, list(table))}")
+        return name
+
+    return AfterValidator(check)

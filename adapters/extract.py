@@ -11,19 +11,18 @@ import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from adapters.bases import Source, source_of
-from adapters.card import write_card
-from adapters.errors import UserError, command_line
-from adapters.export import completed, of_base, write_adapter
-from adapters.files import new_folder
-from adapters.formats import lora_config
-from adapters.info import AdapterInfo
-from adapters.kinds import PRESETS, AdapterSpec, match_targets
-from adapters.load import available
-from adapters.low_rank import Approximation
-from adapters.merging import StageAdapter
-from adapters.names import listed
-from adapters.stored import StoredUNet
+from adapters.arguments import available
+from adapters.atomic import new_folder
+from adapters.base.source import Source, source_of
+from adapters.base.stored_unet import StoredUNet
+from adapters.errors import UserError, command_line, listed
+from adapters.files.export import completed, of_base, write_adapter
+from adapters.files.info import AdapterInfo
+from adapters.files.model_card import write_card
+from adapters.files.reading import lora_config
+from adapters.files.stage_adapter import StageAdapter
+from adapters.weights.approximation import Approximation
+from adapters.weights.kinds import PRESETS, AdapterSpec, match_targets
 
 DISTRIBUTION = "deepfloyd-if-finetune"
 

@@ -9,20 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from adapters.captions import KEEP_IN_PYTHON, check_captions
-from adapters.cascade import Cascade
-from adapters.conditioning import check_seeds, check_texts
-from adapters.embeds import load_embeds
+from adapters.arguments import check_seeds, parse_scale, parse_scaled, written
+from adapters.atomic import check_out
+from adapters.base.hub import with_revision
+from adapters.cascade.cascade import Cascade
+from adapters.cascade.embeds import load_embeds
+from adapters.cascade.load import load_cascade
+from adapters.cascade.provenance import PictureInfo, read_picture_info
+from adapters.cascade.redraw import WAYS, Redraw
+from adapters.cascade.sampling import Sampling, SettingError
 from adapters.errors import UserError, command_line
-from adapters.files import check_out
-from adapters.hub import with_revision
-from adapters.info import AdapterInfo
-from adapters.load import load_cascade
-from adapters.merging import StageAdapter
-from adapters.picture_info import PictureInfo, read_picture_info
-from adapters.redraw import WAYS, Redraw
-from adapters.sampling import Sampling, SettingError
-from adapters.scales import parse_scale, parse_scaled, written
+from adapters.files.info import AdapterInfo
+from adapters.files.stage_adapter import StageAdapter
+from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts
 from unets.loading import Precision
 
 DEFAULTS: dict[str, Any] = {

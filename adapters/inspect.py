@@ -11,17 +11,17 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from tqdm.auto import tqdm
 
-from adapters.bases import sources_of
-from adapters.changes import by_block, inner, update
-from adapters.errors import command_line
-from adapters.formats import alpha_of, kind_of, rank_of
-from adapters.info import AdapterInfo, find_weights
-from adapters.kinds import KINDS
-from adapters.merging import StageAdapter
-from adapters.names import listed
-from adapters.repair import arriving
-from adapters.stored import StoredUNet
+from adapters.base.source import sources_of
+from adapters.base.stored_unet import StoredUNet
+from adapters.errors import command_line, listed
+from adapters.files.for_diffusers import arriving
+from adapters.files.info import AdapterInfo
+from adapters.files.places import find_weights
+from adapters.files.reading import alpha_of, kind_of, rank_of
+from adapters.files.stage_adapter import StageAdapter
+from adapters.merging.measure import by_block, inner, update
 from adapters.tables import aligned, facts, span
+from adapters.weights.kinds import KINDS
 
 BAR = 24
 """How many characters the bar of the largest norm has."""

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from adapters.bases import Source, sources_of
-from adapters.changes import check_weights_only
+from adapters.arguments import is_factor
+from adapters.atomic import new_folder
+from adapters.base.source import Source, sources_of
+from adapters.base.stored_unet import StoredUNet
 from adapters.errors import UserError, command_line
-from adapters.files import new_folder
-from adapters.merged_folder import MergedModel, Storage
-from adapters.merging import StageAdapter
-from adapters.scales import is_factor
-from adapters.stored import StoredUNet
+from adapters.files.stage_adapter import StageAdapter
+from adapters.merging.measure import check_weights_only
+from adapters.merging.merged_model import MergedModel, Storage
 from unets.loading import PRECISIONS
 
 VARIANT = re.compile(r"[\w-]+")

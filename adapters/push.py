@@ -14,12 +14,13 @@ from huggingface_hub.utils.tqdm import enable_progress_bars
 from peft.utils import CONFIG_NAME
 from yaml import YAMLError
 
-from adapters.card import CARD, SAMPLES, front_matter, shown
+from adapters.base.hub import STAGE_FOLDERS, asking_the_hub
 from adapters.errors import UserError, command_line
-from adapters.hub import asking_the_hub
-from adapters.info import NOTICE, PEFT_WEIGHTS, STAGE_FOLDERS, AdapterInfo, export_stages
-from adapters.licence import DEEPFLOYD, handed_on
-from adapters.merging import StageAdapter
+from adapters.files.info import NOTICE, AdapterInfo
+from adapters.files.licence import DEEPFLOYD, handed_on
+from adapters.files.model_card import CARD, SAMPLES, front_matter, shown
+from adapters.files.places import PEFT_WEIGHTS, export_stages
+from adapters.files.stage_adapter import StageAdapter
 
 STAGE_FILES = (PEFT_WEIGHTS, CONFIG_NAME, LORA_WEIGHT_NAME_SAFE)
 """What export writes into a stage's folder."""

@@ -2,26 +2,16 @@
 
 import argparse
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from diffusers import IFPipeline
-from diffusers.utils import logging
-from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor
+from peft import LoraConfig
 
+from adapters.atomic import check_out, replacing
 from adapters.errors import UserError, command_line
-from adapters.export import save_for_diffusers
-from adapters.files import check_out, replacing
-from adapters.formats import kind_of, read_adapter, scaling
-from adapters.hub import adapter_path
-from adapters.info import find_weights
-from adapters.keys import module_of, modules_of
-from adapters.kinds import ADAPTER_NAME
-from adapters.skeleton import AdaptedOnly
+from adapters.files.for_diffusers import arriving, save_for_diffusers
+from adapters.files.places import adapter_path, find_weights
+from adapters.files.reading import kind_of, read_adapter
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,54 +65,6 @@ def repair(path: Path, out: Path | None = None) -> str:
                 " tensors in any spelling; load it with load_cascade or PEFT."
             )
     return f"{file}: diffusers loses {lost} of {len(state)} tensors; it loads all of {out}."
-
-
-def arriving(file: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
-    """The tensors of a LoRA file that diffusers' own ``load_lora_weights`` puts to use.
-
-    It loads the file into a pipeline whose UNet is only what the LoRA adapts.
-
-    Args:
-        file: the file.
-        config: what the file means, and
-        state: its tensors under PEFT's names.
-
-    Returns:
-        The names of those that arrive unchanged, in modules that scale them by alpha as meant.
-    """
-    pipe = IFPipeline(*[None] * 7, requires_safety_checker=False)
-    pipe.unet = AdaptedOnly(state)
-    try:
-        with silence():
-            pipe.load_lora_weights(file, adapter_name=ADAPTER_NAME)
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError):
-        return []  # it refuses the file
-    if "peft_config" not in vars(pipe.unet):
-        return []  # it found nothing to load
-    loaded = get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER_NAME)
-    layers = {name: pipe.unet.get_submodule(name) for name in modules_of(loaded)}
-    scaled = {
-        name
-        for name, layer in layers.items()
-        if layer.scaling[ADAPTER_NAME] == scaling(config, state, name)
-    }
-    return [
-        name
-        for name, tensor in state.items()
-        if name in loaded and torch.equal(loaded[name], tensor) and module_of(name) in scaled
-    ]
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Without what diffusers and PEFT say of keys that they do not know."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.set_verbosity(before)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from adapters.bases import sources_of
-from adapters.card import write_card
-from adapters.changes import Product, check_weights_only, needed_base, update
+from adapters.atomic import new_folder
+from adapters.base.source import sources_of
+from adapters.base.stored_unet import StoredUNet
 from adapters.errors import command_line
-from adapters.export import approximated, of_base, write_adapter
-from adapters.files import new_folder
-from adapters.formats import kind_of, lora_config, rank_of
-from adapters.hub import adapter_path
-from adapters.licence import handed_on
-from adapters.low_rank import Approximation
-from adapters.merging import StageAdapter
-from adapters.stored import StoredUNet
+from adapters.files.export import approximated, of_base, write_adapter
+from adapters.files.licence import handed_on
+from adapters.files.model_card import write_card
+from adapters.files.places import adapter_path
+from adapters.files.reading import kind_of, lora_config, rank_of
+from adapters.files.stage_adapter import StageAdapter
+from adapters.merging.measure import Product, check_weights_only, needed_base, update
 from adapters.tables import aligned, span
+from adapters.weights.approximation import Approximation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

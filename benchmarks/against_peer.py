@@ -8,8 +8,8 @@ each run. ``--model`` is a folder with ``stage_1`` and ``stage_2``; what is miss
 with random weights of the published sizes. With a small cascade there, all of it runs on a CPU as
 well, in fp32:
 
-    python -c "from pathlib import Path; from tests.random_cascade import save_random_cascade; \
-        save_random_cascade(Path('/tmp/toy'))"
+    python -c "from pathlib import Path; from tests.builders import random_cascade as toy; \
+        toy.save_random_cascade(Path('/tmp/toy'))"
     python -m benchmarks.against_peer --peer … --model /tmp/toy --steps 40 --job-steps 60
 
 The peer, ``examples/dreambooth/train_dreambooth_lora.py`` of huggingface/diffusers, is no part of

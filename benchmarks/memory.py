@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
-from finetune.loading import load_recipe
-from finetune.planning import plan
+from finetune.memory.fit import plan
+from finetune.recipe.file import load_recipe
 from unets.tally import GIB
 
 RECIPE = "recipes/dreambooth_6gb.yaml"

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from adapters.tokens import prompt_tokens
+from adapters.cascade.tokens import prompt_tokens
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
 from benchmarks.random_model import save_random_model
-from finetune.footprint import Rehearsal
-from finetune.loop import load_trainee
-from finetune.recipe import Recipe
-from finetune.stages import STAGES, Batch
+from finetune.memory.footprint import Rehearsal
+from finetune.recipe.schema import Recipe
+from finetune.run.loop import load_trainee
+from finetune.step.stages import STAGES, Batch
 from unets.tally import GIB
 
 CONFIGURATIONS = (

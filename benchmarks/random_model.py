@@ -34,8 +34,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from adapters.guards import GUARDS
-from tests.random_cascade import clip_tokenizer
+from adapters.base.guards import GUARDS
+from tests.builders.random_cascade import clip_tokenizer
 
 ROOT = Path(__file__).parent.parent
 UNETS = json.loads((Path(__file__).parent / "if_unets.json").read_text())

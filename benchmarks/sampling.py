@@ -21,8 +21,8 @@ from diffusers import IFPipeline
 from PIL import Image
 
 from adapters import load_cascade
-from adapters.sampling import Sampling
-from adapters.tokens import prompt_tokens
+from adapters.cascade.sampling import Sampling
+from adapters.cascade.tokens import prompt_tokens
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
 from benchmarks.random_model import save_random_model

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from adapters import load_cascade
-from adapters.export import write_adapter
-from adapters.formats import lora_config
-from adapters.info import AdapterInfo, BaseSignature
-from adapters.kinds import PRESETS, AdapterSpec, match_targets
-from adapters.load import Precision
-from adapters.merging import StageAdapter
+from adapters.base.signature import BaseSignature
+from adapters.cascade.load import Precision
+from adapters.files.export import write_adapter
+from adapters.files.info import AdapterInfo
+from adapters.files.reading import lora_config
+from adapters.files.stage_adapter import StageAdapter
+from adapters.weights.kinds import PRESETS, AdapterSpec, match_targets
 from benchmarks.random_model import UNETS, save_random_model
 
 ROOT = Path(__file__).parent.parent

@@ -1,5 +1,5 @@
 """Parameter-efficient fine-tuning of DeepFloyd IF."""
 
-from adapters.version import __version__
+from adapters.errors import __version__
 
 __all__ = ["__version__"]

@@ -7,14 +7,14 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
-from adapters.budget import memory_bytes
+from adapters.base.guards import GUARDS
+from adapters.cascade.memory_budget import memory_bytes
 from adapters.errors import command_line
-from adapters.guards import GUARDS
-from finetune.loading import load_recipe
-from finetune.planning import Plan, fit, plan
-from finetune.recipe import Recipe
-from finetune.stages import STAGES
-from finetune.text import TEXT_PARTS
+from finetune.data.captions import TEXT_PARTS
+from finetune.memory.fit import Plan, fit, plan
+from finetune.recipe.file import load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.step.stages import STAGES
 from unets.tally import GIB
 
 Row = tuple[str, ...]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 
 from adapters.errors import command_line
-from finetune.data import load_captions
-from finetune.loading import load_recipe
-from finetune.recipe import Recipe
-from finetune.text import CaptionCache, captions_of, embed_captions
+from finetune.data.captions import CaptionCache, captions_of, embed_captions
+from finetune.data.sources import load_captions
+from finetune.recipe.file import load_recipe
+from finetune.recipe.schema import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,20 +16,20 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 
+from adapters.atomic import write_text
 from adapters.errors import UserError, command_line
-from adapters.files import write_text
-from finetune.data import Picture, load_pictures
-from finetune.loading import load_recipe
-from finetune.loop import Material, train_stage
+from finetune.data.captions import captions_of, embed_captions
+from finetune.data.pictures import Picture, load_pictures
+from finetune.data.prior import class_pictures
+from finetune.memory.fit import out_of_memory, plan
 from finetune.plan import plan_text
-from finetune.planning import out_of_memory, plan
-from finetune.prior import class_pictures
-from finetune.recipe import Recipe
-from finetune.run import Folders, check_recipe, finished
-from finetune.stages import Stage
-from finetune.text import captions_of, embed_captions
+from finetune.recipe.file import load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.run.folders import Folders, check_recipe, finished
+from finetune.run.loop import Material, train_stage
+from finetune.step.stages import Stage
+from unets.fused_norms import compile_ahead
 from unets.loading import compute_dtype
-from unets.norms import compile_ahead
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

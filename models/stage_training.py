@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import T5EncoderModel
 
-from finetune.losses import Losses, NoiseTables, hybrid_loss
-from finetune.stages import STAGES, Batch, noised
+from finetune.step.losses import Losses, NoiseTables, hybrid_loss
+from finetune.step.stages import STAGES, Batch, noised
 from models.architecture import (
     make_noising_scheduler,
     make_scheduler,

@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
-from tests.random_cascade import RandomCascade, save_random_cascade
+from tests.builders.random_cascade import RandomCascade, save_random_cascade
 
 torch.set_num_threads(1)  # models this small lose more than they win by a second thread
 

@@ -4,6 +4,7 @@ import doctest
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 import pytest
 import torch
@@ -11,15 +12,15 @@ from diffusers import UNet2DConditionModel
 
 import adapters
 from adapters import AdapterSpec, Cascade, load_cascade
-from tests.test_adapters_export import export, trained_unet
+from tests.builders import ROOT
+from tests.builders.adapters import export, trained_unet
 
-ROOT = Path(__file__).parent.parent
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-MODULES = sorted(path.stem for path in (ROOT / "adapters").glob("[a-z]*.py"))
+MODULES = sorted(module.name for module in walk_packages(adapters.__path__, "adapters."))
 FOUND = {
     test.name: module
     for module in MODULES
-    for test in doctest.DocTestFinder().find(import_module(f"adapters.{module}"))
+    for test in doctest.DocTestFinder().find(import_module(module))
     if test.examples
 }
 
@@ -50,7 +51,7 @@ def test_the_public_api_has_examples() -> None:
 def test_an_example_prints_what_it_says(cascade: Cascade, name: str) -> None:
     known = {public: vars(adapters)[public] for public in adapters.__all__}
     known |= {"cascade": cascade, "torch": torch, "UNet2DConditionModel": UNet2DConditionModel}
-    module = import_module(f"adapters.{FOUND[name]}")
+    module = import_module(FOUND[name])
     (example,) = (
         test for test in doctest.DocTestFinder().find(module, globs=known) if test.name == name
     )

@@ -1,11 +1,14 @@
-"""The top-level folder of pictures never stands in the way of the datasets library."""
+"""Packages: what they may import, that they are typed, and that no folder hides a library."""
 
+import ast
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from importlinter.cli import lint_imports
+
+from tests.builders import ROOT
 
 
 def test_the_datasets_library_is_not_shadowed() -> None:
@@ -18,8 +21,19 @@ def test_the_datasets_library_is_not_shadowed() -> None:
 
 
 def test_the_packages_are_typed() -> None:
-    for package in ("finetune", "adapters"):
+    for package in ("finetune", "adapters", "unets"):
         spec = importlib.util.find_spec(package)
         assert spec is not None
         assert spec.origin is not None
         assert (Path(spec.origin).parent / "py.typed").exists()
+
+
+def test_rooms_import_downwards_and_in_no_circle() -> None:
+    assert lint_imports(str(ROOT / "pyproject.toml"), cache_dir=None, no_cache=True) == 0
+
+
+def test_no_test_imports_another() -> None:
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            assert not module.rpartition(".")[2].startswith("test_"), f"{file} imports {module}"

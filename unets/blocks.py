@@ -12,12 +12,12 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from unets.adapted import AdaptedConv2d
 from unets.frozen import FrozenConv2d
-from unets.norms import add, norm_act
+from unets.fused_norms import add, norm_act
+from unets.lora_layers import AdaptedConv2d
 
 NAMES: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.SiLU: "silu"}
-"""The activations of IF's blocks, as :func:`unets.norms.norm_act` names them."""
+"""The activations of IF's blocks, as :func:`unets.fused_norms.norm_act` names them."""
 
 
 WIDE = torch.int64

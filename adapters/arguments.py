@@ -1,0 +1,139 @@
+"""Arguments as users give them, checked: scales of adapters, seeds, devices."""
+
+import numbers
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import torch
+
+from adapters.errors import UserError
+
+Scale: TypeAlias = float | Mapping[int, float]
+"""The factor of an adapter's updates: in all its stages, or by stage, 0 in those not named.
+
+It multiplies the whole update W merged - W. diffusers agrees, except on a DoRA, whose magnitudes it
+keeps in full: see :meth:`adapters.cascade.adapter_set.AdaptedStages.set_adapters`.
+"""
+
+Scales: TypeAlias = Mapping[str, Scale] | Sequence[str] | str
+"""Adapters by name, each with its scale; without, 1."""
+
+LARGEST = torch.finfo(torch.float32).max
+"""The largest factor, as updates are merged in float32."""
+
+STAGES = (1, 2)
+"""The stages that adapters belong to."""
+
+
+def scaled(scales: Scales) -> Mapping[str, Scale]:
+    """The scale of each adapter that is named."""
+    if isinstance(scales, Mapping):
+        return scales
+    return dict.fromkeys([scales] if isinstance(scales, str) else scales, 1.0)
+
+
+def is_factor(factor: object) -> bool:
+    """Whether an update can be multiplied by it: a finite number in float32's range."""
+    return isinstance(factor, numbers.Real) and abs(cast(float, factor)) <= LARGEST
+
+
+def by_stage(
+    scale: Scale, own: Collection[int], loaded: Collection[int], what: str
+) -> dict[int, float]:
+    """The factor in each stage of an adapter.
+
+    Args:
+        scale: of the adapter.
+        own: its stages, of those that are loaded.
+        loaded: the stages that are loaded; factors for others are passed over, as adapters are.
+        what: the adapter, for messages.
+
+    Raises:
+        UserError: where a factor is no finite number in float32's range, or for a stage that the
+            adapter lacks.
+    """
+    factors = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(own, scale)
+    for stage, factor in factors.items():
+        if not is_factor(factor):
+            raise UserError(
+                f"The scale of {what} must be a finite number (got {factor!r}) that float32 holds."
+            )
+        if stage not in STAGES or (stage in loaded and stage not in own):
+            raise UserError(
+                f"A scale of {what} is for Stage {stage!r}, but it has Stage"
+                f" {' and '.join(map(str, own))} only; leave the other out."
+            )
+    return {stage: float(factors.get(stage, 0.0)) for stage in own}
+
+
+def parse_scaled(argument: str) -> tuple[str, Scale | None]:
+    """An adapter and its scale from a command line.
+
+    Args:
+        argument: ``FOLDER``, ``FOLDER=0.7``, or by stage ``FOLDER=1:0.5,2:1``. It is all a folder
+            where there is one of that name.
+
+    Returns:
+        The folder, and its scale; ``None``: none was given.
+
+    Raises:
+        UserError: where what follows the last ``=`` is no scale.
+    """
+    folder, sign, text = argument.rpartition("=")
+    if not sign or Path(argument).exists():
+        return argument, None
+    try:
+        return folder, parse_scale(text)
+    except ValueError:
+        raise UserError(
+            f"{argument!r} ends in {text!r}, which is no scale; give FOLDER=0.7, or one for each"
+            " stage as in FOLDER=1:0.5,2:1."
+        ) from None
+
+
+def parse_scale(text: str) -> Scale:
+    """A number, or one for each stage, as in ``1:0.5,2:1``; a ValueError where it is neither."""
+    if ":" not in text:
+        return float(text)
+    pairs = (pair.split(":") for pair in text.split(","))
+    return {int(stage): float(factor) for stage, factor in pairs}
+
+
+def written(scales: Mapping[int, float]) -> str:
+    """Scales by stage as :func:`parse_scale` reads them, exactly."""
+    return ",".join(f"{stage}:{scale!r}" for stage, scale in scales.items())
+
+
+def available(name: str | torch.device) -> torch.device:
+    """The device of a name, once something has been placed on it; ``auto``: a GPU if there is."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        placed = torch.empty(0, device=name)
+        placed.cpu()  # meta and the like keep no values
+        return placed.device
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"The device {str(name)!r} cannot be used ({reason}); choose auto, cpu, or cuda where"
+            " there is a GPU."
+        ) from error
+
+
+LAST_SEED = torch.iinfo(torch.uint64).max
+"""The largest seed that a generator of PyTorch takes."""
+
+
+def check_seeds(seeds: Iterable[object]) -> None:
+    """Check that all can seed a generator.
+
+    Raises:
+        UserError: where one cannot.
+    """
+    for seed in seeds:
+        if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) <= LAST_SEED:
+            raise UserError(
+                f"A seed must be a whole number from 0 to {LAST_SEED} (got {seed!r}); choose"
+                " another."
+            )

@@ -1,0 +1,110 @@
+"""Names on the Hugging Face hub, and its refusals in sentences."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+import httpx
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from adapters.errors import UserError
+
+STAGE_FOLDERS = ("stage_1", "stage_2")
+"""The folders of an export, one a stage."""
+
+HUB_NAME = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    rf"(?:/(?P<inside>{'|'.join(STAGE_FOLDERS)}|[^@]+\.safetensors))?"
+    r"(?:@(?P<revision>.+))?"
+)
+"""``owner/name``, and the stage or file in it, and the revision: ``owner/name/stage_1@v2``."""
+
+MISTAKES: Mapping[type[Exception], str] = MappingProxyType(
+    {
+        HFValidationError: "{name} is no hub name; write owner/name, in letters, digits, '-', '_'"
+        " and '.'.",
+        LocalTokenNotFoundError: "You are not logged in to the hub, which {name} needs; run"
+        " `hf auth login` with a token that may write, or set HF_TOKEN.",
+        GatedRepoError: "{name} is gated; accept its terms at {endpoint}/{repo}, and log in with"
+        " `hf auth login`.",
+        RevisionNotFoundError: "The hub has {repo}, but not the revision that {name} names; name a"
+        " branch, a tag or a commit of it.",
+        RepositoryNotFoundError: "{repo} is neither a path here nor, as far as you may see it, on"
+        " the hub; correct the name, or log in with a token that may read it (`hf auth login`).",
+        OfflineModeIsEnabled: "The hub cannot be asked for {name} in offline mode; unset"
+        " HF_HUB_OFFLINE.",
+        LocalEntryNotFoundError: "{name} is neither here nor in the local cache, and the hub at"
+        " {endpoint} cannot be reached; check the name and the connection (and HF_ENDPOINT,"
+        " HF_HUB_OFFLINE).",
+        httpx.TransportError: "The hub at {endpoint} cannot be reached for {name} ({reason}); check"
+        " the connection and HF_ENDPOINT.",
+    }
+)
+"""What can go wrong on the way to the hub, the particular before the general."""
+
+REFUSALS: Mapping[int, str] = MappingProxyType(
+    {
+        401: "The hub does not accept your token for {name}; log in again with `hf auth login` (a"
+        " token in HF_TOKEN comes first).",
+        403: "Your token may not do this to {repo} ({reason}); log in with one that may write"
+        " there, or name a repository of your own.",
+        413: "The hub refuses a file of {name} as too large ({reason}); export with a lower rank.",
+    }
+)
+"""What the hub answers, by HTTP status."""
+
+REFUSED = "The hub refuses {name}: {reason}"
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is ``owner/name`` on the hub, and not a path here."""
+    match = HUB_NAME.fullmatch(name)
+    return match is not None and match["repo"] == name and not Path(name).exists()
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """``owner/name@v2`` as ``owner/name`` and ``v2``; what exists here is a path, and has none."""
+    match = None if Path(name).exists() else HUB_NAME.fullmatch(name)
+    return (name, None) if match is None or match["inside"] else (match["repo"], match["revision"])
+
+
+def with_revision(name: str, revision: str | None) -> str:
+    """The name of a model at a revision, as :func:`split_revision` takes it; of a path, itself."""
+    return f"{name}@{revision}" if revision and is_hub_name(name) else name
+
+
+@contextmanager
+def asking_the_hub(name: str) -> Iterator[None]:
+    """Turn what goes wrong between here and the hub over a hub name into a UserError."""
+    try:
+        yield
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        # the hub's client wraps what went wrong with a single file
+        cause = error.__cause__ if isinstance(error, RuntimeError) else None
+        raise UserError(sentence(cause or error, name)) from None
+
+
+def sentence(error: BaseException, name: str) -> str:
+    """What an error of the hub's client means, and what to do."""
+    known = next((text for kind, text in MISTAKES.items() if isinstance(error, kind)), REFUSED)
+    reason = str(error)
+    if isinstance(error, HfHubHTTPError):
+        reason = error.server_message or reason
+        if known is REFUSED:
+            known = REFUSALS.get(error.response.status_code, REFUSED)
+    match = HUB_NAME.fullmatch(name)
+    repo = match["repo"] if match else name
+    words = " ".join(reason.split()).rstrip(".")
+    return known.format(name=name, repo=repo, endpoint=ENDPOINT, reason=words)

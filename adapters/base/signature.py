@@ -1,0 +1,62 @@
+"""Signatures: telling one base UNet from another by its configuration and a few weights."""
+
+import json
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import BaseModel, ConfigDict
+
+SIGNATURE_LENGTH = 16
+"""How many values of a parameter a signature holds."""
+
+SIGNATURE_PARAMETERS = {
+    "conv_in": "bias",
+    "mid_block.resnets.0.conv1": "bias",
+}
+"""The parameters it looks at, by module: those that no quantiser touches."""
+
+HALF_PRECISION = (2.0**-7, 1e-6)
+"""How far a value may be off in bfloat16 or float16, relatively (2 roundings) and absolutely."""
+
+
+class BaseSignature(BaseModel):
+    """What tells one base UNet from another, wherever it is stored and in whatever precision."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: dict[str, Any]
+    """The UNet's configuration."""
+    values: dict[str, tuple[float, ...]]
+    """The first values of a parameter of the base itself, by the module's name."""
+
+    @classmethod
+    def of(cls, unet: UNet2DConditionModel) -> "BaseSignature":
+        """The signature of a UNet, with an adapter attached or without, but none merged."""
+        values = {}
+        for name, parameter in SIGNATURE_PARAMETERS.items():
+            module = unet.get_submodule(name)
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            first = layer.get_parameter(parameter).detach().flatten()[:SIGNATURE_LENGTH]
+            values[name] = tuple(first.float().tolist())
+        public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+        return cls(
+            config=json.loads(json.dumps(public)),  # with lists for tuples, as when read back
+            values=values,
+        )
+
+    def difference(self, other: "BaseSignature") -> str | None:
+        """In what two bases differ; ``None``: they are one and the same.
+
+        Configuration fields that only one of them has are those of another diffusers version.
+        Values may differ by half precision's rounding.
+        """
+        for key in self.config.keys() & other.config.keys():
+            if self.config[key] != other.config[key]:
+                return f"{key} is {other.config[key]}, not {self.config[key]}"
+        for name, values in self.values.items():
+            mine, theirs = torch.tensor(values), torch.tensor(other.values[name])
+            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, *HALF_PRECISION):
+                return f"its weights are others, such as those of {name}"
+        return None

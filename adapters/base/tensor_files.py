@@ -1,0 +1,66 @@
+"""Safetensors files written one tensor at a time, so that none has to be in memory whole."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.atomic import replacing
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Precisions by the names that safetensors files have for them."""
+
+
+def write_tensors(
+    path: Path,
+    blank: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    advance: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Write a safetensors file whole.
+
+    Args:
+        path: where to.
+        blank: the tensors' shapes and precisions by name; their values are not looked at.
+        read: gives the values of a name.
+        advance: is told how many bytes have been written, tensor by tensor.
+
+    Raises:
+        UserError: where the disk refuses.
+    """
+    # wide precisions first, so that each tensor is aligned, as safetensors' own writer does
+    order = sorted(blank, key=lambda name: (-blank[name].itemsize, name))
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        stream.write(safetensors_header({name: blank[name] for name in order}, {"format": "pt"}))
+        for name in order:
+            values = read(name).contiguous().view(-1).view(torch.uint8)
+            stream.write(values.numpy().data)
+            advance(values.nbytes)
+
+
+def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with; the tensors' bytes follow in their order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.nbytes
+        dtype = DTYPES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,1 @@
+"""The cascade that draws: loading, adapters, sampling, results, memory."""

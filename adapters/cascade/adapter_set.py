@@ -1,0 +1,353 @@
+"""The loaded adapters of a cascade by name: added, scaled, combined, saved, removed."""
+
+import difflib
+import itertools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from pathlib import Path
+from threading import RLock
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+
+import torch
+from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from adapters.arguments import Scale, Scales, by_stage, scaled
+from adapters.errors import UserError
+from adapters.files.export import save_adapters
+from adapters.files.stage_adapter import StageAdapter
+from adapters.merging.combination import Combination, Part, combined
+from adapters.merging.in_place import MergedAdapters
+from unets.graphs import GraphMemory, Replayed
+
+NAMELESS = ("adapters", "stage_1", "stage_2", "adapter_model", "pytorch_lora_weights", "..")
+"""Names of folders and files that say nothing of what an adapter is."""
+
+
+class Listing(dict[str, dict[int, float]]):
+    """The scale of each adapter in each of its stages, by name; its text is a table of them.
+
+    ``Cascade.set_adapters`` takes it.
+    """
+
+    def __init__(self, loaded: Mapping[str, Mapping[int, tuple[StageAdapter, float]]]) -> None:
+        super().__init__(
+            (name, {stage: scale for stage, (_, scale) in stages.items()})
+            for name, stages in loaded.items()
+        )
+        self._rows = [
+            (name, str(stage), f"{scale:g}", adapter.kind, str(adapter.folder))
+            for name, stages in loaded.items()
+            for stage, (adapter, scale) in stages.items()
+        ]
+
+    def __str__(self) -> str:
+        rows = [("adapter", "stage", "scale", "kind", "from"), *self._rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    def known(self, name: str) -> str:
+        """A name, once it is that of a loaded adapter.
+
+        Raises:
+            UserError: where it is not, naming the closest.
+        """
+        if name in self:
+            return name
+        if not self:
+            raise UserError(f"No adapter is called {name!r}, as none is loaded; add it first.")
+        (closest,) = difflib.get_close_matches(name, self, n=1, cutoff=0)
+        raise UserError(
+            f"No adapter is called {name!r}; did you mean {closest!r}? Loaded: {', '.join(self)}."
+        )
+
+    def free(self, name: str) -> str:
+        """A name, once no loaded adapter has it.
+
+        Raises:
+            UserError: where one has.
+        """
+        if name in self:
+            raise UserError(f"An adapter called {name!r} is loaded already; choose another name.")
+        return name
+
+    def free_name(self, folder: Path) -> str:
+        """A free name after a folder or file, with a number where another adapter has it."""
+        parts = [part.removesuffix(".safetensors") for part in folder.absolute().parts[1:]]
+        telling = (part for part in reversed(parts) if part not in NAMELESS)
+        name = next(telling, "adapter")
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        return next(each for each in itertools.chain([name], numbered) if each not in self)
+
+
+Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
+
+Of = ParamSpec("Of")
+
+Result = TypeVar("Result")
+
+
+def alone(
+    method: Callable[Concatenate[Any, Of], Result],
+) -> Callable[Concatenate[Any, Of], Result]:
+    """A method during which no other thread draws with the object or changes it."""
+
+    @wraps(method)
+    def locked(self: Any, /, *args: Of.args, **options: Of.kwargs) -> Result:
+        with self.lock:
+            return method(self, *args, **options)
+
+    return locked
+
+
+@dataclass(kw_only=True)
+class AdaptedStages:
+    """Stages whose UNets take adapters, in place: recorded forward passes read what they become."""
+
+    stages: Mapping[int, Stage]
+    """Stage I and II, by number."""
+    base_names: Mapping[int, str]
+    """The bases' names, for messages."""
+    originals: torch.device | None = None
+    """Where copies of the base's weights are kept, see :class:`MergedAdapters`."""
+    sources: dict[str, str] = field(default_factory=dict, init=False)
+    """Where the loaded adapters came from, as they were named."""
+    lock: AbstractContextManager[Any] = field(default_factory=RLock, init=False, repr=False)
+    """Held by whoever draws with the stages or changes them."""
+    merged: dict[int, MergedAdapters] = field(init=False)
+    recorded: dict[int, Replayed[Tensor]] = field(init=False)
+    """The UNets' forward passes: on a GPU one CUDA graph for each size of batch."""
+
+    def __post_init__(self) -> None:
+        memory = GraphMemory()  # whoever draws holds the lock: one stage at a time
+        self.recorded = {
+            number: Replayed(partial(_predict, pipe.unet), f"Stage {number}'s UNet", memory=memory)
+            for number, pipe in self.stages.items()
+        }
+        self.merged = {
+            number: MergedAdapters(pipe.unet, self.originals, self.recorded[number].renew)
+            for number, pipe in self.stages.items()
+        }
+
+    @property
+    def adapters(self) -> Listing:
+        """The loaded adapters and their scales; print it to see more of them."""
+        loaded: dict[str, dict[int, tuple[StageAdapter, float]]] = {}
+        for stage, merged in self.merged.items():
+            for name, adapter in merged.adapters.items():
+                loaded.setdefault(name, {})[stage] = adapter, merged.scales[name]
+        return Listing(loaded)
+
+    @alone
+    def add_adapter(self, folder: str | Path, scale: Scale = 1.0, name: str | None = None) -> str:
+        """Load an adapter into the stages that it and this cascade have, and merge it.
+
+        Whether an adapter belongs to a base is decided by the base's weights, not by its name,
+        since folders move and hub repositories are mirrored: the UNet's configuration and a few of
+        its weights, recorded at export, must be those of this cascade's UNet before any merging.
+
+        Args:
+            folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these,
+                the file or folder of another tool, or any of them by its name on the hub, see
+                :func:`adapters.files.places.adapter_path`. Another tool's goes to the stage whose
+                UNet it fits by names and shapes, and is not held against any base.
+            scale: how much of it, in all stages or by stage (``{1: 0.5}``: none of it in Stage II):
+                each weight W becomes W + scale * (W merged - W). Adapters add up. For what that is
+                of a DoRA, see :meth:`set_adapters`.
+            name: what to call it; ``None``: after its folder.
+
+        Returns:
+            Its name.
+
+        Raises:
+            UserError: where the folder has no adapter for a stage of this cascade or one that was
+                trained on another base, the scale is not finite, or the name is taken. Nothing is
+                loaded or merged then.
+
+        Example:
+            >>> before = cascade.stages[1].unet.conv_in.weight.clone()
+            >>> cascade.add_adapter("runs/quickstart/adapters", 0.8)
+            'quickstart'
+            >>> cascade.remove_adapters()
+            >>> torch.equal(cascade.stages[1].unet.conv_in.weight, before)
+            True
+        """
+        adapters = self._for_stages(folder)
+        name = name or self.adapters.free_name(Path(folder))
+        return self._load(adapters, scale, name, str(folder))
+
+    @alone
+    def set_adapters(self, scales: Scales) -> None:
+        """Switch to adapters that are loaded, each with its scale.
+
+        It takes milliseconds, and no recorded forward pass has to be made anew, but of a quantised
+        base where more is switched on in a layer than at any time before
+        (:class:`adapters.merging.in_place.Coded`).
+
+        Args:
+            scales: by name, in all stages or by stage (``{"dog": 0.8, "style": {1: 0.5, 2: 1}}``);
+                names alone have the scale 1. What is not named, an adapter or a stage of it, is
+                switched off, and stays loaded.
+
+                A scale takes its part of all that an adapter changes, whatever its kind: half of a
+                DoRA is halfway from W to W merged, and none of it is W. In diffusers'
+                ``set_adapters`` a scale multiplies a DoRA's B A alone and keeps its magnitudes in
+                full, so that both draw the same at the scale 1 only. Of a LoRA, rsLoRA, LoHa and
+                LoKr both mean the same.
+
+        Raises:
+            UserError: where a name is unknown or a scale not finite. Nothing has changed then.
+        """
+        factors, before = self._by_stage(scales), self.adapters
+        try:
+            self._set(factors)
+        except BaseException:  # the device has no room
+            self._set(before)
+            raise
+
+    @alone
+    def combine(
+        self,
+        scales: Scales,
+        method: str = "linear",
+        *,
+        name: str | None = None,
+        density: float | None = None,
+        rank: int | None = None,
+        majority_sign: str | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Make one LoRA of several that are loaded, by a method of PEFT; it starts switched off.
+
+        The others stay as they are until :meth:`set_adapters` switches to it and them off.
+
+        Args:
+            scales: of the adapters to combine, by name, in all stages or by stage. What has the
+                scale 0 takes no part.
+            method: one of :data:`adapters.merging.combination.METHODS`.
+            name: what to call it; ``None``: its adapters' names with ``+`` between them.
+            density: this and the rest are settings of
+            :class:`adapters.merging.combination.Combination`.
+            rank: see there.
+            majority_sign: see there.
+            seed: see there.
+
+        Returns:
+            Its name, for :meth:`set_adapters` and :meth:`save_adapter`.
+
+        Raises:
+            UserError: where a name is unknown or taken, or the method cannot take an adapter.
+        """
+        how = Combination(method, density, rank, majority_sign, seed)
+        factors = self._by_stage(scales)
+        name = self.adapters.free(name or "+".join(factors))
+        adapters = {}
+        for stage, merged in self.merged.items():
+            parts = [
+                Part(each, merged.adapters[each], own[stage])
+                for each, own in factors.items()
+                if own.get(stage)
+            ]
+            if parts:
+                adapters[stage] = combined(parts, how, name, merged.unet.device)
+        if not adapters:
+            raise UserError("There is nothing to combine; give adapters scales other than 0.")
+        return self._load(adapters, 0.0, name, f"{method} of {', '.join(factors)}")
+
+    def save_adapter(self, name: str, folder: str | Path) -> None:
+        """Write a loaded LoRA as a folder that travels (as ``save_adapters`` does).
+
+        Raises:
+            UserError: where the name is unknown, it is no LoRA, or the folder holds something.
+        """
+        self.adapters.known(name)
+        save_adapters(
+            {
+                stage: merged.adapters[name]
+                for stage, merged in self.merged.items()
+                if name in merged.adapters
+            },
+            Path(folder),
+        )
+
+    @alone
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter out and free what was kept for it.
+
+        Raises:
+            UserError: where the name is unknown.
+        """
+        self.adapters.known(name)
+        for merged in self.merged.values():
+            if name in merged.adapters:
+                merged.remove(name)
+        self.sources.pop(name, None)
+
+    @alone
+    def remove_adapters(self) -> None:
+        """Take all adapters out; every weight is the base's own again, to the bit."""
+        self.set_adapters({})
+        for name in self.adapters:
+            self.remove_adapter(name)
+
+    @alone
+    def free_graphs(self) -> None:
+        """Free the GPU memory of recorded forward passes; the next pictures record them again."""
+        for recorded in self.recorded.values():
+            recorded.forget()
+
+    def _for_stages(self, folder: str | Path) -> dict[int, StageAdapter]:
+        """The adapters of a folder, by stage, where they belong to this cascade's bases."""
+        adapters = StageAdapter.load_all(folder)
+        configs = {number: pipe.unet.config for number, pipe in self.stages.items()}
+        staged = [(adapter.stage_among(configs), adapter) for adapter in adapters]
+        fitting = [(stage, adapter) for stage, adapter in staged if stage in self.stages]
+        if not fitting:
+            raise UserError(
+                f"{folder} has an adapter of Stage"
+                f" {' and '.join(str(stage) for stage, _ in staged)}, but this"
+                f" cascade has Stage {' and '.join(map(str, self.stages))}; load the stage that it"
+                " belongs to."
+            )
+        for stage, adapter in fitting:
+            adapter.check_base(self.merged[stage].base, self.base_names[stage])
+        if len(dict(fitting)) < len(fitting):
+            raise UserError(
+                f"{folder} has two adapters of Stage {fitting[0][0]}; load them one by one."
+            )
+        return dict(fitting)
+
+    def _load(
+        self, adapters: Mapping[int, StageAdapter], scale: Scale, name: str, source: str
+    ) -> str:
+        before = self.adapters
+        factors = by_stage(scale, adapters, self.stages, f"adapter {before.free(name)!r}")
+        try:
+            for stage, adapter in adapters.items():
+                self.merged[stage].add(name, adapter)
+            self._set(before | {name: factors})
+        except BaseException:
+            if name in self.adapters:
+                self.remove_adapter(name)
+            raise
+        self.sources[name] = source
+        return name
+
+    def _set(self, factors: Mapping[str, Mapping[int, float]]) -> None:
+        for stage, merged in self.merged.items():
+            merged.set({name: own[stage] for name, own in factors.items() if stage in own})
+
+    def _by_stage(self, scales: Scales) -> dict[str, dict[int, float]]:
+        """Checked scales, by adapter and each of its stages."""
+        listing = self.adapters
+        return {
+            name: by_stage(scale, listing[listing.known(name)], self.stages, f"adapter {name!r}")
+            for name, scale in scaled(scales).items()
+        }
+
+
+def _predict(unet: UNet2DConditionModel, **inputs: Tensor) -> Tensor:
+    prediction: Tensor = type(unet).forward(unet, **inputs, return_dict=False)[0]
+    return prediction

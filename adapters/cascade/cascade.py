@@ -1,0 +1,365 @@
+"""The cascade: prompts in, the pictures of every stage out, with adapters merged into its UNets.
+
+Shapes: N pictures, S a stage's picture size, s the size of the stage below, T text tokens, D text
+width. Pixels are in [-1, 1].
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Unpack
+
+import torch
+from diffusers import DiffusionPipeline, IFPipeline, StableDiffusionUpscalePipeline
+from torch import Tensor
+
+from adapters.arguments import Scale, check_seeds
+from adapters.cascade.adapter_set import AdaptedStages, alone
+from adapters.cascade.checks import check_drawing
+from adapters.cascade.conditioning import Conditioning, Options, Prompt, every_stage, spread, told
+from adapters.cascade.drawing import Drawn, Request, draw, upscale
+from adapters.cascade.embeds import look_up
+from adapters.cascade.memory_budget import TEXT
+from adapters.cascade.offload import Placing
+from adapters.cascade.overview import as_html, as_text, overview, precision_of
+from adapters.cascade.provenance import PictureInfo, signed, used_adapters
+from adapters.cascade.redraw import WAYS, Given, Redraw
+from adapters.cascade.results import CascadeImages
+from adapters.cascade.sampling import Sampling
+from adapters.errors import UserError
+from adapters.pictures.reading import as_pixels
+from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
+
+EVERY_STAGE = (1, 2, 3)
+
+
+@dataclass(kw_only=True)
+class Cascade(AdaptedStages):
+    """Stages I to III, each optional, one text encoder for I and II, and merged adapters."""
+
+    upscaler: StableDiffusionUpscalePipeline | None
+    """Stage III, with its own text encoder."""
+    text: IFPipeline | None
+    """The tokenizer and text encoder of Stage I and II; ``None``: embeddings must be given."""
+    placing: Placing
+    """Where its parts are."""
+    revision: str | None = None
+    """The hub revision of Stage I and II, which saved pictures name."""
+    variant: str | None = None
+    """The variant of their weights, which saved pictures name."""
+
+    def __repr__(self) -> str:
+        return as_text(self._overview())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._overview())
+
+    def _overview(self) -> list[Sequence[str]]:
+        return overview(self._pipelines(), self.text, self.base_names, self.merged)
+
+    def _pipelines(self) -> dict[int, DiffusionPipeline]:
+        """The pipelines of all stages, by number."""
+        return dict(self.stages) | ({} if self.upscaler is None else {3: self.upscaler})
+
+    @alone
+    def __call__(
+        self,
+        prompt: Prompt,
+        *,
+        stage_2_prompt: Prompt | None = None,
+        stage_3_prompt: Prompt | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        images_per_prompt: int = 1,
+        sampling: Sampling | None = None,
+        low_res: Given | None = None,
+        redraw: Redraw | None = None,
+        embeds: Mapping[str, Tensor] | None = None,
+        clean_caption: bool = True,
+        progress: bool = True,
+    ) -> CascadeImages:
+        """Sample pictures of prompts.
+
+        Args:
+            prompt: one prompt, or several.
+            stage_2_prompt: what Stage II is told instead, once for all prompts or for each: often
+                the prompt without a subject's identifier; ``None``: the same as Stage I.
+            stage_3_prompt: what Stage III is told instead; ``None``: the same as Stage II.
+            negative_prompt: what guidance leads away from; ``None``: the empty caption.
+            seed: the first picture's seed; each further picture's is one more.
+            images_per_prompt: how many pictures of each prompt, one after the other.
+            sampling: steps and guidance; ``None``: the published pipelines' defaults.
+            low_res: square pictures to enlarge, or their files, one for all prompts or one for
+                each; Stage I is not run.
+            redraw: pictures to start from, one for all prompts or one for each; :meth:`img2img`
+                and :meth:`inpaint` make it.
+            embeds: encodings [T, D] of all prompts that Stage I and II are told, and of what
+                guidance leads away from, such as :func:`adapters.cascade.embeds.load_embeds` reads;
+                ``None``: this cascade's text encoder makes them.
+            clean_caption: clean prompts as IF's pipelines do by default, which drops words such as
+                ``<sks>``, ``j0hn``, ``#3`` and all Chinese; of ``embeds``, whether theirs were.
+            progress: show progress bars.
+
+        Raises:
+            UserError: where there is nothing to draw or cleaning empties a prompt, and as
+                :meth:`sample`.
+
+        Example:
+            >>> few = Sampling(stage_1_steps=4, stage_2_steps=2)
+            >>> images = cascade("a car on a pink background", images_per_prompt=2, sampling=few)
+            >>> images
+            CascadeImages(2 pictures, 32 → 128 px, of 'a car on a pink background')
+            >>> images[0].save("car.png")
+        """
+        check_seeds([seed])
+        check_texts([negative_prompt or ""])
+        given = {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}
+        prompts = told(given, images_per_prompt)
+        count = len(prompts[1])
+        each = count // images_per_prompt, images_per_prompt
+        if redraw is not None:
+            redraw = redraw.take(spread(range(len(redraw)), *each, "pictures to start from"))
+        if embeds is None:
+            encoded = {negative_prompt or "": "negative_prompt"}
+            encoded |= dict.fromkeys(prompts[2], "stage_2_prompt")
+            encoded |= dict.fromkeys(prompts[1], "the prompt")
+            self._check_captions(encoded, clean_caption)
+        below = None
+        if low_res is not None:
+            below = as_pixels(spread(Redraw.of(low_res).pictures, *each, "low_res pictures"))
+        encodings = {
+            texts: self._encodings(texts, embeds, clean_caption)
+            for texts in dict.fromkeys([prompts[1], prompts[2]])
+        }
+        negative = self._encodings([negative_prompt or ""], embeds, clean_caption)
+        return self.sample(
+            {stage: encodings[prompts[stage]] for stage in (1, 2)},
+            negative.expand(count, -1, -1),
+            seeds=range(seed, seed + count),
+            sampling=sampling,
+            low_res=below,
+            redraw=redraw,
+            prompts=prompts,
+            negative_prompt=negative_prompt,
+            clean_caption=clean_caption,
+            progress=progress,
+        )
+
+    def img2img(
+        self,
+        picture: Given,
+        prompt: Prompt,
+        *,
+        strength: Scale | None = None,
+        **options: Unpack[Options],
+    ) -> CascadeImages:
+        """Sample pictures of prompts that start from given ones, with diffusers' own pipelines.
+
+        Args:
+            picture: one for all prompts, or one for each, all of one size; or files of them.
+            prompt: one prompt, or several.
+            strength: how far to go, above 0 up to 1 (as from noise alone), in all stages or by
+                stage (``{1: 0.6, 2: 0.9}``); ``None``: the pipelines' own.
+            **options: as :meth:`__call__` takes them.
+
+        Raises:
+            UserError: as :meth:`__call__`, and where the pictures' sizes differ, or the strength
+                is out of range or leaves no steps.
+
+        Example:
+            >>> few = Sampling(stage_1_steps=4, stage_2_steps=2)
+            >>> car = cascade("a car on a pink background", sampling=few)[0].final
+            >>> cascade.img2img(car, "a bus on a pink background", strength=0.5, sampling=few)
+            CascadeImages(1 picture, 32 → 128 px, of 'a bus on a pink background')
+        """
+        return self(prompt, redraw=Redraw.of(picture, strength=strength), **options)
+
+    def inpaint(
+        self,
+        picture: Given,
+        mask: Given,
+        prompt: Prompt,
+        *,
+        strength: Scale | None = None,
+        **options: Unpack[Options],
+    ) -> CascadeImages:
+        """Sample what is masked of given pictures anew, with diffusers' own pipelines.
+
+        Args:
+            picture: one for all prompts, or one for each, all of one size; or files of them.
+            mask: of the picture's size: what is white is drawn anew, and what is black stays.
+            prompt: one prompt, or several.
+            strength: as :meth:`img2img`.
+            **options: as :meth:`__call__` takes them.
+
+        Raises:
+            UserError: as :meth:`img2img`, and where there is no mask.
+        """
+        if mask is None:
+            raise UserError("There is no mask; give one, or call img2img to draw all of it anew.")
+        return self(prompt, redraw=Redraw.of(picture, mask, strength), **options)
+
+    @alone
+    def encode(self, prompts: Sequence[str], *, clean_caption: bool = True) -> Tensor:
+        """Encode prompts along the path of ``IFPipeline.__call__``, [N, T, D] on the device.
+
+        :func:`adapters.cascade.embeds.save_embeds` keeps them for a cascade without a text encoder.
+
+        Raises:
+            UserError: where there is no text encoder, or cleaning empties a prompt.
+        """
+        if self.text is None:
+            raise UserError(
+                "This cascade was loaded without a text encoder; load it with text_encoder=True, or"
+                " hand sample() the embeddings."
+            )
+        check_texts(prompts)
+        self._check_captions(dict.fromkeys(prompts, "the prompt"), clean_caption)
+        with self.placing.at_work(TEXT, self.text):
+            embeds, _ = self.text.encode_prompt(
+                list(prompts), do_classifier_free_guidance=False, clean_caption=clean_caption
+            )
+        return embeds
+
+    def _check_captions(self, captions: Mapping[str, str], clean_caption: bool) -> None:
+        """Refuse prompts that cleaning empties, and say which words are lost of others."""
+        check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
+        if self.text is not None:
+            check_vocabulary(captions, self.text.tokenizer, clean_caption=clean_caption)
+
+    def _encodings(
+        self, texts: Sequence[str], embeds: Mapping[str, Tensor] | None, clean_caption: bool
+    ) -> Tensor:
+        """Of each picture's text, [N, T, D]; what is the same is encoded once."""
+        if embeds is not None:
+            return look_up(embeds, texts)
+        distinct = list(dict.fromkeys(texts))
+        rows = [distinct.index(text) for text in texts]
+        return self.encode(distinct, clean_caption=clean_caption)[rows]
+
+    @alone
+    def sample(
+        self,
+        prompt_embeds: Tensor | Mapping[int, Tensor],
+        negative_embeds: Tensor,
+        *,
+        seeds: Sequence[int],
+        sampling: Sampling | None = None,
+        low_res: Tensor | None = None,
+        redraw: Redraw | None = None,
+        prompts: Sequence[str] | Mapping[int, Sequence[str]] = (),
+        negative_prompt: str | None = None,
+        clean_caption: bool = True,
+        progress: bool = True,
+    ) -> CascadeImages:
+        """Sample pictures from text embeddings.
+
+        Each picture draws from generators of its own, so it does not depend on its neighbours in a
+        batch (beyond rounding), and Stage II's noise does not depend on Stage I's steps.
+
+        Args:
+            prompt_embeds: [N, T, D], or these by stage; Stage II has Stage I's if not its own.
+            negative_embeds: [N, T, D], what guidance leads away from: the encoding of ``""``.
+            seeds: of each picture, N.
+            sampling: steps and guidance; ``None``: the published pipelines' defaults.
+            low_res: [N, 3, s, s] in [-1, 1]: upsample these; Stage I is not run.
+            redraw: pictures to start from, N.
+            prompts: N, or these by stage, where a stage has that of the one before if not its own;
+                Stage III reads them, and the result names them.
+            negative_prompt: of Stage III.
+            clean_caption: whether the encoded prompts were cleaned, which the result says.
+            progress: show progress bars.
+
+        Raises:
+            UserError: where Stage I is needed and absent, Stage III lacks prompts, a setting
+                exceeds what a stage's scheduler knows, or numbers or shapes do not go together.
+        """
+        if not isinstance(sampling, Sampling | None):
+            raise UserError(f"sampling must be a Sampling(...) (got {sampling!r}); make one.")
+        check_seeds(seeds)
+        embeds = prompt_embeds if isinstance(prompt_embeds, Mapping) else {1: prompt_embeds}
+        texts = prompts if isinstance(prompts, Mapping) else {1: prompts} if prompts else {}
+        conditioning = Conditioning(
+            prompt_embeds=every_stage(embeds, (1, 2)),
+            negative_embeds=negative_embeds,
+            seeds=tuple(map(int, seeds)),
+            prompts=every_stage(texts, EVERY_STAGE),
+            negative_prompt=negative_prompt,
+            clean_caption=clean_caption,
+            redraw=redraw,
+        )
+        sampling = self.placing.limited(sampling or WAYS[conditioning.way].sampling)
+        check_drawing(self._pipelines(), conditioning, sampling, low_res)
+        return self._draw(conditioning, sampling, low_res, progress)
+
+    def _draw(
+        self,
+        conditioning: Conditioning,
+        sampling: Sampling,
+        low_res: Tensor | None,
+        progress: bool,
+    ) -> CascadeImages:
+        """Draw with one stage after the other."""
+        drawn: dict[int, Drawn] = {}
+        pixels = low_res
+        for number, pipe in self._pipelines().items():
+            if number == 1 and low_res is not None:
+                continue
+            request = Request(number, conditioning, sampling, pixels, progress)
+            try:
+                with self.placing.at_work(f"stage_{number}", pipe):
+                    if number == 3:
+                        drawn[number] = upscale(pipe, request)
+                        continue
+                    drawn[number] = draw(pipe, request, self.recorded[number])
+            except torch.OutOfMemoryError:
+                raise _out_of_memory(number, conditioning, sampling) from None
+            finally:
+                if self.placing.scarce:  # it takes room, and reads weights where they are now
+                    self.free_graphs()
+            pixels = drawn[number].pixels
+        first = drawn[1].pixels if 1 in drawn else low_res
+        assert first is not None
+        infos = self._infos(conditioning, sampling, drawn)
+        pictures = signed({number: each.pictures for number, each in drawn.items()}, infos)
+        flags = (each.flagged for each in drawn.values())
+        return CascadeImages(
+            stage_1=pictures.get(1, ()),
+            stage_2=pictures.get(2, ()),
+            stage_3=pictures.get(3, ()),
+            prompts=tuple(conditioning.prompts.get(1, ())),
+            seeds=tuple(conditioning.seeds),
+            low_res=first.float().cpu(),
+            flagged=tuple(any(stages) for stages in zip(*flags, strict=True)),
+            infos=infos,
+        )
+
+    def _infos(
+        self, conditioning: Conditioning, sampling: Sampling, drawn: Collection[int]
+    ) -> tuple[PictureInfo, ...]:
+        """What each picture was drawn with, by the stages that drew."""
+        info = PictureInfo(
+            stage=max(drawn),
+            negative_prompt=conditioning.negative_prompt,
+            clean_caption=conditioning.clean_caption,
+            models={stage: self.base_names[stage] for stage in drawn},
+            revision=self.revision,
+            variant=self.variant,
+            precisions={
+                n: precision_of(p.unet) for n, p in self._pipelines().items() if n in drawn
+            },
+            adapters=used_adapters(self.adapters, self.sources, drawn),
+            sampling=sampling,
+            way=conditioning.way,
+            strength=dict(conditioning.strength),
+        )
+        prompts = {n: texts for n, texts in conditioning.prompts.items() if n in drawn}
+        return tuple(info.of_each(conditioning.seeds, prompts))
+
+
+def _out_of_memory(stage: int, conditioning: Conditioning, sampling: Sampling) -> UserError:
+    count = min(len(conditioning.seeds), sampling.batch_size)
+    return UserError(
+        f"The GPU ran out of memory while Stage {'I' * stage} drew {count}"
+        f" picture{'s' * (count > 1)} at once; give a smaller batch_size in sampling, or load the"
+        " cascade for less memory (memory='6GB' is the least for the published sizes)."
+    )

@@ -1,0 +1,154 @@
+"""Drawing with one stage, batch by batch, and how its pipeline finishes pictures.
+
+Shapes: N pictures, S the stage's picture size, s that of the stage below. Pixels are in [-1, 1].
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    StableDiffusionUpscalePipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import Tensor
+
+from adapters.cascade.conditioning import Conditioning
+from adapters.cascade.redraw import WAYS, sharing
+from adapters.cascade.sampling import Sampling
+from unets.graphs import Replayed
+
+Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of one stage."""
+
+    pictures: tuple[Image.Image, ...]
+    flagged: tuple[bool, ...]
+    """Which of them a safety checker has blackened."""
+    pixels: Tensor | None = None
+    """[N, 3, S, S] on the CPU, before quantisation and watermark; not of Stage III."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a stage is to draw, and how."""
+
+    stage: int
+    conditioning: Conditioning
+    sampling: Sampling
+    below: Tensor | None
+    """[N, 3, s, s], the pictures to enlarge; ``None``: of Stage I."""
+    progress: bool
+    """Whether to show a progress bar for each batch."""
+
+    def batches(self) -> Iterator["Request"]:
+        """The same for each batch of ``sampling.batch_size`` pictures."""
+        count, size = len(self.conditioning), self.sampling.batch_size
+        for rows in (slice(start, start + size) for start in range(0, count, size)):
+            below = None if self.below is None else self.below[rows]
+            yield replace(self, conditioning=self.conditioning[rows], below=below)
+
+    def arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """What the stage's pipeline takes; sets up its progress bar.
+
+        One generator a picture, on the CPU so that every device draws the same.
+        """
+        bar = {"desc": f"Stage {self.stage}", "disable": not self.progress, "leave": False}
+        pipe.set_progress_bar_config(**bar)
+        seeds = self.conditioning.seeds
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        below = {} if self.below is None else {"image": self.below}
+        text = self.conditioning.arguments(self.stage)
+        return below | text | self.sampling.arguments(self.stage) | {"generator": generators}
+
+
+def draw(pipe: Stage, request: Request, recorded: Replayed[Tensor]) -> Drawn:
+    """Draw with Stage I or II, from noise or from given pictures.
+
+    Args:
+        pipe: the stage's pipeline; from given pictures, one for that draws with its modules.
+        request: what to draw.
+        recorded: the UNet's forward pass.
+    """
+    own = sharing(pipe, WAYS[request.conditioning.way].pipelines[request.stage])
+    pixels: list[Tensor] = []
+    pictures: list[Image.Image] = []
+    flags: list[bool] = []
+    with evaluating(pipe.unet), replaying(pipe.unet, recorded):
+        for batch in request.batches():
+            drawn = own(**batch.arguments(own), output_type="pt").images
+            finished, flagged = finish(pipe, drawn)
+            pixels.append(drawn.cpu())
+            pictures += finished
+            flags += flagged
+    return Drawn(tuple(pictures), tuple(flags), torch.cat(pixels))
+
+
+def upscale(pipe: StableDiffusionUpscalePipeline, request: Request) -> Drawn:
+    """Draw with Stage III, whose pipeline takes pictures in [0, 1] and guards its own."""
+    assert request.below is not None
+    pictures: list[Image.Image] = []
+    flags: list[bool] = []
+    for batch in replace(request, below=(request.below / 2 + 0.5).clamp(0, 1)).batches():
+        result = pipe(**batch.arguments(pipe))
+        pictures += result.images
+        flags += result.nsfw_content_detected or [False] * len(result.images)
+    return Drawn(tuple(pictures), tuple(flags))
+
+
+def finish(pipe: Stage, pixels: Tensor) -> tuple[list[Image.Image], list[bool]]:
+    """Pictures as the pipeline finishes them: checked by its safety checker, then watermarked.
+
+    Steps 8 to 11 of ``IFPipeline.__call__``, which it takes for ``output_type="pil"`` only.
+
+    Args:
+        pipe: the stage's pipeline.
+        pixels: [N, 3, S, S].
+
+    Returns:
+        The pictures, and which of them were blackened.
+    """
+    images = (pixels / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
+    dtype = pipe.unet.dtype if pipe.safety_checker is None else pipe.safety_checker.dtype
+    images, nsfw, watermarked = pipe.run_safety_checker(images, pixels.device, dtype)
+    pictures = pipe.numpy_to_pil(images)
+    if pipe.watermarker is not None:
+        pipe.watermarker.apply_watermark(pictures, pipe.unet.config.sample_size)
+    none = [False] * len(pictures)
+    flags = [one or two for one, two in zip(nsfw or none, watermarked or none, strict=True)]
+    return pictures, flags
+
+
+@contextmanager
+def evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
+    """A UNet in training samples without dropout."""
+    training = unet.training
+    unet.eval()
+    try:
+        yield
+    finally:
+        unet.train(training)
+
+
+@contextmanager
+def replaying(unet: UNet2DConditionModel, recorded: Replayed[Tensor]) -> Iterator[None]:
+    """A UNet whose forward pass, as IF's pipelines call it, is replayed."""
+
+    def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor]:
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        return (recorded(sample=sample, timestep=timestep, **tensors),)
+
+    unet.forward = forward
+    try:
+        yield
+    finally:
+        del unet.forward

@@ -1,0 +1,237 @@
+"""Loading a cascade."""
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    IFPipeline,
+    StableDiffusionUpscalePipeline,
+    UNet2DConditionModel,
+)
+from tqdm import tqdm
+
+from adapters.arguments import STAGES, Scale, available
+from adapters.base.guards import GUARDS
+from adapters.base.source import Source
+from adapters.cascade.cascade import Cascade
+from adapters.cascade.memory_budget import TEXT, limit, memory_bytes, within
+from adapters.cascade.offload import Placing
+from adapters.errors import UserError, closest
+from adapters.files.stage_adapter import StageAdapter
+from unets.loading import PRECISIONS, Precision, automatic_precision, compute_dtype
+
+Chosen: TypeAlias = Literal["auto"] | Precision
+"""The precision of a UNet, or what suits the device."""
+
+Adapters: TypeAlias = (
+    str
+    | Path
+    | Sequence[str | Path | tuple[str | Path, Scale]]
+    | Mapping[str, Scale]
+    | Mapping[Path, Scale]
+)
+"""Exported folders or hub names, one or several, or these with the scale of each."""
+
+
+def load_cascade(
+    stage_1: str | Path | None = None,
+    stage_2: str | Path | None = None,
+    stage_3: str | Path | None = None,
+    *,
+    adapters: Adapters = (),
+    scale: Scale = 1.0,
+    originals: Literal["device", "cpu"] = "device",
+    revision: str | None = None,
+    variant: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: Chosen | Mapping[int, Chosen] = "auto",
+    memory: str | None = None,
+    text_encoder: bool = True,
+    unets: Mapping[int, UNet2DConditionModel] | None = None,
+) -> Cascade:
+    """Load a cascade with diffusers' own pipelines, guards and all.
+
+    Args:
+        stage_1: Stage I, a folder or a hub name, which may end with a revision of its own
+            (``owner/name@revision``); ``None``: only given pictures are upsampled.
+        stage_2: Stage II, likewise.
+        stage_3: the x4 upscaler, likewise. It is guarded by the modules of the stage before it, as
+            the published cascade's is.
+        adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
+            or these with the scale of each, see :meth:`Cascade.add_adapter`.
+        scale: of adapters that are given without: in all stages or by stage, 0 in those not named.
+        originals: where the base's own values of the weights that adapters change are kept: beside
+            the UNet, so that adapters are switched in milliseconds, or on the ``cpu``, which saves
+            that memory (:class:`adapters.merging.in_place.MergedAdapters`) and takes a transfer
+            each time.
+        revision: the hub revision of Stage I and II where their names have none.
+        variant: the weights' variant of Stage I and II, such as ``fp16``; what has none is read
+            from its plain files, and that is told.
+        device: ``auto``: the GPU where there is one.
+        dtype: the precision of the UNets, or of each stage's; ``auto``: bf16 on a GPU, fp32
+            elsewhere. The text encoder of fp16 UNets is bf16, as T5-XXL overflows in fp16, and
+            that of quantised ones is not quantised.
+        memory: a GPU's, such as ``6GB``: precisions, which parts rest in main memory while others
+            work, and how many pictures are drawn at once are chosen such that all stays within
+            it, and told (:mod:`adapters.cascade.memory_budget`). ``adapters`` are counted, and
+            those that are added later come on top. PyTorch gets no more of the GPU in this process
+            until a cascade is loaded without. ``None``: all is on the device.
+        text_encoder: whether to load the text encoder of Stage I (of Stage II where that is alone).
+        unets: UNets to sample from instead of loading them, by stage; they keep their precision.
+
+    Raises:
+        UserError: where a model, an adapter or the device is not there or does not fit.
+
+    Example:
+        >>> load_cascade("models/if-tiny/stage_1", "models/if-tiny/stage_2", device="cpu")
+                      model                   pictures  parameters  precision  device  adapters
+        Stage 1       models/if-tiny/stage_1  32 px     6.8 M       float32    cpu
+        Stage 2       models/if-tiny/stage_2  128 px    2.6 M       float32    cpu
+        Stage 3       none
+        text encoder  T5EncoderModel                    0.5 M       float32    cpu
+        guards        none
+    """
+    device = available(device)
+    named = {1: stage_1, 2: stage_2, 3: stage_3}
+    sources = {
+        number: Source(str(named[number]), number, revision, variant)
+        for number in (1, 2)
+        if named[number] is not None
+    }
+    _check_options(sources, originals, memory, unets or {})
+    everything = sources | ({} if stage_3 is None else {3: Source(str(stage_3), 3)})
+    scaled = _scaled(adapters, scale)
+    folders = [folder for folder, _ in scaled]
+    placing, precisions = _placed(everything, memory, dtype, device, text_encoder, folders)
+    stages, dtypes = {}, {}
+    for number, source in sources.items():
+        dtypes[number] = compute_dtype(precisions[number], device)
+        unet = (unets or {}).get(number) or source.unet(precisions[number], device)
+        no_text = {"text_encoder": None, "tokenizer": None}
+        stages[number] = source.pipeline(dtypes[number], **no_text, unet=unet)
+        placing.settle(f"stage_{number}", stages[number])
+    last = max(stages)
+    upscaler = None
+    if stage_3 is not None:
+        upscaler = _upscaler(everything[3], dtypes[last], stages[last], placing)
+    cascade = Cascade(
+        stages=stages,
+        base_names={number: str(named[number]) for number in everything},
+        originals=torch.device("cpu") if originals == "cpu" or memory else None,
+        upscaler=upscaler,
+        text=_text(sources[min(sources)], precisions[0], placing) if text_encoder else None,
+        placing=placing,
+        revision=revision,
+        variant=variant,
+    )
+    for folder, own_scale in scaled:
+        cascade.add_adapter(folder, own_scale)
+    return cascade
+
+
+def _check_options(
+    sources: Collection[int],
+    originals: str,
+    memory: str | None,
+    unets: Mapping[int, UNet2DConditionModel],
+) -> None:
+    """There is a stage to load, and options are known and go together."""
+    if not sources:
+        raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
+    if originals not in ("device", "cpu"):
+        raise UserError(f"originals must be device or cpu (got {originals!r}); choose one of them.")
+    if odd := sorted(unets.keys() - sources):
+        raise UserError(
+            f"unets has one for Stage {odd[0]}, which is not named; name its model too."
+        )
+    if memory is not None:
+        memory_bytes(memory)
+    if memory and unets:
+        raise UserError(
+            f"memory={memory!r} loads UNets itself, in precisions that fit; leave memory or unets"
+            " out."
+        )
+
+
+def _scaled(adapters: Adapters, scale: Scale) -> list[tuple[str | Path, Scale]]:
+    """Adapters with the scale of each."""
+    if isinstance(adapters, Mapping):
+        return list(adapters.items())
+    several = [adapters] if isinstance(adapters, str) else adapters
+    each_or_pair = several if isinstance(several, Sequence) else [several]
+    return [each if isinstance(each, tuple) else (each, scale) for each in each_or_pair]
+
+
+def _by_stage(
+    folders: Sequence[str | Path], sources: Mapping[int, Source]
+) -> dict[int, list[StageAdapter]]:
+    """The adapters of folders, by the stage that each belongs to."""
+    configs = {number: sources[number].unet_config for number in STAGES if number in sources}
+    adapters: dict[int, list[StageAdapter]] = {}
+    for adapter in chain.from_iterable(map(StageAdapter.load_all, folders)):
+        adapters.setdefault(adapter.stage_among(configs), []).append(adapter)
+    return adapters
+
+
+def _placed(
+    sources: Mapping[int, Source],
+    memory: str | None,
+    dtype: Chosen | Mapping[int, Chosen],
+    device: torch.device,
+    text_encoder: bool,
+    adapters: Sequence[str | Path],
+) -> tuple[Placing, dict[int, Precision]]:
+    """Where parts are, and the precision of the UNets and (0) of the text encoder."""
+    if memory is None:
+        limit(device, None)
+        precisions = {number: _precision(dtype, number, device) for number in sources}
+        first = compute_dtype(precisions[min(sources)], device)
+        text: Precision = "fp32" if first == torch.float32 else "bf16"
+        return Placing(device), precisions | {0: text}
+    if device.type != "cuda" or dtype != "auto":
+        raise UserError(
+            f"memory={memory!r} is about a GPU, and chooses precisions by itself: leave dtype at"
+            f" auto (got {dtype!r}), and the device a GPU (got {device})."
+        )
+    merged = _by_stage(adapters, sources)
+    chosen = within(sources, memory, text_encoder=text_encoder, adapters=merged)
+    limit(device, memory)
+    tqdm.write(f"Within {memory}:\n{chosen}", file=sys.stderr)
+    parts = {0: TEXT} | {number: f"stage_{number}" for number in sources}
+    precisions = {number: chosen.row.precision(part) for number, part in parts.items()}
+    return Placing(device, chosen.row.away, chosen.at_once), precisions
+
+
+def _upscaler(
+    source: Source, dtype: torch.dtype, below: DiffusionPipeline, placing: Placing
+) -> StableDiffusionUpscalePipeline:
+    """Stage III, guarded by the modules of the stage below it."""
+    upscaler = source.pipeline(dtype)
+    guards = {name: below.components[name] for name in GUARDS}
+    upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
+    if placing.at_once is not None:
+        upscaler.vae.enable_slicing()  # decodes one picture at a time
+    placing.settle("stage_3", upscaler)
+    return upscaler
+
+
+def _text(source: Source, precision: Precision, placing: Placing) -> IFPipeline:
+    """The tokenizer and text encoder."""
+    dtype = PRECISIONS.get(precision, torch.bfloat16)
+    pipe = source.text_pipeline(precision, dtype, placing.device)
+    placing.settle(TEXT, pipe)
+    return pipe
+
+
+def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.device) -> Precision:
+    """The precision of a stage's UNet."""
+    own = dtype.get(stage, "auto") if isinstance(dtype, Mapping) else dtype
+    names = ("auto", *get_args(Precision))
+    if own not in names:
+        raise UserError(f"The dtype {own!r} of Stage {stage} is none; {closest(str(own), names)}")
+    return automatic_precision(device) if own == "auto" else own

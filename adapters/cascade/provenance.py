@@ -1,0 +1,170 @@
+"""What a picture says of itself, in its PNG: all that it was drawn with."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, PngImagePlugin
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from adapters.cascade.redraw import Way
+from adapters.cascade.sampling import Sampling
+from adapters.errors import UserError, __version__
+from adapters.pictures.png import PICTURE_KEY, SHEET_KEY, Signed, plain_texts
+from adapters.pictures.reading import DECODING_ERRORS
+
+Value = TypeVar("Value")
+
+
+class UsedAdapter(BaseModel):
+    """An adapter that a picture was drawn with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    source: str
+    """The folder, file or hub name that it was loaded from."""
+    scales: dict[int, float]
+    """How much of it was merged into each stage."""
+
+    def __str__(self) -> str:
+        """Its scale; by stage where these differ."""
+        different = len(set(self.scales.values())) > 1
+        each = (f"{stage}:" * different + f"{scale:g}" for stage, scale in self.scales.items())
+        return ",".join(dict.fromkeys(each))
+
+
+class PictureInfo(BaseModel):
+    """All that decides on a picture, beside the values of the models' weights.
+
+    Dictionaries are by stage and end with the picture's own, as it depends on those before it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    stage: int
+    """The stage that drew it."""
+    seed: int = 0
+    """Its seed, in every stage."""
+    prompts: dict[int, str] = {}
+    """What each stage was told to draw; none where only encodings were given."""
+    negative_prompt: str | None = None
+    """What guidance led away from; ``None``: the empty caption."""
+    clean_caption: bool = True
+    """Whether prompts were cleaned as IF's pipelines do by default."""
+    models: dict[int, str]
+    """The base models, as they were named."""
+    revision: str | None = None
+    """The hub revision of Stage I and II, where one was asked for and their names have none."""
+    variant: str | None = None
+    """The weights' variant of Stage I and II, where one was asked for."""
+    precisions: dict[int, str]
+    """The precision of the UNets' weights."""
+    adapters: dict[str, UsedAdapter] = {}
+    """The adapters that were merged, by name."""
+    sampling: Sampling
+    """Steps, guidance and noise levels."""
+    way: Way = "text"
+    """What it was drawn from: text alone, or a picture (``img2img``), masked (``inpaint``)."""
+    strength: dict[int, float] = {}
+    """How far each stage went from that picture."""
+    version: str = __version__
+    """The version of this toolkit."""
+
+    @property
+    def prompt(self) -> str:
+        """What its own stage was told to draw; empty where only encodings were given."""
+        return self.prompts.get(self.stage, "")
+
+    def of_each(
+        self, seeds: Sequence[int], prompts: Mapping[int, Sequence[str]]
+    ) -> Iterator["PictureInfo"]:
+        """What pictures say that have all in common but seeds and prompts, these by stage."""
+        for row, seed in enumerate(seeds):
+            told = {stage: texts[row] for stage, texts in prompts.items()}
+            yield self.model_copy(update={"seed": seed, "prompts": told})
+
+    def of_stage(self, stage: int) -> "PictureInfo":
+        """What the picture of a stage says that was drawn on the way to this one."""
+        adapters = {
+            name: adapter.model_copy(update={"scales": _up_to(stage, adapter.scales)})
+            for name, adapter in self.adapters.items()
+        }
+        by_stage = {
+            name: _up_to(stage, values)
+            for name, values in vars(self).items()
+            if name in ("prompts", "models", "precisions", "strength")
+        }
+        used = {name: adapter for name, adapter in adapters.items() if adapter.scales}
+        return self.model_copy(update={"stage": stage, "adapters": used, **by_stage})
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """It as the texts of a PNG: ``if_picture``, and plainly ``prompt`` and ``seed``."""
+        return plain_texts(self.prompt, self.seed) | {PICTURE_KEY: self.model_dump_json()}
+
+
+def signed(
+    pictures: Mapping[int, Sequence[Image.Image]], infos: Sequence[PictureInfo]
+) -> dict[int, tuple[Signed, ...]]:
+    """Pictures by stage that carry what they were drawn with; ``infos`` are of their last stage."""
+    return {
+        stage: tuple(
+            Signed.of(picture, info.of_stage(stage).texts)
+            for picture, info in zip(drawn, infos, strict=True)
+        )
+        for stage, drawn in pictures.items()
+    }
+
+
+def sheet_texts(infos: Sequence[PictureInfo]) -> dict[str, str]:
+    """The texts of a contact sheet: what each of its pictures says, as a JSON list."""
+    return {SHEET_KEY: f"[{','.join(info.model_dump_json() for info in infos)}]"} if infos else {}
+
+
+def used_adapters(
+    scales: Mapping[str, Mapping[int, float]], sources: Mapping[str, str], stages: Collection[int]
+) -> dict[str, UsedAdapter]:
+    """The adapters that are switched on in some stages, by name.
+
+    Args:
+        scales: of all that are loaded, by name and stage.
+        sources: what each was loaded from.
+        stages: those that draw.
+    """
+    on = {
+        name: {stage: scale for stage, scale in own.items() if scale and stage in stages}
+        for name, own in scales.items()
+    }
+    return {n: UsedAdapter(source=sources[n], scales=own) for n, own in on.items() if own}
+
+
+def read_picture_info(path: str | Path) -> PictureInfo:
+    """What a saved picture was drawn with.
+
+    Raises:
+        UserError: where the file is no picture, or does not say.
+
+    Example:
+        >>> few = Sampling(stage_1_timesteps="fast27", stage_2_steps=2)
+        >>> cascade("a car on a pink background", seed=3, sampling=few)[0].save("car.png")
+        >>> info = read_picture_info("car.png")
+        >>> info.stage, info.seed, info.prompt, info.sampling.stage_1_steps
+        (2, 3, 'a car on a pink background', 27)
+    """
+    try:
+        with Image.open(path) as picture:
+            texts = dict(picture.text) if isinstance(picture, PngImagePlugin.PngImageFile) else {}
+    except DECODING_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"The picture {path} cannot be read ({reason}); name another.") from error
+    try:
+        return PictureInfo.model_validate_json(texts[PICTURE_KEY], strict=False)
+    except (KeyError, ValidationError) as error:
+        raise UserError(
+            f"{path} does not say what it was drawn with (it is no PNG with a valid"
+            f" {PICTURE_KEY!r} text of this version); name a picture that this toolkit has saved."
+        ) from error
+
+
+def _up_to(stage: int, values: Mapping[int, Value]) -> dict[int, Value]:
+    return {number: value for number, value in values.items() if number <= stage}

@@ -1,0 +1,169 @@
+"""Drawing from given pictures instead of from noise alone: image-to-image and inpainting."""
+
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from diffusers import (
+    DiffusionPipeline,
+    IFImg2ImgPipeline,
+    IFImg2ImgSuperResolutionPipeline,
+    IFInpaintingPipeline,
+    IFInpaintingSuperResolutionPipeline,
+)
+from PIL import Image
+
+from adapters.arguments import STAGES, Scale
+from adapters.base.source import PIPELINES
+from adapters.cascade.sampling import Sampling
+from adapters.errors import UserError
+from adapters.pictures.reading import plain, read_picture
+
+Given: TypeAlias = Image.Image | str | Path | Sequence[Image.Image | str | Path]
+"""One picture or its file, or several."""
+
+Way: TypeAlias = Literal["text", "img2img", "inpaint"]
+"""What pictures are drawn from."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn in one way."""
+
+    pipelines: Mapping[int, type[DiffusionPipeline]]
+    """Of Stage I and II."""
+    sampling: Sampling
+    """The settings that these pipelines have by default."""
+    strength: Mapping[int, float] = field(default_factory=dict)
+    """How far they go from given pictures by default, by stage."""
+
+
+WAYS: Mapping[Way, Drawing] = MappingProxyType(
+    {
+        "text": Drawing(PIPELINES, Sampling()),
+        "img2img": Drawing(
+            {1: IFImg2ImgPipeline, 2: IFImg2ImgSuperResolutionPipeline},
+            Sampling(stage_1_steps=80, stage_1_guidance=10.0),
+            {1: 0.7, 2: 0.8},
+        ),
+        "inpaint": Drawing(
+            {1: IFInpaintingPipeline, 2: IFInpaintingSuperResolutionPipeline},
+            Sampling(stage_1_steps=50, stage_2_steps=100, noise_level=0),
+            {1: 1.0, 2: 0.8},
+        ),
+    }
+)
+"""Diffusers' own pipelines for each way of drawing, with their defaults."""
+
+ORIGINAL = {1: "image", 2: "original_image"}
+"""What a stage's pipeline calls the picture to start from."""
+
+
+@dataclass(frozen=True)
+class Redraw:
+    """Pictures to start from, and how far to go from them; made by :meth:`of`.
+
+    Each stage resizes them to its own size, as its pipeline does: their shorter side becomes that
+    of its pictures, the longer one a multiple of 8 px.
+    """
+
+    way: Way
+    """``img2img``, or ``inpaint`` where there are masks."""
+    pictures: tuple[Image.Image, ...]
+    """In RGB, all of one size."""
+    masks: tuple[Image.Image, ...]
+    """As many, of the same size, or none: what is white is drawn anew, and what is black stays."""
+    strength: Mapping[int, float]
+    """The share of its denoising steps that Stage I and II take."""
+
+    @classmethod
+    def of(
+        cls, pictures: Given, masks: Given | None = None, strength: Scale | None = None
+    ) -> "Redraw":
+        """Of one picture, or several, and as many masks or one.
+
+        Args:
+            pictures: or their files, in any mode; what is transparent becomes white.
+            masks: of the same size; ``None``: all is drawn anew.
+            strength: above 0 up to 1, in all stages or by stage; ``None``: the pipelines' own.
+
+        Raises:
+            UserError: where one is no picture, sizes differ, or the strength is out of range.
+        """
+        images, covers = _several(pictures), () if masks is None else _several(masks)
+        if len(covers) == 1:
+            covers *= len(images)
+        if masks is not None and len(covers) != len(images):
+            raise UserError(
+                f"The masks must be one for all pictures, or one for each of the {len(images)} (got"
+                f" {len(covers)})."
+            )
+        sizes = dict.fromkeys(image.size for image in images + covers)
+        if len(sizes) > 1:
+            found = ", ".join(f"{width} x {height}" for width, height in sizes)
+            raise UserError(
+                "Pictures to start from and their masks must have one size (found"
+                f" {found} px); resize them, or draw them one by one."
+            )
+        way: Way = "img2img" if masks is None else "inpaint"
+        return cls(way, images, covers, {**WAYS[way].strength, **_shares(strength)})
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def take(self, rows: Iterable[int]) -> "Redraw":
+        """Those of some rows, in their order."""
+        kept = list(rows)
+        pictures, masks = (
+            [each[row] for row in kept if each] for each in (self.pictures, self.masks)
+        )
+        return replace(self, pictures=tuple(pictures), masks=tuple(masks))
+
+    def arguments(self, stage: int) -> dict[str, Any]:
+        """What the pipeline of Stage I or II takes."""
+        arguments = {ORIGINAL[stage]: list(self.pictures), "strength": self.strength[stage]}
+        return arguments | ({"mask_image": list(self.masks)} if self.masks else {})
+
+
+def sharing(pipe: DiffusionPipeline, kind: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """A pipeline of a kind over the modules, guards and schedulers of another one."""
+    if isinstance(pipe, kind):
+        return pipe
+    required = pipe.config.requires_safety_checker
+    return kind(**pipe.components, requires_safety_checker=required)
+
+
+def _several(given: Given) -> tuple[Image.Image, ...]:
+    several: Sequence[object] = [given]
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        several = given
+    return tuple(map(_read, several))
+
+
+def _read(given: object) -> Image.Image:
+    """A picture, from its file where that is named."""
+    if isinstance(given, str | Path):
+        return read_picture(given)
+    if not isinstance(given, Image.Image):
+        raise UserError(
+            f"A picture to start from, or its mask, must be a PIL image or a file (got a"
+            f" {type(given).__name__}); convert it."
+        )
+    return plain(given)
+
+
+def _shares(strength: Scale | None) -> Mapping[int, float]:
+    """A strength by stage, checked."""
+    if strength is None:
+        return {}
+    shares = strength if isinstance(strength, Mapping) else dict.fromkeys(STAGES, strength)
+    for stage, share in shares.items():
+        if stage not in STAGES or not isinstance(share, numbers.Real) or not 0 < share <= 1:
+            raise UserError(
+                "The strength must be above 0 and at most 1, in all stages or for Stage"
+                f" {' and '.join(map(str, STAGES))} (got {strength!r})."
+            )
+    return {stage: float(share) for stage, share in shares.items()}

@@ -1,0 +1,222 @@
+"""The pictures that a cascade has drawn: shown, and saved with all that they were drawn with.
+
+Shapes: N pictures, S a stage's picture size, s that of Stage I. Pixels are in [-1, 1].
+"""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
+from typing import overload
+
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from adapters.atomic import write_png
+from adapters.cascade.provenance import PictureInfo, sheet_texts
+from adapters.errors import UserError
+from adapters.pictures.contact_sheet import CELL_PX, contact_sheet
+from adapters.pictures.png import Signed, plain_texts, png_text
+
+SHEET = "contact_sheet.png"
+SHEET_COLUMNS = 6
+
+SHEET_PX = 1200
+"""How wide few large pictures may make a contact sheet."""
+
+SHOWN_INLINE = 24
+"""How many pictures a notebook shows of a result."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was drawn from one seed: a picture of each stage that was run. Notebooks show it."""
+
+    pictures: Mapping[int, Image.Image]
+    """By stage."""
+    prompt: str
+    """Empty where only an embedding was given."""
+    seed: int
+    flagged: bool
+    """Whether a safety checker has blackened it, in any stage."""
+    info: PictureInfo | None = None
+    """What it was drawn with, as its PNG says."""
+
+    @property
+    def final(self) -> Image.Image:
+        """The picture of the last stage that was run."""
+        return self.pictures[max(self.pictures)]
+
+    @property
+    def title(self) -> str:
+        """Prompt and seed, for people."""
+        return f"{self.prompt} (seed {self.seed})" if self.prompt else f"seed {self.seed}"
+
+    def __repr__(self) -> str:
+        sizes = " → ".join(str(picture.width) for picture in self.pictures.values())
+        flagged = ", flagged" * self.flagged
+        return f"Sample({shorten(self.prompt, 60)!r}, seed {self.seed}, {sizes} px{flagged})"
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.final, png_text(self._texts(max(self.pictures))))
+
+    def save(self, path: str | Path, stage: int | None = None) -> None:
+        """Write a picture as PNG, which carries all that it was drawn with.
+
+        It is for :func:`adapters.cascade.provenance.read_picture_info`; ``prompt`` and ``seed``
+        also are texts of their own.
+
+        Args:
+            path: ends in ``.png``.
+            stage: whose picture; ``None``: that of the last stage.
+
+        Raises:
+            UserError: where the path ends in something else.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise UserError(f"{path} must end in .png, the format that carries prompt and seed.")
+        number = max(self.pictures) if stage is None else stage
+        write_png(Path(path), self.pictures[number], png_text(self._texts(number)))
+
+    def _texts(self, stage: int) -> dict[str, str]:
+        """What the PNG of a stage's picture carries."""
+        if self.info is None:
+            return plain_texts(self.prompt, self.seed)
+        return self.info.of_stage(stage).texts
+
+
+@dataclass(frozen=True)
+class CascadeImages:
+    """The pictures of N samples; a stage that was not run has none.
+
+    They are a sequence of :class:`Sample`. A notebook shows them as a contact sheet, and they can
+    be pickled.
+
+    Example:
+        >>> prompts = ["a cat face on a red background", "a frog face on a blue background"]
+        >>> images = cascade(prompts, sampling=Sampling(stage_1_steps=4, stage_2_steps=2))
+        >>> images
+        CascadeImages(2 pictures, 32 → 128 px, of 'a cat face on a red background', 'a frog face...
+        >>> images[1]
+        Sample('a frog face on a blue background', seed 1, 32 → 128 px)
+        >>> images[1].final.size
+        (128, 128)
+        >>> [sample.seed for sample in images]
+        [0, 1]
+        >>> images.save("pictures")
+        PosixPath('pictures/contact_sheet.png')
+    """
+
+    stage_1: tuple[Image.Image, ...]
+    stage_2: tuple[Image.Image, ...]
+    stage_3: tuple[Image.Image, ...]
+    prompts: tuple[str, ...]
+    """The prompt of each picture; empty where only embeddings were given."""
+    seeds: tuple[int, ...]
+    """The seed of each picture."""
+    low_res: Tensor = field(compare=False)
+    """[N, 3, s, s] float32 on the CPU in [-1, 1]: Stage I's pictures before quantisation."""
+    flagged: tuple[bool, ...]
+    """Whether a safety checker has blackened the picture, in any stage."""
+    infos: tuple[PictureInfo, ...] = ()
+    """What each picture was drawn with; it goes into saved PNGs."""
+
+    @property
+    def final(self) -> tuple[Image.Image, ...]:
+        """The pictures of the last stage that was run."""
+        return self.stage_3 or self.stage_2 or self.stage_1
+
+    @property
+    def stages(self) -> dict[int, tuple[Image.Image, ...]]:
+        """The pictures of the stages that were run, by number."""
+        every = {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}
+        return {number: pictures for number, pictures in every.items() if pictures}
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "CascadeImages": ...
+
+    def __getitem__(self, index: int | slice) -> "Sample | CascadeImages":
+        if isinstance(index, slice):
+            return CascadeImages(**{name: values[index] for name, values in vars(self).items()})
+        return Sample(
+            pictures={number: pictures[index] for number, pictures in self.stages.items()},
+            prompt=self.prompts[index] if self.prompts else "",
+            seed=self.seeds[index],
+            flagged=self.flagged[index],
+            info=self.infos[index] if self.infos else None,
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        sizes = " → ".join(str(pictures[0].width) for pictures in self.stages.values())
+        prompts = ", ".join(repr(shorten(text, 40)) for text in dict.fromkeys(self.prompts))
+        used = self.infos[0].adapters if self.infos else {}
+        adapters = ", ".join(f"{name} ({adapter})" for name, adapter in used.items())
+        said = [
+            f"{len(self)} picture{'s' * (len(self) != 1)}",
+            f"{sizes} px" * bool(sizes),
+            f"{sum(self.flagged)} flagged" * any(self.flagged),
+            f"of {shorten(prompts, 120)}" * bool(prompts),
+            f"with {shorten(adapters, 80)}" * bool(adapters),
+        ]
+        return f"CascadeImages({', '.join(filter(None, said))})"
+
+    def _repr_html_(self) -> str:
+        """The contact sheet, inline; of many pictures the first."""
+        shown = self[:SHOWN_INLINE]
+        if not shown:
+            return html.escape(repr(self))
+        sheet = shown.sheet()
+        data = base64.b64encode(_png(sheet, png_text(sheet.info))).decode()
+        text = html.escape(", ".join(sample.title for sample in shown))
+        more = f"<p>and {len(self) - len(shown)} more</p>" * (len(self) > len(shown))
+        return (
+            f'<img src="data:image/png;base64,{data}" alt="{text}" width="{sheet.width}"'
+            f' style="max-width: 100%">{more}'
+        )
+
+    def sheet(self) -> Image.Image:
+        """A contact sheet of the final pictures, with prompts and seeds.
+
+        Its PNG carries what they were drawn with, as a JSON list named ``if_pictures``.
+        """
+        columns = min(len(self), SHEET_COLUMNS)
+        cell_px = max(CELL_PX, min(self.final[0].width, SHEET_PX // columns))
+        starts = range(0, len(self), columns)
+        rows = [self[start : start + columns] for start in starts]
+        captions = [[sample.title for sample in row] for row in rows]
+        sheet = contact_sheet([row.final for row in rows], captions=captions, cell_px=cell_px)
+        return Signed.of(sheet, sheet_texts(self.infos))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write each stage's picture as ``000-a-prompt-seed0-stage_1.png``, and a contact sheet.
+
+        The PNGs carry all that they were drawn with, see :meth:`Sample.save`. Returns the path of
+        the contact sheet.
+        """
+        folder = Path(folder)
+        for index, sample in enumerate(self):
+            words = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower()).strip("-")[:60]
+            name = "-".join(filter(None, (f"{index:03d}", words, f"seed{sample.seed}")))
+            for number in sample.pictures:
+                sample.save(folder / f"{name}-stage_{number}.png", number)
+        write_png(folder / SHEET, self.sheet())
+        return folder / SHEET
+
+
+def _png(picture: Image.Image, text: PngImagePlugin.PngInfo) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=text)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""One adapter on disk: where it is, reading, checking, exporting, describing."""

@@ -1,0 +1,234 @@
+"""Exporting an adapter so that diffusers, PEFT and our own cascade load it whole."""
+
+import tempfile
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters.atomic import new_folder, replace_folder
+from adapters.base.signature import BaseSignature
+from adapters.errors import UserError, listed
+from adapters.files.for_diffusers import save_for_diffusers
+from adapters.files.info import HEADER_KEY, NOTICE, AdapterInfo, read_info
+from adapters.files.licence import is_deepfloyd
+from adapters.files.model_card import write_card
+from adapters.files.places import PEFT_WEIGHTS
+from adapters.files.reading import lora_config
+from adapters.files.stage_adapter import StageAdapter
+from adapters.weights.approximation import Approximation
+from adapters.weights.kinds import ADAPTER_NAME, adapted_modules, diffusers_loads
+from adapters.weights.lycoris import LycorisConfig
+
+__all__ = ["AdapterInfo", "Exported", "export_adapter", "read_info"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported adapter of one stage."""
+
+    folder: Path
+    tensors: int
+    """How many tensors the adapter has."""
+    approximation: Approximation | None
+    """What plain diffusers pipelines load in its stead; ``None``: they load it itself."""
+
+    def __repr__(self) -> str:
+        less = "" if self.approximation is None else f", for diffusers {self.approximation.message}"
+        return f"Exported({str(self.folder)!r}, {self.tensors} tensors{less})"
+
+    @property
+    def message(self) -> str:
+        """Where it is and what loads it, for people."""
+        loaders = f"{self.folder}: load_cascade and PEFT load it"
+        if self.approximation is None:
+            return f"{loaders}, and so does load_lora_weights of diffusers."
+        return (
+            f"{loaders}; diffusers cannot load adapters of this kind, and gets an approximation as"
+            f" a LoRA: {self.approximation.message}. One of another rank is made by `python -m"
+            f" adapters.resize {self.folder} --base BASE --rank N --out NEW`."
+        )
+
+
+def export_adapter(
+    unet: UNet2DConditionModel,
+    folder: str | Path,
+    info: AdapterInfo,
+    *,
+    as_lora_rank: int | None = None,
+) -> Exported:
+    """Write the attached adapter to ``folder/stage_1`` or ``folder/stage_2``, replacing it whole.
+
+    Args:
+        unet: a UNet with an adapter of :func:`adapters.weights.kinds.attach`, with the weights to
+        export.
+        folder: the folder of the run's adapters.
+        info: what the adapter says of itself; the time, the base's signature and its licence's
+            notice are filled in.
+        as_lora_rank: the rank of the LoRA that stands in for a kind that diffusers cannot load;
+            ``None``: the adapter's own.
+
+    Example:
+        >>> base, spec = "models/if-tiny/stage_1", AdapterSpec(kind="dora", rank=2)
+        >>> unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+        >>> parameters = attach(unet, spec)  # and train them
+        >>> info = AdapterInfo(
+        ...     base_model=base, stage=1, spec=spec, step=100, recipe="", version="0.1.0"
+        ... )
+        >>> export_adapter(unet, "my_adapters", info)
+        Exported('my_adapters/stage_1', 198 tensors)
+    """
+    info = completed(info, unet)
+    config = peft_config_of(unet, info)
+    tensors = {
+        name: tensor.float().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(
+            unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+        ).items()
+    }
+    adapter = StageAdapter(Path(folder) / f"stage_{info.stage}", info, config, tensors)
+    approximation = None
+    if not diffusers_loads(info.spec):
+        approximation = as_lora(adapter, unet, as_lora_rank or info.spec.rank)
+    write_adapter(adapter, approximation)
+    return Exported(adapter.folder, len(tensors), approximation)
+
+
+@torch.no_grad()
+def as_lora(adapter: StageAdapter, unet: UNet2DConditionModel, rank: int) -> Approximation:
+    """The LoRA that is nearest to what an attached adapter adds to each of its modules' weights."""
+    approximation = Approximation(rank)
+    for name in adapter.modules:
+        module = unet.get_submodule(name).get_base_layer()
+        approximation.add_update(name, adapter.delta(name, module, module.weight))
+    return approximation
+
+
+def write_adapter(adapter: StageAdapter, approximation: Approximation | None = None) -> None:
+    """Write an adapter to its folder, replacing that whole.
+
+    The folder receives
+
+    - ``adapter_model.safetensors`` and ``adapter_config.json``, for ``PeftModel.from_pretrained``
+      and :func:`adapters.load_cascade`;
+    - ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of the stage's diffusers
+      pipeline. Its keys are PEFT's (``unet.X.lora_A.weight``), the only ones of which diffusers
+      drops none, and its header has the PEFT configuration.
+
+    Both safetensors files carry the adapter's ``info`` in their header. Values are float32.
+
+    Args:
+        adapter: the adapter.
+        approximation: a LoRA for diffusers in its stead.
+
+    Raises:
+        UserError: where a tensor is not finite.
+    """
+    info, config, tensors = adapter.info, adapter.config, adapter.state
+    assert not isinstance(config, LycorisConfig), "a file of LyCORIS is not exported again"
+    target = adapter.folder
+    check_finite(tensors, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as temporary:
+        new = Path(temporary) / "new"
+        config.save_pretrained(str(new))
+        prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+        save_file(prefixed, new / PEFT_WEIGHTS, metadata=header_of(info))
+        if approximation is not None:
+            tensors = approximation.state
+            config = lora_config(tensors, {}, None)
+            info = info and approximated(info, approximation)
+        save_for_diffusers(tensors, config, new / LORA_WEIGHT_NAME_SAFE, header_of(info))
+        replace_folder(new, target)
+
+
+def check_finite(tensors: Mapping[str, Tensor], target: Path) -> None:
+    """Raise a UserError that names the tensors which are not finite."""
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{target} is not written: {len(broken)} of the adapter's {len(tensors)} tensors hold"
+            f" values that are NaN or infinite ({listed(broken, 4)}); train it with a lower"
+            " optimizer.learning_rate, or from a checkpoint before it diverged."
+        )
+
+
+def header_of(info: AdapterInfo | None) -> dict[str, str]:
+    """The header of an adapter's safetensors file."""
+    return {"format": "pt"} | ({HEADER_KEY: info.model_dump_json()} if info else {})
+
+
+def approximated(
+    info: AdapterInfo, approximation: Approximation, kind: str = "lora"
+) -> AdapterInfo:
+    """What the approximation of an adapter says of itself."""
+    own = {"kind": kind, "rank": max(approximation.ranks), "alpha": None, "dropout": 0.0}
+    before, error = info.approximation_error or 0.0, approximation.error
+    # truncated once more: what is lost is orthogonal to what was lost before
+    together = (before**2 + (1 - before**2) * error**2) ** 0.5
+    return info.model_copy(
+        update={"spec": info.spec.model_copy(update=own), "approximation_error": together}
+    )
+
+
+def peft_config_of(unet: UNet2DConditionModel, info: AdapterInfo) -> PeftConfig:
+    """The PEFT configuration that is exported: the attached one, its targets as full names.
+
+    On attaching, PEFT shortens names to endings, which may match more modules in another model.
+    """
+    config = of_base(unet.peft_config[ADAPTER_NAME], info)
+    config.target_modules = adapted_modules(unet)
+    return config
+
+
+def of_base(config: PeftConfig, info: AdapterInfo | None) -> PeftConfig:
+    """A copy of a PEFT configuration that names an adapter's base, where that is known."""
+    config = copy(config)
+    config.base_model_name_or_path = info and info.base_model
+    config.revision = info and info.base_revision
+    config.inference_mode = True
+    return config
+
+
+def completed(info: AdapterInfo, unet: UNet2DConditionModel) -> AdapterInfo:
+    """``info`` with what export knows better."""
+    deepfloyd = is_deepfloyd(info.base_model, info.base_revision)
+    return info.model_copy(
+        update={
+            "created": info.created or datetime.now(UTC).isoformat(timespec="seconds"),
+            "licence_notice": NOTICE if deepfloyd else None,
+            "base_signature": BaseSignature.of(unet),
+        }
+    )
+
+
+def save_adapters(adapters: Mapping[int, StageAdapter], folder: Path) -> None:
+    """Write LoRAs as :func:`export_adapter` does, with a card where they say whose.
+
+    Args:
+        adapters: by stage.
+        folder: a new or empty folder; it appears whole.
+
+    Raises:
+        UserError: where there is something in it already, the disk refuses, or one is no LoRA.
+    """
+    for adapter in adapters.values():
+        if not isinstance(adapter.config, LoraConfig):
+            raise UserError(
+                f"{adapter.folder} is of the kind {adapter.kind}, and only LoRAs are written here;"
+                " copy the folder that it came from."
+            )
+    with new_folder(folder) as new:
+        for stage, adapter in adapters.items():
+            write_adapter(replace(adapter, folder=new / f"stage_{stage}"))
+        infos = [adapter.info for adapter in adapters.values() if adapter.info is not None]
+        if infos:
+            write_card(new, infos)

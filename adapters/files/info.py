@@ -1,0 +1,93 @@
+"""What an exported adapter says of itself, in the header of its safetensors files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from adapters.base.signature import BaseSignature
+from adapters.errors import UserError
+from adapters.files.places import PEFT_WEIGHTS
+from adapters.weights.kinds import AdapterSpec
+
+HEADER_KEY = "if_adapter"
+"""The entry of the safetensors header that holds an :class:`AdapterInfo` as JSON."""
+
+NOTICE = (
+    "DeepFloyd is licensed under the DeepFloyd License,"
+    " Copyright (c) Stability AI Ltd. All Rights Reserved."
+)
+"""The attribution that the DeepFloyd licence asks of whatever is derived from its weights."""
+
+
+class AdapterInfo(BaseModel):
+    """All there is to know about an adapter of one stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    base_model: str
+    """The base it was trained on: a hub name or a folder."""
+    base_revision: str | None = None
+    """The base's hub revision, where one was asked for."""
+    stage: int = Field(ge=1, le=2)
+    """The stage it belongs to."""
+    spec: AdapterSpec
+    """Its kind, rank, alpha, dropout and targets."""
+    prompts: tuple[str, ...] = ()
+    """Prompts that show what it has learned."""
+    step: int
+    """Optimizer steps it was trained for."""
+    recipe: str = Field(repr=False)
+    """The resolved recipe of the run, YAML."""
+    version: str
+    """The version of this toolkit."""
+    created: str | None = None
+    """When it was exported (ISO 8601, UTC)."""
+    licence_notice: str | None = None
+    """The attribution notice that its base's licence asks for."""
+    approximation_error: float | None = None
+    """The relative Frobenius error, where this approximates another adapter or a model."""
+    base_signature: BaseSignature | None = Field(default=None, repr=False)
+    """Which weights its base has; filled in at export."""
+
+
+def read_info(folder: str | Path) -> AdapterInfo:
+    """What the exported adapter of one stage says of itself.
+
+    Args:
+        folder: the stage's folder, such as ``adapters/stage_1``.
+
+    Raises:
+        UserError: where there is no adapter of this toolkit's making.
+
+    Example:
+        >>> read_info("runs/quickstart/adapters/stage_1")
+        AdapterInfo(base_model='models/if-tiny/stage_1', base_revision=None, stage=1,
+        spec=AdapterSpec(kind='lora', rank=4, alpha=None, dropout=0.0, targets='attention'), ...)
+    """
+    path = Path(folder) / PEFT_WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read as an exported adapter ({error}); name the folder that a run"
+            " exported, or one of its stage folders."
+        ) from error
+    return parse_info(header, path)
+
+
+def parse_info(header: Mapping[str, str], path: Path) -> AdapterInfo:
+    """What the header of an adapter's file says.
+
+    Raises:
+        UserError: where it says nothing valid.
+    """
+    try:
+        return AdapterInfo.model_validate_json(header[HEADER_KEY], strict=False)
+    except (KeyError, ValidationError) as error:
+        raise UserError(
+            f"{path} does not say which base and stage it belongs to (its header has no valid"
+            f" {HEADER_KEY!r} entry); export it again with this version, or load it with diffusers."
+        ) from error

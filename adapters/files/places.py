@@ -1,0 +1,129 @@
+"""The place of an adapter: a path or a hub name as users give it becomes a local folder or file."""
+
+from pathlib import Path
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import get_cached_repo_tree, snapshot_download
+from peft.utils import CONFIG_NAME
+
+from adapters.base.hub import HUB_NAME, STAGE_FOLDERS, asking_the_hub
+from adapters.errors import UserError, listed
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+"""The file of an exported stage that PEFT and our own loader read."""
+
+ADAPTER_FILES = (
+    *(f"{stage}/{name}" for stage in STAGE_FOLDERS for name in (PEFT_WEIGHTS, CONFIG_NAME)),
+    *(PEFT_WEIGHTS, CONFIG_NAME, LORA_WEIGHT_NAME_SAFE),
+)
+"""What is downloaded of a repository: our own exports, PEFT's adapters, those of diffusers."""
+
+
+def adapter_path(name: str | Path) -> Path:
+    """The local folder or file of what a user names as an adapter, downloaded where need be.
+
+    What exists here comes first. Otherwise the name is the hub's: ``owner/name``, of which the
+    adapter's safetensors and JSON files are downloaded and no others. ``owner/name/stage_1`` is
+    one stage of it, ``owner/name/FILE.safetensors`` one file, and ``@revision`` at the end a
+    branch, a tag, a commit, or a pull request (``@refs/pr/1``); without one it is ``main``.
+
+    Args:
+        name: a path, or a hub name. One that can be neither is returned as it is.
+
+    Raises:
+        UserError: where the hub has no such adapter, does not show it, or cannot be reached and
+            the adapter is not in the local cache.
+    """
+    if not isinstance(name, str | Path):
+        raise UserError(f"An adapter is named by its folder or hub name (got {name!r}); give that.")
+    path = Path(name)
+    match = None if path.exists() else HUB_NAME.fullmatch(str(name))
+    if match is None:
+        return path
+    repo, inside, revision = match["repo"], match["inside"] or "", match["revision"]
+    wanted = [inside] if inside.endswith(".safetensors") else list(ADAPTER_FILES)
+    if inside in STAGE_FOLDERS:
+        wanted = [file for file in wanted if file.startswith(inside)]
+    with asking_the_hub(str(name)):
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    place = snapshot / inside
+    if not any(weights_file(path) for path in (place, *(place / n for n in STAGE_FOLDERS))):
+        tree = get_cached_repo_tree(repo, revision=snapshot.name)
+        others = [file.path for file in tree if file.path.endswith(".safetensors")]
+        raise UserError(
+            f"{name} has no adapter on the hub ({', '.join(STAGE_FOLDERS)}, {PEFT_WEIGHTS} or"
+            f" {LORA_WEIGHT_NAME_SAFE}); name one of its safetensors files, as in"
+            f" {repo}/FILE.safetensors: it has {listed(others) or 'none'}."
+        )
+    return place
+
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+"""The endings of files that only Python's pickle reads."""
+
+
+def stage_folders(folder: Path) -> list[Path]:
+    """The stage folders of an exported folder; itself where it is a single adapter.
+
+    Raises:
+        UserError: where it is neither.
+    """
+    inside = [folder / name for name in STAGE_FOLDERS if (folder / name).is_dir()]
+    if not inside:
+        find_weights(folder)
+    return inside or [folder]
+
+
+def export_stages(folder: Path) -> list[Path]:
+    """The stage folders of an exported folder, which holds one or both.
+
+    Raises:
+        UserError: where it is something else, such as one of its stage folders.
+    """
+    places = stage_folders(folder)
+    if places == [folder]:
+        raise UserError(
+            f"{folder} is a single adapter, and no exported folder with"
+            f" {' or '.join(STAGE_FOLDERS)} in it; name the adapters folder of a finished run."
+        )
+    return places
+
+
+def find_weights(path: Path) -> Path:
+    """Find the safetensors file of a single adapter: itself, or in a folder.
+
+    Raises:
+        UserError: where there is none, or several of which none has a name that tells, or only
+            pickled ones.
+    """
+    file = weights_file(path)
+    if file is not None:
+        return file
+    inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    several = [each.name for each in inside if each.suffix == ".safetensors"]
+    pickled = [str(each) for each in inside if each.suffix in PICKLED and each.is_file()]
+    if several and path.is_dir():
+        raise UserError(
+            f"{path} has {len(several)} .safetensors files ({listed(several, 4)}), and none of"
+            " their names says which is the adapter; name the one that you mean."
+        )
+    if pickled:
+        raise UserError(
+            f"{listed(pickled, 4)} cannot be read, as pickled files may run code; convert pickled"
+            " files to .safetensors with the tool that wrote them."
+        )
+    if path.is_file():
+        raise UserError(f"{path} is no adapter, which is a .safetensors file; correct the path.")
+    raise UserError(
+        f"{path} has no exported adapter (no stage_1, stage_2 or .safetensors file in it); name"
+        " the adapters folder of a finished run, or another tool's adapter."
+    )
+
+
+def weights_file(path: Path) -> Path | None:
+    """The safetensors file of a single adapter as :func:`find_weights`; ``None``: there is none."""
+    if path.is_file():
+        return path if path.suffix == ".safetensors" else None
+    names = [path / name for name in (PEFT_WEIGHTS, LORA_WEIGHT_NAME_SAFE)]
+    found = [name for name in names if name.is_file()] or list(path.glob("*.safetensors"))
+    return found[0] if found and (found[0] in names or len(found) == 1) else None

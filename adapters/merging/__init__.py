@@ -1,0 +1,1 @@
+"""Several adapters, or an adapter and its base: merging, combining, measuring."""

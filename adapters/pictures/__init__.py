@@ -1,0 +1,1 @@
+"""Pictures as files: reading, contact sheets, the texts in a PNG."""

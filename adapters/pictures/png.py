@@ -1,0 +1,46 @@
+"""The texts that a PNG carries."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+PICTURE_KEY = "if_picture"
+"""The text chunk of a PNG that holds a :class:`PictureInfo` as JSON."""
+
+SHEET_KEY = "if_pictures"
+"""The text chunk of a contact sheet: a JSON list with what each of its pictures says."""
+
+PICTURE_TEXTS = ("prompt", "seed", PICTURE_KEY, SHEET_KEY)
+"""The texts that PNGs of this toolkit carry."""
+
+
+class Signed(Image.Image):
+    """A picture whose PNG carries texts, wherever it is saved; what is made of it does not."""
+
+    @classmethod
+    def of(cls, picture: Image.Image, texts: Mapping[str, str]) -> "Signed":
+        """A copy of a picture, with texts."""
+        signed = cls()
+        signed.__setstate__(picture.__getstate__())
+        signed.info = dict(picture.info)
+        signed.info.update(texts)
+        return signed
+
+    def save(self, *place: Any, **params: Any) -> None:
+        """As Pillow does; a PNG with its texts where no others are given."""
+        super().save(*place, **{"pnginfo": png_text(self.info)} | params)
+
+
+def plain_texts(prompt: str, seed: int) -> dict[str, str]:
+    """Prompt and seed as texts of a PNG."""
+    return {"prompt": prompt, "seed": str(seed)}
+
+
+def png_text(texts: Mapping[Any, Any]) -> PngImagePlugin.PngInfo:
+    """The text chunks of a PNG; other entries of a picture's ``info`` are left out."""
+    chunks = PngImagePlugin.PngInfo()
+    for name in PICTURE_TEXTS:
+        if name in texts:
+            chunks.add_itxt(name, texts[name])
+    return chunks

@@ -1,0 +1,216 @@
+"""Texts as users write them, compared with what the text encoder reads, so that no word is lost.
+
+The text path of IF's pipelines cleans captions by default: made for captions of the web, it drops
+HTML tags, mentions, numbers that look like article ids, and all Chinese.
+"""
+
+import html
+import logging
+import os
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import SequenceMatcher
+from functools import cache
+from itertools import islice
+from urllib.parse import unquote_plus
+
+import ftfy
+from bs4.builder import HTMLTreeBuilder
+from diffusers import IFPipeline
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from adapters.errors import UserError, listed
+
+logger = logging.getLogger(__name__)
+
+KEEP_IN_PYTHON = "clean_caption=False (--no-clean-caption on the command line)"
+"""The setting that turns cleaning off where there is no recipe."""
+
+WORD = re.compile(r"[^\W_]+")
+"""What cleaning must keep; quotes, punctuation and spaces may change."""
+
+TAG = re.compile(r"</?(\w[\w-]*)[^<>]*>")
+"""An HTML tag, with its name."""
+
+VOID_TAGS = frozenset(HTMLTreeBuilder.DEFAULT_EMPTY_ELEMENT_TAGS or ())
+"""HTML tags that are never closed, such as ``br``."""
+
+WORDS_READ = 100
+"""How many words of a caption are compared: more than the tokens that the encoder reads."""
+
+QUOTED_LENGTH = 80
+"""Up to how many characters of a caption a message quotes."""
+
+_said: set[str] = set()
+"""The lost words that a message has named in this process."""
+
+
+def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting: str) -> None:
+    """Refuse captions of which nothing is left, and say once which words the others lose.
+
+    Args:
+        captions: texts, each with where it is written, such as ``data.prompt``; the empty caption
+            is a caption too.
+        clean_caption: whether the text path cleans them.
+        setting: what turns the cleaning off, for messages.
+
+    Raises:
+        UserError: where a caption has nothing visible in it, or cleaning leaves no word of it.
+    """
+    for caption, place in captions.items():
+        if found := find_invisible(caption):
+            raise UserError(f"There is nothing visible in {place} (found {found}); write a text.")
+    if not clean_caption:
+        return
+    lost: dict[str, tuple[str, ...]] = {}
+    emptied = []
+    for caption in filter(None, tqdm(captions, "Checking captions", delay=2)):
+        cleaned = clean(caption)
+        if not cleaned or (WORD.search(caption) and not WORD.search(cleaned)):
+            emptied.append(caption)
+        elif words := find_lost_words(caption, cleaned):
+            lost[caption] = words
+    if emptied:
+        others = f", nor of {len(emptied) - 1} more captions" if emptied[1:] else ""
+        raise UserError(
+            f"Cleaning, as IF's text path does it, leaves no word of {captions[emptied[0]]}"
+            f" {_quote(emptied[0])}{others}; use other words, or keep these with {setting}."
+        )
+    _say("Cleaning drops", lost, captions, f"{setting} keeps them.")
+
+
+def check_vocabulary(
+    captions: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, *, clean_caption: bool
+) -> None:
+    """Say once which words a tokenizer does not know: all of them are one token to the encoder.
+
+    Args:
+        captions: texts, each with where it is written.
+        tokenizer: the text encoder's.
+        clean_caption: whether the text path cleans them.
+    """
+    words = {
+        caption: dict.fromkeys(_words_and_symbols(clean(caption) if clean_caption else caption))
+        for caption in captions
+    }
+    distinct = list(dict.fromkeys(word for own in words.values() for word in own))
+    if not distinct:
+        return
+    tokens = tokenizer(distinct, add_special_tokens=False).input_ids
+    unknown = {
+        word for word, ids in zip(distinct, tokens, strict=True) if tokenizer.unk_token_id in ids
+    }
+    lost = {
+        caption: tuple(word for word in own if word in unknown) for caption, own in words.items()
+    }
+    _say(
+        "The tokenizer does not know",
+        lost,
+        captions,
+        "to the model, all unknown words are one and the same.",
+    )
+
+
+def clean(caption: str) -> str:
+    """The caption as ``IFPipeline.encode_prompt(…, clean_caption=True)`` tokenizes it."""
+    with warnings.catch_warnings(action="ignore"):  # a caption may look like a path or an address
+        return _pipeline()._text_preprocessing(caption, clean_caption=True)[0]
+
+
+def find_lost_words(caption: str, cleaned: str) -> tuple[str, ...]:
+    """The distinct words of a caption that cleaning drops, lower-case, as they are written in it.
+
+    Case, punctuation, quotes, spaces, HTML entities and closed HTML tags are no words.
+
+    Example:
+        >>> from adapters.texts import clean, find_lost_words
+        >>> caption = "A <b>photo</b> of “j0hn”, dog &amp; cat #3"
+        >>> find_lost_words(caption, clean(caption))
+        ('j0hn', '#3')
+    """
+    chunks = _plain_text(caption).split()
+    words = [(word, chunk) for chunk in chunks for word in WORD.findall(chunk)][:WORDS_READ]
+    kept = WORD.findall(cleaned)[:WORDS_READ]
+    matcher = SequenceMatcher(None, [word for word, _ in words], kept, autojunk=False)
+    dropped = [
+        chunk.strip("\"'.,:;!?()[]*")
+        for edit, start, end, _, _ in matcher.get_opcodes()
+        if edit in ("delete", "replace")
+        for _, chunk in words[start:end]
+    ]
+    return tuple(dict.fromkeys(dropped))
+
+
+def find_invisible(text: str) -> str | None:
+    """The names of a text's characters where none is visible; ``None``: one is, or it is empty."""
+    if any(unicodedata.category(character)[0] not in "CZ" for character in text):
+        return None
+    names = (unicodedata.name(character, f"U+{ord(character):04X}") for character in text)
+    return listed(dict.fromkeys(names), 3) or None
+
+
+@cache
+def _pipeline() -> IFPipeline:
+    """A pipeline without components, which cleans captions as any other does."""
+    return IFPipeline(*[None] * 7, requires_safety_checker=False)
+
+
+def _plain_text(caption: str) -> str:
+    """The caption in lower case, with what cleaning decodes decoded, and no closed HTML tags."""
+    text = html.unescape(html.unescape(unquote_plus(unquote_plus(caption))))
+    text = ftfy.fix_text(text).lower().replace("\\n", " ")
+    closed = {tag[1] for tag in TAG.finditer(text) if tag[0].startswith("</")} | VOID_TAGS
+    return TAG.sub(lambda tag: "" if tag[1] in closed else tag[0], text)
+
+
+def _words_and_symbols(text: str) -> Iterator[str]:
+    """The words of a text, and its symbols such as emoji, each by itself."""
+    yield from WORD.findall(text.lower())
+    yield from (character for character in text if unicodedata.category(character) == "So")
+
+
+def _say(
+    what: str, lost: Mapping[str, Iterable[str]], captions: Mapping[str, str], advice: str
+) -> None:
+    """Log lost words that no message has named yet, in the first process of a launch alone."""
+    lost = {caption: words for caption, words in lost.items() if words}
+    new = dict.fromkeys(word for words in lost.values() for word in words if word not in _said)
+    if not new:
+        return
+    _said.update(new)
+    examples = [
+        f"{captions[caption]} {_quote(caption)}"
+        for caption, words in lost.items()
+        if not new.keys().isdisjoint(words)
+    ]
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "%s %s in %d of %d captions, such as %s; %s",
+            *(what, listed(map(repr, new)), len(lost), len(captions)),
+            *("; ".join(islice(examples, 3)), advice),
+        )
+
+
+def _quote(caption: str) -> str:
+    """The caption in quotes, the end of a long one left out."""
+    return repr(caption if len(caption) <= QUOTED_LENGTH else f"{caption[:QUOTED_LENGTH]}…")
+
+
+def check_texts(texts: Iterable[object]) -> None:
+    """Check that all are text that can be encoded.
+
+    Raises:
+        UserError: where one is not.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"A prompt must be a text (got {text!r}); give one, or a list of them.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"The prompt {text!r} has a byte in it that is no UTF-8; write it anew in UTF-8."
+            ) from None

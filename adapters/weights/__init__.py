@@ -1,0 +1,1 @@
+"""One adapter and one weight: kinds of adapters, their updates, low-rank approximation."""

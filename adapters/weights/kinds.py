@@ -1,0 +1,255 @@
+"""The kinds of adapter, where they attach, and attaching them."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from adapters.errors import UserError
+from unets.frozen import FrozenConv2d, FrozenLinear
+
+ADAPTER_NAME = "default"
+"""The name that PEFT knows the adapter by within a UNet."""
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+"""All projections of IF's attention; text enters through the last two alone."""
+
+CONVOLUTION = ("conv1", "conv2", "conv_shortcut")
+"""The convolutions of the ResNet blocks."""
+
+PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attention": ATTENTION,
+        "attention+conv": ATTENTION + CONVOLUTION,
+        "all": ("*",),  # every Linear and Conv2d
+    }
+)
+
+
+class AdapterSpec(BaseModel):
+    """What adapter to attach, and to which modules."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    kind: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = "lora"
+    """LoRA, rank-stabilised LoRA, DoRA, LoHa, LoKr or OFT."""
+    rank: Annotated[int, Field(ge=1)] = 4
+    """The rank (OFT: the number of blocks, lowered to a divisor of each module's input width)."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank (rsLoRA: / sqrt(rank); OFT: not at all); ``None``:
+    alpha = rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input (LoHa, LoKr: on rows of its update; OFT: on its blocks)."""
+    targets: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "attention"
+    """A preset (``attention``, ``attention+conv``, ``all``: whatever the kind adapts) or patterns
+    of module names: a pattern matches whole names and their endings after a dot, and ``*`` stands
+    for anything, dots included (``to_q``, ``mid_block.*.to_q``, ``up_blocks.0.*``)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter: its PEFT configuration, and who can load it."""
+
+    config: Callable[..., PeftConfig]
+    fields: Callable[[AdapterSpec], dict[str, Any]]
+    """The configuration's fields, from the spec; ``target_modules`` excepted."""
+    diffusers: bool
+    """Whether ``load_lora_weights`` of the diffusers pipelines loads it."""
+    alone: bool = False
+    """Whether these pipelines load it alone only, without ``set_adapters`` and ``hotswap``."""
+    modules: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+    """The modules it adapts."""
+    trains_in_unet_precision: bool = False
+    """Whether it trains well where its forward and backward passes are in the UNet's precision;
+    otherwise they are in float32, as its weights and optimizer always are."""
+
+
+def _lora(**switch: bool) -> Callable[[AdapterSpec], dict[str, Any]]:
+    return lambda spec: {
+        "r": spec.rank,
+        "lora_alpha": spec.alpha or spec.rank,
+        "lora_dropout": spec.dropout,
+        **switch,
+    }
+
+
+def _lycoris(spec: AdapterSpec) -> dict[str, Any]:
+    return {"r": spec.rank, "alpha": spec.alpha or spec.rank, "rank_dropout": spec.dropout}
+
+
+def _oft(spec: AdapterSpec) -> dict[str, Any]:
+    return {"r": spec.rank, "oft_block_size": 0}
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "lora": Kind(LoraConfig, _lora(), diffusers=True, trains_in_unet_precision=True),
+        "rslora": Kind(
+            LoraConfig, _lora(use_rslora=True), diffusers=True, trains_in_unet_precision=True
+        ),
+        "dora": Kind(LoraConfig, _lora(use_dora=True), diffusers=True, alone=True),
+        "loha": Kind(LoHaConfig, _lycoris, diffusers=False),
+        "lokr": Kind(LoKrConfig, _lycoris, diffusers=False),
+        # PEFT rotates the patches of a convolution without its padding: no identity to start from
+        "oft": Kind(OFTConfig, _oft, diffusers=False, modules=(nn.Linear,)),
+    }
+)
+
+
+def diffusers_loads(spec: AdapterSpec) -> bool:
+    """Whether plain ``IFPipeline.load_lora_weights`` loads an adapter of this kind."""
+    return KINDS[spec.kind].diffusers
+
+
+def match_targets(unet: nn.Module, targets: str | Iterable[str]) -> tuple[str, ...]:
+    """The full names of the modules that targets mean, in the model's order.
+
+    Args:
+        unet: the model; only its ``Linear`` and ``Conv2d`` modules can be targets.
+        targets: a preset of :data:`PRESETS`, a pattern, or several patterns. A pattern is a glob
+            that matches a module's full name or any ending of it that follows a dot.
+
+    Raises:
+        UserError: where a pattern matches no module, naming the closest names.
+    """
+    names = [n for n, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if isinstance(targets, str) and targets in PRESETS:
+        return _matching(names, PRESETS[targets])
+    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    for pattern in patterns:
+        if not _matching(names, [pattern]):
+            raise UserError(
+                f"The target {pattern!r} matches no Linear or Conv2d module of the UNet; the"
+                f" closest are {', '.join(_closest(pattern, names))}, and the presets are"
+                f" {', '.join(PRESETS)}."
+            )
+    return _matching(names, patterns)
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
+    globs = [glob for pattern in patterns for glob in (pattern, f"*.{pattern}")]
+    return tuple(name for name in names if any(fnmatchcase(name, glob) for glob in globs))
+
+
+def _closest(pattern: str, names: Iterable[str]) -> list[str]:
+    """Endings of names, as long in dots as the pattern, that look most like it."""
+    length = pattern.count(".") + 1
+    endings = dict.fromkeys(".".join(name.split(".")[-length:]) for name in names)
+    return difflib.get_close_matches(pattern, endings, n=3, cutoff=0)
+
+
+def peft_config(unet: nn.Module, spec: AdapterSpec) -> PeftConfig:
+    """The PEFT configuration of a spec, its targets as full module names.
+
+    Raises:
+        UserError: where a target matches no module, or one that the kind does not adapt.
+    """
+    kind = KINDS[spec.kind]
+    matched = match_targets(unet, spec.targets)
+    targets = [name for name in matched if isinstance(unet.get_submodule(name), kind.modules)]
+    if len(targets) < len(matched) and spec.targets != "all":
+        other = next(name for name in matched if name not in targets)
+        raise UserError(
+            f"An adapter of kind {spec.kind!r} adapts"
+            f" {' and '.join(module.__name__ for module in kind.modules)} modules only, and the"
+            f" targets {spec.targets!r} also match the {type(unet.get_submodule(other)).__name__}"
+            f" {other!r}; choose the targets 'attention' or 'all', or another kind."
+        )
+    return kind.config(**kind.fields(spec), target_modules=targets)
+
+
+def attach(
+    unet: UNet2DConditionModel, spec: AdapterSpec, *, seed: int = 0
+) -> dict[str, nn.Parameter]:
+    """Freeze a UNet and attach a fresh adapter, which changes nothing yet (OFT: but rounding).
+
+    Args:
+        unet: the base, in any precision.
+        spec: the adapter.
+        seed: its initial values; the global generator is left as it was.
+
+    Returns:
+        :func:`adapter_parameters`: float32, trainable, on the UNet's device.
+
+    Raises:
+        UserError: as :func:`peft_config`.
+
+    Example:
+        >>> unet = UNet2DConditionModel.from_pretrained("models/if-tiny/stage_1", subfolder="unet")
+        >>> parameters = attach(unet, AdapterSpec(rank=2, targets=("to_q", "mid_block.*.conv1")))
+        >>> sum(parameter.numel() for parameter in parameters.values())
+        10112
+    """
+    config = peft_config(unet, spec)
+    unet.requires_grad_(False)
+    blank = unet.device.type == "meta"  # nothing is drawn then, so that it may be done beside
+    with unet.device if blank else torch.random.fork_rng(devices=[]):
+        if not blank:
+            torch.default_generator.manual_seed(seed)  # PEFT initialises on the CPU
+        unet.add_adapter(config, adapter_name=ADAPTER_NAME)
+    check_trainable(unet)
+    for parameter in adapter_parameters(unet).values():
+        parameter.data = parameter.data.float()
+    _measure_magnitudes(unet)
+    unet.train(unet.training)  # the new layers take on the UNet's mode
+    return adapter_parameters(unet)
+
+
+def check_trainable(unet: nn.Module) -> None:
+    """Assert that no layer of an adapter is frozen: such a layer would return no gradient."""
+    for name, module in unet.named_modules():
+        if isinstance(module, FrozenLinear | FrozenConv2d):
+            owned = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            assert not owned, f"{name} is trainable, but frozen layers return no gradient"
+
+
+def _measure_magnitudes(unet: nn.Module) -> None:
+    """Take DoRA's initial magnitudes in float32, as its forward pass takes them.
+
+    PEFT took them in the base's precision, so that in bfloat16 a fresh DoRA is not the identity.
+    """
+    for layer in unet.modules():
+        if isinstance(layer, LoraLayer):
+            for name, magnitude in layer.lora_magnitude_vector.items():
+                magnitude.update_layer(
+                    base_layer=layer.get_base_layer(),
+                    lora_A=layer.lora_A[name].weight,
+                    lora_B=layer.lora_B[name].weight,
+                    scaling=layer.scaling[name],
+                )
+
+
+def adapted_modules(unet: UNet2DConditionModel) -> list[str]:
+    """The full names of the modules that an adapter is attached to, in the model's order."""
+    return [name for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def adapter_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """The parameters of the attached adapter by their names in the UNet."""
+    mark = PEFT_TYPE_TO_PREFIX_MAPPING[unet.peft_config[ADAPTER_NAME].peft_type]
+    return {name: p for name, p in unet.named_parameters() if f".{mark}" in name}
+
+
+def adapter_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The values of :func:`adapter_parameters`, sharing their memory."""
+    return {name: parameter.detach() for name, parameter in adapter_parameters(unet).items()}
+
+
+ROOTS = (
+    *("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
+    *("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj"),
+)
+"""The top-level modules of IF's UNets that adapters attach to."""

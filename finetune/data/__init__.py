@@ -1,0 +1,1 @@
+"""Training data: sources, pictures, encoded captions, class pictures, batches."""

@@ -1,0 +1,223 @@
+"""Sources of pictures and captions: opened through the `datasets` library, and read row by row."""
+
+import codecs
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from adapters.errors import UserError
+from adapters.texts import find_invisible
+from finetune.recipe.schema import Data
+
+PICTURE_FEATURES = (
+    datasets.Value("string"),
+    datasets.Value("large_string"),
+    datasets.Value("binary"),
+    datasets.Value("large_binary"),
+    {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+)
+"""What a column may hold beside ``datasets.Image`` and still be read as pictures."""
+
+CAPTION_FEATURES = (datasets.Value("string"), datasets.Value("large_string"))
+"""What a column of captions may hold."""
+
+TEXT_SUFFIXES = (".csv", ".jsonl")
+"""The kinds of metadata files that are text."""
+
+LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError)
+"""What ``datasets`` raises where a source is missing, malformed or out of reach."""
+
+
+def load_captions(data: Data, cache_dir: Path) -> list[str]:
+    """The captions that :func:`load_pictures` gives, without reading a picture."""
+    return read_captions(data, open_source(data, cache_dir))
+
+
+def has_captions(folder: Path) -> bool:
+    """Whether a folder of pictures brings captions of its own."""
+    pictures = _pictures_in(folder) if folder.is_dir() else []
+    beside = any(picture.with_suffix(".txt").is_file() for picture in pictures)
+    return beside or _metadata(folder) is not None
+
+
+def open_source(data: Data, cache_dir: Path) -> datasets.Dataset:
+    """The dataset that a recipe names; pictures are not decoded.
+
+    Pictures or a metadata file directly in a folder make it one split, ``train``, whatever the
+    files' names; all else is left to ``datasets`` to find out.
+    """
+    folder = Path(data.source).expanduser()
+    load = _load_dataset
+    if (folder / datasets.config.DATASET_STATE_JSON_FILENAME).is_file():
+        load = _load_saved
+    elif (folder / datasets.config.DATASETDICT_JSON_FILENAME).is_file():
+        load = _load_saved_splits
+    elif folder.is_dir() and (_metadata(folder) or _pictures_in(folder)):
+        load = _load_picture_folder
+    try:
+        table = load(data, folder, cache_dir)
+    except LOADING_ERRORS as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"data.source {data.source!r}, split {data.split!r}, cannot be loaded"
+            f" ({reason[0].rstrip('.')}): give a folder with pictures in it, or a dataset that"
+            " datasets.load_dataset finds."
+        ) from error
+    if not len(table):
+        raise UserError(f"data.source {data.source!r}, split {data.split!r}, has no pictures.")
+    return table
+
+
+def read_captions(data: Data, table: datasets.Dataset) -> list[str]:
+    """The caption of each row, with white space around it removed."""
+    if data.prompt is not None:
+        return [data.prompt] * len(table)
+    _check_column(data, table, "caption_column", CAPTION_FEATURES)
+    captions = [(caption or "").strip() for caption in table[data.caption_column]]
+    for row, caption in enumerate(captions):
+        invisible = find_invisible(caption)
+        if not caption or invisible:
+            kind = f"invisible caption ({invisible})" if invisible else "empty caption"
+            raise UserError(
+                f"data.source {data.source!r}: row {row} has an {kind} in column"
+                f" {data.caption_column!r}; write one, or give data.prompt for all pictures"
+                " (pictures for the empty caption come from data.caption_dropout)."
+            )
+    return captions
+
+
+def _load_dataset(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise FileNotFoundError("the folder is empty")
+    if not folder.exists() and _names_a_folder(data.source):
+        raise FileNotFoundError("there is no such folder")
+    source = str(folder) if folder.exists() else data.source
+    return datasets.load_dataset(source, data.config, split=data.split, revision=data.revision)
+
+
+def _names_a_folder(source: str) -> bool:
+    """Whether a source is written as no hub name can be, so that the hub need not be asked."""
+    remote = source.startswith(("hf://", "buckets/"))
+    return source.startswith((".", "/", "~")) or (source.count("/") > 1 and not remote)
+
+
+def _load_saved(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
+    return datasets.load_from_disk(folder)
+
+
+def _load_saved_splits(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
+    splits = datasets.load_from_disk(folder)
+    if data.split not in splits:
+        raise LookupError(f"its splits are {', '.join(splits)}")
+    return splits[data.split]
+
+
+def _load_picture_folder(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
+    metadata = _metadata(folder)
+    if metadata and metadata.suffix in TEXT_SUFFIXES:
+        read_text(metadata)  # says what datasets would not
+    files = [metadata] if metadata else _pictures_in(folder)
+    table = datasets.load_dataset(
+        "imagefolder",
+        data_files={"train": [glob.escape(str(file.resolve())) for file in files]},
+        split=data.split,
+        drop_labels=True,
+        cache_dir=str(cache_dir / "tables"),
+    )
+    if metadata or data.prompt is not None:
+        return table
+    undecoded = table.cast_column("image", datasets.Image(decode=False))
+    captions = [_text_beside(Path(row["image"]["path"])) for row in undecoded]
+    return table.add_column(data.caption_column, captions)
+
+
+def _text_beside(picture: Path) -> str:
+    text = picture.with_suffix(".txt")
+    if not text.is_file():
+        raise UserError(
+            f"The picture {picture} has no caption: write {text.name} beside it, list all pictures"
+            " in a metadata.jsonl, or give data.prompt for all."
+        )
+    caption = read_text(text)
+    if not caption or find_invisible(caption):
+        found = find_invisible(caption) or "no characters"
+        raise UserError(f"The caption {text} is empty (found {found}); write one.")
+    return caption
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        UserError: where it is in another encoding.
+    """
+    content = file.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        found = "UTF-16"
+    else:
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            found = f"byte 0x{content[error.start]:02x} in line {line}, as Windows-1252 has"
+    raise UserError(f"{file} must be text in UTF-8 (found {found}); save it as UTF-8.")
+
+
+def _metadata(folder: Path) -> Path | None:
+    files = (folder / name for name in ImageFolder.METADATA_FILENAMES)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith(".")
+    )
+
+
+def select_pictures(data: Data, table: datasets.Dataset) -> datasets.Dataset:
+    """The column of pictures alone, undecoded.
+
+    Raises:
+        UserError: where there is no such column, or it holds something else.
+    """
+    _check_column(data, table, "image_column", PICTURE_FEATURES)
+    images = table.select_columns([data.image_column])
+    return images.cast_column(data.image_column, datasets.Image(decode=False))
+
+
+def _check_column(data: Data, table: datasets.Dataset, field: str, features: Sequence[Any]) -> None:
+    name = {"image_column": data.image_column, "caption_column": data.caption_column}[field]
+    if name not in table.features:
+        raise UserError(
+            f"data.{field}: {data.source!r} has no column {name!r}; it has"
+            f" {', '.join(table.column_names)}."
+        )
+    feature = table.features[name]
+    is_picture = isinstance(feature, datasets.Image) and field == "image_column"
+    if not is_picture and feature not in features:
+        kind = "pictures" if field == "image_column" else "text"
+        raise UserError(
+            f"data.{field}: column {name!r} of {data.source!r} must hold {kind} (got {feature})."
+        )
+
+
+def read_content(image: dict[str, Any] | None, row: str) -> tuple[str, bytes]:
+    """Where an undecoded picture came from, and the bytes of its file."""
+    if image is None:
+        raise UserError(f"There is no picture in {row}.")
+    source, content = image["path"] or row, image["bytes"]
+    if content is not None:
+        return source, content
+    try:
+        return source, Path(source).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"The picture {source}, named in {row}, cannot be read ({error.strerror}); put it there"
+            " or correct the name."
+        ) from error

@@ -1,0 +1,1 @@
+"""Estimates of the memory that a run takes, and settings that fit a card."""

@@ -1,0 +1,514 @@
+"""Recipes: one YAML file says all there is to say about a run, checked before anything is loaded.
+
+Every section below is a pydantic model: its fields, their types and ranges are the schema, and the
+text under each field is its documentation.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import torch
+import yaml
+from peft import LoraConfig
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from adapters.base.source import Source
+from adapters.cascade.sampling import Sampling
+from adapters.errors import name_in
+from adapters.weights.kinds import KINDS, AdapterSpec
+from finetune.recipe.yaml12 import Dumper
+from finetune.step.optimizers import OPTIMIZERS, SCHEDULES, Algorithm
+from finetune.step.stages import STAGES, Stage
+from finetune.step.timesteps import DENSITIES
+from unets.loading import Precision, automatic_precision
+
+LARGEST_SHAPE = 1e6
+"""The largest parameter of a density: beyond it all timesteps are one, and arithmetic gives out."""
+
+LEAST_SCALE = 0.1
+"""The least learning rate that makes sense where the optimizer finds its own step size."""
+
+KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if kind.config is not LoraConfig)
+"""The kinds of adapter that have no B matrices, which LoRA+ is about."""
+
+
+def _ascending(levels: tuple[int, int]) -> tuple[int, int]:
+    if levels[0] > levels[1]:
+        raise ValueError(f"must be [low, high] with low <= high (got {list(levels)})")
+    return levels
+
+
+def _one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    others = info.data.get("prompts", prompts)  # a mistake of their own is said by itself
+    if len(prompts) != len(others):
+        raise ValueError(f"must be one for each of the {len(others)} prompts (got {len(prompts)})")
+    return prompts
+
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Levels = Annotated[tuple[NonNegative, NonNegative], Field(strict=False), AfterValidator(_ascending)]
+Prompts = Annotated[tuple[str, ...], Field(strict=False)]
+StagePrompts = Annotated[Prompts, AfterValidator(_one_for_each)]
+Place = tuple[int | str, ...]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and strict about names and types."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class Base(Section):
+    """The cascade to teach: folders or hub names (``owner/name@revision``) in diffusers' layout."""
+
+    stage_1: str
+    """Stage I; its text encoder and tokenizer are those of the whole cascade."""
+    stage_2: str | None = None
+    """Stage II; needed to train it, and shown in validation pictures where given."""
+    stage_3: str | None = None
+    """The x4 upscaler, for pictures only."""
+    revision: str | None = None
+    """The hub revision of Stage I and II where their names have none; ``None``: the newest."""
+    variant: str | None = None
+    """The weights' variant, such as ``fp16``, of components that have it; ``None``: plain files."""
+
+
+class Data(Section):
+    """Where the pictures and captions come from, and how they are cropped."""
+
+    source: str
+    """A folder of pictures (with ``metadata.jsonl`` or ``.txt`` captions, or none), or whatever
+    ``datasets.load_dataset`` takes: a hub name or a local path."""
+    config: str | None = None
+    """The dataset's configuration, for datasets that have several; ``None``: its default."""
+    revision: str | None = None
+    """The dataset's hub revision; ``None``: the newest."""
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    """One caption for all pictures; ``None``: each picture has its own."""
+    split: str = "train"
+    """The split of the dataset."""
+    image_column: str = "image"
+    """The column that holds the pictures."""
+    caption_column: str = "text"
+    """The column that holds the captions; not read where ``prompt`` is given."""
+    center_shift: Fraction = 0.1
+    """How far the square crop's centre may shift, as a fraction of the crop's side."""
+    horizontal_flip: bool = False
+    """Mirror every other picture at random."""
+    caption_dropout: Fraction = 0.1
+    """The share of captions replaced by the empty one, which guidance is taken against."""
+
+
+class Prior(Section):
+    """Prior preservation: pictures of the subject's class, so that the class is not forgotten."""
+
+    prompts: Annotated[Prompts, Field(min_length=1)]
+    """What class pictures show, in turn; also their captions."""
+    count: Positive = 100
+    """How many class pictures."""
+    folder: str | None = None
+    """A folder of class pictures to take instead of sampling them from the base cascade."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The share of class pictures in each optimizer step, on all processes and accumulated batches
+    together: at least one, and never all."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """The weight of the class pictures' mean loss beside that of the subject's."""
+    caption_dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The share of class pictures whose caption is replaced by the empty one, whatever
+    ``data.caption_dropout`` is: what guidance is taken against is preserved too."""
+    sampling: Sampling = Sampling()
+    """How class pictures are sampled."""
+
+
+class Text(Section):
+    """The text encoder: its precision, its place, and what it is given."""
+
+    precision: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"
+    """The text encoder's weights; ``auto``: bf16 on a GPU, fp32 on a CPU."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Where captions are encoded; ``auto``: on the training device."""
+    clean_caption: bool = True
+    """Clean captions as IF's pipelines do by default: HTML, links and odd punctuation go, but so
+    do words such as ``<sks>``, ``j0hn``, ``#3``, ``@mydog``, and all Chinese."""
+
+
+class Optimizer(Section):
+    """The optimizer of the adapter's parameters."""
+
+    name: Annotated[str, name_in(OPTIMIZERS)] = "adamw_8bit"
+    """One of the names in ``finetune.step.optimizers.OPTIMIZERS``."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """The peak learning rate; ``prodigy`` finds its own scale, and wants 1."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] | None = None
+    """Decay of the first and second moment; ``None``: the optimizer's own."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay."""
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """LoRA+: the learning rate of the B matrices over that of the A matrices."""
+    schedule: Annotated[str, name_in(SCHEDULES)] = "constant"
+    """One of the names in ``finetune.step.optimizers.SCHEDULES``."""
+    warmup_steps: NonNegative = 0
+    """Steps over which the learning rate rises from zero, fewer than the stage's ``steps``;
+    ``one_cycle`` rises from 1/25, and over 0.3 of the steps where this is 0."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the gradient to this norm; ``None``: never."""
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _is_a_scale(cls, rate: float, info: ValidationInfo) -> float:
+        if rate < LEAST_SCALE and (found := _algorithm(info)) and found.finds_scale:
+            raise ValueError(
+                f"{info.data['name']} finds its own step size, which the learning rate multiplies:"
+                f" give 1, or at least {LEAST_SCALE} (got {rate})"
+            )
+        return rate
+
+    @field_validator("betas")
+    @classmethod
+    def _has_betas(
+        cls, betas: tuple[float, float] | None, info: ValidationInfo
+    ) -> tuple[float, float] | None:
+        if betas is not None and (found := _algorithm(info)) and found.betas is None:
+            raise ValueError(f"{info.data['name']} has no betas: leave them out")
+        return betas
+
+    @field_validator("lora_plus_ratio")
+    @classmethod
+    def _has_groups(cls, ratio: float, info: ValidationInfo) -> float:
+        if ratio != 1 and (found := _algorithm(info)) and found.finds_scale:
+            raise ValueError(
+                f"{info.data['name']} takes one learning rate for all parameters: leave the ratio"
+                f" at 1 (got {ratio})"
+            )
+        return ratio
+
+
+def _algorithm(info: ValidationInfo) -> Algorithm | None:
+    """The optimizer that a section names, unless the name is itself a mistake."""
+    return OPTIMIZERS.get(info.data.get("name", ""))
+
+
+class Timesteps(Section):
+    """The distribution of the timesteps that a stage is trained at: 0 has the least noise."""
+
+    low: NonNegative = 0
+    """The first timestep that is drawn."""
+    high: NonNegative | None = None
+    """The last timestep that is drawn; ``None``: the last of the base's schedule."""
+    density: Annotated[str, name_in(DENSITIES)] = "uniform"
+    """How they lie between: one of the names in ``finetune.step.timesteps.DENSITIES``."""
+    shape: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """The parameters of ``beta``, [a, b], or of ``logit_normal``, [mean, std]: for ``beta``, [1, 2]
+    is more of the low timesteps (detail), [2, 1] of the high ones (composition) and [2, 2] of those
+    between; ``None``: for ``uniform``, which has none."""
+
+    @field_validator("high")
+    @classmethod
+    def _is_not_below(cls, high: int | None, info: ValidationInfo) -> int | None:
+        low = info.data.get("low", 0)
+        if high is not None and high < low:
+            raise ValueError(f"must be at least low, {low} (got {high})")
+        return high
+
+    @field_validator("shape")
+    @classmethod
+    def _fits_its_density(
+        cls, shape: tuple[float, float] | None, info: ValidationInfo
+    ) -> tuple[float, float] | None:
+        if (name := info.data.get("density")) is None:  # a mistake that is reported by itself
+            return shape
+        parameters, values = DENSITIES[name].parameters, shape or ()
+        if len(values) != len(parameters):
+            expected = f"[{', '.join(parameters)}]" if parameters else "left out"
+            raise ValueError(f"must be {expected} with {name} (got {list(values) or None})")
+        for value, (parameter, bound) in zip(values, parameters.items(), strict=True):
+            if not bound < value <= LARGEST_SHAPE:
+                raise ValueError(
+                    f"{parameter} must be greater than {bound} and at most {LARGEST_SHAPE:g}"
+                    f" (got {value})"
+                )
+        return shape
+
+    def draw(self, rng: np.random.Generator, count: int) -> int:
+        """A timestep of a schedule of ``count``; each has an equal part of 0 to 1."""
+        high = count - 1 if self.high is None else self.high
+        place = DENSITIES[self.density].draw(rng, *self.shape or ())
+        return min(self.low + int(place * (high + 1 - self.low)), high)  # a place may round to 1
+
+
+class Training(Section):
+    """What is trained in one stage, and for how long."""
+
+    steps: Positive
+    """Optimizer steps."""
+    batch_size: Positive = 4
+    """Pictures at a time on each GPU, class pictures included."""
+    accumulation: Positive = 1
+    """Batches whose gradients are averaged into one optimizer step: 2 batches of 2 train as one of
+    4 does."""
+    adapter: AdapterSpec = AdapterSpec()
+    """The adapter: kind, rank, targets."""
+    optimizer: Optimizer = Optimizer()
+    """The optimizer and its schedule."""
+    precision: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"
+    """The frozen UNet's weights; ``auto``: bf16 on a GPU, fp32 on a CPU. An adapter's weights and
+    optimizer are always fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    cuda_graph: bool = True
+    """On a GPU, record the step as one CUDA graph and replay it."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the UNet; ``auto``: where the run is long enough to win back the minutes it takes."""
+    timesteps: Timesteps = Timesteps()
+    """The timesteps that each picture's own is drawn from."""
+    noise_level: Levels | None = None
+    """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
+    ``None``: all levels of the model's schedule."""
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Min-SNR weighting of the MSE term; ``None``: none."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Keep an exponential moving average of the adapter and export that; ``None``: no. The decay
+    after t steps is at most (1 + t) / (10 + t), so that short runs average what they learnt."""
+    checkpoint_every: Positive = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """How many of the newest checkpoints to keep."""
+
+    def precision_on(self, device: torch.device) -> Precision:
+        """The precision of the frozen UNet on a device."""
+        return automatic_precision(device) if self.precision == "auto" else self.precision
+
+
+class Validation(Section):
+    """Pictures sampled while training, for TensorBoard."""
+
+    prompts: Prompts = ()
+    """What to sample; none: no validation."""
+    stage_2_prompts: StagePrompts | None = None
+    """What Stage II is told instead, one for each of ``prompts``: often these without the
+    subject's identifier; ``None``: the same."""
+    every: Positive = 500
+    """Steps between validations; one is always made at the end."""
+    seed: NonNegative = 0
+    """The seed of every validation, so that pictures differ by training alone."""
+    sampling: Sampling = Sampling()
+    """Steps, guidance and noise level, by stage."""
+
+
+class Expected(Section):
+    """Scores at which a run should end, those of a finished run on another machine."""
+
+    clip_i: Annotated[float, Field(gt=-1, le=1)]
+    """CLIP-I, the subject's pictures to the real ones."""
+    clip_t: Annotated[float, Field(gt=-1, le=1)]
+    """CLIP-T of the subject's prompts."""
+    clip_t_others: Annotated[float, Field(gt=-1, le=1)] | None = None
+    """CLIP-T of the other prompts; ``None``: there are none."""
+    spread: Annotated[float, Field(gt=0)]
+    """How far runs with other seeds or on other processors end from these."""
+
+
+class Comparison(Section):
+    """The picture of the base beside the fine-tuned cascade (``python -m finetune.compare``)."""
+
+    prompts: Annotated[Prompts, Field(min_length=1)]
+    """Prompts that should show the subject."""
+    stage_2_prompts: StagePrompts | None = None
+    """What Stage II is told instead, one for each of ``prompts``; ``None``: the same."""
+    other_prompts: Prompts = ()
+    """Prompts of other things, which should not have changed."""
+    subject: str
+    """The subject in plain words, which the text score (CLIP-T) puts in place of ``identifier``."""
+    identifier: str
+    """The words of the prompts that name the subject, such as ``sks octopus``."""
+    clip: str
+    """The CLIP model of the scores: folder or hub name."""
+    expected: Expected | None = None
+    """The scores at which the run should end; ``None``: not known."""
+    seed: NonNegative = 0
+    """The seed of the pictures."""
+    sampling: Sampling | None = None
+    """Steps, guidance and noise level, by stage; ``None``: as in validation."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's name: its folder under ``runs_dir``."""
+    seed: NonNegative = 0
+    """All randomness of the run derives from it and from each picture's position in the run: a
+    global batch (of all processes and accumulated batches) is the same however it is divided."""
+    base: Base
+    """The cascade to teach."""
+    data: Data
+    """The pictures to teach it."""
+    prior: Prior | None = None
+    """Prior preservation; ``None``: without."""
+    text: Text = Text()
+    """How captions are encoded."""
+    stage_1: Training | None = None
+    """How to train Stage I; ``None``: not at all."""
+    stage_2: Training | None = None
+    """How to train Stage II, after Stage I where both are given; ``None``: not at all."""
+    validation: Validation = Validation()
+    """What to sample while training."""
+    comparison: Comparison | None = None
+    """The picture and scores of base and fine-tuned cascade; ``None``: none."""
+    log_every: Positive = 10
+    """Steps between TensorBoard points."""
+    runs_dir: str = "runs"
+    """Where runs are written."""
+    cache_dir: str = ".cache/finetune"
+    """Where decoded pictures, text embeddings and class pictures are kept between runs."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _consistent(cls, tree: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """All mistakes together: those within sections, and those between them."""
+        mistakes: list[InitErrorDetails] = []
+        try:
+            recipe = handler(tree)
+        except ValidationError as error:
+            mistakes = [_again(mistake) for mistake in error.errors(include_url=False)]
+        places = {mistake.get("loc") for mistake in mistakes}
+        for path, message in _between_sections(tree):
+            place = tuple(path.split("."))
+            if place not in places:
+                custom = PydanticCustomError("value_error", "{message}", {"message": message})
+                mistakes.append(InitErrorDetails(type=custom, loc=place, input=None))
+        if mistakes:
+            raise ValidationError.from_exception_data(cls.__name__, mistakes)
+        return recipe
+
+    @property
+    def trained(self) -> tuple[Stage, ...]:
+        """The stages that this recipe trains, in order."""
+        sections = {1: self.stage_1, 2: self.stage_2}
+        return tuple(stage for number, stage in STAGES.items() if sections[number] is not None)
+
+    def training(self, stage: Stage) -> Training:
+        """The training section of a stage that is trained."""
+        section = {1: self.stage_1, 2: self.stage_2}[stage.number]
+        assert section is not None
+        return section
+
+    def base_of(self, stage: Stage) -> str:
+        """The base model of a stage."""
+        name = {1: self.base.stage_1, 2: self.base.stage_2}[stage.number]
+        assert name is not None
+        return name
+
+    def precisions(self, device: torch.device) -> dict[int, Precision]:
+        """The precision of each stage's UNet on a device: an untrained stage's is another's."""
+        trained = {s.number: self.training(s).precision_on(device) for s in self.trained}
+        return {number: trained.get(number, next(iter(trained.values()))) for number in STAGES}
+
+    def source(self, stage: Stage) -> Source:
+        """Where the base model of a stage is."""
+        return Source(self.base_of(stage), stage.number, self.base.revision, self.base.variant)
+
+    @property
+    def crop_px(self) -> int:
+        """The side of the largest crop that a stage is taught, in pixels."""
+        return self._crops_px[-1]
+
+    @property
+    def smaller_crops_px(self) -> list[int]:
+        """The sides of the other crops that stages are taught, in pixels."""
+        return self._crops_px[:-1]
+
+    @property
+    def _crops_px(self) -> list[int]:
+        return sorted({self.source(stage).picture_size_px for stage in self.trained})
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def cache(self) -> Path:
+        """Where what is costly to make is kept between runs."""
+        return Path(self.cache_dir)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, defaults included; loading it gives the same recipe."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=100)
+
+
+def _again(mistake: ErrorDetails) -> InitErrorDetails:
+    """A mistake that pydantic found, to be raised once more."""
+    return InitErrorDetails(
+        type=mistake["type"],
+        loc=mistake["loc"],
+        input=mistake["input"],
+        ctx=mistake.get("ctx", {}),
+    )
+
+
+def _between_sections(tree: Any) -> Iterator[tuple[str, str]]:
+    """Path and message of the mistakes that no section shows alone.
+
+    They are looked for in the tree as it was given, whatever else is wrong with it.
+    """
+    tree = TypeAdapter(Any).dump_python(tree)
+
+    def given(path: str) -> Any:
+        node = tree
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return node
+
+    trained = [stage.name for stage in STAGES.values() if given(stage.name) is not None]
+    if not trained:
+        yield "stage_1", "nothing to train: give a stage_1 section, a stage_2 section or both"
+    if "stage_2" in trained and given("base.stage_2") is None:
+        yield "base.stage_2", "must name a Stage II model where stage_2 is trained"
+    if given("stage_1.noise_level") is not None:
+        yield "stage_1.noise_level", "is for stage_2 alone: Stage I has no augmentation to draw"
+    for stage in trained:
+        accumulation = given(f"{stage}.accumulation")
+        alone = given(f"{stage}.batch_size") == 1 and accumulation in (None, 1)
+        if given("prior") is not None and alone:
+            yield (
+                f"{stage}.batch_size",
+                "must be at least 2 with prior preservation, or accumulation must be (got 1)",
+            )
+        warmup, steps = given(f"{stage}.optimizer.warmup_steps"), given(f"{stage}.steps")
+        if isinstance(warmup, int) and isinstance(steps, int) and warmup >= steps > 0:
+            yield (
+                f"{stage}.optimizer.warmup_steps",
+                f"must be less than {stage}.steps, or the learning rate never reaches its peak"
+                f" (got {warmup} of {steps} steps)",
+            )
+        kind, ratio = given(f"{stage}.adapter.kind"), given(f"{stage}.optimizer.lora_plus_ratio")
+        if kind in KINDS_WITHOUT_B and ratio not in (None, 1):
+            yield (
+                f"{stage}.optimizer.lora_plus_ratio",
+                f"must be 1 with {kind}, which has no B matrices (got {ratio!r})",
+            )

@@ -1,0 +1,108 @@
+"""Checkpoints: a tree of tensors and plain values, as one safetensors and one JSON file.
+
+A checkpoint is written beside its place and renamed into it, and renamed out of it before it is
+deleted, so that one which has its final name is whole. Nothing is ever unpickled.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from adapters.atomic import replace_folder, written
+from adapters.errors import UserError
+
+FORMAT = 2
+"""The version of a checkpoint's contents. 2: tensors start blocks of their own in the optimizer."""
+
+STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+def save_checkpoint(root: Path, step: int, tree: dict[str, Any], keep: int) -> Path:
+    """Write ``root/step-NNNNNN``, then delete all but the newest ``keep`` checkpoints.
+
+    Raises:
+        UserError: where the disk refuses.
+    """
+    folder, partial = root / f"step-{step:06d}", root / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    new = partial / "new"
+    with written(folder):
+        new.mkdir(parents=True)
+        tensors: dict[str, torch.Tensor] = {}
+        document = json.dumps({"format": FORMAT, "tree": _encode(tree, tensors)})
+        save_file(tensors, new / "state.safetensors")
+        (new / "state.json").write_text(document, encoding="utf-8")
+        replace_folder(new, folder)
+        for _, old in checkpoints(root)[:-keep]:
+            os.replace(old, partial / old.name)
+        shutil.rmtree(partial)
+    return folder
+
+
+def checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """The whole checkpoints below ``root`` as (step, folder), oldest first."""
+    if not root.is_dir():
+        return []
+    matches = ((STEP_FOLDER.fullmatch(folder.name), folder) for folder in root.iterdir())
+    return sorted((int(match[1]), folder) for match, folder in matches if match)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The tree that was saved, with its tensors on the CPU.
+
+    Raises:
+        UserError: where the files are damaged.
+    """
+    try:
+        tensors = load_file(folder / "state.safetensors")
+        document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        found = document.get("format", 1)
+        tree = _decode(document["tree"], tensors) if found == FORMAT else None
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"The checkpoint {folder} is damaged ({error}); delete that folder to continue from the"
+            " checkpoint before it."
+        ) from error
+    if tree is None:
+        raise UserError(
+            f"The checkpoint {folder} has the format {found}, and this version continues from the"
+            f" format {FORMAT} alone; finish the run with the version that began it, or delete its"
+            " checkpoints to start over."
+        )
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """A JSON value in which each tensor, tuple and mapping is marked; fills ``tensors``."""
+    if isinstance(value, torch.Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().clone().contiguous()
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"mapping": [[key, _encode(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_encode(item, tensors) for item in value]
+    return value
+
+
+def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if isinstance(value, dict):
+        ((mark, content),) = value.items()
+        if mark == "tensor":
+            return tensors[content]
+        if mark == "tuple":
+            return tuple(_decode(item, tensors) for item in content)
+        return {key: _decode(item, tensors) for key, item in content}
+    return value

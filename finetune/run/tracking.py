@@ -1,0 +1,112 @@
+"""What a person sees of a run: a progress bar, and TensorBoard."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from finetune.step.losses import Losses
+from unets.memory import peak_memory_gib
+
+
+class Meter:
+    """Sums of what a step reports, kept on the device so that no step waits to read them."""
+
+    QUARTERS = 4
+
+    def __init__(self, num_train_timesteps: int, device: torch.device) -> None:
+        self.num_train_timesteps = num_train_timesteps
+        self.sums = torch.zeros(4 + 2 * self.QUARTERS, dtype=torch.float64, device=device)
+        self.steps = self.pictures = 0
+        self.since = time.perf_counter()
+
+    def add(self, losses: Losses, weight: Tensor, timesteps: Tensor) -> None:
+        """Count one batch: its weighted losses, and each picture's loss by noise-level quarter."""
+        quarter = timesteps * self.QUARTERS // self.num_train_timesteps
+        hot = torch.nn.functional.one_hot(quarter, self.QUARTERS).double()
+        values = torch.stack([losses.total.detach(), losses.mse, losses.bound]).double()
+        self.sums[:3] += values @ weight.double()
+        self.sums[4:].view(2, -1)[0] += values[0] @ hot
+        self.sums[4:].view(2, -1)[1] += hot.sum(0)
+        self.pictures += len(timesteps)
+
+    def add_step(self, gradient_norm: Tensor) -> None:
+        """Count one optimizer step."""
+        self.sums[3] += gradient_norm
+        self.steps += 1
+
+    def read(self, accelerator: Accelerator, batches_a_step: int) -> dict[str, float]:
+        """The means since the last reading, over all processes; waits for the device once."""
+        sums = accelerator.reduce(self.sums, "mean")
+        assert isinstance(sums, Tensor)
+        total, mse, bound, norm, *quarters = sums.tolist()
+        batches = self.steps * batches_a_step
+        seconds = time.perf_counter() - self.since
+        points = {
+            "loss": total / batches,
+            "loss/mse": mse / batches,
+            "loss/bound_bits": bound / batches,
+            "gradient_norm": norm / self.steps,
+            "pictures_per_second": self.pictures * accelerator.num_processes / seconds,
+            "peak_memory_gib": peak_memory_gib(self.sums.device),
+        }
+        for quarter in range(self.QUARTERS):
+            if count := quarters[self.QUARTERS + quarter]:
+                points[f"loss_by_noise/quarter_{quarter + 1}"] = quarters[quarter] / count
+        self.sums.zero_()
+        self.steps = self.pictures = 0
+        self.since = time.perf_counter()
+        return points
+
+    def skip_time(self, seconds: float) -> None:
+        """Leave time that was not training out of the rates."""
+        self.since += seconds
+
+
+class Tracker:
+    """TensorBoard and the progress bar of one stage; silent on all but the main process."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, title: str, first: int, steps: int):
+        main = accelerator.is_main_process
+        self.writer = (
+            SummaryWriter(str(folder), purge_step=first + 1 if first else None) if main else None
+        )
+        self.bar = tqdm(
+            desc=title,
+            total=steps,
+            initial=first,
+            unit="step",
+            disable=not main,
+            dynamic_ncols=True,
+        )
+
+    def text(self, tag: str, text: str) -> None:
+        """A text panel, shown as it is written."""
+        if self.writer:
+            self.writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()))
+
+    def points(self, points: Mapping[str, float], step: int) -> None:
+        """A point on each curve."""
+        self.bar.set_postfix({"loss": f"{points['loss']:.4f}"}, refresh=False)
+        if self.writer:
+            for tag, value in points.items():
+                self.writer.add_scalar(tag, value, step)
+
+    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
+        """A picture panel."""
+        if self.writer:
+            self.writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        self.bar.close()
+        if self.writer:
+            self.writer.close()

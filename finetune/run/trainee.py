@@ -1,0 +1,196 @@
+"""The UNet being taught, and all the state that training it changes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from adapters.weights.kinds import KINDS, attach
+from finetune.recipe.schema import Optimizer, Training
+from finetune.step.flat_weights import FlatWeights
+from finetune.step.gradients import GradientWatch
+from finetune.step.losses import Losses, NoiseTables, hybrid_loss
+from finetune.step.optimizers import OPTIMIZERS, averaged_weights, build_optimizer
+from finetune.step.stages import Batch, Stage, noised
+from unets.dropout import DropoutKeys, key_dropout
+from unets.graphs import Replayed
+from unets.lora_layers import fuse_adapters
+
+
+def optimizer_of(options: Optimizer, weights: FlatWeights) -> torch.optim.Optimizer:
+    """The optimizer that a recipe asks for."""
+    return build_optimizer(
+        options.name,
+        weights.slices(whole_tensors=OPTIMIZERS[options.name].whole_tensors),
+        learning_rate=options.learning_rate,
+        betas=options.betas,
+        weight_decay=options.weight_decay,
+        lora_plus_ratio=options.lora_plus_ratio,
+    )
+
+
+def warmed_up_decay(decay: float, updates: int) -> float:
+    """The average's decay after a number of updates.
+
+    It starts low, so that the average of a short run is not that of its first weights; as in
+    diffusers' ``EMAModel`` but for its first update.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+@dataclass
+class Trainee:
+    """A frozen UNet with an adapter, the adapter's optimizer, and how far training has come.
+
+    ``state`` and ``load_state`` are all that a checkpoint needs; ``accumulate`` and ``update``
+    are all that a step does. Both are functions of tensors with fixed shapes and never wait for
+    the device, so that on a GPU ``accumulate`` is one CUDA graph.
+    """
+
+    stage: Stage
+    training: Training
+    unet: UNet2DConditionModel
+    schedulers: tuple[DDPMScheduler, ...]
+    tables: NoiseTables
+    weights: FlatWeights
+    """The adapter's parameters: the only ones that train."""
+    optimizer: torch.optim.Optimizer
+    average: Tensor | None
+    """The exponential moving average of the weights, where the recipe keeps one."""
+    watch: GradientWatch
+    """Whether all of the weights have received a gradient."""
+    dropout_keys: DropoutKeys
+    """What the adapter's dropout derives from in each forward pass."""
+    step: int = field(default=0)
+    recorded: Replayed[Losses] = field(init=False)
+    """The forward and backward pass."""
+    predict: Callable[..., Any] = field(init=False)
+    """The UNet's forward pass, as it is or compiled."""
+
+    def __post_init__(self) -> None:
+        self.predict = self.unet
+        self.recorded = Replayed(
+            self._forward_backward, "The training step", enabled=self.training.cuda_graph
+        )
+
+    @classmethod
+    def of(
+        cls,
+        stage: Stage,
+        training: Training,
+        unet: UNet2DConditionModel,
+        schedulers: tuple[DDPMScheduler, ...],
+        *,
+        seed: int,
+    ) -> "Trainee":
+        """Attach a fresh adapter to a UNet and make its optimizer."""
+        parameters = attach(unet, training.adapter, seed=seed)
+        if unet.device.type != "cpu":
+            fuse_adapters(unet)
+        dropout_keys = key_dropout(unet, training.adapter.dropout)
+        if training.gradient_checkpointing:  # nothing draws, so there is no random state to keep
+            unet.enable_gradient_checkpointing(
+                partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            )
+        unet.train()
+        own = KINDS[training.adapter.kind].trains_in_unet_precision
+        weights = FlatWeights(parameters, unet.dtype if own else torch.float32)
+        return cls(
+            stage=stage,
+            training=training,
+            unet=unet,
+            schedulers=schedulers,
+            tables=NoiseTables.of(schedulers[0], unet.device),
+            weights=weights,
+            optimizer=optimizer_of(training.optimizer, weights),
+            average=None if training.ema_decay is None else weights.values.clone(),
+            watch=GradientWatch(weights, training.adapter.dropout),
+            dropout_keys=dropout_keys,
+        )
+
+    def accumulate(self, batch: Batch) -> Losses:
+        """Add a batch's gradients, and return its losses; the next call may overwrite them."""
+        return self.recorded(**batch.tensors())
+
+    def _forward_backward(self, **tensors: Tensor) -> Losses:
+        batch = Batch(**tensors)
+        self.dropout_keys.values = batch.dropout_keys
+        noisy = noised(batch, self.schedulers[0])
+        inputs = self.stage.unet_inputs(batch, noisy, self.schedulers, self.unet.dtype)
+        prediction = self.predict(**inputs, return_dict=False)[0]
+        losses = hybrid_loss(
+            prediction,
+            batch.pixels,
+            batch.noise,
+            noisy,
+            batch.timesteps,
+            self.tables,
+            min_snr_gamma=self.training.min_snr_gamma,
+        )
+        ((losses.total * batch.weight).sum() / self.training.accumulation).backward()
+        self.weights.collect()
+        return replace(losses, total=losses.total.detach())
+
+    def compile(self) -> None:
+        """Compile the UNet, which takes minutes when the next batch comes."""
+        self.recorded.forget()
+        self.predict = torch.compile(self.unet, dynamic=False)
+
+    def update(self) -> Tensor:
+        """Take an optimizer step with the gradients so far, and return their norm."""
+        gradient = self.weights.gradient
+        self.watch.observe(gradient, self.optimizer.param_groups[0]["lr"])
+        norm = gradient.norm()
+        if self.training.optimizer.max_grad_norm is not None:
+            gradient.mul_((self.training.optimizer.max_grad_norm / norm).clamp(max=1))
+        self.optimizer.step()
+        gradient.zero_()
+        self.weights.publish()
+        if self.average is not None and self.training.ema_decay is not None:
+            decay = warmed_up_decay(self.training.ema_decay, self.step)
+            self.average.lerp_(self.weights.values, 1 - decay)
+        self.step += 1
+        return norm
+
+    @contextmanager
+    def final_weights(self) -> Iterator[UNet2DConditionModel]:
+        """The UNet as it would be exported now: evaluating, with averaged weights where kept."""
+        self.recorded.forget()  # its memory is for sampling
+        values = self.weights.values
+        trained = values.clone()
+        self.unet.eval()
+        with (
+            averaged_weights(self.optimizer),
+            self.weights.shown(values if self.average is None else self.average),
+        ):
+            yield self.unet
+        values.copy_(trained)
+        self.unet.train()
+
+    def state(self) -> dict[str, Any]:
+        """All that training has changed, as a tree of tensors and plain values."""
+        views = self.weights.views
+        return {
+            "step": self.step,
+            "parameters": views(self.weights.values),
+            "average": None if self.average is None else views(self.average),
+            "optimizer": self.optimizer.state_dict(),
+            "gradients": self.watch.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of the same recipe."""
+        self.step = state["step"]
+        for flat, saved in ((self.weights.values, "parameters"), (self.average, "average")):
+            if flat is not None:
+                for name, view in self.weights.views(flat).items():
+                    view.copy_(state[saved][name])
+        self.weights.publish()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.watch.load_state(state["gradients"])

@@ -1,0 +1,1 @@
+"""One training step: what the UNet is shown, its loss, its optimizer."""

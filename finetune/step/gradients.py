@@ -1,0 +1,86 @@
+"""Whether every trainable tensor learns: what has no gradient stays as it began."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.errors import UserError, listed
+from finetune.step.flat_weights import BLOCK, FlatWeights
+
+CHANCES = 2
+"""Steps in which every tensor could have had a gradient, before one without is an error."""
+
+UNLUCKY = 1e-9
+"""The probability at which dropout no longer explains that a tensor has had no gradient."""
+
+
+class GradientWatch:
+    """Notes on the device which tensors have received a gradient that is finite and not zero.
+
+    No step waits for it; :meth:`check` does, until all have received one. LoRA's A has no gradient
+    as long as B is zero, so a tensor's chances count from the first update at a rate above zero.
+
+    Args:
+        weights: the tensors.
+        dropout: the probability with which the adapter drops parts of itself in a step.
+    """
+
+    def __init__(self, weights: FlatWeights, dropout: float) -> None:
+        self.names = list(weights.parameters)
+        lengths = torch.tensor(weights.lengths) // BLOCK
+        owners = torch.arange(len(lengths)).repeat_interleave(lengths)
+        self._owners = owners.to(weights.values.device)
+        """The tensor that each block of the gradient belongs to."""
+        self.received = torch.zeros(len(lengths), dtype=torch.bool, device=weights.values.device)
+        self.needed = max(CHANCES, math.ceil(math.log(UNLUCKY, dropout)) if dropout else 0)
+        self.chances = 0
+        self.moved = False
+        """Whether an update has moved the weights yet."""
+        self.complete = False
+        """Whether every tensor is known to have received a gradient."""
+
+    def observe(self, gradient: Tensor, rate: float) -> None:
+        """Note the tensors that a step's gradient reaches, before the update.
+
+        Args:
+            gradient: of all tensors, as one flat vector.
+            rate: the learning rate of the update.
+        """
+        self.chances += self.moved
+        self.moved |= rate > 0
+        if self.complete:
+            return
+        largest = gradient.view(-1, BLOCK).abs().amax(1)  # of NaN it is NaN
+        finite, some = largest.isfinite(), largest > 0
+        self.received |= self._count(some).bool() & ~self._count(~finite).bool()
+
+    def _count(self, blocks: Tensor) -> Tensor:
+        """How many of each tensor's blocks are true."""
+        counts = torch.zeros(len(self.names), dtype=torch.int32, device=blocks.device)
+        return counts.index_add_(0, self._owners, blocks.int())
+
+    def check(self) -> None:
+        """Raise a UserError that names the tensors which have had their chances in vain."""
+        if self.complete or self.chances < self.needed:
+            return
+        deaf = [n for n, got in zip(self.names, self.received.tolist(), strict=True) if not got]
+        self.complete = not deaf
+        if deaf:
+            raise UserError(
+                f"{len(deaf)} of {len(self.names)} trainable tensors have received no finite"
+                f" gradient in {self.chances} steps: {listed(deaf)}. They would be exported as they"
+                " began, so the run stops; leave their modules out of adapter.targets, and please"
+                " report the base and the recipe."
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"received": self.received, "chances": self.chances, "moved": self.moved}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of the same recipe."""
+        self.received.copy_(state["received"])
+        self.chances, self.moved = state["chances"], state["moved"]

@@ -1,0 +1,292 @@
+"""Recipes: strict, and every mistake reported at once."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from adapters.errors import UserError
+from finetune.recipe.file import load_recipe
+from finetune.recipe.yaml12 import Loader
+from tests.builders import ROOT
+from tests.builders.recipes import SMALL, write
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_say_how_to_run(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    header = path.read_text().split("name:")[0]
+    assert f"recipes/{path.name}" in header
+    for measured in ("Memory", "Time"):
+        assert re.search(rf"^# {measured}: +[0-9]", header, re.MULTILINE), measured
+
+
+def test_the_shipped_set() -> None:
+    stages = "dreambooth_stage_1 dreambooth_stage_2 dreambooth_cascade captions_stage_1"
+    assert {*stages.split(), "captions_stage_2", "quickstart"} <= {path.stem for path in RECIPES}
+
+
+def test_resolving_is_idempotent(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES[-1])
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    recipe = load_recipe(path, ["stage_1.steps=7", "stage_1.adapter.targets=[to_q]", "seed=3"])
+    assert recipe.stage_1 is not None
+    assert (recipe.stage_1.steps, recipe.stage_1.adapter.targets) == (7, ("to_q",))
+    assert recipe.seed == 3
+
+
+def test_an_override_changes_one_use_of_a_yaml_alias(tmp_path: Path) -> None:
+    shared = "prior: {prompts: [a], sampling: &s {stage_1_steps: 3}}\nvalidation: {sampling: *s}"
+    recipe = load_recipe(write(tmp_path, SMALL + shared), ["prior.sampling.stage_1_steps=9"])
+    assert recipe.prior is not None
+    assert recipe.prior.sampling.stage_1_steps == 9
+    assert recipe.validation.sampling.stage_1_steps == 3
+
+
+def mistakes(folder: Path, text: str) -> dict[str, str]:
+    """The message of every mistake of a recipe, by path."""
+    with pytest.raises(UserError) as error:
+        load_recipe(write(folder, text))
+    first, *rows = str(error.value).splitlines()
+    assert f"{len(rows)} mistake(s)" in first
+    found = dict(row.strip().split(": ", 1) for row in rows)
+    assert len(found) == len(rows)
+    return found
+
+
+def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
+    found = mistakes(
+        tmp_path,
+        """
+name: small
+base: {stage_1: one}
+data: {source: pictures, caption_dropout: 1.5, promt: a dog, prompt: ""}
+prior: {prompts: [a dog]}
+seed: -1
+sed: 3
+stage_1:
+  steps: many
+  noise_level: [0, 9]
+  timesteps: {low: 9, high: 3, density: beta, shape: [1, 0]}
+  optimizer: {name: adamw8bit, schedule: bar, learning_rat: 3, betas: [0.9, 1.0]}
+  adapter: {rnak: 4, targets: 3}
+stage_2:
+  steps: 5
+  batch_size: 1
+  noise_level: [9, 3]
+  timesteps: {density: uniform, shape: [1, 1], hihg: 3}
+  adapter: {kind: lokr, targets: [to_q, 4]}
+  optimizer: {lora_plus_ratio: 4}
+""",
+    )
+    expected = {
+        "data.caption_dropout": "Input should be less than or equal to 1 (got 1.5)",
+        "data.promt": "unknown key; did you mean prompt?",
+        "data.prompt": "String should have at least 1 character (got '')",
+        "seed": "Input should be greater than or equal to 0 (got -1)",
+        "sed": "unknown key; did you mean seed?",
+        "stage_1.steps": "Input should be a valid integer (got 'many')",
+        "stage_1.timesteps.high": "must be at least low, 9 (got 3)",
+        "stage_1.timesteps.shape": "b must be greater than 0 and at most 1e+06 (got 0.0)",
+        "stage_1.noise_level": "is for stage_2 alone",
+        "stage_1.optimizer.name": "unknown name 'adamw8bit'; did you mean adamw_8bit?",
+        "stage_1.optimizer.schedule": "unknown name 'bar'; valid: constant, cosine",
+        "stage_1.optimizer.learning_rat": "unknown key; did you mean learning_rate?",
+        "stage_1.optimizer.betas.1": "Input should be less than 1 (got 1.0)",
+        "stage_1.adapter.rnak": "unknown key; did you mean rank?",
+        "stage_1.adapter.targets": "Input should be a valid string or a valid tuple (got 3)",
+        "base.stage_2": "must name a Stage II model",
+        "stage_2.batch_size": "must be at least 2 with prior preservation",
+        "stage_2.timesteps.shape": "must be left out with uniform (got [1.0, 1.0])",
+        "stage_2.timesteps.hihg": "unknown key; did you mean high?",
+        "stage_2.noise_level": "must be [low, high] with low <= high (got [9, 3])",
+        "stage_2.adapter.targets.1": "Input should be a valid string (got 4)",
+        "stage_2.optimizer.lora_plus_ratio": "must be 1 with lokr, which has no B matrices",
+    }
+    assert found.keys() == expected.keys()
+    for path, message in expected.items():
+        assert found[path].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "field", "message"),
+    [
+        ("{name: prodigy}", "learning_rate", "give 1, or at least 0.1"),
+        ("{name: prodigy, learning_rate: 1, lora_plus_ratio: 2}", "lora_plus_ratio", "leave the"),
+        ("{name: adafactor, betas: [0.9, 0.99]}", "betas", "adafactor has no betas"),
+        ("{learning_rate: .inf}", "learning_rate", "finite"),
+    ],
+)
+def test_settings_that_an_optimizer_cannot_take(
+    tmp_path: Path, optimizer: str, field: str, message: str
+) -> None:
+    text = SMALL.replace("steps: 5", f"steps: 5, optimizer: {optimizer}")
+    found = mistakes(tmp_path, text)
+    assert list(found) == [f"stage_1.optimizer.{field}"]
+    assert message in found[f"stage_1.optimizer.{field}"]
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL.replace("steps: 5", "steps: 5, optimizer: {learning_rate: 1e-3}"))
+    recipe = load_recipe(path, ["stage_1.optimizer.weight_decay=2e-3", "name=1e4"])
+    assert recipe.stage_1 is not None
+    assert recipe.stage_1.optimizer.learning_rate == 1e-3
+    assert recipe.stage_1.optimizer.weight_decay == 2e-3
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "must be a YAML mapping"),
+        ("name: [", "not valid YAML"),
+        (SMALL + "name: again", "the key 'name' is given twice"),
+        (SMALL.replace("steps: 5", "steps: 5, steps: 6"), "the key 'steps' is given twice"),
+        (SMALL.replace("stage_1: {steps: 5}", ""), "nothing to train"),
+        (SMALL + "stage_2: {steps: 5}", "base.stage_2: must name"),
+        (SMALL + "prior: {prompts: [a dog]}\n", None),
+        (
+            SMALL.replace("steps: 5", "steps: 5, batch_size: 1, accumulation: 2")
+            + "prior: {prompts: [a dog]}\n",
+            None,
+        ),
+        (
+            SMALL.replace("steps: 5", "steps: 5, timesteps: {density: logit_normal}"),
+            r"timesteps.shape: must be \[mean, std\] with logit_normal",
+        ),
+        (
+            SMALL.replace("steps: 5", "steps: 5, timesteps: {density: normal}"),
+            "timesteps.density: unknown name 'normal'; did you mean",
+        ),
+        (SMALL.replace("steps: 5", "steps: 5, optimizer: {warmup_steps: 4}"), None),
+        (
+            SMALL.replace("steps: 5", "steps: 5, optimizer: {warmup_steps: 5}"),
+            r"warmup_steps: must be less than stage_1.steps.*\(got 5 of 5 steps\)",
+        ),
+        (SMALL.replace("small", "../up"), "name: String should match"),
+        (
+            SMALL.replace("one}", "one, stage_2: two}")
+            + "stage_2: {steps: 5, noise_level: [9, 3]}",
+            r"stage_2.noise_level: must be \[low, high\]",
+        ),
+    ],
+)
+def test_whole_recipe_checks(tmp_path: Path, text: str, message: str | None) -> None:
+    path = write(tmp_path, text)
+    if message is None:
+        load_recipe(path)
+        return
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+LITERAL = ("a sks dog #3", "&dog", "12e4567", "0100", "12:30", "~/x", "[a]", "'a'", "a: b", "yes")
+
+MOMENTS = ("a dog #3", "12:30", "2026-13-45")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        *(("data.prompt", text, text) for text in LITERAL),
+        *(("base.revision", text, text) for text in LITERAL),
+        *(("data.source", text, text) for text in LITERAL),
+        ("data.prompt", "null", None),
+        ("base.stage_2", "null", None),
+        ("name", "null", "null"),
+        ("name", "007", "007"),
+        ("seed", "0100", 100),
+        ("seed", "0x1f", 31),
+        ("seed", "0o17", 15),
+        ("data.center_shift", "1e-1", 0.1),
+        ("data.horizontal_flip", "true", True),
+        ("validation.prompts", "['a dog #3', 12:30, 2026-13-45]", MOMENTS),
+        ("stage_1.adapter.targets", "[to_q]", ("to_q",)),
+        ("stage_1.adapter.targets", "to_q", "to_q"),
+    ],
+)
+def test_an_override_of_a_text_is_that_text_and_others_are_yaml_1_2(
+    tmp_path: Path, path: str, text: str, value: object
+) -> None:
+    node: object = load_recipe(write(tmp_path, SMALL), [f"{path}={text}"])
+    for part in path.split("."):
+        node = vars(node)[part]
+    assert node == value
+    assert type(node) is type(value)
+
+
+def test_what_is_read_is_what_was_written_in_yaml_1_1_and_1_2(tmp_path: Path) -> None:
+    for text in ("12:30", "0100", "0o17", "0x1f", "1_000", "2026-11-28", "yes", "=", "1e4"):
+        recipe = load_recipe(write(tmp_path, SMALL), [f"data.prompt={text}"])
+        assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+        assert yaml.safe_load(recipe.to_yaml())["data"]["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("number", "meant"), [("0100", 100), ("-07", -7), ("0x10", 16), ("0o10", 8), ("12:30", "12:30")]
+)
+def test_numbers_of_a_file_are_those_of_yaml_1_2(number: str, meant: object) -> None:
+    assert yaml.load(f"a: {number}", Loader=Loader) == {"a": meant}
+
+
+@pytest.mark.parametrize("text", ["seed: !!int abc", "seed: !!float x", "[" * 5000])
+def test_what_yaml_cannot_construct_is_said(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("steps", "stage_1.steps.deep=3", "seed=[1", "seed=5 #3", "seed=!!int abc"),
+        *("validation.prompts=[a dog #3, b]", "validation.prompts=[a dog] #3"),
+        *("validation.prompts=[&dog a]", "stage_1.adapter.targets=!to_q x"),
+    ],
+)
+def test_bad_overrides(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError, match="override"):
+        load_recipe(write(tmp_path, SMALL), [override])
+
+
+def test_every_field_is_documented() -> None:
+    schema = yaml.safe_dump(load_recipe(RECIPES[0]).model_json_schema())
+    definitions = yaml.safe_load(schema)
+    undocumented = [
+        f"{name}.{field}"
+        for name, section in {"Recipe": definitions, **definitions["$defs"]}.items()
+        for field, content in section["properties"].items()
+        if "description" not in content
+    ]
+    assert undocumented == []
+
+
+def test_stage_2s_prompts_are_one_for_each(tmp_path: Path) -> None:
+    sections = """
+validation: {prompts: [a sks cat, a sks dog], stage_2_prompts: [a cat]}
+comparison: {prompts: [a sks cat], subject: cat, identifier: sks cat, clip: c, stage_2_prompts: []}
+"""
+    assert mistakes(tmp_path, SMALL + sections) == {
+        "validation.stage_2_prompts": "must be one for each of the 2 prompts (got 1)",
+        "comparison.stage_2_prompts": "must be one for each of the 1 prompts (got 0)",
+    }
+    right = "validation: {prompts: [a sks cat], stage_2_prompts: [a cat]}"
+    recipe = load_recipe(write(tmp_path, SMALL + right))
+    assert recipe.validation.stage_2_prompts == ("a cat",)
+
+
+def test_an_override_deeper_than_any_key_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="No key of a recipe lies so deep"):
+        load_recipe("recipes/quickstart.yaml", [".".join("a" * 3000) + "=1"])

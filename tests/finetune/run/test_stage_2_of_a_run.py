@@ -1,0 +1,93 @@
+"""Stage II in a run with Stage I: what its validation enlarges, and the pictures both share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adapters import Sampling, load_cascade
+from finetune.data.pictures import load_pictures
+from finetune.recipe.schema import Data
+from finetune.run.folders import Folders
+from finetune.run.validation import prepare_validation
+from finetune.step.stages import STAGES
+from tests.builders.random_cascade import RandomCascade
+from tests.builders.small_runs import PROMPTS, made_batches, material_of, recipe_of, train
+
+SAMPLING = {"stage_1_steps": 2, "stage_2_steps": 2, "stage_1_guidance": 3.0, "noise_level": 30}
+
+
+@pytest.mark.parametrize("stages", [(1, 2), (2,)])
+def test_stage_2_enlarges_what_the_runs_own_stage_1_draws(
+    random_cascade: RandomCascade, tmp_path: Path, stages: tuple[int, ...]
+) -> None:
+    prompts = list(PROMPTS[1:3])
+    recipe = recipe_of(
+        random_cascade,
+        tmp_path,
+        stages=stages,
+        stage={"steps": 2},
+        optimizer={"learning_rate": 0.2},
+        validation={"prompts": prompts, "seed": 7, "sampling": SAMPLING, "every": 100},
+    )
+    adapters = []
+    if 1 in stages:
+        train(recipe)
+        adapters = [Folders(recipe.folder).adapters]
+    material = material_of(recipe)
+    second = load_cascade(None, random_cascade.stage_2, device="cpu", text_encoder=False)
+    unet = second.stages[2].unet
+    validation = prepare_validation(
+        recipe,
+        STAGES[2],
+        unet,
+        material.prompt_embeds,
+        material.pictures,
+        16,
+        Folders(recipe.folder).adapters,
+    )
+    assert validation is not None
+    shown = validation.sources[0]
+    assert shown.low_res is not None
+
+    def drawn(adapters: list[Path]) -> torch.Tensor:
+        first = load_cascade(
+            random_cascade.stage_1, adapters=adapters, device="cpu", text_encoder=False
+        )
+        return first.sample(
+            torch.stack([material.prompt_embeds[prompt] for prompt in prompts]),
+            torch.stack([material.prompt_embeds[""]] * 2),
+            seeds=[7, 8],
+            sampling=Sampling(**SAMPLING),
+            progress=False,
+        ).low_res
+
+    torch.testing.assert_close(shown.low_res, drawn(adapters), rtol=0, atol=1e-5)
+    if adapters:
+        assert (shown.low_res - drawn([])).abs().max() > 0.05
+
+
+def test_pictures_do_not_depend_on_what_is_cached(tmp_path: Path) -> None:
+    """A photo large enough that each stage's copy of it is reduced by another factor."""
+    source = tmp_path / "photos"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (700, 640, 3), dtype=np.uint8)).save(source / "0.png")
+    data = Data(source=str(source), prompt="a sks dog")
+    sizes = (8, 64, 16)
+    alone = [load_pictures(data, tmp_path / str(size), size)[0].pixels for size in sizes]
+    shared = [load_pictures(data, tmp_path / "shared", size)[0].pixels for size in sizes]
+    assert len({pixels.shape for pixels in alone}) == len(sizes)
+    for own, ours in zip(alone, shared, strict=True):
+        np.testing.assert_array_equal(own, ours)
+
+
+def test_stage_2_trains_on_pictures_of_stage_1s_size(
+    random_cascade: RandomCascade, tmp_path: Path
+) -> None:
+    batch = made_batches(recipe_of(random_cascade, tmp_path, stages=(2,)), 2)(0)
+    assert batch.low_res is not None
+    assert batch.low_res.shape[-2:] == (16, 16)
+    assert batch.pixels.shape[-2:] == (64, 64)

@@ -1,0 +1,48 @@
+"""What is summed on the device is what was seen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from finetune.run.tracking import Meter, Tracker
+from finetune.step.losses import Losses
+
+
+def test_the_meter_reads_means_and_starts_anew() -> None:
+    meter = Meter(1000, torch.device("cpu"))
+    for scale in (1.0, 3.0):
+        mse = scale * torch.tensor([1.0, 2.0, 4.0])
+        bound = torch.tensor([0.5, 0.5, 0.5])
+        losses = Losses(total=mse + bound, mse=mse, bound=bound)
+        meter.add(losses, torch.tensor([0.5, 0.5, 0.1]), torch.tensor([0, 249, 999]))
+        meter.add_step(torch.tensor(scale))
+    points = meter.read(Accelerator(cpu=True), 1)
+    assert points["loss/mse"] == pytest.approx(2 * (0.5 + 1.0 + 0.4))
+    assert points["loss/bound_bits"] == pytest.approx(0.55)
+    assert points["loss"] == pytest.approx(points["loss/mse"] + points["loss/bound_bits"])
+    assert points["gradient_norm"] == pytest.approx(2.0)
+    assert points["loss_by_noise/quarter_1"] == pytest.approx(2 * 1.5 + 0.5)
+    assert points["loss_by_noise/quarter_4"] == pytest.approx(2 * 4.0 + 0.5)
+    assert "loss_by_noise/quarter_2" not in points
+    meter.add(losses, torch.tensor([1.0, 0.0, 0.0]), torch.tensor([500, 500, 500]))
+    meter.add_step(torch.tensor(7.0))
+    points = meter.read(Accelerator(cpu=True), 1)
+    assert points["loss/mse"] == pytest.approx(3.0)
+    assert points["gradient_norm"] == pytest.approx(7.0)
+
+
+def test_a_continued_run_replaces_only_the_points_after_it(tmp_path: Path) -> None:
+    def track(first: int, values: dict[int, float]) -> None:
+        tracker = Tracker(Accelerator(cpu=True), tmp_path, "run", first, 10)
+        for step, value in values.items():
+            tracker.points({"loss": value}, step)
+        tracker.close()
+
+    track(0, {2: 1.0, 4: 1.0, 6: 1.0})
+    track(4, {6: 2.0})
+    events = EventAccumulator(str(tmp_path), purge_orphaned_data=True)
+    events.Reload()
+    assert [(p.step, p.value) for p in events.Scalars("loss")] == [(2, 1.0), (4, 1.0), (6, 2.0)]

@@ -1,0 +1,49 @@
+"""Validation pictures: of the UNet in training, from what each stage is told."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from adapters import Sampling, load_cascade
+from finetune.data.captions import captions_of, embed_captions
+from finetune.data.pictures import Picture
+from finetune.recipe.schema import Recipe
+from finetune.run.validation import prepare_validation
+from finetune.step.stages import STAGES
+from tests.builders.drawing import largest_difference
+from tests.builders.random_cascade import RandomCascade
+
+PROMPTS = ["a sks cat", "a sks dog"]
+SAMPLING = {"stage_1_timesteps": "fast27", "stage_2_steps": 2}
+
+
+def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path: Path) -> None:
+    folders = (str(random_cascade.stage_1), str(random_cascade.stage_2))
+    own = {"prompts": PROMPTS, "stage_2_prompts": ["a cat", "a dog"]}
+    recipe = Recipe.model_validate(
+        {
+            "name": "test",
+            "base": dict(zip(("stage_1", "stage_2"), folders, strict=True)),
+            "data": {"source": "unread", "prompt": "a sks cat"},
+            "stage_2": {"steps": 1},
+            "validation": {**own, "sampling": SAMPLING, "seed": 3},
+            "cache_dir": str(tmp_path),
+        }
+    )
+    cpu = torch.device("cpu")
+    embeds = embed_captions(captions_of(recipe, ()), recipe, cpu)
+    cascade = load_cascade(*folders, device="cpu")
+    unet = cascade.stages[2].unet
+    photo = Picture(tmp_path / "photo.npy", "a sks cat", "a photo")
+    np.save(photo.file, np.zeros((80, 80, 3), np.uint8))
+    validation = prepare_validation(recipe, STAGES[2], unet, embeds, [photo], 16, tmp_path)
+    assert validation is not None
+    shown = validation()["from_stage_1"]
+    options = {"seed": 3, "sampling": Sampling(**SAMPLING), "progress": False}
+    expected = cascade(PROMPTS, stage_2_prompt=["a cat", "a dog"], **options)
+    without = cascade(PROMPTS, **options)
+    assert [prompt for prompt, _ in shown] == PROMPTS
+    for (_, image), same, other in zip(shown, expected.final, without.final, strict=True):
+        assert largest_difference(image, same) <= 1
+        assert largest_difference(image, other) > 1

@@ -1,0 +1,182 @@
+"""The gradient of every trainable tensor, against plain PEFT on a plain diffusers UNet in float64.
+
+The reference shares nothing with the product but the base's files and the adapter's values: neither
+its layers, nor its conditioning, nor its loss.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from adapters.weights.kinds import ADAPTER_NAME, KINDS, PRESETS, AdapterSpec, adapter_parameters
+from finetune.run.trainee import Trainee
+from finetune.step.stages import Batch
+from tests.builders.random_cascade import RandomCascade
+from tests.builders.trainees import batch_of, trainee_of
+from unets.frozen import Quantised
+from unets.loading import Precision
+
+TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2, "int8": 1e-4, "nf4": 1e-4}
+"""By the frozen UNet's precision on a CPU, where quantised UNets compute in float32."""
+
+ON_GPU = dict(TOLERANCE) | {"int8": 3e-2, "nf4": 3e-2}
+
+ROWS = [
+    (kind, preset, stage)
+    for kind, row in KINDS.items()
+    for preset in PRESETS
+    for stage in (1, 2)
+    if preset != "attention+conv" or len(row.modules) == 2  # OFT adapts no convolution
+]
+
+SPECS = {kind: AdapterSpec(kind=kind, rank=3, alpha=5.0, targets="all") for kind in KINDS}
+
+
+@pytest.mark.parametrize(("kind", "preset", "stage"), ROWS)
+def test_every_gradient_is_that_of_plain_peft(
+    random_cascade: RandomCascade, kind: str, preset: str, stage: int
+) -> None:
+    spec = AdapterSpec(kind=kind, rank=3, alpha=5.0, targets=preset)
+    check_gradients(random_cascade, stage, "fp32", TOLERANCE["fp32"], adapter=spec)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gradient_is_that_of_plain_peft_on_the_base_as_it_is_kept(
+    random_cascade: RandomCascade, kind: str, precision: Precision
+) -> None:
+    check_gradients(random_cascade, 1, precision, TOLERANCE[precision], adapter=SPECS[kind])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "how"),
+    [
+        *((precision, "eager") for precision in TOLERANCE),
+        ("bf16", "recorded"),
+        ("bf16", "compiled"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_every_gradient_is_that_of_plain_peft(
+    random_cascade: RandomCascade, kind: str, precision: Precision, how: str
+) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    tolerance = ON_GPU[precision]
+    check_gradients(random_cascade, 1, precision, tolerance, how=how, adapter=SPECS[kind])
+
+
+def check_gradients(
+    cascade: RandomCascade,
+    stage: int,
+    precision: Precision,
+    tolerance: float,
+    *,
+    how: str | None = None,
+    **options: object,
+) -> None:
+    """Assert that a trainee's gradients are the reference's, naming the tensors that are off."""
+    base = (cascade.stage_1, cascade.stage_2)[stage - 1]
+    device = "cpu" if how is None else "cuda"
+    trainee = trainee_of(base, stage, precision, device=device, **options)
+    draw = torch.Generator().manual_seed(0)
+    moved = 0.02 * torch.randn(trainee.weights.values.shape, generator=draw)
+    trainee.weights.values += moved.to(device)  # B is zero at first, and A then has no gradient
+    trainee.weights.publish()
+    batch = coherent(batch_of(trainee, pictures=8))
+    if how == "compiled":
+        trainee.compile()
+    for _ in range(3 if how == "recorded" else 1):  # the third call replays
+        trainee.weights.gradient.zero_()
+        trainee.accumulate(batch.to(trainee.unet.device))
+    gradients = trainee.weights.views(trainee.weights.gradient)
+    expected = reference_gradients(base, trainee, batch)
+    assert gradients.keys() == expected.keys()
+    assert len(gradients) == len({name for name, _ in trainable(trainee)})
+    off = {}
+    for name, right in expected.items():
+        error = (gradients[name].cpu().double() - right).norm() / right.norm()
+        if not error <= tolerance:
+            off[name] = round(float(error), 5)
+    assert not off, f"{len(off)} of {len(expected)} gradients are off: {off}"
+
+
+def coherent(batch: Batch) -> Batch:
+    """A batch whose noise has a mean of 2.
+
+    The gradients of its pixels then point one way and add up, where those of usual noise cancel and
+    leave the rounding of bfloat16 behind: 3 % of a gradient for them, 1 % for these.
+    """
+    return replace(batch, noise=2 + 0.2 * batch.noise)
+
+
+def trainable(trainee: Trainee) -> list[tuple[str, torch.nn.Parameter]]:
+    """The UNet's parameters that are called trainable."""
+    return [(name, p) for name, p in trainee.unet.named_parameters() if p.requires_grad]
+
+
+def reference_gradients(base: Path, trainee: Trainee, batch: Batch) -> dict[str, Tensor]:
+    """The gradients of a trainee's loss by its adapter's parameters, in float64 on the CPU."""
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").double().train()
+    ours = dict(trainee.unet.named_modules())
+    with torch.no_grad():
+        for name, module in unet.named_modules():
+            layer = ours[name]
+            layer = getattr(layer, "base_layer", layer)
+            if isinstance(layer, Quantised):
+                module.weight.copy_(layer.weight)
+            for part, value in module.named_parameters(recurse=False):
+                if not isinstance(layer, Quantised) or part != "weight":
+                    value.copy_(layer.get_parameter(part))
+    unet.add_adapter(trainee.unet.peft_config[ADAPTER_NAME], adapter_name=ADAPTER_NAME)
+    unet.double()
+    parameters = adapter_parameters(unet)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(trainee.weights.parameters[name])
+    loss_in_float64(unet, trainee, batch).backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def loss_in_float64(unet: UNet2DConditionModel, trainee: Trainee, batch: Batch) -> Tensor:
+    """L_hybrid of a batch (Improved DDPM, section 3 and 4), straight from the definitions."""
+    rounded = trainee.unet.dtype
+    betas = trainee.schedulers[0].betas.double()
+    bars = (1 - betas).cumprod(0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), bars[:-1]])
+
+    def at(table: Tensor) -> Tensor:
+        return table[batch.timesteps].view(-1, 1, 1, 1)
+
+    x0, noise = batch.pixels.double(), batch.noise.double()
+    noisy = at(bars).sqrt() * x0 + (1 - at(bars)).sqrt() * noise
+    sample = noisy.to(rounded).double()
+    labels = {}
+    if trainee.stage.super_resolution:
+        assert batch.low_res is not None
+        assert batch.noise_level is not None
+        size = batch.pixels.shape[-2:]
+        enlarged = F.interpolate(batch.low_res, size, mode="bilinear", align_corners=True)
+        own: DDPMScheduler = trainee.schedulers[1]
+        low_res = own.add_noise(enlarged, batch.low_res_noise, batch.noise_level)
+        sample = torch.cat([sample, low_res.to(rounded).double()], dim=1)
+        labels = {"class_labels": batch.noise_level}
+    text = batch.prompt_embeds.to(rounded).double()
+    epsilon, v = unet(sample, batch.timesteps, text, **labels).sample.chunk(2, dim=1)
+    mse = (epsilon - noise).square().mean(dim=(1, 2, 3))
+
+    def mean(e: Tensor) -> Tensor:  # Ho et al., eq. 11
+        return (noisy - at(betas) / (1 - at(bars)).sqrt() * e) / (1 - at(betas)).sqrt()
+
+    true = at(betas * (1 - before) / (1 - bars))
+    log_variance = (v + 1) / 2 * at(betas).log() + (1 - v) / 2 * true.log()
+    difference = (mean(noise) - mean(epsilon.detach())).square()
+    nats = 0.5 * (log_variance - true.log() - 1 + (true + difference) / log_variance.exp())
+    bound = nats.mean(dim=(1, 2, 3)) / torch.tensor(2.0).double().log()
+    return ((mse + bound) * batch.weight).sum()

@@ -1,0 +1,272 @@
+"""What a run takes, found out beforehand: against the real step, and as a person asks for it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from adapters.cascade.tokens import prompt_tokens
+from adapters.errors import UserError
+from adapters.weights.kinds import AdapterSpec
+from finetune import plan as command
+from finetune import train
+from finetune.memory.fit import fit, fitting_settings, out_of_memory, plan
+from finetune.memory.footprint import Rehearsal
+from finetune.recipe.file import load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.run.loop import load_trainee
+from finetune.run.trainee import Trainee
+from finetune.step.stages import STAGES, Batch
+from tests.builders.random_cascade import RandomCascade
+from unets import tally
+from unets.tally import GIB, Tally, reserved, total_bytes
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's libraries keep is far more than all of these tiny models."""
+    monkeypatch.setattr(tally, "WORKSPACE_BYTES", 0)
+
+
+@pytest.fixture
+def recipe(random_cascade: RandomCascade, tmp_path: Path) -> Recipe:
+    return Recipe.model_validate(tree(random_cascade, tmp_path))
+
+
+def tree(cascade: RandomCascade, folder: Path) -> dict[str, Any]:
+    return {
+        "name": "planned",
+        "base": {"stage_1": str(cascade.stage_1), "stage_2": str(cascade.stage_2)},
+        "data": {"source": "datasets/octopus", "prompt": "a photo"},
+        "prior": {"prompts": ["a photo"], "count": 4},
+        "stage_1": {"steps": 10, "batch_size": 4, "accumulation": 2},
+        "stage_2": {"steps": 10, "batch_size": 2},
+        "validation": {"prompts": ["a cat"]},
+        "runs_dir": str(folder / "runs"),
+        "cache_dir": str(folder / "cache"),
+    }
+
+
+def changed(recipe: Recipe, stage: int, **fields: Any) -> Recipe:
+    name = STAGES[stage].name
+    section = recipe.training(STAGES[stage]).model_copy(update=fields)
+    return recipe.model_copy(update={name: section})
+
+
+def real(blank: Batch) -> Batch:
+    return Batch(
+        **{
+            name: torch.ones(t.shape, dtype=t.dtype) * 0.5
+            if t.is_floating_point()
+            else torch.full(t.shape, 500)
+            for name, t in blank.tensors().items()
+        }
+    )
+
+
+def test_a_tally_counts_what_lives_at_once_and_no_views() -> None:
+    given = torch.zeros(1024)
+    with Tally([given]) as tally:
+        one = given + 1
+        two = one.view(32, 32).T
+        del one
+        two = two @ two
+        _ = given * 2
+    assert tally.peak_bytes == 3 * 4096 - 4096  # of the sum, the product and the double: two
+    assert tally.flops == 2 * 32**3
+    assert tally.operations == 3
+    assert tally.moved_bytes == (2 + 3 + 2) * 4096
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4", "int8"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_rehearsal_takes_what_the_real_step_takes(
+    recipe: Recipe, stage: int, precision: str
+) -> None:
+    recipe = changed(recipe, stage, precision=precision)
+    rehearsal = Rehearsal.of(recipe, STAGES[stage], CPU, 7)
+    foreseen = rehearsal.footprint()
+    trainee = load_trainee(recipe, STAGES[stage], CPU)
+    batch = real(rehearsal.batch(trainee.training.batch_size))
+    weights = trainee.weights
+    resident = [
+        *trainee.unet.state_dict().values(),
+        *(weights.values, weights.gradient, weights.working, weights.working_gradient),
+        *batch.tensors().values(),
+    ]
+    trainee.accumulate(batch)  # what is made once, such as lazily built tables
+    with Tally(resident) as taken:
+        trainee.accumulate(batch)
+    assert foreseen.activations == pytest.approx(taken.peak_bytes, rel=0.05)
+    assert foreseen.flops == pytest.approx(taken.flops, rel=0.1)  # a CPU's attention counts none
+    own = set(weights.parameters)
+    stored = sum(t.nbytes for n, t in trainee.unet.state_dict().items() if n not in own)
+    assert foreseen.weights == stored
+
+
+def test_what_saves_memory_is_foreseen_to(recipe: Recipe) -> None:
+    def taken(**fields: Any) -> Any:
+        return Rehearsal.of(changed(recipe, 1, **fields), STAGES[1], GPU, 7).footprint()
+
+    assert taken(precision="nf4").weights < taken(precision="int8").weights < taken().weights
+    assert taken(gradient_checkpointing=True).activations < taken().activations
+    assert taken(gradient_checkpointing=True).flops > taken().flops
+    assert taken(batch_size=2).activations < 0.75 * taken(batch_size=4).activations
+    assert taken(batch_size=2).work < taken(batch_size=4).work
+    assert taken(ema_decay=0.9).adapter > taken().adapter
+
+
+def test_a_rehearsal_draws_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on beside it, with draws of its own."""
+    before = torch.get_rng_state()
+    monkeypatch.delattr(torch.random, "fork_rng")
+    for kind in ("lora", "dora", "loha", "lokr", "oft"):
+        spec = AdapterSpec(kind=kind, targets="attention", dropout=0.1)
+        Rehearsal.of(changed(recipe, 1, adapter=spec), STAGES[1], GPU, 7).footprint()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_prompts_have_as_many_tokens_as_the_pipeline_pads_to() -> None:
+    assert prompt_tokens() == 77
+
+
+def test_every_phase_of_the_run_is_planned(recipe: Recipe) -> None:
+    names = [phase.name for phase in plan(recipe).phases]
+    assert names == [
+        "encoding captions",
+        "class pictures",
+        *("stage_1, training", "stage_1, validation"),
+        *("stage_2, stage_1's samples", "stage_2, training", "stage_2, validation"),
+    ]
+    of_stage_2 = plan(recipe.model_copy(update={"stage_1": None}))
+    assert [phase.name for phase in of_stage_2.phases] == [*names[:2], *names[4:]]
+    assert of_stage_2.phases[1:3] == plan(recipe).phases[1:2] + plan(recipe).phases[4:5]
+    without = recipe.model_copy(update={"prior": None})
+    assert "class pictures" not in [phase.name for phase in plan(without).phases]
+
+
+def test_a_stage_that_is_not_trained_is_planned_without_the_others_adapter(recipe: Recipe) -> None:
+    recipe = recipe.model_copy(update={"stage_1": None, "prior": None})
+    taken = []
+    for targets in ("class_embedding.linear_1", "*"):  # Stage I has no such module
+        spec = AdapterSpec(kind="lora", rank=64, targets=targets)
+        planned = plan(changed(recipe, 2, adapter=spec))
+        samples = next(phase for phase in planned.phases if phase.name.endswith("samples"))
+        taken.append(samples.bytes - reserved(planned.footprints[STAGES[2]].resident))
+    assert taken[0] == pytest.approx(taken[1], abs=1)
+
+
+def test_a_safety_checker_visits_while_pictures_are_drawn(
+    guarded_cascade: RandomCascade, tmp_path: Path
+) -> None:
+    guarded = Recipe.model_validate(tree(guarded_cascade, tmp_path) | {"stage_2": None})
+    rehearsal = Rehearsal.of(guarded, STAGES[1], GPU, 7)
+    checker = guarded.source(STAGES[1]).guard_weights(torch.bfloat16)
+    assert rehearsal.guard_bytes == total_bytes(checker) > 0
+    unguarded = replace(rehearsal, guard_bytes=0)
+    assert rehearsal.drawing_bytes(2) - unguarded.drawing_bytes(2) == rehearsal.guard_bytes
+    class_pictures = plan(guarded, text_tokens=7).phases[1].bytes
+    assert class_pictures == reserved(rehearsal.weights_bytes + rehearsal.drawing_bytes(4))
+
+
+def test_settings_that_fit_are_sorted_by_time_and_keep_the_pictures_a_step(recipe: Recipe) -> None:
+    choices = fitting_settings(recipe, STAGES[1], 10 * GIB, 7)
+    fastest = choices[0].settings
+    assert (fastest.precision, fastest.gradient_checkpointing) == ("bf16", False)
+    assert fastest.batch_size == 8  # the two batches of 4 in one
+    for choice in choices:
+        assert choice.settings.batch_size * choice.settings.accumulation == 8
+        assert choice.footprint.reserved <= 10 * GIB
+    times = [choice.settings.accumulation * choice.footprint.work for choice in choices]
+    assert times == sorted(times)
+    least = min(choice.footprint.reserved for choice in choices)
+    tight = fitting_settings(recipe, STAGES[1], least, 7)
+    assert tight
+    assert all(choice.settings.batch_size >= 2 for choice in tight)  # a class picture in each
+    assert fitting_settings(recipe, STAGES[1], least / 8, 7) == []
+
+
+def test_overrides_to_paste_fit_the_budget(random_cascade: RandomCascade, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tree(random_cascade, tmp_path)))
+    recipe = load_recipe(file, ["stage_2=null", "base.stage_2=null"])
+    whole = plan(recipe).peak.bytes
+    found = fit(recipe, budget := 0.97 * whole)
+    assert found.overrides
+    pasted = load_recipe(file, ["stage_2=null", "base.stage_2=null", *found.overrides])
+    assert pasted == found.recipe
+    assert plan(pasted).peak.bytes <= budget < whole
+
+
+def test_the_command_needs_no_weights_and_no_gpu(
+    random_cascade: RandomCascade, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in (random_cascade.stage_1, random_cascade.stage_2):
+        for config in stage.rglob("*.json"):
+            copy = tmp_path / stage.name / config.relative_to(stage)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(config.read_bytes())
+    planned = tree(random_cascade, tmp_path) | {"stage_2": None}
+    planned["base"] = {name: str(tmp_path / name) for name in ("stage_1", "stage_2")}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(planned))
+    command.main([str(file), "stage_1.precision=nf4"])
+    printed = capsys.readouterr().out
+    assert "frozen weights" in printed
+    assert "At most" in printed
+    command.main([str(file), "--vram", "2GB"])
+    assert "stage_1.batch_size=8 stage_1.accumulation=1" in capsys.readouterr().out
+    command.main([str(file), "--vram", "0.5001"])
+    assert "No settings of this recipe fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("vram", ["", "much", "8XB", "0.1GB", "-3"])
+def test_a_size_that_is_none_is_said_to_be_none(
+    vram: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["recipes/quickstart.yaml", f"--vram={vram}"])
+    assert f"(got '{vram}')" in capsys.readouterr().err
+
+
+def test_out_of_memory_ends_in_overrides_that_fit(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe.model_copy(update={"stage_2": None})
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    peak = plan(recipe).peak.bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * peak, 10 * GIB))
+    message = str(out_of_memory(recipe, GPU))  # although by calculation it should have fitted
+    assert message.partition("overrides ")[2].rstrip(".").split()
+    assert "\n" not in message
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (peak / 100, 10 * GIB))
+    assert "take a smaller base" in str(out_of_memory(recipe, GPU))
+
+
+def test_a_run_that_is_out_of_memory_says_what_fits(
+    random_cascade: RandomCascade,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainee, "update", full)
+    monkeypatch.setattr(train, "out_of_memory", lambda recipe, device: UserError("give overrides"))
+    planned = tree(random_cascade, tmp_path)
+    planned |= {"prior": None, "validation": {}, "stage_2": None}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(planned))
+    with pytest.raises(SystemExit, match="2"):
+        train.main([str(file)])
+    printed = capsys.readouterr()
+    assert "\nerror: give overrides\n" in printed.err.replace("\r", "\n")
+    assert "Main memory in training, GiB" in printed.out
+    assert "Python and its libraries take" in printed.out
+    assert "CUDA" not in printed.out

@@ -1,0 +1,106 @@
+"""Recorded functions against the same functions run as they are; a recording needs a GPU."""
+
+import logging
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from adapters.base.source import Source
+from finetune.recipe.schema import Training
+from finetune.run.trainee import Trainee
+from finetune.step.stages import STAGES
+from tests.builders.random_cascade import RandomCascade
+from tests.builders.trainees import batch_of
+from unets.graphs import KEPT, GraphMemory, Replayed
+
+
+def test_without_a_gpu_every_call_runs_as_it_is() -> None:
+    doubled = Replayed(lambda x: x * 2, "Doubling")
+    for value in (1.0, 2.0, 3.0):
+        assert doubled(x=torch.tensor([value])).item() == 2 * value
+
+
+@pytest.mark.gpu
+def test_a_replay_computes_with_the_inputs_of_its_own_call() -> None:
+    calls = []
+    doubled = Replayed(lambda x: calls.append(0) or x * 2, "Doubling")
+    for value in (1.0, 2.0, 3.0, 4.0):
+        assert doubled(x=torch.tensor([value], device="cuda")).item() == 2 * value
+    assert len(calls) == 2  # once as it is, once recorded
+    assert doubled(x=torch.ones(5, device="cuda")).tolist() == [2.0] * 5
+    doubled.forget()
+    assert doubled(x=torch.tensor([7.0], device="cuda")).item() == 14.0
+
+
+@pytest.mark.gpu
+def test_the_recordings_that_were_used_last_are_kept() -> None:
+    doubled = Replayed(lambda x: x * 2, "Doubling")
+    for size in (*range(1, KEPT + 1), 1, KEPT + 1):  # the second is used least
+        for value in (1.0, 2.0, 3.0):
+            x = torch.full((size,), value, device="cuda")
+            assert doubled(x=x).tolist() == [2 * value] * size
+    assert [key[0][1][0] for key in doubled._graphs] == [*range(3, KEPT + 1), 1, KEPT + 1]
+
+
+@pytest.mark.gpu
+def test_recordings_that_share_memory_take_that_of_the_largest() -> None:
+    memory, size = GraphMemory(), 64 * 2**20
+
+    def twice_over(x: torch.Tensor) -> torch.Tensor:
+        return (x.expand(size // 4) * 2).sum() / (size // 4) + x.expand(size // 4).clone()[:1]
+
+    first, second = (Replayed(twice_over, "Tripling", memory=memory) for _ in range(2))
+    taken = []
+    for value in (1.0, 2.0, 3.0, 4.0):
+        for tripled in (first, second):
+            assert tripled(x=torch.tensor([value], device="cuda")).item() == 3 * value
+            taken.append(torch.cuda.memory_reserved())
+    assert taken[-1] < taken[2] + size
+    del tripled, first
+    second.forget()
+    assert memory.pool is None
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_runs_without_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    waiting = Replayed(lambda x: x * x.sum().item(), "Waiting for the GPU")
+    stream = torch.cuda.current_stream()
+    with caplog.at_level(logging.WARNING):
+        for value in (1.0, 2.0, 3.0):
+            assert waiting(x=torch.tensor([value], device="cuda")).item() == value**2
+    assert "Waiting for the GPU cannot be recorded as a CUDA graph" in caplog.text
+    assert torch.cuda.current_stream() == stream  # bitsandbytes' optimizers are on no other
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [1, 2])
+def test_200_fast_steps_are_the_plain_ones_within_the_noise_of_bf16(
+    random_cascade: RandomCascade, stage: int
+) -> None:
+    """Noise is how far diffusers' own blocks in bf16, run as they are, stray from float32."""
+    cuda = torch.device("cuda")
+    source = Source(str({1: random_cascade.stage_1, 2: random_cascade.stage_2}[stage]), stage)
+
+    def plain(dtype: torch.dtype) -> UNet2DConditionModel:
+        return UNet2DConditionModel.from_pretrained(
+            source.name, subfolder="unet", torch_dtype=dtype
+        ).to(cuda)
+
+    def losses(unet: UNet2DConditionModel, *, recorded: bool) -> torch.Tensor:
+        schedulers = tuple(source.scheduler(name) for name in STAGES[stage].schedulers)
+        training = Training(steps=200, cuda_graph=recorded)
+        trainee = Trainee.of(STAGES[stage], training, unet, schedulers, seed=0)
+        curve = []
+        for step in range(200):
+            batch = batch_of(trainee, step % 20).to(cuda)
+            curve.append(trainee.accumulate(batch).total.mean().clone())
+            trainee.update()
+        assert bool(trainee.recorded._graphs) == recorded
+        return torch.stack(curve).cpu()
+
+    exact = losses(plain(torch.float32), recorded=False)
+    noise = (losses(plain(torch.bfloat16), recorded=False) - exact).abs().view(-1, 20).mean(1)
+    fast = (losses(source.unet("bf16", cuda), recorded=True) - exact).abs().view(-1, 20).mean(1)
+    assert exact[-20:].mean() < exact[:20].mean()
+    assert fast.mean() < 1.5 * noise.mean(), f"{fast} against {noise}"

@@ -1,0 +1,29 @@
+"""The memory of a device: the most that was taken, and giving back what is free."""
+
+import gc
+import resource
+
+import torch
+
+from unets.tally import GIB
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory reserved on the GPU; without one, the most this process has resided in."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def free_memory(device: torch.device) -> None:
+    """Give a GPU's memory that nothing refers to any more back to it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Measure from now on: what came before training is freed and no longer counts on a GPU."""
+    free_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
