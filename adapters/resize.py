@@ -18,7 +18,7 @@ from adapters.files.model_card import write_card
 from adapters.files.places import adapter_path
 from adapters.files.reading import kind_of, lora_config, rank_of
 from adapters.files.stage_adapter import StageAdapter
-from adapters.merging.measure import Product, check_weights_only, needed_base, update
+from adapters.merging.measure import check_weights_only, needed_base, update
 from adapters.tables import format_range, format_table
 from adapters.weights.approximation import Approximation
 
@@ -106,10 +106,7 @@ def lowered(
     for module in tqdm(adapter.modules, "Decomposing", delay=2, leave=False):
         change = update(adapter, module, base)
         assert change is not None
-        if isinstance(change, Product):
-            approximation.add_product(module, change.b, change.a)
-        else:
-            approximation.add_update(module, change)
+        approximation.add_update(module, change)
     info = adapter.info and approximated(adapter.info, approximation)
     small = StageAdapter(
         new / f"stage_{info.stage}" if info else new,
