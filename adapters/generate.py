@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from adapters.arguments import check_seeds, parse_scale, parse_scaled, written
+from adapters.arguments import check_seeds, format_scales, parse_scale, parse_scaled
 from adapters.atomic import check_out
 from adapters.base.hub import with_revision
 from adapters.cascade.cascade import Cascade
@@ -151,8 +151,10 @@ def options_of(info: PictureInfo) -> dict[str, Any]:
         "seed": info.seed,
         "revision": info.revision,
         "variant": info.variant,
-        "adapter": [f"{used.source}={written(used.scales)}" for used in info.adapters.values()],
-        "strength": written(info.strength) or None,
+        "adapter": [
+            f"{used.source}={format_scales(used.scales)}" for used in info.adapters.values()
+        ],
+        "strength": format_scales(info.strength) or None,
     }
     models = {f"stage_{stage}": name for stage, name in info.models.items()}
     texts = list(info.prompts.values())

@@ -14,12 +14,13 @@ import torch
 from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from adapters.arguments import Scale, Scales, by_stage, scaled
+from adapters.arguments import Scale, Scales, read_scales, split_scale
 from adapters.errors import UserError
 from adapters.files.export import save_adapters
 from adapters.files.stage_adapter import StageAdapter
-from adapters.merging.combination import Combination, Part, combined
+from adapters.merging.combination import Part, combine
 from adapters.merging.in_place import MergedAdapters
+from adapters.merging.methods import Combination
 from unets.graphs import GraphMemory, Replayed
 
 NAMELESS = ("adapters", "stage_1", "stage_2", "adapter_model", "pytorch_lora_weights", "..")
@@ -226,10 +227,10 @@ class AdaptedStages:
         Args:
             scales: of the adapters to combine, by name, in all stages or by stage. What has the
                 scale 0 takes no part.
-            method: one of :data:`adapters.merging.combination.METHODS`.
+            method: one of :data:`adapters.merging.methods.METHODS`.
             name: what to call it; ``None``: its adapters' names with ``+`` between them.
             density: this and the rest are settings of
-            :class:`adapters.merging.combination.Combination`.
+            :class:`adapters.merging.methods.Combination`.
             rank: see there.
             majority_sign: see there.
             seed: see there.
@@ -251,7 +252,7 @@ class AdaptedStages:
                 if own.get(stage)
             ]
             if parts:
-                adapters[stage] = combined(parts, how, name, merged.unet.device)
+                adapters[stage] = combine(parts, how, name, merged.unet.device)
         if not adapters:
             raise UserError("There is nothing to combine; give adapters scales other than 0.")
         return self._load(adapters, 0.0, name, f"{method} of {', '.join(factors)}")
@@ -323,7 +324,7 @@ class AdaptedStages:
         self, adapters: Mapping[int, StageAdapter], scale: Scale, name: str, source: str
     ) -> str:
         before = self.adapters
-        factors = by_stage(scale, adapters, self.stages, f"adapter {before.free(name)!r}")
+        factors = split_scale(scale, adapters, self.stages, f"adapter {before.free(name)!r}")
         try:
             for stage, adapter in adapters.items():
                 self.merged[stage].add(name, adapter)
@@ -343,8 +344,8 @@ class AdaptedStages:
         """Checked scales, by adapter and each of its stages."""
         listing = self.adapters
         return {
-            name: by_stage(scale, listing[listing.known(name)], self.stages, f"adapter {name!r}")
-            for name, scale in scaled(scales).items()
+            name: split_scale(scale, listing[listing.known(name)], self.stages, f"adapter {name!r}")
+            for name, scale in read_scales(scales).items()
         }
 
 

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from tqdm import tqdm
 
-from adapters.arguments import STAGES, Scale, available
+from adapters.arguments import STAGES, Scale, find_device
 from adapters.base.guards import GUARDS
 from adapters.base.source import Source
 from adapters.cascade.cascade import Cascade
@@ -96,7 +96,7 @@ def load_cascade(
         text encoder  T5EncoderModel                    0.5 M       float32    cpu
         guards        none
     """
-    device = available(device)
+    device = find_device(device)
     named = {1: stage_1, 2: stage_2, 3: stage_3}
     sources = {
         number: Source(str(named[number]), number, revision, variant)
