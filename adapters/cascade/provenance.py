@@ -64,7 +64,7 @@ class PictureInfo(BaseModel):
     sampling: Sampling
     """Steps, guidance and noise levels."""
     way: Way = "text"
-    """The kind of drawing: from text alone, from a picture (``img2img``), or masked (``inpaint``)."""
+    """The kind of drawing: from text alone, from a picture (``img2img``), masked (``inpaint``)."""
     strength: dict[int, float] = {}
     """The strength of each stage that started from a picture."""
     version: str = __version__
