@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from adapters import Cascade, Sample, load_cascade
 from adapters.atomic import write_text
+from adapters.cascade.load import Parts
 from adapters.errors import UserError
 from finetune.data.batches import CLASS, derived_seed
 from finetune.data.captions import model_identity
 from finetune.data.pictures import Picture, load_pictures
-from finetune.data.sampling import sample_prompts
 from finetune.data.sources import has_captions
 from finetune.recipe.schema import Data, Prior, Recipe
 from finetune.step.stages import STAGES
@@ -166,7 +166,7 @@ def _sample_missing(
         variant=base.variant,
         device=device,
         dtype=recipe.precisions(device),
-        text_encoder=False,
+        parts=Parts(text_encoder=False),
     )
     with tqdm(total=len(missing), desc="Sampling class pictures") as progress:
         size = prior.sampling.batch_size
@@ -191,11 +191,10 @@ def _sample(
     samples: dict[int, Sample] = {}
     pending = list(indices)
     for attempt in range(ATTEMPTS):
-        sampled = sample_prompts(
-            cascade,
-            embeds,
+        sampled = cascade(
             [_in_turn(prior.prompts, index) for index in pending],
-            seeds=[derived_seed(recipe.seed, CLASS, index, attempt) for index in pending],
+            embeds=embeds,
+            seed=[derived_seed(recipe.seed, CLASS, index, attempt) for index in pending],
             sampling=prior.sampling,
             clean_caption=recipe.text.clean_caption,
             progress=False,
