@@ -21,7 +21,7 @@ from adapters.errors import UserError, command_line
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import check_weights_only
 from adapters.merging.merged_model import MergedModel, Storage
-from unets.loading import PRECISIONS
+from unets.precision import PRECISIONS
 
 VARIANT = re.compile(r"[\w-]+")
 

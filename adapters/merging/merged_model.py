@@ -22,7 +22,7 @@ from adapters.errors import UserError
 from adapters.files.licence import licence_files
 from adapters.files.merged_card import CARD, merged_card
 from adapters.files.stage_adapter import StageAdapter, merged_weight
-from unets.loading import PRECISIONS
+from unets.precision import dtype_of
 
 UNET = "unet"
 """The folder of the UNet within a model's folder."""
@@ -33,7 +33,7 @@ class Storage:
     """How a merged model lies on the disk."""
 
     precision: str | None
-    """That of the UNet's weights, a name of :data:`PRECISIONS`; ``None``: as the base has them."""
+    """That of the UNet's weights, as `unets.precision` names it; ``None``: as the base has them."""
     variant: str | None
     """The variant that the UNet's files are named after, such as ``fp16``."""
     max_shard_size: str
@@ -73,7 +73,7 @@ class MergedModel:
         """Shapes and precisions of the UNet's weights as they will be written."""
         precision = self.storage.precision
         return {
-            name: weight if precision is None else weight.to(PRECISIONS[precision])
+            name: weight if precision is None else weight.to(dtype_of(precision))
             for name, weight in self.unet.weights.items()
         }
 
