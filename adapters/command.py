@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from adapters.errors import command_line
+from adapters.errors import command_line, quiet_libraries
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -79,6 +79,7 @@ def run_command(
     """
     options = parser.parse_args(arguments)
     with command_line():
+        quiet_libraries()
         result = work(options)
     sys.stdout.write(f"{result}\n")
 

@@ -45,7 +45,7 @@ def _encode(options: argparse.Namespace) -> Path:
     from adapters.atomic import check_out
     from adapters.base.source import source_of
     from adapters.cascade.embeds import save_embeds
-    from unets.loading import automatic_precision
+    from unets.precision import automatic_precision
 
     check_out(options.out, "file")
     source = source_of(options.model, options.revision, options.variant)
@@ -82,13 +82,13 @@ def encode(
     from tqdm import tqdm
 
     from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
-    from unets.loading import PRECISIONS
+    from unets.precision import dtype_of
 
     check_texts(prompts)
     captions = dict.fromkeys(prompts, "the prompt")
     check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
     check_vocabulary(captions, source.tokenizer(), clean_caption=clean_caption)
-    pipe = source.text_pipeline(precision, PRECISIONS.get(precision, torch.bfloat16), device)
+    pipe = source.text_pipeline(precision, dtype_of(precision), device)
     rows = [
         pipe.encode_prompt(
             prompt,

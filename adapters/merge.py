@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adapters.command import command_parser, run_command
 from adapters.errors import UserError
-from unets.loading import PRECISIONS
+from unets.precision import PRECISIONS
 
 VARIANT = re.compile(r"[\w-]+")
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--stage", type=int, choices=(1, 2), help="merge this stage only")
     add("--scale", type=float, action="append", help="how much of an adapter, one for each (1)")
     help_ = "precision (default: the variant's, or else the base's)"
-    add("--dtype", choices=tuple(PRECISIONS), help=help_)
+    add("--dtype", choices=PRECISIONS, help=help_)
     add("--variant", help="name the UNet's files as this variant, such as fp16")
     help_ = "of the UNet's files, and about the memory needed (default: 5GB)"
     add("--max-shard-size", default="5GB", help=help_)

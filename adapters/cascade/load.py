@@ -25,7 +25,7 @@ from adapters.cascade.memory_budget import TEXT, limit, memory_bytes, within
 from adapters.cascade.offload import Placing
 from adapters.errors import UserError, closest
 from adapters.files.stage_adapter import StageAdapter
-from unets.loading import PRECISIONS, Precision, automatic_precision, compute_dtype
+from unets.precision import Precision, automatic_precision, compute_dtype, dtype_of
 
 Chosen: TypeAlias = Literal["auto"] | Precision
 """The precision of a UNet, or what suits the device."""
@@ -250,7 +250,7 @@ def _upscaler(
 
 def _text(source: Source, precision: Precision, placing: Placing) -> IFPipeline:
     """The tokenizer and text encoder."""
-    dtype = PRECISIONS.get(precision, torch.bfloat16)
+    dtype = dtype_of(precision)
     pipe = source.text_pipeline(precision, dtype, placing.device)
     placing.settle(TEXT, pipe)
     return pipe

@@ -26,7 +26,7 @@ from adapters.files.licence import licence_files
 from adapters.files.merged_card import CARD, merged_card
 from adapters.files.stage_adapter import StageAdapter, merged_weight
 from adapters.merging.measure import check_weights_only
-from unets.loading import PRECISIONS
+from unets.precision import dtype_of
 
 UNET = "unet"
 """The folder of the UNet within a model's folder."""
@@ -37,7 +37,7 @@ class Storage:
     """The files of a merged model."""
 
     precision: str | None = None
-    """The precision of the UNet's weights, one of :data:`PRECISIONS`; ``None``: the base's."""
+    """The precision of the UNet's weights, by name; ``None``: the base's."""
     variant: str | None = None
     """The variant that the UNet's files are named after, such as ``fp16``."""
     max_shard_size: str = "5GB"
@@ -188,7 +188,7 @@ class MergedModel:
         """Shapes and precisions of the UNet's weights as they will be written."""
         precision = self.storage.precision
         return {
-            name: weight if precision is None else weight.to(PRECISIONS[precision])
+            name: weight if precision is None else weight.to(dtype_of(precision))
             for name, weight in self.unet.weights.items()
         }
 
