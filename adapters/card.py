@@ -20,11 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _write(options: argparse.Namespace) -> Path:
     from adapters.files.info import read_info
-    from adapters.files.model_card import samples_of, write_card
+    from adapters.files.model_card import load_samples, write_card
     from adapters.files.places import export_stages
 
     infos = [read_info(stage) for stage in export_stages(options.folder)]
-    return write_card(options.folder, infos, samples_of(options.folder))
+    return write_card(options.folder, infos, load_samples(options.folder))
 
 
 if __name__ == "__main__":

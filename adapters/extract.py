@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from adapters.command import command_parser, run_command
+from adapters.weights.kinds import PRESETS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("tuned", help="the fine-tuned model, folder or hub name, or the folder of its UNet")
     help_ = "the model that it was tuned from, a folder or owner/name[@revision]"
     add("--base", required=True, metavar="MODEL", help=help_)
-    help_ = "modules to adapt: attention, attention+conv, all, or patterns (default: all)"
+    help_ = f"modules to adapt: {', '.join(PRESETS)}, or patterns (default: all)"
     add("--targets", nargs="+", default=["all"], help=help_)
     add("--prompt", action="append", default=[], help="an example that shows its effect")
     add("--tuned-revision", help="the tuned model's hub revision")

@@ -47,7 +47,7 @@ def repair(path: Path, out: Path | None = None) -> str:
     from peft import LoraConfig
 
     from adapters.atomic import check_out, replacing
-    from adapters.files.for_diffusers import arriving, save_for_diffusers
+    from adapters.files.for_diffusers import list_arriving, save_for_diffusers
     from adapters.files.places import find_weights
     from adapters.files.reading import kind_of, read_adapter
 
@@ -63,12 +63,12 @@ def repair(path: Path, out: Path | None = None) -> str:
     check_out(new, "file")
     if new.exists() and new.samefile(file):
         raise UserError(f"--out {new} is the file to repair, which stays; name another.")
-    lost = len(state) - len(arriving(file, config, state))
+    lost = len(state) - len(list_arriving(file, config, state))
     if out is None and not lost:
         return f"{file}: diffusers loads all {len(state)} tensors; there is nothing to repair."
     with replacing(new) as temporary:
         save_for_diffusers(state, config, temporary, {"format": "pt"} | header)
-        arrived = len(arriving(temporary, config, state))
+        arrived = len(list_arriving(temporary, config, state))
         if arrived < len(state):
             raise UserError(
                 f"{file} cannot be repaired, as diffusers takes {arrived} of its {len(state)}"

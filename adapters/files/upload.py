@@ -13,8 +13,8 @@ from yaml import YAMLError
 from adapters.base.hub import STAGE_FOLDERS, asking_the_hub
 from adapters.errors import UserError
 from adapters.files.info import NOTICE, AdapterInfo
-from adapters.files.licence import DEEPFLOYD, handed_on
-from adapters.files.model_card import CARD, SAMPLES, front_matter, shown
+from adapters.files.licence import DEEPFLOYD, find_copies
+from adapters.files.model_card import CARD, SAMPLES, front_matter, parse_samples
 from adapters.files.places import PEFT_WEIGHTS, export_stages
 from adapters.files.stage_adapter import StageAdapter
 
@@ -121,7 +121,7 @@ def _check_card(folder: Path, infos: Sequence[AdapterInfo]) -> list[str]:
         reason = " ".join(str(error).split())
         raise UserError(f"{card} is no model card ({reason}); {advice}.") from error
     found, wanted = data.get("base_model"), front_matter(infos).base_model
-    samples = list(shown(text))
+    samples = list(parse_samples(text))
     noticed = NOTICE in text or not any(map(_is_deepfloyd, infos))
     for problem, holds in {
         "has no metadata": data.get("license") is None,
@@ -136,7 +136,7 @@ def _check_card(folder: Path, infos: Sequence[AdapterInfo]) -> list[str]:
 
 def _check_licence(folder: Path, info: AdapterInfo) -> list[str]:
     """Check that a stage's licence files are there where they must be; return them."""
-    files = handed_on(folder, info.stage)
+    files = find_copies(folder, info.stage)
     if _is_deepfloyd(info) and not files:
         raise UserError(
             f"{folder} lacks stage_{info.stage}-LICENSE.md, the copy of its base's licence that"

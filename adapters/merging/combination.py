@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from adapters.arguments import STAGES, Scale, split_scale
 from adapters.errors import UserError
-from adapters.files.for_diffusers import AdaptedOnly
+from adapters.files.for_diffusers import AdaptedOnly, blank_weights
 from adapters.files.info import AdapterInfo
 from adapters.files.reading import lora_config, scaling
 from adapters.files.stage_adapter import StageAdapter
@@ -123,7 +123,7 @@ def combine(
                 torch.cuda.manual_seed(how.seed)
         for module in tqdm(modules, desc=f"Combining by {how.method}", leave=False, delay=1):
             state |= _combine_module(module, parts, how, configs, device)
-    config = lora_config(state, {}, None)
+    config = lora_config(state)
     config.base_model_name_or_path = parts[0].adapter.config.base_model_name_or_path
     config.inference_mode = True
     return StageAdapter(Path(name), _describe(parts, how, config), config, state)
@@ -147,7 +147,7 @@ def _combine_module(
         if module in part.adapter.modules
     }
     first, *others = tensors
-    skeleton = AdaptedOnly(tensors[first], device)
+    skeleton = AdaptedOnly(blank_weights(tensors[first], device))
     narrowed = {index: copy(config) for index, config in configs.items()}
     for config in narrowed.values():
         config.target_modules = {module}
@@ -183,7 +183,7 @@ def _plain_config(part: Part) -> LoraConfig:
     config, state = part.adapter.config, part.adapter.state
     ranks = part.ranks.items()
     alphas = {module: rank * scaling(config, state, module) for module, rank in ranks}
-    return lora_config(state, alphas, None)
+    return lora_config(state, alphas)
 
 
 def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]) -> None:

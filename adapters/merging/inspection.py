@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from adapters.base.stored_unet import StoredUNet
 from adapters.errors import listed
-from adapters.files.for_diffusers import arriving
+from adapters.files.for_diffusers import list_arriving
 from adapters.files.info import AdapterInfo
 from adapters.files.places import find_weights
 from adapters.files.reading import alpha_of, rank_of
@@ -77,7 +77,7 @@ def _load_by_diffusers(adapter: StageAdapter, file: Path) -> dict[str, Any]:
     exported = adapter.folder / LORA_WEIGHT_NAME_SAFE
     own = exported if exported.is_file() else file
     if isinstance(adapter.config, LoraConfig):
-        arrived, error = len(arriving(own, adapter.config, adapter.state)), None
+        arrived, error = len(list_arriving(own, adapter.config, adapter.state)), None
     else:
         info = StageAdapter.load(own).info
         arrived, error = 0, info and info.approximation_error
@@ -175,7 +175,7 @@ def _format_loading(found: Mapping[str, Any]) -> str:
         return f"loads all of {loads['file']}"
     if error is not None:
         return f"loads {loads['file']}, a LoRA that approximates it, {_format_error(error)}"
-    if found["kind"] not in KINDS or not KINDS[found["kind"]].diffusers:
+    if found["kind"] not in KINDS or not KINDS[found["kind"]].has_b:
         return "cannot load this kind"
     return (
         f"loses {lost} of the {count} tensors in {loads['file']}; python -m adapters.repair writes"

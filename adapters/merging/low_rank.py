@@ -13,9 +13,9 @@ from adapters.atomic import new_folder
 from adapters.base.source import Source
 from adapters.base.stored_unet import StoredUNet
 from adapters.errors import UserError, __version__, listed
-from adapters.files.export import approximated, completed, of_base, write_adapter
+from adapters.files.export import approximate_info, complete_info, write_adapter
 from adapters.files.info import AdapterInfo
-from adapters.files.licence import handed_on
+from adapters.files.licence import find_copies
 from adapters.files.model_card import write_card
 from adapters.files.places import adapter_path
 from adapters.files.reading import lora_config, rank_of
@@ -75,7 +75,7 @@ def resize(
             )
             if small.info is not None:
                 infos.append(small.info)
-                for file in handed_on(path, small.info.stage):
+                for file in find_copies(path, small.info.stage):
                     shutil.copyfile(file, new / file.name)
         if infos:
             write_card(new, infos)
@@ -91,7 +91,7 @@ def _lower_rank(
         update = read_update(adapter, module, base)
         assert update is not None
         loss.add_update(module, update)
-    info = adapter.info and approximated(adapter.info, loss)
+    info = adapter.info and approximate_info(adapter.info, loss)
     return _write_lora(new / f"stage_{info.stage}" if info else new, loss, info)
 
 
@@ -100,8 +100,7 @@ def _count_parameters(adapter: StageAdapter) -> str:
 
 
 def _write_lora(folder: Path, lora: Approximation, info: AdapterInfo | None) -> StageAdapter:
-    config = of_base(lora_config(lora.state, {}, None), info)
-    adapter = StageAdapter(folder, info, config, lora.state)
+    adapter = StageAdapter(folder, info, lora_config(lora.state), lora.state)
     write_adapter(adapter)
     return adapter
 
@@ -170,7 +169,7 @@ def extract(
             approximation_error=lora.error,
         )
         folder = f"stage_{source.stage}"
-        _write_lora(new / folder, lora, info := completed(info, base.unet))
+        _write_lora(new / folder, lora, info := complete_info(info, base.unet))
         write_card(new, [info])
     return f"{out / folder}: a LoRA of {lora.message}.{_format_outside(outside, lora)}"
 

@@ -90,7 +90,7 @@ def read_update(
     if base is None:
         return None
     with torch.no_grad():
-        return adapter.delta(module, base.module(module), base.read(f"{module}.weight"))
+        return adapter.delta(module, base.read(f"{module}.weight"))
 
 
 def _is_product(adapter: StageAdapter) -> bool:

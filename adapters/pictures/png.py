@@ -23,7 +23,8 @@ class Signed(Image.Image):
         """Copy a picture, and add texts."""
         signed = cls()
         signed.__setstate__(picture.__getstate__())
-        signed.info = picture.info | texts
+        signed.info = dict(picture.info)
+        signed.info.update(texts)
         return signed
 
     def save(self, *place: Any, **params: Any) -> None:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import torch
 import yaml
-from peft import LoraConfig
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -42,7 +41,7 @@ LARGEST_SHAPE = 1e6
 LEAST_SCALE = 0.1
 """The least learning rate that makes sense where the optimizer finds its own step size."""
 
-KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if kind.config is not LoraConfig)
+KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
 """The kinds of adapter that have no B matrices, which LoRA+ is about."""
 
 
