@@ -54,8 +54,7 @@ def split_scale(
         what: the adapter, for messages.
 
     Raises:
-        UserError: where a factor is no finite number in float32's range, or for a stage that the
-            adapter lacks.
+        UserError: where a factor is not finite in float32, or for a stage that it lacks.
     """
     factors = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(own, scale)
     for stage, factor in factors.items():
@@ -74,12 +73,8 @@ def split_scale(
 def parse_scaled(argument: str) -> tuple[str, Scale | None]:
     """Parse an adapter and its scale.
 
-    Args:
-        argument: ``FOLDER``, ``FOLDER=0.7``, or by stage ``FOLDER=1:0.5,2:1``. Where a folder of
-            that whole name exists, it is that folder.
-
-    Returns:
-        The folder, and its scale; ``None``: none was given.
+    It is ``FOLDER``, whose scale is ``None``; ``FOLDER=0.7``; or by stage ``FOLDER=1:0.5,2:1``.
+    Where something of that whole name exists, it is that.
 
     Raises:
         UserError: where what follows the last ``=`` is no scale.
@@ -97,11 +92,7 @@ def parse_scaled(argument: str) -> tuple[str, Scale | None]:
 
 
 def parse_scale(text: str) -> Scale:
-    """Parse a number, or one for each stage, as in ``1:0.5,2:1``.
-
-    Raises:
-        ValueError: where it is neither.
-    """
+    """Parse a number, or one for each stage, as in ``1:0.5,2:1``; other texts are a ValueError."""
     if ":" not in text:
         return float(text)
     pairs = (pair.split(":") for pair in text.split(","))

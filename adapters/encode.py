@@ -6,15 +6,10 @@ It runs where the text encoder fits, so that the prompts can be drawn where it d
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from adapters.atomic import check_out
 from adapters.command import command_parser, run_command
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from adapters.base.source import Source
+from unets.precision import automatic_precision, dtype_of
 
 TEXT_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 """The precisions of a text encoder's weights; in fp16 T5-XXL overflows."""
@@ -41,64 +36,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _encode(options: argparse.Namespace) -> Path:
+    import torch
+    from tqdm import tqdm
+
     from adapters.arguments import find_device
-    from adapters.atomic import check_out
     from adapters.base.source import source_of
     from adapters.cascade.embeds import save_embeds
-    from unets.precision import automatic_precision
+    from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
 
+    cleaning = {"clean_caption": options.clean_caption}
     check_out(options.out, "file")
     source = source_of(options.model, options.revision, options.variant)
     device = find_device(options.device)
     precision = options.precision or automatic_precision(device)
-    prompts = list(dict.fromkeys([*options.prompt, ""]))
-    embeds = encode(source, prompts, precision, device, clean_caption=options.clean_caption)
-    save_embeds(options.out, prompts, embeds)
-    return options.out
-
-
-def encode(
-    source: "Source",
-    prompts: Sequence[str],
-    precision: str,
-    device: "torch.device",
-    *,
-    clean_caption: bool = True,
-) -> "Tensor":
-    """Encode prompts along the path of ``IFPipeline.__call__``, [N, T, D].
-
-    Args:
-        source: Stage I or II; no more of it is loaded than its text encoder.
-        prompts: N, encoded one by one, so that an encoding does not depend on its company.
-        precision: one of :data:`TEXT_PRECISIONS`.
-        device: where to encode.
-        clean_caption: clean prompts as IF's pipelines do by default.
-
-    Raises:
-        UserError: where the model has no text encoder or cannot be loaded, or where cleaning
-            empties a prompt.
-    """
-    import torch
-    from tqdm import tqdm
-
-    from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
-    from unets.precision import dtype_of
-
+    prompts = dict.fromkeys([*options.prompt, ""], "the prompt")
     check_texts(prompts)
-    captions = dict.fromkeys(prompts, "the prompt")
-    check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
-    check_vocabulary(captions, source.tokenizer(), clean_caption=clean_caption)
+    check_captions(prompts, **cleaning, setting=KEEP_IN_PYTHON)
+    check_vocabulary(prompts, source.tokenizer(), **cleaning)
     pipe = source.text_pipeline(precision, dtype_of(precision), device)
-    rows = [
-        pipe.encode_prompt(
-            prompt,
-            do_classifier_free_guidance=False,
-            device=device,
-            clean_caption=clean_caption,
-        )[0]
+    rows = [  # one by one, so that an encoding does not depend on its company
+        pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=device, **cleaning)[0]
         for prompt in tqdm(prompts, "Encoding", delay=2)
     ]
-    return torch.cat(rows)
+    save_embeds(options.out, list(prompts), torch.cat(rows))
+    return options.out
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def _resize(options: argparse.Namespace) -> str:
     from adapters.merging.measure import find_bases
 
     bases = find_bases(options.base, options.revision, options.variant)
-    return resize(options.adapter, options.out, options.rank, options.error, bases=bases)
+    return resize(options.adapter, options.out, options.rank, options.error, bases)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ class AdaptedStages:
 
         It takes milliseconds, and recorded forward passes stay valid, except on a quantised base
         where more is switched on in a layer than at any time before
-        (:class:`adapters.merging.in_place.Coded`).
+        (:class:`adapters.merging.in_place.QuantisedLayer`).
 
         Args:
             scales: by name, in all stages or by stage (``{"dog": 0.8, "style": {1: 0.5, 2: 1}}``);

@@ -17,7 +17,7 @@ from adapters.base.source import Source
 from adapters.cascade.tokens import prompt_tokens
 from adapters.errors import UserError
 from adapters.files.stage_adapter import StageAdapter
-from adapters.merging.in_place import Coded
+from adapters.merging.in_place import QuantisedLayer
 from adapters.weights.updates import Dense, LowRank, Term, Update, as_matrix
 from unets.frozen import Quantised
 from unets.loading import Precision, blank_unet, compute_dtype
@@ -241,7 +241,7 @@ def laid_over(unet: UNet2DConditionModel, adapters: Sequence[StageAdapter]) -> l
         updates = [_blank_update(each, name, layer) for each in adapters if name in each.modules]
         kept += [t for u in updates if isinstance(u, LowRank) for t in (u.a, u.b, u.gain)]
         if isinstance(layer, Quantised):
-            Coded(layer).write([Term(1.0, update) for update in updates])
+            QuantisedLayer(layer).write(tuple(Term(1.0, update) for update in updates))
             kept += vars(layer.overlay).values()
     return [tensor for tensor in kept if tensor is not None]
 

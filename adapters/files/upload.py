@@ -36,19 +36,12 @@ def push(
 ) -> str:
     """Publish an exported folder, in one commit, with the files of the export and no others.
 
-    The revision then holds this export alone: files of an earlier one that it lacks are deleted
-    there. Other files in the repository stay.
-
-    Args:
-        folder: the folder, with its card.
-        repository: ``owner/name``; created where there is none.
-        private: only for a repository that only its owner sees.
-        revision: the branch to commit to, created where missing; ``None``: ``main``.
-        message: the commit's message.
-        pull_request: open a pull request against ``main`` instead.
+    The branch ``revision`` (``None``: ``main``) then holds this export alone: files of an earlier
+    one that it lacks are deleted there; other files stay. Repository and branch are created where
+    they do not exist.
 
     Returns:
-        The address of what was published.
+        The address of the repository, branch or pull request.
 
     Raises:
         UserError: where the folder is not fit to be published (nothing is sent then), or the hub
@@ -87,11 +80,7 @@ def push(
 
 
 def _check_stage(folder: Path) -> AdapterInfo:
-    """Read all files of a stage's adapter; return what it says of itself.
-
-    Raises:
-        UserError: where one is missing, damaged, or not written by export.
-    """
+    """Check that all files of a stage can be read and are an export's; return its information."""
     for name in STAGE_FILES:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; export the adapter again.")
@@ -106,12 +95,7 @@ def _check_stage(folder: Path) -> AdapterInfo:
 
 
 def _check_card(folder: Path, infos: Sequence[AdapterInfo]) -> list[str]:
-    """Check a folder's card; return the sample pictures that it shows.
-
-    Raises:
-        UserError: where the card is missing, damaged or of other adapters, shows pictures that are
-            not there, or lacks the notice that the licence of its base asks for.
-    """
+    """Check that a folder's card is whole and its own; return the sample pictures it shows."""
     card = folder / CARD
     advice = _advise_card(folder)
     try:

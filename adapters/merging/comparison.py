@@ -59,13 +59,7 @@ def pair_stages(
 def compare_adapters(
     a: StageAdapter, b: StageAdapter, bases: Mapping[int, StoredUNet], *, by_module: bool
 ) -> dict[str, Any]:
-    """Compare two adapters of a stage, of any kinds, in JSON's types.
-
-    Args:
-        a: the one.
-        b: the other.
-        bases: their base, by stage, which kinds other than LoRA need.
-        by_module: a row for each module, instead of each block.
+    """Compare two adapters of a stage, of any kinds, in JSON's types, by module or by block.
 
     Raises:
         UserError: where a base is needed and not given, or they are of UNets of different sizes.

@@ -1,15 +1,14 @@
-"""Layers whose weights take adapters in place, so that what was recorded of them stays valid.
+"""Merge adapters into a UNet's weights in place, so that recordings of it stay valid.
 
-A layer in full precision is written over: with what terms make of the base's own weight, of which
-a copy is kept. A quantised layer keeps its codes and needs no copy: terms are laid over the weight
-that it restores at every reading, from tensors at addresses that stay. Their factors are rounded to
-the layer's precision, and cost one or two more passes over the weight at each reading, even while
-they are switched off.
+The weight of a layer in full precision is written over, and a copy of the base's own is kept. A
+quantised layer keeps its codes and needs no copy: terms are laid over the weight that it restores
+at every reading, from tensors at addresses that stay. Their factors are rounded to the layer's
+precision, and cost one or two more passes over the weight at each reading, even while they are
+switched off.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -33,85 +32,77 @@ from adapters.weights.updates import (
 from unets.frozen import Overlay, Quantised
 
 RANK_STEP = 8
-"""Ranks of overlays are multiples of this, as matrix units ask for; what terms leave is zero."""
-
-
-class Layer(Protocol):
-    """A layer of a UNet that adapters change."""
-
-    @property
-    def base(self) -> Tensor:
-        """The base's own weight, [out, in, ...], on the layer's device."""
-
-    def write(self, terms: Sequence[Term]) -> bool:
-        """Have the weight be what terms make of the base's own; of none, that itself, to the bit.
-
-        Returns:
-            Whether recordings that read the weight have to be made anew.
-        """
-
-    def release(self) -> bool:
-        """Leave the layer as it was before any adapter; returned is as in ``write``."""
+"""Ranks of overlays are multiples of this, as matrix units ask for; the rest is zero."""
 
 
 @dataclass
-class Plain:
+class FullPrecisionLayer:
     """A layer in full precision; its weight is written over, never replaced."""
 
     module: nn.Linear | nn.Conv2d
     kept_on: torch.device | None
-    """Where the base's own weight is kept; ``None``: beside the layer's."""
+    """The device of the base's own weight; ``None``: the layer's."""
     own: Tensor = field(init=False)
+    """The base's own weight."""
+    terms: Terms = ()
+    """The terms that are merged into the weight at present."""
 
     def __post_init__(self) -> None:
         weight = self.module.weight.detach()
         self.own = weight.to(self.kept_on or weight.device, copy=True)
         if weight.is_cuda and not self.own.is_cuda:
-            self.own = self.own.pin_memory()
+            self.own = self.own.pin_memory()  # copied to the GPU while that computes
 
     @property
     def base(self) -> Tensor:
-        """The copy, brought to the layer's device where it is kept elsewhere."""
+        """The base's own weight, [out, in, ...], on the layer's device."""
         return self.own.to(self.module.weight.device, non_blocking=True)
 
-    def write(self, terms: Sequence[Term]) -> bool:
-        """Write over the weight; recordings read it where it is."""
+    def write(self, terms: Terms) -> bool:
+        """Merge terms into the base's own weight; without any it is that, to the bit.
+
+        Returns:
+            Whether recordings that read the weight are no longer valid: they read it where it is.
+        """
         weight = self.module.weight.detach()
         assert weight.is_contiguous() == self.own.is_contiguous(), "the order of columns changed"
         if terms:
             merge(as_matrix(self.base), terms, out=as_matrix(weight))
         else:
             weight.copy_(self.own, non_blocking=True)
+        self.terms = terms
         return False
 
     def release(self) -> bool:
-        """Nothing is left to do."""
+        """Leave the layer as it was before any adapter; returned is as in :meth:`write`."""
         return False
 
 
 @dataclass
-class Coded:
+class QuantisedLayer:
     """A quantised layer; its overlay only grows, until the last adapter of the layer is removed.
 
-    Recordings have to be made anew then, and where the overlay grows: for terms that have together
+    Recordings are no longer valid then, and where the overlay grows: for terms that have together
     a larger rank than any before, are the first ones of DoRA, or the first ones without factors.
     """
 
     module: Quantised
+    terms: Terms = ()
+    """The terms that are in the overlay at present."""
 
     @property
     def base(self) -> Tensor:
         """The restored weight, without the overlay."""
         return self.module.own_weight
 
-    def write(self, terms: Sequence[Term]) -> bool:
-        """Write over the overlay, on a larger one where it is too small."""
+    def write(self, terms: Terms) -> bool:
+        """Write terms over the overlay, on a larger one where it is too small."""
         before = self.module.overlay
         if before is None and not terms:
             return False
-        overlay = self._large_enough(before, terms)
+        overlay = self._find_room(before, terms)
         _fill(overlay, terms)
-        self.module.overlay = overlay
+        self.module.overlay, self.terms = overlay, terms
         return overlay is not before
 
     def release(self) -> bool:
@@ -119,33 +110,31 @@ class Coded:
         overlay, self.module.overlay = self.module.overlay, None
         return overlay is not None
 
-    def _large_enough(self, overlay: Overlay | None, terms: Sequence[Term]) -> Overlay:
+    def _find_room(self, overlay: Overlay | None, terms: Terms) -> Overlay:
+        """Return the overlay if terms fit into it, or else a larger one without values."""
         low = [update for _, update in terms if isinstance(update, LowRank)]
         rank = sum(update.rank for update in low)
-        scaled = any(update.gain is not None for update in low)
-        dense = len(low) < len(terms)
+        scaled, dense = any(update.gain is not None for update in low), len(low) < len(terms)
         if overlay is not None:
-            scaled |= overlay.gain is not None
-            dense |= overlay.dense is not None
-            present = (overlay.gain is not None, overlay.dense is not None)
-            if rank <= len(overlay.a) and present == (scaled, dense):
+            present = len(overlay.a), overlay.gain is not None, overlay.dense is not None
+            rank, scaled = max(rank, present[0]), scaled or present[1]
+            dense = dense or present[2]
+            if (rank, scaled, dense) == present:
                 return overlay
-            rank = max(rank, len(overlay.a))
         rank = -(-rank // RANK_STEP) * RANK_STEP
-        layer, codes = self.module, self.module.codes
-        rows, columns = layer.shape[0], layer.shape[1:].numel()
+        codes, dtype = self.module.codes, self.module.dtype
+        rows, columns = self.module.shape[0], self.module.shape[1:].numel()
         return Overlay(
-            b=codes.new_empty(rows, rank, dtype=layer.dtype),
-            a=codes.new_empty(rank, columns, dtype=layer.dtype),
+            b=codes.new_empty(rows, rank, dtype=dtype),
+            a=codes.new_empty(rank, columns, dtype=dtype),
             gain=codes.new_empty(rows, 1, dtype=torch.float32) if scaled else None,
-            dense=codes.new_empty(rows, columns, dtype=layer.dtype) if dense else None,
+            dense=codes.new_empty(rows, columns, dtype=dtype) if dense else None,
         )
 
 
-def _fill(overlay: Overlay, terms: Sequence[Term]) -> None:
+def _fill(overlay: Overlay, terms: Terms) -> None:
     """Write terms into an overlay that is large enough for them."""
-    device = overlay.b.device
-    start = 0
+    device, start = overlay.b.device, 0
     for factor, update in terms:
         if isinstance(update, LowRank):
             part = slice(start, start + update.rank)
@@ -169,7 +158,7 @@ class MergedAdapters:
     The sum is in an order that adapters have by themselves, so the same adapters with the same
     scales give the same bits, whatever came before; with no adapter the weights are W to the bit.
 
-    What an adapter makes of each W is computed once, when it is added: the factors of LoRA, rsLoRA
+    An adapter's update of each W is computed once, when it is added: the factors of LoRA, rsLoRA
     and DoRA, which stay in float32 on the UNet's device; of other kinds W merged - W, which stays
     in float32 in main memory. Of a base in full precision a copy of each W that adapters change
     stays in its precision, on the UNet's device unless ``originals`` says otherwise: with
@@ -179,7 +168,7 @@ class MergedAdapters:
 
     unet: UNet2DConditionModel
     originals: torch.device | None = None
-    """Where copies of the base's weights are kept; ``None``: on the UNet's device."""
+    """The device of copies of the base's weights; ``None``: the UNet's."""
     renew: Callable[[], None] = lambda: None
     """Called where recordings of the UNet are no longer valid."""
     adapters: dict[str, StageAdapter] = field(default_factory=dict)
@@ -189,11 +178,11 @@ class MergedAdapters:
     base: BaseSignature = field(init=False)
     """The base's signature, from before any merging."""
     _updates: dict[str, dict[str, Update]] = field(default_factory=dict, init=False)
-    """What adapters make of weights, by adapter and module."""
-    _layers: dict[str, Layer] = field(default_factory=dict, init=False)
+    """The updates of weights, by adapter and module."""
+    _layers: dict[str, FullPrecisionLayer | QuantisedLayer] = field(
+        default_factory=dict, init=False
+    )
     """The modules that adapters change, whether they are on or off."""
-    _written: dict[str, Terms] = field(default_factory=dict, init=False)
-    """What is merged into them at present."""
 
     def __post_init__(self) -> None:
         self.base = BaseSignature.of(self.unet)
@@ -211,10 +200,8 @@ class MergedAdapters:
         try:
             for module in tqdm(adapter.modules, desc=f"Adapter {name}", leave=False, delay=1):
                 if module not in self._layers:
-                    self._layers[module] = self._layer(present.get(module), module, adapter)
-                    self._written[module] = ()
-                base = self._layers[module].base
-                updates[module] = adapter.update(module, base)
+                    self._layers[module] = self._keep(present.get(module), module, adapter)
+                updates[module] = adapter.update(module, self._layers[module].base)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.unet.device} has no room for {adapter.folder} and a copy of the weights"
@@ -226,11 +213,13 @@ class MergedAdapters:
                 self._release()
         self.adapters[name], self.scales[name], self._updates[name] = adapter, 0.0, updates
 
-    def _layer(self, module: nn.Module | None, name: str, adapter: StageAdapter) -> Layer:
+    def _keep(
+        self, module: nn.Module | None, name: str, adapter: StageAdapter
+    ) -> FullPrecisionLayer | QuantisedLayer:
         if isinstance(module, Quantised):
-            return Coded(module)
+            return QuantisedLayer(module)
         if isinstance(module, nn.Linear | nn.Conv2d):
-            return Plain(module, self.originals)
+            return FullPrecisionLayer(module, self.originals)
         raise UserError(
             f"{adapter.folder} adapts {name}, which is no Linear or Conv2d of this UNet; load the"
             " model that it was trained on."
@@ -244,7 +233,7 @@ class MergedAdapters:
         """
         self.scales = {name: scales.get(name, 0.0) for name in self.adapters}
         on = [name for name, scale in self.scales.items() if scale]
-        if len(on) > 1:
+        if len(on) > 1:  # in an order that does not depend on when they came
             on.sort(key=lambda name: (self.adapters[name].digest, self.scales[name]))
         for module, layer in self._layers.items():
             terms = tuple(
@@ -252,10 +241,8 @@ class MergedAdapters:
                 for name in on
                 if module in self._updates[name]
             )
-            if terms != self._written[module]:
-                if layer.write(terms):
-                    self.renew()
-                self._written[module] = terms
+            if terms != layer.terms and layer.write(terms):
+                self.renew()
 
     def remove(self, name: str) -> None:
         """Take an adapter out, and give back what was kept for it."""
@@ -268,6 +255,5 @@ class MergedAdapters:
         """Let go of the layers that no adapter changes any more."""
         changed = {module for updates in self._updates.values() for module in updates}
         for module in self._layers.keys() - changed:
-            del self._written[module]
             if self._layers.pop(module).release():
                 self.renew()

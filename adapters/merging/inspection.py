@@ -24,15 +24,7 @@ BAR = 24
 
 
 def inspect_adapter(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> dict[str, Any]:
-    """Describe an adapter in JSON's types.
-
-    Args:
-        adapter: of one stage.
-        bases: what to compare it with, by stage; an adapter of another tool is compared with all.
-
-    Raises:
-        UserError: where a base cannot be read.
-    """
+    """Describe an adapter in JSON's types, and compare it with the base of its stage, if any."""
     info, tensors = adapter.info, adapter.state.values()
     base, difference = _compare_base(adapter, bases)
     file = find_weights(adapter.folder)
@@ -115,44 +107,33 @@ def _measure_norms(adapter: StageAdapter, base: StoredUNet | None) -> dict[str, 
 def format_inspection(found: Mapping[str, Any]) -> str:
     """Lay out what :func:`inspect_adapter` found, for people."""
     info = found["info"] and AdapterInfo.model_validate(found["info"], strict=False)
-    error = info.approximation_error if info else None
+    named, training, prompts, error = "unknown: written by another tool", "", "", None
+    if info:
+        named = info.base_model + f" at {info.base_revision}" * bool(info.base_revision)
+        training = f"{info.step} steps; exported {info.created} by version {info.version}"
+        prompts, error = "\n".join(info.prompts), info.approximation_error
+    match = "not compared; name a base of its stage with --base"
+    if base := found["base"]:
+        match = f"{base['name']}: " + ("yes" if base["matches"] else f"NO, {base['difference']}")
     rows = [
-        ("base", _format_base(info)),
-        ("matches", _format_match(found["base"])),
+        ("base", named),
+        ("matches", match),
         ("stage", str(info.stage) if info else "unknown"),
         ("kind", found["kind"]),
         ("rank", format_range(found["ranks"].values())),
         ("alpha", format_range(found["alphas"].values())),
         ("targets", _format_targets(info, found["ranks"])),
-        ("trained", _format_training(info)),
+        ("trained", training),
         ("approximates", "" if error is None else f"an adapter or a model, {_format_error(error)}"),
         ("diffusers", _format_loading(found)),
         ("size", _format_size(found)),
-        ("prompts", "\n".join(info.prompts) if info else ""),
+        ("prompts", prompts),
         ("licence", (info and info.licence_notice) or "that of its base"),
     ]
     parts = [f"{found['file']}\n{format_facts(rows)}", _format_blocks(found)]
     if found["norm_of"] == "parameters":
         parts.append("Its updates depend on its base; name the base with --base to measure them.")
     return "\n\n".join(parts + ([f"recipe\n{info.recipe.rstrip()}"] if info else []))
-
-
-def _format_base(info: AdapterInfo | None) -> str:
-    if info is None:
-        return "unknown: written by another tool"
-    return info.base_model + f" at {info.base_revision}" * bool(info.base_revision)
-
-
-def _format_training(info: AdapterInfo | None) -> str:
-    if info is None:
-        return ""
-    return f"{info.step} steps; exported {info.created} by version {info.version}"
-
-
-def _format_match(base: Mapping[str, Any] | None) -> str:
-    if base is None:
-        return "not compared; name a base of its stage with --base"
-    return f"{base['name']}: " + ("yes" if base["matches"] else f"NO, {base['difference']}")
 
 
 def _format_targets(info: AdapterInfo | None, modules: Mapping[str, int]) -> str:

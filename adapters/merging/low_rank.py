@@ -34,26 +34,21 @@ from adapters.weights.kinds import AdapterSpec, match_targets
 def resize(
     path: Path,
     out: Path,
-    rank: int | None = None,
-    error: float | None = None,
-    *,
-    bases: Mapping[int, StoredUNet] | None = None,
+    rank: int | None,
+    error: float | None,
+    bases: Mapping[int, StoredUNet],
 ) -> str:
     """Write adapters as LoRAs of a lower rank, by singular value decomposition of their updates.
 
     Args:
         path: an exported folder, of which all stages are resized, or another tool's adapter.
         out: the new folder; it is laid out as the old one.
-        rank: the largest rank of a module.
-        error: the relative Frobenius error of each module, 0 to 1: modules get the lowest rank that
-            keeps it. At least one of the two must be given.
+        rank: the largest rank of a module; ``None``: no limit.
+        error: the relative Frobenius error that a module may have; ``None``: any.
         bases: the bases by stage, which kinds other than LoRA need.
 
     Returns:
         A table of the ranks before and after, and of the errors.
-
-    Raises:
-        UserError: where the adapter or its base cannot be read or used, or ``out`` is there.
     """
     path = adapter_path(path)
     adapters = StageAdapter.load_all(path)
@@ -62,17 +57,13 @@ def resize(
     infos = []
     with new_folder(out) as new:
         for old, loss in zip(adapters, losses, strict=True):
-            small = _lower_rank(old, new, loss, bases or {})
-            ranks = (rank_of(old.config, name) for name in old.modules)
+            small = _lower_rank(old, new, loss, bases)
+            before = format_range(rank_of(old.config, name) for name in old.modules)
+            ranks = f"{before} -> {format_range(loss.ranks)}"
+            sizes = f"{_count_parameters(old)} -> {_count_parameters(small)}"
             worst, largest = loss.worst
-            rows.append(
-                [
-                    f"{old.folder}, {old.kind}",
-                    f"{format_range(ranks)} -> {format_range(loss.ranks)}",
-                    f"{_count_parameters(old)} -> {_count_parameters(small)}",
-                    *(f"{loss.error:.2g}", f"{largest:.2g}", worst),
-                ]
-            )
+            errors = f"{loss.error:.2g}", f"{largest:.2g}", worst
+            rows.append([f"{old.folder}, {old.kind}", ranks, sizes, *errors])
             if small.info is not None:
                 infos.append(small.info)
                 for file in find_copies(path, small.info.stage):
@@ -111,9 +102,9 @@ def extract(
     out: Path,
     lora: Approximation,
     *,
-    targets: str | tuple[str, ...] = "all",
-    prompts: Sequence[str] = (),
-    device: torch.device | str = "cpu",
+    targets: str | tuple[str, ...],
+    prompts: Sequence[str],
+    device: torch.device,
 ) -> str:
     """Write the LoRA that is nearest to what sets a UNet apart from its base.
 
@@ -123,18 +114,17 @@ def extract(
     Args:
         tuned: the fine-tuned UNet.
         source: its base.
-        out: the new folder; it receives the stage's folder and a card.
+        out: the new folder, with the stage's folder and a card in it.
         lora: an empty approximation, with the limits of the LoRA.
         targets: the modules that the LoRA may adapt; those that do not differ are left out.
         prompts: examples that show its effect, for the card.
         device: where to decompose.
 
     Returns:
-        What was extracted and what was lost, for people.
+        A sentence about the LoRA and its error.
 
     Raises:
-        UserError: where the UNets are of different architectures or do not differ, a target matches
-            nothing, or ``out`` is there or cannot be written.
+        UserError: where the UNets have different architectures or do not differ.
     """
     base = StoredUNet.of(source)
     check_architecture(tuned, base)

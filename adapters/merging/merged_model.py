@@ -51,11 +51,11 @@ def merge(
     out: Path,
     storage: Storage,
     *,
-    scales: Sequence[float] | None = None,
-    bases: Sequence[str] = (),
-    stage: int | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
+    scales: Sequence[float] | None,
+    bases: Sequence[str],
+    stage: int | None,
+    revision: str | None,
+    variant: str | None,
 ) -> list[Path]:
     """Merge adapters into their base, in a new folder that appears once it is whole.
 
@@ -75,10 +75,6 @@ def merge(
 
     Returns:
         The folders of the models.
-
-    Raises:
-        UserError: where an adapter or a base cannot be read, or do not belong together, or where
-            ``out`` is there already or cannot be written. Nothing is left behind then.
     """
     adapters = [StageAdapter.load_all(path) for path in paths]
     sources = sources_of(bases, revision, variant) or _own_bases(adapters, revision, variant)
@@ -105,11 +101,7 @@ def merge(
 
 
 def _scale_each(scales: Sequence[float] | None, count: int) -> list[float]:
-    """Give each of ``count`` adapters a scale.
-
-    Raises:
-        UserError: where they are as many as neither one nor the adapters, or not finite in float32.
-    """
+    """Give each of ``count`` adapters one of as many scales, or the only one."""
     given = list(scales or [1.0])
     if len(given) not in (1, count) or not all(map(is_factor, given)):
         raise UserError(
@@ -122,11 +114,7 @@ def _scale_each(scales: Sequence[float] | None, count: int) -> list[float]:
 def _own_bases(
     adapters: Sequence[Sequence[StageAdapter]], revision: str | None, variant: str | None
 ) -> dict[int, Source]:
-    """Find the bases that adapters name, by stage.
-
-    Raises:
-        UserError: where none names any.
-    """
+    """Find the bases that adapters name, by stage; the first that names one decides."""
     infos = [adapter.info for stages in adapters for adapter in stages if adapter.info]
     if not infos:
         raise UserError("The adapters do not say on which base they were trained; name it, --base.")
@@ -143,14 +131,10 @@ def _sort_by_stage(
     *,
     say_left_out: bool,
 ) -> dict[int, list[tuple[StageAdapter, float]]]:
-    """Sort adapters and their scales by stage; on request, say which have no base here.
-
-    Raises:
-        UserError: where one has none for these stages, or does not belong to the base.
-    """
+    """Sort adapters and their scales by stage, once they are found to belong to these bases."""
     configs = {number: unet.unet.config for number, unet in unets.items()}
     merged: dict[int, list[tuple[StageAdapter, float]]] = {}
-    left_out: list[tuple[StageAdapter, int]] = []
+    left_out = []
     for stages, scale in zip(adapters, scales, strict=True):
         numbers = [adapter.stage_among(configs) for adapter in stages]
         if not set(numbers) & set(unets):
@@ -164,12 +148,9 @@ def _sort_by_stage(
                 check_weights_only(adapter)
                 merged.setdefault(number, []).append((adapter, scale))
             else:
-                left_out.append((adapter, number))
-    for adapter, number in left_out if say_left_out else ():
-        tqdm.write(
-            f"{adapter.folder} is of Stage {number} and left out; name its base too (--base).",
-            file=sys.stderr,
-        )
+                left_out.append(f"{adapter.folder} is of Stage {number} and left out")
+    for adapter_left_out in left_out if say_left_out else ():
+        tqdm.write(f"{adapter_left_out}; name its base too (--base).", file=sys.stderr)
     return merged
 
 
@@ -194,11 +175,7 @@ class MergedModel:
 
     @cached_property
     def shards(self) -> StateDictSplit:
-        """The weights of each file.
-
-        Raises:
-            UserError: where the size of shards cannot be understood.
-        """
+        """The weights of each file; a UserError where the size of shards cannot be understood."""
         size, name = self.storage.max_shard_size, Path(SAFETENSORS_WEIGHTS_NAME)
         pattern = _add_variant(f"{name.stem}{{suffix}}{name.suffix}", self.storage.variant)
         try:
@@ -234,11 +211,7 @@ class MergedModel:
         )
 
     def write(self, folder: Path, advance: Callable[[int], object]) -> None:
-        """Write the model.
-
-        Args:
-            folder: where to.
-            advance: is told how many bytes have been written, every now and then.
+        """Write the model; ``advance`` is told now and then how many bytes have been written.
 
         Raises:
             UserError: where a merged weight has values that its precision cannot hold.

@@ -23,7 +23,7 @@ from adapters.files.places import PEFT_WEIGHTS
 from adapters.files.stage_adapter import StageAdapter
 from adapters.generate import main as generate
 from adapters.merging import in_place
-from adapters.merging.in_place import Plain
+from adapters.merging.in_place import FullPrecisionLayer
 from adapters.weights.kinds import AdapterSpec
 from benchmarks import switching
 from tests.builders.adapters import cascade_of, export, layers, same, trained_unet, weights
@@ -427,7 +427,9 @@ def test_a_device_without_room_is_said_and_nothing_is_half_applied(
             cascade.set_adapters({"ink": 1.0})
     assert same(weights(cascade), before)
     with monkeypatch.context() as patch:
-        patch.setattr(Plain, "__post_init__", full_at_the_fifth(Plain.__post_init__))
+        patch.setattr(
+            FullPrecisionLayer, "__post_init__", full_at_the_fifth(FullPrecisionLayer.__post_init__)
+        )
         with pytest.raises(UserError, match=r"cpu has no room .* originals='cpu'"):
             cascade.add_adapter(folders["dog"])
     assert same(weights(cascade), before)
