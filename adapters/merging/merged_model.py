@@ -176,8 +176,9 @@ class MergedModel:
     @cached_property
     def shards(self) -> StateDictSplit:
         """The weights of each file; a UserError where the size of shards cannot be understood."""
-        size, name = self.storage.max_shard_size, Path(SAFETENSORS_WEIGHTS_NAME)
-        pattern = _add_variant(f"{name.stem}{{suffix}}{name.suffix}", self.storage.variant)
+        size = self.storage.max_shard_size
+        name = Path(_add_variant(SAFETENSORS_WEIGHTS_NAME, self.storage.variant))
+        pattern = f"{name.stem}{{suffix}}{name.suffix}"
         try:
             return split_torch_state_dict_into_shards(
                 self.weights, filename_pattern=pattern, max_shard_size=size

@@ -27,6 +27,7 @@ from tests.builders.adapters import (
     trained_unet,
 )
 from tests.builders.adapters import name_of as spec_name
+from tests.builders.commands import refusal
 from tests.builders.hub_stand_in import hub_stand_in
 from tests.builders.other_tools import ATTENTION, kohya
 from tests.builders.random_cascade import RandomCascade
@@ -291,13 +292,8 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     places = {**vars(random_cascade), "other": guarded_cascade.stage_1}
     filled = arguments.format(**places, out=tmp_path, foreign=foreign)
     before = snapshot_of(tmp_path)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        merge("--out", tmp_path / "new", exported / "stage_1", *filled.split())
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
+    error = refusal(capsys, main, "--out", tmp_path / "new", exported / "stage_1", *filled.split())
     assert re.search(sentence, error), error
-    assert error.count("\n") == 1
     assert snapshot_of(tmp_path) == before
     assert not (tmp_path / "new").exists()
 

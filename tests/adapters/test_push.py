@@ -37,6 +37,7 @@ from adapters.push import main
 from adapters.weights.kinds import AdapterSpec
 from tests.builders import ROOT
 from tests.builders.adapters import base_of, export, trained_unet
+from tests.builders.commands import refusal
 from tests.builders.hub_stand_in import HubStandIn, Repository, hub_stand_in
 from tests.builders.random_cascade import RandomCascade
 
@@ -377,14 +378,7 @@ def test_what_the_hub_refuses_is_one_sentence(
     said: str,
 ) -> None:
     circumstance(hub, monkeypatch)
-    with pytest.raises(SystemExit) as caught:
-        main([str(folder), REPO])
-    shown = capsys.readouterr()
-    assert caught.value.code == 2
-    assert shown.out == ""
-    assert said in shown.err
-    assert shown.err.startswith("error: ")
-    assert shown.err.count("\n") == 1
+    assert said in refusal(capsys, main, folder, REPO)
     repository = hub.repositories.get(REPO)
     assert repository is None or len(repository.commits) == 1
 

@@ -18,6 +18,7 @@ from adapters.resize import main as resize_main
 from adapters.weights.kinds import AdapterSpec
 from tests.builders.adapters import PIPELINES, base_of, export, trained_unet, updates
 from tests.builders.adapters import name_of as spec_name
+from tests.builders.commands import refusal
 from tests.builders.other_tools import kohya
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.unets import load_unet, output, unet_inputs
@@ -184,12 +185,7 @@ def test_what_cannot_be_resized(
     folder = export(trained_unet(base, spec), tmp_path / "old", base, 1, spec).folder
     places = {"stage_2": random_cascade.stage_2, "other": guarded_cascade.stage_1}
     filled = arguments.format(taken=folder, **places).split()
-    with pytest.raises(SystemExit) as caught:
-        resize(folder, "--out", tmp_path / "new", *filled)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert sentence in error
-    assert error.count("\n") == 1
+    assert sentence in refusal(capsys, resize_main, folder, "--out", tmp_path / "new", *filled)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
@@ -297,9 +293,7 @@ def test_what_cannot_be_extracted(
     sentence: str,
 ) -> None:
     filled = arguments.format(**vars(random_cascade)).split()
-    with pytest.raises(SystemExit) as caught:
-        extract(*filled, "--rank", 2, "--out", tmp_path / "new")
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert sentence in error
+    assert sentence in refusal(
+        capsys, extract_main, *filled, "--rank", 2, "--out", tmp_path / "new"
+    )
     assert list(tmp_path.iterdir()) == []
