@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from adapters.atomic import write_text
 from adapters.errors import UserError, command_line
-from finetune.data.captions import captions_of, embed_captions
+from finetune.data.captions import CaptionCache, collect_captions, embed_captions
 from finetune.data.pictures import Picture, load_pictures
-from finetune.data.prior import class_pictures
+from finetune.data.prior import BaseCascade, class_pictures
 from finetune.memory.fit import out_of_memory, plan
 from finetune.plan import plan_text
 from finetune.recipe.file import load_recipe
@@ -72,9 +72,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
         recipe.source(first).unet_config["act_fn"],
     )
     with accelerator.main_process_first():
-        pictures = load_pictures(
-            recipe.data, recipe.cache, recipe.crop_px, smaller_px=recipe.smaller_crops_px
-        )
+        pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
     if accelerator.is_main_process:
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
     try:
@@ -119,8 +117,13 @@ def say_plan(recipe: Recipe, device: torch.device) -> None:
 
 def gather(recipe: Recipe, pictures: Sequence[Picture], accelerator: Accelerator) -> Material:
     """Encode the captions and, for prior preservation, get class pictures."""
-    embeds = embed_captions(captions_of(recipe, pictures), recipe, accelerator.device)
-    classes = class_pictures(recipe, embeds, accelerator.device) if recipe.prior else []
+    device = accelerator.device
+    captions = collect_captions(recipe, pictures)
+    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
+    classes: list[Picture] = []
+    if recipe.prior:
+        cascade = BaseCascade.of(recipe, embeds, device)
+        classes = class_pictures(recipe.prior, recipe.crops_px, recipe.cache, cascade)
     return Material(pictures, classes, embeds)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,70 +17,113 @@ from tqdm.auto import tqdm
 
 from adapters import Cascade, Sample, load_cascade
 from adapters.atomic import write_text
+from adapters.base.source import Source
 from adapters.errors import UserError
 from finetune.data.batches import CLASS, derived_seed
 from finetune.data.captions import model_identity
 from finetune.data.pictures import Picture, load_pictures
 from finetune.data.sampling import sample_prompts
 from finetune.data.sources import has_captions
-from finetune.recipe.schema import Data, Prior, Recipe
-from finetune.step.stages import STAGES
+from finetune.recipe.schema import Base, Data, Prior, Recipe
+from finetune.step.stages import STAGES, Stage
+from unets.loading import Precision
 from unets.memory import free_memory
 
 ATTEMPTS = 10
-"""How many seeds a picture gets before its prompt is given up."""
+"""The number of seeds a picture gets before its prompt is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseCascade:
+    """The cascade that draws class pictures, and what it draws them with."""
+
+    base: Base
+    stages: Sequence[Stage]
+    """Stage I, and Stage II if it is trained."""
+    precisions: Mapping[int, Precision]
+    """The precision of each stage's UNet."""
+    device: torch.device
+    embeds: Mapping[str, Tensor]
+    """Text encodings [T, D] of the class prompts and the empty caption."""
+    clean_caption: bool
+    """Whether the encoded prompts were cleaned."""
+    seed: int
+    """The recipe's seed."""
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device
+    ) -> "BaseCascade":
+        """The base of a recipe that is trained on a device."""
+        return cls(
+            base=recipe.base,
+            stages=[STAGES[1]] if recipe.stage_2 is None else list(STAGES.values()),
+            precisions=recipe.precisions_on(device),
+            device=device,
+            embeds=embeds,
+            clean_caption=recipe.text.clean_caption,
+            seed=recipe.seed,
+        )
+
+    @property
+    def sources(self) -> list[Source]:
+        """The files of each stage's model."""
+        return [self.base.source(stage) for stage in self.stages]
+
+    def load(self) -> Cascade:
+        """Load its stages, without the text encoder."""
+        return load_cascade(
+            self.base.stage_1,
+            self.base.stage_2 if len(self.stages) > 1 else None,
+            revision=self.base.revision,
+            variant=self.base.variant,
+            device=self.device,
+            dtype=self.precisions,
+            text_encoder=False,
+        )
 
 
 def class_pictures(
-    recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device
+    prior: Prior, crops_px: Sequence[int], cache_dir: Path, cascade: BaseCascade
 ) -> list[Picture]:
-    """The class pictures of a recipe with prior preservation, captioned by its prompts in turn.
+    """Get the class pictures, captioned by the prompts in turn.
 
     Args:
-        recipe: with a ``prior`` section. The first ``prior.count`` pictures of ``prior.folder``,
-            with their own captions where they have any; without a folder, pictures of the base
-            cascade: each stage is taught those that it draws itself.
-        embeds: text encodings [T, D] of the class prompts and the empty caption.
-        device: where to sample.
+        prior: the recipe's section. The first ``count`` pictures of its ``folder``, with their own
+            captions if they have any; without a folder, pictures of the base cascade: each stage
+            is trained on those that it draws itself.
+        crops_px: the sides of the crops that the trained stages take, ascending.
+        cache_dir: the recipe's cache.
+        cascade: draws the pictures that neither folder nor cache has.
 
     Raises:
-        UserError: where the folder cannot be read, or where the base's safety checker rejects
-            whatever a prompt gives.
+        UserError: if the folder cannot be read, or the base's safety checker rejects all pictures
+            of a prompt.
     """
-    prior = recipe.prior
-    assert prior is not None
     own = own_folder(prior)
     if own is not None and has_captions(own):
-        return _load(recipe, Data(source=str(own)), prior.count)
+        return load_pictures(Data(source=str(own)), cache_dir, *crops_px, limit=prior.count)
     data = Data(source=str(own), prompt=prior.prompts[0])
     if own is not None:
-        pictures = _load(recipe, data, prior.count)
+        pictures = load_pictures(data, cache_dir, *crops_px, limit=prior.count)
     else:
-        pictures = _load_sampled(recipe, sampled_folder(recipe, prior, embeds, device), data)
+        folder = sampled_folder(prior, cache_dir, cascade)
+        places = {source.picture_size_px: f"stage_{source.stage}" for source in cascade.sources}
+        *smaller, pictures = [
+            load_pictures(
+                data.model_copy(update={"source": str(folder / places[size_px])}),
+                cache_dir,
+                size_px,
+            )
+            for size_px in crops_px
+        ]
+        sizes = list(zip(crops_px[:-1], smaller, strict=True))
+        pictures = [
+            replace(picture, reduced={px: others[row].file for px, others in sizes})
+            for row, picture in enumerate(pictures)
+        ]
     return [
-        replace(picture, caption=_in_turn(prior.prompts, index))
-        for index, picture in enumerate(pictures)
-    ]
-
-
-def _load(recipe: Recipe, data: Data, count: int) -> list[Picture]:
-    sizes = {"smaller_px": recipe.smaller_crops_px}
-    return load_pictures(data, recipe.cache, recipe.crop_px, count, **sizes)
-
-
-def _load_sampled(recipe: Recipe, folder: Path, data: Data) -> list[Picture]:
-    """Load each trained stage's pictures; those of the last hold the others as smaller ones."""
-    by_size = {
-        recipe.source(stage).picture_size_px: load_pictures(
-            data.model_copy(update={"source": str(folder / stage.name)}),
-            recipe.cache,
-            recipe.source(stage).picture_size_px,
-        )
-        for stage in recipe.trained
-    }
-    *smaller, (_, pictures) = sorted(by_size.items())
-    return [
-        replace(picture, reduced={size: others[index].file for size, others in smaller})
+        replace(picture, caption=_take_turn(prior.prompts, index))
         for index, picture in enumerate(pictures)
     ]
 
@@ -89,7 +132,7 @@ def own_folder(prior: Prior) -> Path | None:
     """The folder that class pictures are taken from; ``None``: they are sampled.
 
     Raises:
-        UserError: where there is no such folder.
+        UserError: if there is no such folder.
     """
     own = Path(prior.folder).expanduser() if prior.folder else None
     if own and not own.is_dir():
@@ -100,58 +143,46 @@ def own_folder(prior: Prior) -> Path | None:
     return own
 
 
-def sampled_folder(
-    recipe: Recipe, prior: Prior, embeds: Mapping[str, Tensor], device: torch.device
-) -> Path:
+def sampled_folder(prior: Prior, cache_dir: Path, cascade: BaseCascade) -> Path:
     """The folder of the base cascade's class pictures, with a folder of PNGs for each stage.
 
-    Sampled where it is not in the cache. A folder of its final name is whole; sampling that was
-    interrupted goes on where it stopped, and each picture has its own seed. Of runs that start
-    together, one samples and the others wait for it.
+    Sampled if it is not in the cache. A folder of its final name is whole; interrupted sampling
+    goes on where it stopped, and each picture has its own seed. Of runs that start together, one
+    samples and the others wait for it.
     """
-    base = recipe.base
-    stages = [STAGES[1]] if recipe.stage_2 is None else list(STAGES.values())
-    models = [recipe.base_of(stage) for stage in stages]
+    stages = [stage.name for stage in cascade.stages]
     identity = {
-        "folders": [stage.name for stage in stages],
-        "models": [model_identity(model, base) for model in models],
+        "folders": stages,
+        "models": [model_identity(source) for source in cascade.sources],
         "prompts": prior.prompts,
         "count": prior.count,
-        "seed": recipe.seed,
+        "seed": cascade.seed,
         "sampling": prior.sampling.model_dump(exclude={"batch_size"}, exclude_none=True),
     }
-    if not recipe.text.clean_caption:
+    if not cascade.clean_caption:
         identity["clean_caption"] = False
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    folder = recipe.cache / "class_pictures" / key
+    folder = cache_dir / "class_pictures" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{key}.lock")):
         if folder.is_dir():
             return folder
         partial = folder.with_name(f"{key}.partial")
         names = [f"{index:05d}.png" for index in range(prior.count)]
-        places = {stage.number: partial / stage.name for stage in stages}
-        _sample_missing(names, places, models, recipe, prior, embeds, device)
+        _sample_missing(names, partial, prior, cascade)
         rows = [
-            json.dumps({"file_name": name, "text": _in_turn(prior.prompts, index)})
+            json.dumps({"file_name": name, "text": _take_turn(prior.prompts, index)})
             for index, name in enumerate(names)
         ]
-        for place in places.values():
-            write_text(place / "metadata.jsonl", "\n".join(rows) + "\n")
+        for stage in stages:
+            write_text(partial / stage / "metadata.jsonl", "\n".join(rows) + "\n")
         os.replace(partial, folder)
     return folder
 
 
-def _sample_missing(
-    names: Sequence[str],
-    places: Mapping[int, Path],
-    models: Sequence[str],
-    recipe: Recipe,
-    prior: Prior,
-    embeds: Mapping[str, Tensor],
-    device: torch.device,
-) -> None:
-    """Sample what is missing of the files of these names, in the folder of each stage."""
+def _sample_missing(names: Sequence[str], folder: Path, prior: Prior, cascade: BaseCascade) -> None:
+    """Sample the files of these names that a stage's folder lacks."""
+    places = {stage.number: folder / stage.name for stage in cascade.stages}
     missing = [
         index
         for index, name in enumerate(names)
@@ -159,45 +190,33 @@ def _sample_missing(
     ]
     if not missing:
         return
-    base = recipe.base
-    cascade = load_cascade(
-        *models,
-        revision=base.revision,
-        variant=base.variant,
-        device=device,
-        dtype=recipe.precisions(device),
-        text_encoder=False,
-    )
+    loaded = cascade.load()
+    size = prior.sampling.batch_size
     with tqdm(total=len(missing), desc="Sampling class pictures") as progress:
-        size = prior.sampling.batch_size
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
-            for index, sample in _sample(cascade, recipe, prior, embeds, batch).items():
+            for index, sample in _sample(loaded, batch, prior, cascade).items():
                 for stage, place in places.items():
                     sample.save(place / names[index], stage)
             progress.update(len(batch))
-    del cascade
-    free_memory(device)
+    del loaded
+    free_memory(cascade.device)
 
 
 def _sample(
-    cascade: Cascade,
-    recipe: Recipe,
-    prior: Prior,
-    embeds: Mapping[str, Tensor],
-    indices: Sequence[int],
+    loaded: Cascade, indices: Sequence[int], prior: Prior, cascade: BaseCascade
 ) -> dict[int, Sample]:
-    """The samples of some indices; one that the safety checker rejects gets another seed."""
+    """Sample some indices; a picture that the safety checker rejects gets another seed."""
     samples: dict[int, Sample] = {}
     pending = list(indices)
     for attempt in range(ATTEMPTS):
         sampled = sample_prompts(
-            cascade,
-            embeds,
-            [_in_turn(prior.prompts, index) for index in pending],
-            seeds=[derived_seed(recipe.seed, CLASS, index, attempt) for index in pending],
+            loaded,
+            cascade.embeds,
+            [_take_turn(prior.prompts, index) for index in pending],
+            seeds=[derived_seed(cascade.seed, CLASS, index, attempt) for index in pending],
             sampling=prior.sampling,
-            clean_caption=recipe.text.clean_caption,
+            clean_caption=cascade.clean_caption,
             progress=False,
         )
         samples |= dict(zip(pending, sampled, strict=True))
@@ -206,9 +225,9 @@ def _sample(
             return samples
     raise UserError(
         f"prior.prompts: the base's safety checker rejected {ATTEMPTS} pictures of"
-        f" {_in_turn(prior.prompts, pending[0])!r}; word it otherwise, or give prior.folder."
+        f" {_take_turn(prior.prompts, pending[0])!r}; word it otherwise, or give prior.folder."
     )
 
 
-def _in_turn(prompts: Sequence[str], index: int) -> str:
+def _take_turn(prompts: Sequence[str], index: int) -> str:
     return prompts[index % len(prompts)]

@@ -17,7 +17,7 @@ from adapters.atomic import write_text
 from adapters.cascade.results import CascadeImages
 from adapters.errors import UserError
 from adapters.pictures.contact_sheet import contact_sheet
-from finetune.data.captions import embed_captions, written_captions
+from finetune.data.captions import CaptionCache, collect_prompts, embed_captions
 from finetune.data.pictures import crop, load_pictures
 from finetune.data.sampling import sample_prompts
 from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
@@ -73,9 +73,9 @@ def sample_both(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = comparison.stage_2_prompts
     stage_2_prompts = None if own is None else own + comparison.other_prompts
-    written = written_captions(recipe)
+    written = collect_prompts(recipe)
     captions = {text: written[text] for text in [*prompts, *(own or ()), ""]}
-    embeds = embed_captions(captions, recipe, device)
+    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
     cascade = load_cascade(
         recipe.base.stage_1,
         recipe.base.stage_2,

@@ -15,7 +15,7 @@ from adapters.cascade.checks import check_steps
 from adapters.errors import UserError
 from adapters.files.info import read_info
 from adapters.weights.kinds import peft_config
-from finetune.data.captions import check_cleaning, written_captions
+from finetune.data.captions import check_cleaning, collect_prompts
 from finetune.data.prior import own_folder
 from finetune.recipe.schema import Recipe, Timesteps, Training
 from finetune.run.checkpoints import checkpoints, load_checkpoint
@@ -54,7 +54,7 @@ def check_recipe(recipe: Recipe) -> None:
             are not the schedule's, there is no folder of class pictures where one is named, or
             cleaning empties a prompt.
     """
-    check_cleaning(written_captions(recipe), recipe)
+    check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
     if recipe.prior:
         own_folder(recipe.prior)
     sections = (recipe.prior, recipe.validation, recipe.comparison)

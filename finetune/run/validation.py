@@ -117,7 +117,7 @@ def stage_1_samples(
         revision=recipe.base.revision,
         variant=recipe.base.variant,
         device=device,
-        dtype=recipe.precisions(device),
+        dtype=recipe.precisions_on(device),
         originals="cpu",  # the adapter stays
         text_encoder=False,
     )

@@ -303,7 +303,7 @@ def test_what_a_recipe_says_of_draws_reaches_the_batches(
 
     def batch(*overrides: str) -> Batch:
         recipe = load_recipe(path, [f"cache_dir={tmp_path / 'cache'}", *overrides])
-        loaded = load_pictures(recipe.data, recipe.cache, recipe.crop_px)
+        loaded = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
         material = gather(recipe, loaded, Accelerator(cpu=True))
         trainee = load_trainee(recipe, STAGES[2], torch.device("cpu"))
         return batches_of(recipe, STAGES[2], trainee, material, Accelerator(cpu=True))(0)

@@ -28,7 +28,7 @@ from adapters.errors import UserError
 from adapters.files.export import AdapterInfo, export_adapter
 from adapters.merge import main as merge
 from adapters.weights.kinds import AdapterSpec, adapter_state, attach
-from finetune.data.captions import embed_captions
+from finetune.data.captions import CaptionCache, embed_captions
 from finetune.memory.fit import plan
 from finetune.plan import downloads_text, main
 from finetune.recipe.schema import Recipe
@@ -322,7 +322,7 @@ def test_training_starts_from_it(
 ) -> None:
     name, case = published
     recipe, base = recipe_of(name, tmp_path), guarded_cascade.stage_1
-    embed_captions(["a cat"], recipe, CPU)
+    embed_captions(["a cat"], CaptionCache.of(recipe, CPU))
     trained = load_trainee(recipe, STAGES[1], CPU).unet.state_dict()
     unet = {key.replace(".base_layer.", "."): value for key, value in trained.items()}
     for key, value in expected(base, "unet", case.read).items():
@@ -383,7 +383,7 @@ def test_a_plan_says_what_is_downloaded(
     monkeypatch.setattr("finetune.plan.GIB", 1)  # bytes
     foreseen = planned(recipe)
     assert hub.downloaded(name) == before
-    embed_captions(["a cat"], recipe, CPU)
+    embed_captions(["a cat"], CaptionCache.of(recipe, CPU))
     load_trainee(recipe, STAGES[1], CPU)
     if drawing:
         load_cascade(name, variant="fp16", device="cpu", text_encoder=False)

@@ -88,7 +88,7 @@ def test_one_picture_has_no_ceiling(tmp_path: Path) -> None:
 def test_a_run_that_did_not_learn_what_it_should_is_told(
     found: tuple[float, float, float], words: str | None
 ) -> None:
-    expected = Expected(clip_i=0.5, clip_t=0.66, clip_t_others=0.5, spread=0.05)
+    expected = Expected(data="x", clip_i=0.5, clip_t=0.66, clip_t_others=0.5, spread=0.05)
     names = [f"{key}/fine_tuned" for key in comparison.TITLES]
     scores: comparison.Scores = dict(zip(names, found, strict=True))
     if words is not None:
@@ -100,13 +100,13 @@ def test_a_run_that_did_not_learn_what_it_should_is_told(
 
 @pytest.mark.parametrize("score", [None, float("nan")])
 def test_a_score_that_is_not_defined_is_not_as_expected(score: float | None) -> None:
-    expected = Expected(clip_i=-0.5, clip_t=0.5, spread=0.05)
+    expected = Expected(data="x", clip_i=-0.5, clip_t=0.5, spread=0.05)
     with pytest.raises(UserError, match="did not learn what it should: CLIP-I"):
         comparison.judge({"clip_i/fine_tuned": score, "clip_t/fine_tuned": 0.5}, expected)
 
 
 def test_scores_that_were_not_asked_for_are_not_judged() -> None:
-    expected = Expected(clip_i=0.5, clip_t=0.5, clip_t_others=0.5, spread=0.05)
+    expected = Expected(data="x", clip_i=0.5, clip_t=0.5, clip_t_others=0.5, spread=0.05)
     scores: comparison.Scores = {"clip_i/fine_tuned": 0.5, "clip_t/fine_tuned": 0.5}
     assert comparison.judge(scores, expected).startswith("As expected")
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from adapters import Sampling, load_cascade
-from finetune.data.captions import captions_of, embed_captions
+from finetune.data.captions import CaptionCache, collect_captions, embed_captions
 from finetune.data.pictures import Picture
 from finetune.recipe.schema import Recipe
 from finetune.run.validation import prepare_validation
@@ -32,7 +32,7 @@ def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path
         }
     )
     cpu = torch.device("cpu")
-    embeds = embed_captions(captions_of(recipe, ()), recipe, cpu)
+    embeds = embed_captions(collect_captions(recipe, ()), CaptionCache.of(recipe, cpu))
     cascade = load_cascade(*folders, device="cpu")
     unet = cascade.stages[2].unet
     photo = Picture(tmp_path / "photo.npy", "a sks cat", "a photo")
