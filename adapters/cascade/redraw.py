@@ -18,7 +18,7 @@ from PIL import Image
 
 from adapters.arguments import STAGES, Scale
 from adapters.base.source import PIPELINES
-from adapters.cascade.sampling import Sampling
+from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.errors import UserError
 from adapters.pictures.reading import plain, read_picture
 
@@ -46,12 +46,15 @@ WAYS: Mapping[Way, Drawing] = MappingProxyType(
         "text": Drawing(PIPELINES, Sampling()),
         "img2img": Drawing(
             {1: IFImg2ImgPipeline, 2: IFImg2ImgSuperResolutionPipeline},
-            Sampling(stage_1_steps=80, stage_1_guidance=10.0),
+            Sampling(stage_1=StageSampling(steps=80, guidance=10.0)),
             {1: 0.7, 2: 0.8},
         ),
         "inpaint": Drawing(
             {1: IFInpaintingPipeline, 2: IFInpaintingSuperResolutionPipeline},
-            Sampling(stage_1_steps=50, stage_2_steps=100, noise_level=0),
+            Sampling(
+                stage_1=StageSampling(steps=50),
+                stage_2=StageSampling(steps=100, noise_level=0),
+            ),
             {1: 1.0, 2: 0.8},
         ),
     }

@@ -39,7 +39,6 @@ class Sample:
     pictures: Mapping[int, Image.Image]
     """By stage."""
     prompt: str
-    """Empty where only an embedding was given."""
     seed: int
     flagged: bool
     """Whether a safety checker has blackened it, in any stage."""
@@ -98,7 +97,8 @@ class CascadeImages:
 
     Example:
         >>> prompts = ["a cat face on a red background", "a frog face on a blue background"]
-        >>> images = cascade(prompts, sampling=Sampling(stage_1_steps=4, stage_2_steps=2))
+        >>> few = Sampling(stage_1=StageSampling(steps=4), stage_2=StageSampling(steps=2))
+        >>> images = cascade(prompts, sampling=few)
         >>> images
         CascadeImages(2 pictures, 32 → 128 px, of 'a cat face on a red background', 'a frog face...
         >>> images[1]
@@ -115,7 +115,7 @@ class CascadeImages:
     stage_2: tuple[Image.Image, ...]
     stage_3: tuple[Image.Image, ...]
     prompts: tuple[str, ...]
-    """The prompt of each picture; empty where only embeddings were given."""
+    """The prompt of each picture."""
     seeds: tuple[int, ...]
     """The seed of each picture."""
     low_res: Tensor = field(compare=False)
@@ -150,7 +150,7 @@ class CascadeImages:
             return CascadeImages(**{name: values[index] for name, values in vars(self).items()})
         return Sample(
             pictures={number: pictures[index] for number, pictures in self.stages.items()},
-            prompt=self.prompts[index] if self.prompts else "",
+            prompt=self.prompts[index],
             seed=self.seeds[index],
             flagged=self.flagged[index],
             info=self.infos[index] if self.infos else None,

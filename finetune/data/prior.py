@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from adapters import Cascade, Sample, load_cascade
 from adapters.atomic import write_text
 from adapters.base.source import Source
+from adapters.cascade.load import Parts
 from adapters.errors import UserError
 from finetune.data.batches import CLASS, derived_seed
 from finetune.data.captions import model_identity
 from finetune.data.pictures import Picture, load_pictures
-from finetune.data.sampling import sample_prompts
 from finetune.data.sources import has_captions
 from finetune.recipe.schema import Base, Data, Prior, Recipe
 from finetune.step.stages import STAGES, Stage
@@ -79,7 +79,7 @@ class BaseCascade:
             variant=self.base.variant,
             device=self.device,
             dtype=self.precisions,
-            text_encoder=False,
+            parts=Parts(text_encoder=False),
         )
 
 
@@ -210,11 +210,10 @@ def _sample(
     samples: dict[int, Sample] = {}
     pending = list(indices)
     for attempt in range(ATTEMPTS):
-        sampled = sample_prompts(
-            loaded,
-            cascade.embeds,
+        sampled = loaded(
             [_take_turn(prior.prompts, index) for index in pending],
-            seeds=[derived_seed(cascade.seed, CLASS, index, attempt) for index in pending],
+            embeds=cascade.embeds,
+            seed=[derived_seed(cascade.seed, CLASS, index, attempt) for index in pending],
             sampling=prior.sampling,
             clean_caption=cascade.clean_caption,
             progress=False,

@@ -14,12 +14,12 @@ from PIL import Image
 
 from adapters import load_cascade
 from adapters.atomic import write_text
+from adapters.cascade.load import Parts
 from adapters.cascade.results import CascadeImages
 from adapters.errors import UserError
 from adapters.pictures.contact_sheet import contact_sheet
 from finetune.data.captions import CaptionCache, collect_prompts, embed_captions
 from finetune.data.pictures import crop, load_pictures
-from finetune.data.sampling import sample_prompts
 from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
 from finetune.recipe.schema import Comparison, Expected, Recipe
 from finetune.run.folders import Folders
@@ -82,17 +82,16 @@ def sample_both(
         recipe.base.stage_3,
         revision=recipe.base.revision,
         variant=recipe.base.variant,
-        text_encoder=False,
+        parts=Parts(text_encoder=False),
     )
 
     def sample() -> CascadeImages:
-        return sample_prompts(
-            cascade,
-            embeds,
+        return cascade(
             prompts,
-            seeds=range(comparison.seed, comparison.seed + len(prompts)),
+            stage_2_prompt=stage_2_prompts,
+            embeds=embeds,
+            seed=comparison.seed,
             sampling=comparison.sampling or recipe.validation.sampling,
-            stage_2_prompts=stage_2_prompts,
         )
 
     before = sample()

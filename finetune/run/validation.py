@@ -12,9 +12,9 @@ from torch import Tensor
 
 from adapters import load_cascade
 from adapters.cascade.cascade import Cascade
+from adapters.cascade.load import Parts
 from finetune.data.batches import shrink
 from finetune.data.pictures import Picture, crop, to_tensor
-from finetune.data.sampling import sample_prompts
 from finetune.recipe.schema import Recipe
 from finetune.step.stages import Stage
 
@@ -54,21 +54,15 @@ class Validation:
         return samples
 
     def _sample(self, source: Source) -> Samples:
-        images = sample_prompts(
-            self.cascade,
-            self.embeds,
+        images = self.cascade(
             source.prompts,
-            seeds=seeds(self.recipe, source.prompts),
+            stage_2_prompt=source.stage_2_prompts,
+            embeds=self.embeds,
+            seed=self.recipe.validation.seed,
             sampling=self.recipe.validation.sampling,
-            stage_2_prompts=source.stage_2_prompts,
             low_res=source.low_res,
         )
         return list(zip(source.prompts, images.final, strict=True))
-
-
-def seeds(recipe: Recipe, prompts: Sequence[str]) -> range:
-    """The seeds of validation pictures: picture i has seed + i."""
-    return range(recipe.validation.seed, recipe.validation.seed + len(prompts))
 
 
 def prepare_validation(
@@ -101,8 +95,7 @@ def prepare_validation(
         revision=recipe.base.revision,
         variant=recipe.base.variant,
         device=unet.device,
-        unets={stage.number: unet},
-        text_encoder=False,
+        parts=Parts(text_encoder=False, unets={stage.number: unet}),
     )
     return Validation(cascade, stage, recipe, embeds, tuple(sources))
 
@@ -118,15 +111,13 @@ def stage_1_samples(
         variant=recipe.base.variant,
         device=device,
         dtype=recipe.precisions_on(device),
-        originals="cpu",  # the adapter stays
-        text_encoder=False,
+        parts=Parts(text_encoder=False, originals="cpu"),
     )
     prompts = recipe.validation.prompts
-    return sample_prompts(
-        cascade,
-        embeds,
+    return cascade(
         prompts,
-        seeds=seeds(recipe, prompts),
+        embeds=embeds,
+        seed=recipe.validation.seed,
         sampling=recipe.validation.sampling,
     ).low_res
 

@@ -11,7 +11,16 @@ import yaml
 from diffusers import IFPipeline
 from PIL import Image
 
-from adapters import Cascade, Sampling, UserError, load_cascade, load_embeds, save_embeds, texts
+from adapters import (
+    Cascade,
+    Sampling,
+    StageSampling,
+    UserError,
+    load_cascade,
+    load_embeds,
+    save_embeds,
+    texts,
+)
 from adapters.base.source import Source
 from adapters.cascade.provenance import read_picture_info
 from adapters.encode import main as encode
@@ -27,7 +36,7 @@ from finetune.run.folders import check_recipe
 from tests.builders.random_cascade import RandomCascade, t5_tokenizer
 
 CPU = torch.device("cpu")
-FEW = Sampling(stage_1_steps=2, stage_2_steps=2)
+FEW = Sampling(stage_1=StageSampling(steps=2), stage_2=StageSampling(steps=2))
 
 LOST = {
     "a photo of <sks> dog": ["<sks>"],

@@ -62,7 +62,7 @@ def recipe_of(cascade: RandomCascade, pictures: Path, **changes: Any) -> dict[st
         "validation": {
             "prompts": ["a sks dog on blue", "a cat"],
             "every": 2,
-            "sampling": {"stage_1_steps": 2, "stage_2_steps": 2},
+            "sampling": {"stage_1": {"steps": 2}, "stage_2": {"steps": 2}},
         },
         "comparison": {
             "prompts": ["a sks dog on blue"],

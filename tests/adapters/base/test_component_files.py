@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from adapters import Sampling, load_cascade
+from adapters import Parts, Sampling, StageSampling, load_cascade
 from adapters.base.component_files import ModelFiles, as_safetensors, choose_weights
 from adapters.base.source import Source
 from adapters.base.stored_unet import StoredUNet
@@ -39,7 +39,7 @@ from tests.builders.published_layouts import Layout, files_of, rewrite
 from tests.builders.random_cascade import RandomCascade
 
 CPU = torch.device("cpu")
-TWO = Sampling(stage_1_steps=2, stage_2_steps=2)
+TWO = Sampling(stage_1=StageSampling(steps=2), stage_2=StageSampling(steps=2))
 GUARDS = ("safety_checker/", "feature_extractor/", "watermarker/")
 KINDS = {
     "unet": UNet2DConditionModel,
@@ -386,7 +386,7 @@ def test_a_plan_says_what_is_downloaded(
     embed_captions(["a cat"], CaptionCache.of(recipe, CPU))
     load_trainee(recipe, STAGES[1], CPU)
     if drawing:
-        load_cascade(name, variant="fp16", device="cpu", text_encoder=False)
+        load_cascade(name, variant="fp16", device="cpu", parts=Parts(text_encoder=False))
     sizes: dict[str, list[int]] = {}
     for place in hub.downloaded(name) - before:
         size = len(hub.repositories[name].files()[place])
@@ -501,7 +501,7 @@ def test_a_pickle_of_anything_but_tensors_is_refused_in_one_sentence_and_never_r
     spoil(model / part / f"{U}.bin", mark)
     sentence = f"{part}/{U}.bin of .* must be a file of PyTorch"
     with pytest.raises(UserError, match=sentence) as caught:
-        load_cascade(model, device="cpu", text_encoder=False)
+        load_cascade(model, device="cpu", parts=Parts(text_encoder=False))
     assert "\n" not in str(caught.value)
     assert not mark.exists()
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -15,7 +15,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import load_cascade
+from adapters import Parts, load_cascade
 from adapters.errors import UserError
 from adapters.files.keys import peft_name
 from adapters.files.reading import read_adapter, scaling
@@ -66,7 +66,7 @@ def test_our_cascade_finds_the_stage_and_draws_what_was_trained(
     folders = (random_cascade.stage_1, random_cascade.stage_2)
     unet = trained_unet(base_of(random_cascade, stage), spec)
     path = write(unet, tmp_path)
-    trained = draw(load_cascade(*folders, unets={stage: unet}))
+    trained = draw(load_cascade(*folders, parts=Parts(unets={stage: unet})))
     with caplog.at_level(logging.WARNING, logger="adapters"):
         cascade = load_cascade(*folders, adapters=[path])
     assert [number for number, merged in cascade.merged.items() if merged.adapters] == [stage]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import Cascade, load_cascade
+from adapters import Cascade, Parts, load_cascade
 from adapters.combine import main as combine
 from adapters.diff import main as diff
 from adapters.errors import UserError
@@ -303,7 +303,7 @@ def test_tensors_of_rank_0_or_without_two_dimensions_are_refused(tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def cascade(random_cascade: RandomCascade) -> Cascade:
-    return load_cascade(random_cascade.stage_1, text_encoder=False)
+    return load_cascade(random_cascade.stage_1, parts=Parts(text_encoder=False))
 
 
 @pytest.mark.parametrize("scale", [1e300, -4e38, float("inf"), float("nan"), 10**400])

@@ -12,7 +12,7 @@ from lycoris import LycorisNetwork
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import Cascade, load_cascade
+from adapters import Cascade, Parts, load_cascade
 from adapters.errors import UserError
 from adapters.files.reading import alpha_of, kind_of, rank_of, read_adapter
 from adapters.files.stage_adapter import StageAdapter
@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def cascade(random_cascade: RandomCascade) -> Cascade:
-    return load_cascade(random_cascade.stage_1, text_encoder=False)
+    return load_cascade(random_cascade.stage_1, parts=Parts(text_encoder=False))
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
 from PIL import Image
 
-from adapters import load_cascade, read_picture_info
+from adapters import Parts, load_cascade, read_picture_info
 from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError
 from finetune.data import prior
@@ -25,7 +24,7 @@ from tests.builders.random_cascade import RandomCascade
 from tests.builders.recipes import CPU, embed
 
 PROMPTS = ("a cat", " a Dog")
-SAMPLING = {"stage_1_steps": 2, "stage_2_steps": 2}
+SAMPLING = {"stage_1": {"steps": 2}, "stage_2": {"steps": 2}}
 PRIOR = {"prompts": PROMPTS, "count": 3, "sampling": SAMPLING}
 
 MakeRecipe = Callable[..., Recipe]
@@ -76,10 +75,11 @@ def test_class_pictures_are_the_base_cascades(
     assert [picture.caption for picture in pictures] == ["a cat", " a Dog", "a cat"]
     embeds = embed([*PROMPTS, ""], recipe)
     models = (random_cascade.stage_1, random_cascade.stage_2)[: 1 + ("stage_2" in stages)]
-    expected = load_cascade(*map(str, models), text_encoder=False, device="cpu").sample(
-        torch.stack([embeds[picture.caption] for picture in pictures]),
-        torch.stack([embeds[""]] * 3),
-        seeds=[derived_seed(recipe.seed, CLASS, index, 0) for index in range(3)],
+    cascade = load_cascade(*map(str, models), device="cpu", parts=Parts(text_encoder=False))
+    expected = cascade(
+        [picture.caption for picture in pictures],
+        embeds=embeds,
+        seed=[derived_seed(recipe.seed, CLASS, index, 0) for index in range(3)],
         sampling=Sampling(**SAMPLING),
     )
     for picture, image in zip(pictures, expected.final, strict=True):
@@ -151,7 +151,7 @@ def test_runs_that_start_together_sample_once(
         {"seed": 6},
         {"prior": PRIOR | {"count": 2}},
         {"prior": PRIOR | {"prompts": PROMPTS[::-1]}},
-        {"prior": PRIOR | {"sampling": SAMPLING | {"stage_1_guidance": 2.0}}},
+        {"prior": PRIOR | {"sampling": SAMPLING | {"stage_1": {"steps": 2, "guidance": 2.0}}}},
         {"stage_2": {"steps": 1}},
         {"text": {"clean_caption": False}},
     ],

@@ -45,11 +45,11 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 def test_an_override_changes_one_use_of_a_yaml_alias(tmp_path: Path) -> None:
-    shared = "prior: {prompts: [a], sampling: &s {stage_1_steps: 3}}\nvalidation: {sampling: *s}"
-    recipe = load_recipe(write(tmp_path, SMALL + shared), ["prior.sampling.stage_1_steps=9"])
+    shared = "prior: {prompts: [a], sampling: &s {stage_1: {steps: 3}}}\nvalidation: {sampling: *s}"
+    recipe = load_recipe(write(tmp_path, SMALL + shared), ["prior.sampling.stage_1.steps=9"])
     assert recipe.prior is not None
-    assert recipe.prior.sampling.stage_1_steps == 9
-    assert recipe.validation.sampling.stage_1_steps == 3
+    assert recipe.prior.sampling.stage_1.steps == 9
+    assert recipe.validation.sampling.stage_1.steps == 3
 
 
 def mistakes(folder: Path, text: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from tests.builders.drawing import largest_difference
 from tests.builders.random_cascade import RandomCascade
 
 PROMPTS = ["a sks cat", "a sks dog"]
-SAMPLING = {"stage_1_timesteps": "fast27", "stage_2_steps": 2}
+SAMPLING = {"stage_1": {"timesteps": "fast27"}, "stage_2": {"steps": 2}}
 
 
 def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path: Path) -> None:
