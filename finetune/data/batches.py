@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.data.pictures import Picture, crop, to_tensor
 from finetune.recipe.schema import Data, Prior, Timesteps
-from finetune.step.stages import Batch
+from finetune.step.inputs import Batch
 
 ORDER, DRAWS, MODEL, CLASS = range(4)
 """What a random stream is for: the order of the pictures, a picture's draws, dropout of the model's
