@@ -18,7 +18,7 @@ from adapters.errors import UserError, command_line, listed
 from adapters.files.reading import alpha_of, kind_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import Update, by_block, inner, needed_base, shape_of, update
-from adapters.tables import aligned, facts, span
+from adapters.tables import format_facts, format_range, format_table
 
 Read = Callable[[str], Update | None]
 """The update of a module by name, or a weight; ``None``: there is none."""
@@ -125,9 +125,10 @@ def compared_unets(a: StoredUNet, b: StoredUNet, by_module: bool) -> dict[str, A
 def headline(adapter: StageAdapter) -> str:
     """An adapter in a few words."""
     config, modules = adapter.config, adapter.modules
-    alpha = span(alpha_of(config, name) for name in modules)
+    alpha = format_range(alpha_of(config, name) for name in modules)
+    rank = format_range(rank_of(config, name) for name in modules)
     return (
-        f"{adapter.folder}: {kind_of(config)}, rank {span(rank_of(config, m) for m in modules)}"
+        f"{adapter.folder}: {kind_of(config)}, rank {rank}"
         + f", alpha {alpha}" * bool(alpha)
         + f", {len(modules)} modules"
     )
@@ -195,7 +196,10 @@ def readable(found: Mapping[str, Any]) -> str:
             lines.append((f"only in {side}", f"{len(names)} modules: {listed(names, 8)}"))
     for what in ("rank", "alpha"):
         if other := found.get(f"{what}s"):
-            pairs = [f"{name} {span([one])} -> {span([two])}" for name, (one, two) in other.items()]
+            pairs = [
+                f"{name} {format_range([one])} -> {format_range([two])}"
+                for name, (one, two) in other.items()
+            ]
             lines.append((what, f"differs in {len(other)} modules: {listed(pairs, 8)}"))
     header = ["", "modules", "|A|", "|B|", "|A - B| / |A|", "cosine"]
     columns = ("norm_a", "norm_b", "distance", "cosine")
@@ -204,7 +208,7 @@ def readable(found: Mapping[str, Any]) -> str:
         + ["-" if row[column] is None else f"{row[column]:.4g}" for column in columns]
         for row in found["rows"]
     ]
-    return f"{facts(lines)}\n\n{aligned(header, table)}"
+    return f"{format_facts(lines)}\n\n{format_table([header, *table])}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from adapters.files.places import find_weights
 from adapters.files.reading import alpha_of, kind_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import by_block, inner, update
-from adapters.tables import aligned, facts, span
+from adapters.tables import format_facts, format_range, format_table
 from adapters.weights.kinds import KINDS
 
 BAR = 24
@@ -153,8 +153,8 @@ def readable(found: Mapping[str, Any]) -> str:
         ("matches", matches(found["base"])),
         ("stage", str(info.stage) if info else "not said"),
         ("kind", found["kind"]),
-        ("rank", span(found["ranks"].values())),
-        ("alpha", span(found["alphas"].values())),
+        ("rank", format_range(found["ranks"].values())),
+        ("alpha", format_range(found["alphas"].values())),
         ("targets", targets(info, found["ranks"])),
         *(trained(info) if info else []),
         ("diffusers", loaded_by_diffusers(found)),
@@ -162,7 +162,7 @@ def readable(found: Mapping[str, Any]) -> str:
         ("prompts", "\n".join(info.prompts) if info else ""),
         ("licence", (info.licence_notice if info else None) or "that of its base"),
     ]
-    parts = [f"{found['file']}\n{facts(rows)}", block_table(found)]
+    parts = [f"{found['file']}\n{format_facts(rows)}", block_table(found)]
     if found["norm_of"] == "parameters":
         parts.append("What it adds to the weights can only be told with its base: name it, --base.")
     return "\n\n".join(parts + ([f"recipe\n{info.recipe.rstrip()}"] if info else []))
@@ -237,7 +237,7 @@ def block_table(found: Mapping[str, Any]) -> str:
         + [("█" * round(BAR * row["norm"] / largest)).ljust(BAR) * (row is not blocks[-1])]
         for row in blocks
     ]
-    return aligned(header, rows)
+    return format_table([header, *rows])
 
 
 if __name__ == "__main__":

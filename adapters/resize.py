@@ -19,7 +19,7 @@ from adapters.files.places import adapter_path
 from adapters.files.reading import kind_of, lora_config, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import Product, check_weights_only, needed_base, update
-from adapters.tables import aligned, span
+from adapters.tables import format_range, format_table
 from adapters.weights.approximation import Approximation
 
 
@@ -84,13 +84,14 @@ def resize(
     rows = [
         [
             f"{old.folder}, {kind_of(old.config)}",
-            f"{span(rank_of(old.config, name) for name in old.modules)} -> {span(loss.ranks)}",
+            f"{format_range(rank_of(old.config, name) for name in old.modules)}"
+            f" -> {format_range(loss.ranks)}",
             f"{parameters(old)} -> {parameters(small)}",
             *(f"{loss.error:.2g}", f"{loss.worst[1]:.2g}", loss.worst[0]),
         ]
         for old, (small, loss) in zip(adapters, resized, strict=True)
     ]
-    return f"{aligned(header, rows)}\n{out}"
+    return f"{format_table([header, *rows])}\n{out}"
 
 
 def lowered(

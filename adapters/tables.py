@@ -1,31 +1,37 @@
-"""Tables for the terminal."""
+"""Aligned text for the terminal."""
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is flush left and whose others are flush right."""
-    lines = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+def format_table(rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Align rows in columns, two spaces apart; rows may end early.
+
+    Args:
+        rows: the rows, usually with a header first.
+        left: how many columns are flush left; those after them are flush right.
+    """
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    sides = [str.ljust] * left + [str.rjust] * len(widths)
     return "\n".join(
         "  ".join(
-            text.rjust(width) if column else text.ljust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+            side(text, width) for side, text, width in zip(sides, row, widths, strict=False)
         ).rstrip()
-        for line in lines
+        for row in rows
     )
 
 
-def facts(rows: Sequence[tuple[str, str]]) -> str:
-    """What there is to say, one row each; a text of several lines stays in its column."""
-    width = max(len(name) for name, _ in rows) + 2
+def format_facts(facts: Sequence[tuple[str, str]]) -> str:
+    """List names with their texts, whose lines stay in one column; empty texts are left out."""
+    width = max(len(name) for name, _ in facts) + 2
     return "\n".join(
-        name.ljust(width) + text.replace("\n", f"\n{' ' * width}") for name, text in rows if text
+        name.ljust(width) + text.replace("\n", f"\n{' ' * width}") for name, text in facts if text
     )
 
 
-def span(values: Iterable[float | None]) -> str:
-    """Values in a few words, ``4`` or ``2 to 16``; empty: there are none."""
+def format_range(values: Iterable[float | None]) -> str:
+    """Write the smallest and the largest value, ``4`` or ``2 to 16``; empty without values."""
     found = sorted(value for value in values if value is not None)
     ends = dict.fromkeys(f"{value:g}" for value in found[:1] + found[-1:])
     return " to ".join(ends)

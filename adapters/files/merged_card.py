@@ -11,7 +11,7 @@ from adapters.files.licence import is_deepfloyd, licence_files
 from adapters.files.model_card import linked_base
 from adapters.files.reading import alpha_of, kind_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
-from adapters.tables import span
+from adapters.tables import format_range
 
 CARD = "README.md"
 
@@ -69,8 +69,8 @@ def table(adapters: Sequence[tuple[StageAdapter, float]]) -> str:
     rows = ["| adapter | kind | rank | alpha | scale | steps |", "|---|---|---|---|---|---|"]
     for adapter, scale in adapters:
         config, modules = adapter.config, adapter.modules
-        rank = span(rank_of(config, name) for name in modules)
-        alpha = span(alpha_of(config, name) for name in modules)
+        rank = format_range(rank_of(config, name) for name in modules)
+        alpha = format_range(alpha_of(config, name) for name in modules)
         steps = adapter.info.step if adapter.info else ""
         name = adapter.folder.resolve()
         place = name.name if adapter.info is None else f"{name.parent.name}/{name.name}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import UserError
-from adapters.tables import span
+from adapters.tables import format_range
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Approximation:
         """Rank and errors, for people."""
         worst, error = self.worst
         return (
-            f"rank {span(self.ranks)}, relative Frobenius error {self.error:.2g}"
+            f"rank {format_range(self.ranks)}, relative Frobenius error {self.error:.2g}"
             f" (worst {error:.2g}, in {worst})"
         )
 
