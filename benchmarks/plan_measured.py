@@ -30,7 +30,8 @@ from benchmarks.random_model import save_random_model
 from finetune.memory.footprint import Rehearsal
 from finetune.recipe.schema import Recipe
 from finetune.run.loop import load_trainee
-from finetune.step.stages import STAGES, Batch
+from finetune.step.inputs import Batch
+from finetune.step.stages import STAGES
 from unets.tally import GIB
 
 CONFIGURATIONS = (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finetune.data.pictures import Picture, crop, to_tensor
 from finetune.recipe.schema import Data, Prior, Timesteps
-from finetune.step.stages import Batch
+from finetune.step.inputs import Batch
 
 ORDER, DRAWS, MODEL, CLASS = range(4)
 """The purpose of a random stream: the order of the pictures, a picture's draws, the model's dropout

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from finetune.recipe.schema import Recipe
 from finetune.run.trainee import Trainee
+from finetune.step.inputs import Batch, unet_inputs
 from finetune.step.optimizers import OPTIMIZERS
-from finetune.step.stages import STAGES, Batch, Stage
+from finetune.step.stages import STAGES, Stage
 from unets.loading import blank_unet
 from unets.tally import META, Tally, reserved, total_bytes
 
@@ -148,7 +149,7 @@ class Rehearsal:
     def _draw(self, pictures: int) -> int:
         batch, trainee = self.batch(2 * pictures), self.trainee
         noisy = torch.empty_like(batch.pixels)
-        inputs = trainee.stage.unet_inputs(batch, noisy, trainee.schedulers, trainee.unet.dtype)
+        inputs = unet_inputs(trainee.stage, batch, noisy, trainee.schedulers, trainee.unet.dtype)
         resident = [*self._resident(batch), *inputs.values()]
         with trainee.final_weights() as unet, torch.no_grad(), Tally(resident) as tally:
             unet(**inputs)

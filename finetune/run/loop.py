@@ -27,7 +27,7 @@ from finetune.run.tracking import Meter, Tracker
 from finetune.run.trainee import Trainee
 from finetune.run.update_size import UpdateSize
 from finetune.run.validation import Validation, prepare_validation
-from finetune.step.optimizers import learning_rate_factor, set_learning_rate
+from finetune.step.optimizers import SCHEDULES, set_learning_rate
 from finetune.step.stages import STAGES, Stage
 from unets.memory import forget_peak_memory, free_memory
 
@@ -103,7 +103,7 @@ def run_steps(
     feed = prefetch(batches, indices, accelerator.device)
     for step in range(first, training.steps):
         options = training.optimizer
-        factor = learning_rate_factor(options.schedule, step, training.steps, options.warmup_steps)
+        factor = SCHEDULES[options.schedule](step, training.steps, options.warmup_steps)
         set_learning_rate(trainee.optimizer, factor)
         for _ in range(training.accumulation):
             batch = next(feed)

@@ -15,9 +15,10 @@ from adapters.weights.kinds import KINDS, attach
 from finetune.recipe.schema import Optimizer, Training
 from finetune.step.flat_weights import FlatWeights
 from finetune.step.gradients import GradientWatch
+from finetune.step.inputs import Batch, add_noise, unet_inputs
 from finetune.step.losses import Losses, NoiseTables, hybrid_loss
 from finetune.step.optimizers import OPTIMIZERS, averaged_weights, build_optimizer
-from finetune.step.stages import Batch, Stage, noised
+from finetune.step.stages import Stage
 from unets.dropout import DropoutKeys, key_dropout
 from unets.graphs import Replayed
 from unets.lora_layers import fuse_adapters
@@ -121,8 +122,8 @@ class Trainee:
     def _forward_backward(self, **tensors: Tensor) -> Losses:
         batch = Batch(**tensors)
         self.dropout_keys.values = batch.dropout_keys
-        noisy = noised(batch, self.schedulers[0])
-        inputs = self.stage.unet_inputs(batch, noisy, self.schedulers, self.unet.dtype)
+        noisy = add_noise(batch, self.schedulers[0])
+        inputs = unet_inputs(self.stage, batch, noisy, self.schedulers, self.unet.dtype)
         prediction = self.predict(**inputs, return_dict=False)[0]
         losses = hybrid_loss(
             prediction,
@@ -166,8 +167,8 @@ class Trainee:
         trained = values.clone()
         self.unet.eval()
         with (
-            averaged_weights(self.optimizer),
-            self.weights.shown(values if self.average is None else self.average),
+            averaged_weights(self.training.optimizer.name, self.optimizer),
+            self.weights.use(values if self.average is None else self.average),
         ):
             yield self.unet
         values.copy_(trained)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from adapters.errors import UserError, listed
-from finetune.step.flat_weights import BLOCK, FlatWeights
+from finetune.step.flat_weights import FlatWeights
+from finetune.step.optimizers import BLOCK
 
 CHANCES = 2
 """Steps in which every tensor could have had a gradient, before one without is an error."""

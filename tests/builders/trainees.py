@@ -8,7 +8,8 @@ from diffusers import DDPMScheduler
 from adapters.base.source import Source
 from finetune.recipe.schema import Optimizer, Training
 from finetune.run.trainee import Trainee
-from finetune.step.stages import STAGES, Batch
+from finetune.step.inputs import Batch
+from finetune.step.stages import STAGES
 from unets.loading import Precision
 
 

@@ -19,7 +19,8 @@ from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.run.loop import load_trainee
 from finetune.run.trainee import Trainee
-from finetune.step.stages import STAGES, Batch
+from finetune.step.inputs import Batch
+from finetune.step.stages import STAGES
 from tests.builders.random_cascade import RandomCascade
 from unets import tally
 from unets.tally import GIB, Tally, reserved, total_bytes

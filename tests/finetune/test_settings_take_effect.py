@@ -22,8 +22,8 @@ from finetune.data.pictures import to_tensor
 from finetune.recipe.schema import Recipe
 from finetune.run.trainee import Trainee
 from finetune.run.validation import Validation
+from finetune.step.inputs import Batch
 from finetune.step.optimizers import OPTIMIZERS
-from finetune.step.stages import Batch
 from tests.builders.random_cascade import TEXT_WIDTH, RandomCascade
 from tests.builders.small_runs import (
     PROMPTS,

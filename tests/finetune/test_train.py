@@ -26,7 +26,8 @@ from finetune.data.pictures import load_pictures
 from finetune.recipe.file import load_recipe
 from finetune.run import loop
 from finetune.run.loop import batches_of, load_trainee
-from finetune.step.stages import STAGES, Batch
+from finetune.step.inputs import Batch
+from finetune.step.stages import STAGES
 from finetune.train import gather, main
 from tests.builders import ROOT
 from tests.builders.random_cascade import RandomCascade

@@ -1,0 +1,37 @@
+"""bitsandbytes' 8-bit optimizers, with the bits of their state set for each group of parameters."""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+
+from adapters.errors import UserError
+
+
+class _BitsByGroup:
+    """An 8-bit optimizer that keeps each group's state in the group's ``optim_bits``."""
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """Settings of one parameter, as bitsandbytes asks for them."""
+        config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[misc]
+        return config | {"optim_bits": group["optim_bits"], "min_8bit_size": 0}
+
+
+class AdamW8bit(_BitsByGroup, bnb.optim.AdamW8bit):  # type: ignore[misc]  # untyped
+    """AdamW."""
+
+
+class PagedAdamW8bit(_BitsByGroup, bnb.optim.PagedAdamW8bit):  # type: ignore[misc]
+    """AdamW whose state is paged out to main memory where a GPU runs short."""
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        if not torch.cuda.is_available():
+            raise UserError(
+                "optimizer.name: paged_adamw_8bit needs a GPU, to page its state out of; this"
+                " machine has none: use adamw_8bit."
+            )
+        super().__init__(groups, **options)
+
+
+class Lion8bit(_BitsByGroup, bnb.optim.Lion8bit):  # type: ignore[misc]
+    """Lion."""
