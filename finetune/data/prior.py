@@ -70,18 +70,6 @@ class BaseCascade:
         """The files of each stage's model."""
         return [self.base.source(stage) for stage in self.stages]
 
-    def load(self) -> Cascade:
-        """Load its stages, without the text encoder."""
-        return load_cascade(
-            self.base.stage_1,
-            self.base.stage_2 if len(self.stages) > 1 else None,
-            revision=self.base.revision,
-            variant=self.base.variant,
-            device=self.device,
-            dtype=self.precisions,
-            parts=Parts(text_encoder=False),
-        )
-
 
 def class_pictures(
     prior: Prior, crops_px: Sequence[int], cache_dir: Path, cascade: BaseCascade
@@ -190,8 +178,16 @@ def _sample_missing(names: Sequence[str], folder: Path, prior: Prior, cascade: B
     ]
     if not missing:
         return
-    loaded = cascade.load()
-    size = prior.sampling.batch_size
+    base, size = cascade.base, prior.sampling.batch_size
+    loaded = load_cascade(
+        base.stage_1,
+        base.stage_2 if len(cascade.stages) > 1 else None,
+        revision=base.revision,
+        variant=base.variant,
+        device=cascade.device,
+        dtype=cascade.precisions,
+        parts=Parts(text_encoder=False),
+    )
     with tqdm(total=len(missing), desc="Sampling class pictures") as progress:
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]

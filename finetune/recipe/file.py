@@ -1,6 +1,7 @@
 """Reading a recipe: its file, overrides of the command line, and its mistakes in words."""
 
 import re
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from types import NoneType
@@ -16,9 +17,6 @@ from finetune.recipe.yaml12 import Loader
 
 NAMING_TOKENS = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)
 """The YAML tokens that name a value, or its type."""
-
-DEEPEST = 20
-"""More levels than any key of a recipe has."""
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 """The errors of reading YAML: of ``!!int abc`` and of deep nesting it is no YAMLError."""
@@ -66,25 +64,21 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     """Replace one value in a copy; values that YAML aliases share stay the same elsewhere."""
     dotted, equals, text = override.partition("=")
-    path = tuple(dotted.split("."))
+    *sections, key = dotted.split(".")
     if not equals:
         raise UserError(f"An override must be key=value (got {override!r}).")
-    if len(path) > DEEPEST:
-        raise UserError(
-            f"The override {override[:80]!r}… goes deeper than any key of a recipe; shorten it."
-        )
-    types = _types_at(path)
+    types = _types_at((*sections, key))
     is_text = str in types and types <= {str, NoneType}
     literal = is_text and not (text == "null" and NoneType in types)
-    value = text if literal else _parse_value(text, override)
-
-    def replace(node: Any, key: str, *rest: str) -> dict[str, Any]:
-        node = {} if node is None else node
-        if not isinstance(node, dict):
+    tree = node = dict(tree)
+    for section in sections:
+        below = node.get(section)
+        if not isinstance(below, dict | None):
             raise UserError(f"The override {override!r} goes below a value that is no section.")
-        return {**node, key: replace(node.get(key), *rest) if rest else value}
-
-    return replace(tree, *path)
+        node[section] = below = dict(below or {})
+        node = below
+    node[key] = text if literal else _parse_value(text, override)
+    return tree
 
 
 def _parse_value(text: str, override: str) -> Any:
@@ -129,7 +123,7 @@ def _row(path: Place, mistakes: list[ErrorDetails]) -> str:
     first = mistakes[0]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        section = _section_at(path[:-1])
+        section = _section(_types_at(path[:-1]))
         assert section is not None
         message = f"unknown key; {closest(str(path[-1]), list(section.model_fields))}"
     elif first["type"] not in ("missing", "value_error"):
@@ -146,22 +140,23 @@ def _path(place: Place) -> Place:
     """Drop the names that pydantic gives the branches of unions from a place."""
     path: Place = ()
     for part in place:
-        if isinstance(part, int) or _section_at(path):
+        if isinstance(part, int) or _section(_types_at(path)):
             path += (part,)
     return path
 
 
-def _section_at(path: Place) -> type[BaseModel] | None:
-    """The section at a path of the recipe; ``None``: there is none."""
-    types = (kind for kind in _types_at(path) if isinstance(kind, type))
-    return next((kind for kind in types if issubclass(kind, BaseModel)), None)
-
-
 def _types_at(path: Place) -> set[Any]:
     """The types that the field at a path may hold; empty if there is no such field."""
-    if not path:
-        return {Recipe}
-    section = _section_at(path[:-1])
-    field = section.model_fields.get(str(path[-1])) if section else None
-    options = () if field is None else get_args(field.annotation) or (field.annotation,)
-    return {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in options}
+    types: set[Any] = {Recipe}
+    for part in path:
+        section = _section(types)
+        field = section.model_fields.get(str(part)) if section else None
+        options = () if field is None else get_args(field.annotation) or (field.annotation,)
+        types = {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in options}
+    return types
+
+
+def _section(types: Iterable[Any]) -> type[BaseModel] | None:
+    """The section among some types; ``None``: there is none."""
+    classes = (kind for kind in types if isinstance(kind, type))
+    return next((kind for kind in classes if issubclass(kind, BaseModel)), None)

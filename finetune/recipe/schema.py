@@ -16,7 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
-    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -464,12 +463,11 @@ def _mistakes_between_sections(tree: Any) -> Iterator[tuple[str, str]]:
 
     They are found in the tree as it was given, as its sections may have mistakes of their own.
     """
-    tree = TypeAdapter(Any).dump_python(tree)
 
     def given(path: str) -> Any:
         node = tree
         for part in path.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
+            node = dict(node).get(part) if isinstance(node, dict | BaseModel) else None
         return node
 
     trained = [stage.name for stage in STAGES.values() if given(stage.name) is not None]

@@ -307,5 +307,5 @@ comparison: {prompts: [a sks cat], subject: cat, identifier: sks cat, clip: c, s
 
 
 def test_an_override_deeper_than_any_key_is_a_sentence() -> None:
-    with pytest.raises(UserError, match="goes deeper than any key of a recipe"):
+    with pytest.raises(UserError, match="unknown key"):
         load_recipe("recipes/quickstart.yaml", [".".join("a" * 3000) + "=1"])
