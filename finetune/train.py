@@ -20,7 +20,7 @@ from adapters.atomic import write_text
 from adapters.errors import UserError, command_line
 from finetune.data.captions import CaptionCache, collect_captions, embed_captions
 from finetune.data.pictures import Picture, load_pictures
-from finetune.data.prior import BaseCascade, class_pictures
+from finetune.data.prior import ClassPictures
 from finetune.memory.fit import out_of_memory, plan
 from finetune.plan import plan_text
 from finetune.recipe.file import load_recipe
@@ -120,10 +120,7 @@ def gather(recipe: Recipe, pictures: Sequence[Picture], accelerator: Accelerator
     device = accelerator.device
     captions = collect_captions(recipe, pictures)
     embeds = embed_captions(captions, CaptionCache.of(recipe, device))
-    classes: list[Picture] = []
-    if recipe.prior:
-        cascade = BaseCascade.of(recipe, embeds, device)
-        classes = class_pictures(recipe.prior, recipe.crops_px, recipe.cache, cascade)
+    classes = ClassPictures.of(recipe, embeds, device).load() if recipe.prior else []
     return Material(pictures, classes, embeds)
 
 

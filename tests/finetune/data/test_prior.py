@@ -18,7 +18,7 @@ from finetune.data import prior
 from finetune.data.batches import CLASS, derived_seed
 from finetune.data.captions import collect_captions
 from finetune.data.pictures import Picture, crop
-from finetune.data.prior import BaseCascade, class_pictures
+from finetune.data.prior import ClassPictures
 from finetune.recipe.schema import Recipe
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.recipes import CPU, embed
@@ -50,9 +50,8 @@ def make_recipe(random_cascade: RandomCascade, tmp_path: Path) -> MakeRecipe:
 
 
 def made(recipe: Recipe) -> list[Picture]:
-    assert recipe.prior is not None
-    cascade = BaseCascade.of(recipe, embed(collect_captions(recipe, ()), recipe), CPU)
-    return class_pictures(recipe.prior, recipe.crops_px, recipe.cache, cascade)
+    embeds = embed(collect_captions(recipe, ()), recipe)
+    return ClassPictures.of(recipe, embeds, CPU).load()
 
 
 def pixels(pictures: list[Picture]) -> list[np.ndarray]:
@@ -179,10 +178,10 @@ def test_interrupted_sampling_goes_on_to_the_same_pictures(
         sampled.extend(images)
         return images
 
-    original = prior._sample
+    original = ClassPictures._sample
     recipe = make_recipe(prior=two)
     with monkeypatch.context() as patch:
-        patch.setattr(prior, "_sample", interrupted)
+        patch.setattr(ClassPictures, "_sample", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made(recipe)
     assert sampled == [0, 1]
@@ -193,7 +192,7 @@ def test_interrupted_sampling_goes_on_to_the_same_pictures(
         sampled.extend(images)
         return images
 
-    monkeypatch.setattr(prior, "_sample", recording)
+    monkeypatch.setattr(ClassPictures, "_sample", recording)
     np.testing.assert_array_equal(pixels(made(recipe)), pixels(whole))
     assert sampled == [0, 1, 2]
     assert folders(recipe) == [""]
