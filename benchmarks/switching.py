@@ -172,7 +172,7 @@ class Switching:
             version="",
         )
         place = folder / f"stage_{self.stage}"
-        write_adapter(StageAdapter(place, info, lora_config(state, {}, None), state))
+        write_adapter(StageAdapter(place, info, lora_config(state), state))
         return folder
 
 

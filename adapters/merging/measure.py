@@ -82,7 +82,7 @@ def update(adapter: StageAdapter, module: str, base: StoredUNet | None) -> Updat
     if product is not None or base is None:
         return product
     with torch.no_grad():
-        return adapter.delta(module, base.module(module), base.read(f"{module}.weight"))
+        return adapter.delta(module, base.read(f"{module}.weight"))
 
 
 def inner(one: Update, other: Update) -> float:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # a mistyped recipe is answered before these are imported
     from adapters.base.source import Source
     from unets.loading import Precision
 
-KINDS_WITHOUT_B = tuple(name for name in KINDS if name in ("loha", "lokr", "oft"))
+KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
 """The kinds of adapter that have no B matrices, which LoRA+ is about."""
 
 LARGEST_SHAPE = 1e6

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters import Parts, load_cascade
 from adapters.extract import main as extract_main
-from adapters.files.export import read_info
+from adapters.files.info import read_info
 from adapters.files.reading import read_adapter
 from adapters.files.stage_adapter import StageAdapter
 from adapters.resize import main as resize_main

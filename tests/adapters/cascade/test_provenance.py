@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from adapters import Cascade, Sampling, StageSampling, UserError, load_cascade, read_picture_info
 from adapters.cascade.provenance import PictureInfo, UsedAdapter
 from adapters.errors import __version__
-from adapters.files.model_card import samples_of, save_samples
+from adapters.files.model_card import load_samples, save_samples
 from adapters.generate import main as generate
 from adapters.pictures.png import PICTURE_KEY, SHEET_KEY
 from adapters.weights.kinds import AdapterSpec
@@ -175,7 +175,7 @@ def test_a_cards_samples_say_what_they_were_drawn_with(cascade: Cascade, tmp_pat
     save_samples(folder, {"a cat": images.final[0]})
     assert read_picture_info(folder / "samples" / "00.png") == images.infos[0]
     (folder / "README.md").write_text("![a cat](samples/00.png) a cat\n")
-    save_samples(folder, samples_of(folder))
+    save_samples(folder, load_samples(folder))
     assert read_picture_info(folder / "samples" / "00.png") == images.infos[0]
 
 

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from adapters import Parts, load_cascade
-from adapters.files.export import read_info
+from adapters.files.info import read_info
 from adapters.files.model_card import write_card
 from adapters.weights.kinds import AdapterSpec
 from tests.builders.adapters import PIPELINES, base_of, export, name_of, trained_unet
