@@ -20,13 +20,14 @@ from adapters.cascade.drawing import Drawn, Request, draw, upscale
 from adapters.cascade.embeds import look_up
 from adapters.cascade.memory_budget import TEXT
 from adapters.cascade.offload import Placing
-from adapters.cascade.overview import as_html, as_text, overview, precision_of
+from adapters.cascade.overview import COLUMNS, precision_of, tabulate, to_html
 from adapters.cascade.provenance import PictureInfo, signed, used_adapters
 from adapters.cascade.redraw import WAYS, Given, Redraw
 from adapters.cascade.results import CascadeImages
 from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError
 from adapters.pictures.reading import as_pixels
+from adapters.tables import format_table
 from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
 
 
@@ -37,22 +38,22 @@ class Cascade(AdaptedStages):
     upscaler: StableDiffusionUpscalePipeline | None
     """Stage III, with its own text encoder."""
     text: IFPipeline | None
-    """The tokenizer and text encoder of Stage I and II; ``None``: embeddings must be given."""
+    """The tokenizer and text encoder of Stage I and II; ``None``: ``embeds`` must be given."""
     placing: Placing
-    """Where its parts are."""
+    """The places of its parts."""
     revision: str | None = None
     """The hub revision of Stage I and II, which saved pictures name."""
     variant: str | None = None
     """The variant of their weights, which saved pictures name."""
 
     def __repr__(self) -> str:
-        return as_text(self._overview())
+        return format_table(self._overview(), left=len(COLUMNS))
 
     def _repr_html_(self) -> str:
-        return as_html(self._overview())
+        return to_html(self._overview())
 
     def _overview(self) -> list[Sequence[str]]:
-        return overview(self._pipelines(), self.text, self.base_names, self.merged)
+        return tabulate(self._pipelines(), self.text, self.base_names, self.merged)
 
     def _pipelines(self) -> dict[int, DiffusionPipeline]:
         """The pipelines of all stages, by number."""
@@ -236,7 +237,7 @@ class Cascade(AdaptedStages):
         return embeds
 
     def _check_captions(self, captions: Mapping[str, str], clean_caption: bool) -> None:
-        """Refuse prompts that cleaning empties, and say which words are lost of others."""
+        """Refuse prompts that cleaning empties, and say which words others lose."""
         check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
         if self.text is not None:
             check_vocabulary(captions, self.text.tokenizer, clean_caption=clean_caption)

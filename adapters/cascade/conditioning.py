@@ -21,7 +21,7 @@ Prompt: TypeAlias = str | Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What N pictures are drawn from; a slice of it is that of some of them.
+    """The text, seeds and pictures that N pictures are drawn from; a slice is that of some of them.
 
     Shapes: T text tokens, D text width.
     """
@@ -37,7 +37,7 @@ class Conditioning:
     seeds: Sequence[int]
     """N, of each picture."""
     clean_caption: bool = True
-    """Whether the encoded prompts were cleaned, for what pictures say of themselves."""
+    """True where the encoded prompts were cleaned, which saved pictures record."""
     redraw: Redraw | None = None
     """Pictures to start from, N; ``None``: pictures start from noise."""
 
@@ -48,7 +48,7 @@ class Conditioning:
 
     @property
     def strength(self) -> Mapping[int, float]:
-        """How far Stage I and II go from given pictures; empty from text alone."""
+        """The strength of Stage I and II; empty from text alone."""
         return {} if self.redraw is None else self.redraw.strength
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Layout:
-    """How many prompts there are, and how many pictures of each, one after the other."""
+    """The number of prompts, and of pictures of each, one after the other."""
 
     prompts: int
     each: int
@@ -147,7 +147,7 @@ def lay_out(
         The layout, and each picture's prompt by stage.
 
     Raises:
-        UserError: where there are none, one is no text, or a later stage has another number.
+        UserError: where there are none, one is not a text, or a later stage has another number.
     """
     given = {stage: own for stage, own in prompts.items() if own is not None or stage == 1}
     texts: dict[int, list[Any]] = {

@@ -50,8 +50,8 @@ class Parts:
     unets: Mapping[int, UNet2DConditionModel] = field(default_factory=dict)
     """UNets to sample from instead of loading them, by stage; they keep their precision."""
     originals: Literal["device", "cpu"] = "device"
-    """Where the base's own values of the weights that adapters change are kept: beside the UNet, so
-    that adapters are switched in milliseconds, or on the ``cpu``, which saves that memory
+    """The place of the base's own values of weights that adapters change: beside the UNet, so that
+    adapters are switched in milliseconds, or on the ``cpu``, which saves that memory
     (:class:`adapters.merging.in_place.MergedAdapters`) and takes a transfer each time."""
 
 
@@ -214,7 +214,7 @@ def _place(
     text_encoder: bool,
     adapters: Sequence[str | Path],
 ) -> tuple[Placing, dict[int, Precision]]:
-    """Where parts are, and the precision of the UNets and (0) of the text encoder."""
+    """Choose the places of parts, and the precision of the UNets and (0) of the text encoder."""
     if memory is None:
         limit(device, None)
         precisions = {number: _precision(dtype, number, device) for number in sources}

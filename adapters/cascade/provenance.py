@@ -1,4 +1,4 @@
-"""What a picture says of itself, in its PNG: all that it was drawn with."""
+"""The record in a picture's PNG of all that it was drawn with."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ class UsedAdapter(BaseModel):
     source: str
     """The folder, file or hub name that it was loaded from."""
     scales: dict[int, float]
-    """How much of it was merged into each stage."""
+    """Its scale in each stage."""
 
     def __str__(self) -> str:
         """Its scale; by stage where these differ."""
@@ -48,9 +48,9 @@ class PictureInfo(BaseModel):
     prompts: dict[int, str] = {}
     """The prompt of each stage."""
     negative_prompt: str | None = None
-    """What guidance led away from; ``None``: the empty caption."""
+    """The prompt that guidance led away from; ``None``: the empty caption."""
     clean_caption: bool = True
-    """Whether prompts were cleaned as IF's pipelines do by default."""
+    """True where prompts were cleaned, as IF's pipelines do by default."""
     models: dict[int, str]
     """The base models, as they were named."""
     revision: str | None = None
@@ -64,9 +64,9 @@ class PictureInfo(BaseModel):
     sampling: Sampling
     """Steps, guidance and noise levels."""
     way: Way = "text"
-    """What it was drawn from: text alone, or a picture (``img2img``), masked (``inpaint``)."""
+    """The kind of drawing: from text alone, from a picture (``img2img``), masked (``inpaint``)."""
     strength: dict[int, float] = {}
-    """How far each stage went from that picture."""
+    """The strength of each stage that started from a picture."""
     version: str = __version__
     """The version of this toolkit."""
 
@@ -94,7 +94,7 @@ class PictureInfo(BaseModel):
             )
 
     def of_stage(self, stage: int) -> "PictureInfo":
-        """What the picture of a stage says that was drawn on the way to this one."""
+        """The info of an earlier stage's picture, drawn on the way to this one."""
         adapters = {
             name: adapter.model_copy(update={"scales": _up_to(stage, adapter.scales)})
             for name, adapter in self.adapters.items()
@@ -149,10 +149,10 @@ def used_adapters(
 
 
 def read_picture_info(path: str | Path) -> PictureInfo:
-    """What a saved picture was drawn with.
+    """Read what a saved picture was drawn with.
 
     Raises:
-        UserError: where the file is no picture, or does not say.
+        UserError: where the file is not a picture, or has no record.
 
     Example:
         >>> few = Sampling(

@@ -26,24 +26,24 @@ SHEET = "contact_sheet.png"
 SHEET_COLUMNS = 6
 
 SHEET_PX = 1200
-"""How wide few large pictures may make a contact sheet."""
+"""The width up to which few large pictures are shown in full."""
 
 SHOWN_INLINE = 24
-"""How many pictures a notebook shows of a result."""
+"""The number of pictures of a result that a notebook shows."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was drawn from one seed: a picture of each stage that was run. Notebooks show it."""
+    """The pictures drawn from one seed, of each stage that was run. Notebooks show it."""
 
     pictures: Mapping[int, Image.Image]
     """By stage."""
     prompt: str
     seed: int
     flagged: bool
-    """Whether a safety checker has blackened it, in any stage."""
+    """True where a safety checker has blackened it, in any stage."""
     info: PictureInfo | None = None
-    """What it was drawn with, as its PNG says."""
+    """The record that its PNG carries."""
 
     @property
     def final(self) -> Image.Image:
@@ -82,7 +82,6 @@ class Sample:
         write_png(Path(path), self.pictures[number], png_text(self._texts(number)))
 
     def _texts(self, stage: int) -> dict[str, str]:
-        """What the PNG of a stage's picture carries."""
         if self.info is None:
             return plain_texts(self.prompt, self.seed)
         return self.info.of_stage(stage).texts
@@ -121,9 +120,9 @@ class CascadeImages:
     low_res: Tensor = field(compare=False)
     """[N, 3, s, s] float32 on the CPU in [-1, 1]: Stage I's pictures before quantisation."""
     flagged: tuple[bool, ...]
-    """Whether a safety checker has blackened the picture, in any stage."""
+    """True where a safety checker has blackened the picture, in any stage."""
     infos: tuple[PictureInfo, ...] = ()
-    """What each picture was drawn with; it goes into saved PNGs."""
+    """The record of each picture, which its PNG carries."""
 
     @property
     def final(self) -> tuple[Image.Image, ...]:

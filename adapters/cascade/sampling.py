@@ -144,7 +144,7 @@ class Sampling(Settings):
     stage_3: StageSampling = DEFAULTS[3]
     """The x4 upscaler: steps, guidance, noise level."""
     batch_size: Annotated[int, Field(ge=1)] = 8
-    """How many pictures are sampled at a time; they do not depend on it, beyond rounding."""
+    """The number of pictures sampled at a time; they do not depend on it, beyond rounding."""
 
     @model_validator(mode="before")
     @classmethod
@@ -192,7 +192,7 @@ class Sampling(Settings):
         return {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}[stage]
 
     def steps(self, stage: int) -> int:
-        """How many denoising steps a stage takes."""
+        """The number of denoising steps of a stage."""
         steps = self.of(stage).steps
         assert steps is not None, "completed on construction"
         return steps
