@@ -105,7 +105,7 @@ class CaptionCache:
     device: torch.device
     """The device that encodes."""
     clean_caption: bool
-    """Whether captions are cleaned as IF's pipelines do."""
+    """Clean captions as IF's pipelines do."""
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device) -> "CaptionCache":

@@ -64,7 +64,7 @@ class ClassPictures:
     embeds: Mapping[str, Tensor]
     """Text encodings [T, D] of the class prompts and the empty caption."""
     clean_caption: bool
-    """Whether the encoded prompts were cleaned."""
+    """The encoded prompts were cleaned."""
     seed: int
 
     @classmethod
