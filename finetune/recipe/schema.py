@@ -281,8 +281,8 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cuda_graph: bool = True
     """On a GPU, record the step as one CUDA graph and replay it."""
-    compile: Literal["auto"] | bool = "auto"
-    """Compile the UNet; ``auto``: where the run is long enough to win back the minutes it takes."""
+    compile: bool = False
+    """Compile the UNet, on a GPU: a step takes about 3 % less time, and the first takes minutes."""
     timesteps: Timesteps = Timesteps()
     """The timesteps that each picture's own is drawn from."""
     noise_level: Levels | None = None
@@ -297,6 +297,13 @@ class Training(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
     """How many of the newest checkpoints to keep."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _is_true_or_false(cls, value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false (got {value!r})")
+        return value
 
     def precision_on(self, device: torch.device) -> Precision:
         """The precision of the frozen UNet on a device."""
