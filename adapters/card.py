@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adapters.errors import command_line
 from adapters.files.info import read_info
-from adapters.files.model_card import samples_of, write_card
+from adapters.files.model_card import load_samples, write_card
 from adapters.files.places import export_stages
 
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder: Path = parser.parse_args(arguments).folder
     with command_line():
         infos = [read_info(stage) for stage in export_stages(folder)]
-        sys.stdout.write(f"{write_card(folder, infos, samples_of(folder))}\n")
+        sys.stdout.write(f"{write_card(folder, infos, load_samples(folder))}\n")
 
 
 if __name__ == "__main__":

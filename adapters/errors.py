@@ -4,13 +4,16 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from pydantic import AfterValidator
 from tqdm import tqdm
 
+__version__ = "0.1.0"
+
 
 class UserError(Exception):
-    """A mistake that the user can mend, in one sentence: what, where, expected, found, what to do.
+    """A mistake that the user can fix, in one sentence: what, where, expected, found, what to do.
 
     Command lines print it without a traceback and exit with status 2.
     """
@@ -18,36 +21,38 @@ class UserError(Exception):
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Run a command: our own progress bars only, and mistakes as sentences on standard error."""
+    """Run a command: mistakes end as sentences on standard error."""
+    try:
+        yield
+    except UserError as error:
+        _exit(str(error))
+    except OSError as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        _exit(f"The system refused ({reason}); fix that and retry.")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which is not imported here
+            raise
+        reason = str(error).partition(". ")[0]
+        _exit(f"{reason}: take fewer pictures at a time, or a precision of nf4.")
+    except KeyboardInterrupt:
+        tqdm.write("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _exit(sentence: str) -> NoReturn:
+    tqdm.write(f"error: {sentence}", file=sys.stderr)  # not into an open progress bar
+    raise SystemExit(2) from None
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars of the libraries below, which a command's own replace."""
     import datasets
-    import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     datasets.disable_progress_bars()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except UserError as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # not into an open progress bar
-        raise SystemExit(2) from None
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        advice = "take fewer pictures at a time, or a precision of nf4"
-        tqdm.write(f"error: {reason}: {advice}.", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        sentence = f"The system refused ({reason}); mend that, and try again."
-        tqdm.write(f"error: {sentence}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        tqdm.write("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-__version__ = "0.1.0"
 
 
 def listed(names: Iterable[str], limit: int = 20) -> str:

@@ -16,7 +16,7 @@ from adapters.atomic import new_folder
 from adapters.base.source import Source, source_of
 from adapters.base.stored_unet import StoredUNet
 from adapters.errors import UserError, command_line, listed
-from adapters.files.export import completed, of_base, write_adapter
+from adapters.files.export import complete_info, write_adapter
 from adapters.files.info import AdapterInfo
 from adapters.files.model_card import write_card
 from adapters.files.reading import lora_config
@@ -120,8 +120,7 @@ def extract(
             )
         info = described(approximation, source, base, tuned.name, targets, prompts)
         state, folder = approximation.state, f"stage_{source.stage}"
-        config = of_base(lora_config(state, {}, None), info)
-        write_adapter(StageAdapter(new / folder, info, config, state))
+        write_adapter(StageAdapter(new / folder, info, lora_config(state), state))
         write_card(new, [info])
     return f"{out / folder}: a LoRA of {approximation.message}.{lost(approximation)}"
 
@@ -159,7 +158,7 @@ def described(
         version=version(DISTRIBUTION),
         approximation_error=approximation.error,
     )
-    return completed(info, base.unet)
+    return complete_info(info, base.unet)
 
 
 def lost(approximation: Approximation) -> str:

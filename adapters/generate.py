@@ -14,10 +14,11 @@ from adapters.atomic import check_out
 from adapters.base.hub import with_revision
 from adapters.cascade.cascade import Cascade
 from adapters.cascade.embeds import load_embeds
-from adapters.cascade.load import load_cascade
+from adapters.cascade.load import Parts, load_cascade
 from adapters.cascade.provenance import PictureInfo, read_picture_info
 from adapters.cascade.redraw import WAYS, Redraw
-from adapters.cascade.sampling import Sampling, SettingError
+from adapters.cascade.sampling import DEFAULTS as DEFAULT_SETTINGS
+from adapters.cascade.sampling import RENAMED, Sampling, SettingError, StageSampling, nest
 from adapters.errors import UserError, command_line
 from adapters.files.info import AdapterInfo
 from adapters.files.stage_adapter import StageAdapter
@@ -39,6 +40,15 @@ DEFAULTS: dict[str, Any] = {
 """Of options that neither the command line nor a picture to draw anew gives."""
 
 
+FLAGS = {
+    flag: place
+    for flag, place in RENAMED.items()
+    if place not in (("stage_1", "noise_level"), ("stage_3", "timesteps"))
+    and flag != "stage_2_noise_level"
+}
+"""The sampling settings of a stage by their options' names."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Sample prompts and write every stage's pictures and a contact sheet."""
     given = vars(parser().parse_args(arguments))
@@ -48,10 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; what is not given is not in its result.
-
-    Sampling settings are the fields of :class:`Sampling`.
-    """
+    """The command line; what is not given is not in its result."""
     parser = argparse.ArgumentParser(
         prog="adapters.generate",
         description="Sample pictures from the cascade, with adapters.",
@@ -93,11 +100,14 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="such as cuda or cpu (auto: the GPU where there is one)")
     add("--dtype", choices=("auto", *get_args(Precision)), help="precision (auto)")
     add("--memory", help="the GPU's, such as 6GB: choose precisions and places that fit it (none)")
-    for name, field in Sampling.model_fields.items():
-        kind = str if field.default is None else type(field.default)
-        default = "none" if field.default is None else f"{field.default:g}"
-        text = str(field.description).replace("``", "`") + f" ({default})"
-        add(f"--{name.replace('_', '-')}", type=kind, help=text)
+    for flag, (stage, setting) in FLAGS.items():
+        default = DEFAULT_SETTINGS[int(stage[-1])].model_dump()[setting]
+        text = str(StageSampling.model_fields[setting].description).replace("``", "`").split(";")[0]
+        shown = "none" if default is None else f"{default:g}"
+        kind = str if default is None else type(default)
+        add(f"--{flag.replace('_', '-')}", type=kind, help=f"Stage {stage[-1]}: {text} ({shown})")
+    size = Sampling.model_fields["batch_size"]
+    add("--batch-size", type=int, help=f"{size.description} ({size.default})")
     return parser
 
 
@@ -198,11 +208,13 @@ def sampling(given: Mapping[str, Any], info: PictureInfo | None, redraw: Redraw 
     """
     base = WAYS["text" if redraw is None else redraw.way].sampling
     try:
-        return (info.sampling if info else base).but(
-            **{name: given[name] for name in Sampling.model_fields if name in given}
-        )
+        names = (*FLAGS, "batch_size")
+        flat = {name: given[name] for name in names if name in given}
+        return (info.sampling if info else base).but(**nest(flat))
     except SettingError as error:
-        raise UserError(f"--{error.field.replace('_', '-')}: {error.said}") from None
+        flags: dict[tuple[str, ...], str] = {place: flag for flag, place in FLAGS.items()}
+        flag = flags.get(error.place, error.place[-1])
+        raise UserError(f"--{flag.replace('_', '-')}: {error.reason}") from None
 
 
 def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
@@ -224,7 +236,7 @@ def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
         device=options.device,
         dtype=options.dtype,
         memory=options.memory,
-        text_encoder=options.embeds is None,
+        parts=Parts(text_encoder=options.embeds is None),
     )
 
 

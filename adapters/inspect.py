@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from adapters.base.source import sources_of
 from adapters.base.stored_unet import StoredUNet
 from adapters.errors import command_line, listed
-from adapters.files.for_diffusers import arriving
+from adapters.files.for_diffusers import list_arriving
 from adapters.files.info import AdapterInfo
 from adapters.files.places import find_weights
 from adapters.files.reading import alpha_of, kind_of, rank_of
@@ -26,7 +26,7 @@ from adapters.weights.kinds import KINDS
 BAR = 24
 """How many characters the bar of the largest norm has."""
 
-LORA_KINDS = [name for name, kind in KINDS.items() if kind.diffusers]
+LORA_KINDS = [name for name, kind in KINDS.items() if kind.has_b]
 """The kinds that plain diffusers loads."""
 
 
@@ -107,7 +107,7 @@ def for_diffusers(adapter: StageAdapter, file: Path) -> dict[str, Any]:
     stand_in = adapter.folder / LORA_WEIGHT_NAME_SAFE
     own = stand_in if stand_in.is_file() else file
     if isinstance(adapter.config, LoraConfig):
-        arrived = len(arriving(own, adapter.config, adapter.state))
+        arrived = len(list_arriving(own, adapter.config, adapter.state))
         return {"file": own.name, "arriving": arrived, "approximation_error": None}
     info = StageAdapter.load(own).info
     error = info.approximation_error if info else None

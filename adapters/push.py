@@ -17,8 +17,8 @@ from yaml import YAMLError
 from adapters.base.hub import STAGE_FOLDERS, asking_the_hub
 from adapters.errors import UserError, command_line
 from adapters.files.info import NOTICE, AdapterInfo
-from adapters.files.licence import DEEPFLOYD, handed_on
-from adapters.files.model_card import CARD, SAMPLES, front_matter, shown
+from adapters.files.licence import DEEPFLOYD, find_copies
+from adapters.files.model_card import CARD, SAMPLES, front_matter, parse_samples
 from adapters.files.places import PEFT_WEIGHTS, export_stages
 from adapters.files.stage_adapter import StageAdapter
 
@@ -120,7 +120,7 @@ def checked(folder: Path) -> tuple[list[AdapterInfo], list[str]]:
     infos = [checked_stage(stage) for stage in export_stages(folder)]
     samples = checked_card(folder, infos)
     stages = [f"stage_{info.stage}/{name}" for info in infos for name in STAGE_FILES]
-    licences = [path.name for info in infos for path in handed_on(folder, info.stage)]
+    licences = [path.name for info in infos for path in find_copies(folder, info.stage)]
     return infos, [CARD, *stages, *licences, *samples]
 
 
@@ -159,7 +159,7 @@ def checked_card(folder: Path, infos: Sequence[AdapterInfo]) -> list[str]:
         reason = " ".join(str(error).split())
         raise UserError(f"{card} is no model card ({reason}); {mend}.") from error
     found, wanted = data.get("base_model"), front_matter(infos).base_model
-    samples = list(shown(text))
+    samples = list(parse_samples(text))
     problems = {
         "has no metadata": data.get("license") is None,
         f"is of other adapters: its base_model is {found}, not {wanted}": found != wanted,
@@ -172,7 +172,7 @@ def checked_card(folder: Path, infos: Sequence[AdapterInfo]) -> list[str]:
         if holds:
             raise UserError(f"{card} {problem}; {mend}.")
     for info in infos:
-        if under_deepfloyd(info) and not handed_on(folder, info.stage):
+        if under_deepfloyd(info) and not find_copies(folder, info.stage):
             raise UserError(
                 f"{folder} lacks stage_{info.stage}-LICENSE.md, the copy of its base's licence that"
                 f" must go with it; log in with an account that has accepted {info.base_model}"

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from adapters.atomic import check_out, replacing
 from adapters.errors import UserError, command_line
-from adapters.files.for_diffusers import arriving, save_for_diffusers
+from adapters.files.for_diffusers import list_arriving, save_for_diffusers
 from adapters.files.places import adapter_path, find_weights
 from adapters.files.reading import kind_of, read_adapter
 
@@ -53,12 +53,12 @@ def repair(path: Path, out: Path | None = None) -> str:
     check_out(out, "file")
     if out.exists() and out.samefile(file):
         raise UserError(f"--out {out} is the file to repair, which stays; name another.")
-    lost = len(state) - len(arriving(file, config, state))
+    lost = len(state) - len(list_arriving(file, config, state))
     if beside and not lost:
         return f"{file}: diffusers loads all {len(state)} tensors; nothing is to be repaired."
     with replacing(out) as temporary:
         save_for_diffusers(state, config, temporary, {"format": "pt"} | header)
-        arrived = len(arriving(temporary, config, state))
+        arrived = len(list_arriving(temporary, config, state))
         if arrived < len(state):
             raise UserError(
                 f"{file} cannot be made whole, as diffusers takes {arrived} of its {len(state)}"

@@ -12,13 +12,13 @@ from adapters.atomic import new_folder
 from adapters.base.source import sources_of
 from adapters.base.stored_unet import StoredUNet
 from adapters.errors import command_line
-from adapters.files.export import approximated, of_base, write_adapter
-from adapters.files.licence import handed_on
+from adapters.files.export import approximate_info, write_adapter
+from adapters.files.licence import find_copies
 from adapters.files.model_card import write_card
 from adapters.files.places import adapter_path
 from adapters.files.reading import kind_of, lora_config, rank_of
 from adapters.files.stage_adapter import StageAdapter
-from adapters.merging.measure import Product, check_weights_only, needed_base, update
+from adapters.merging.measure import check_weights_only, needed_base, update
 from adapters.tables import format_range, format_table
 from adapters.weights.approximation import Approximation
 
@@ -76,7 +76,7 @@ def resize(
         ]
         infos = [small.info for small, _ in resized if small.info is not None]
         for info in infos:
-            for file in handed_on(path, info.stage):
+            for file in find_copies(path, info.stage):
                 shutil.copyfile(file, new / file.name)
         if infos:
             write_card(new, infos)
@@ -106,15 +106,12 @@ def lowered(
     for module in tqdm(adapter.modules, "Decomposing", delay=2, leave=False):
         change = update(adapter, module, base)
         assert change is not None
-        if isinstance(change, Product):
-            approximation.add_product(module, change.b, change.a)
-        else:
-            approximation.add_update(module, change)
-    info = adapter.info and approximated(adapter.info, approximation)
+        approximation.add_update(module, change)
+    info = adapter.info and approximate_info(adapter.info, approximation)
     small = StageAdapter(
         new / f"stage_{info.stage}" if info else new,
         info,
-        of_base(lora_config(approximation.state, {}, None), info),
+        lora_config(approximation.state),
         approximation.state,
     )
     write_adapter(small)

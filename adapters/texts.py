@@ -1,4 +1,4 @@
-"""Texts as users write them, compared with what the text encoder reads, so that no word is lost.
+"""Checks that no word of a text is lost unnoticed on its way to the text encoder.
 
 The text path of IF's pipelines cleans captions by default: made for captions of the web, it drops
 HTML tags, mentions, numbers that look like article ids, and all Chinese.
@@ -14,15 +14,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from functools import cache
 from itertools import islice
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
-import ftfy
-from bs4.builder import HTMLTreeBuilder
-from diffusers import IFPipeline
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from adapters.errors import UserError, listed
+
+if TYPE_CHECKING:
+    from diffusers import IFPipeline
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -30,32 +31,28 @@ KEEP_IN_PYTHON = "clean_caption=False (--no-clean-caption on the command line)"
 """The setting that turns cleaning off where there is no recipe."""
 
 WORD = re.compile(r"[^\W_]+")
-"""What cleaning must keep; quotes, punctuation and spaces may change."""
+"""A word that cleaning must keep; quotes, punctuation and spaces may change."""
 
 TAG = re.compile(r"</?(\w[\w-]*)[^<>]*>")
 """An HTML tag, with its name."""
 
-VOID_TAGS = frozenset(HTMLTreeBuilder.DEFAULT_EMPTY_ELEMENT_TAGS or ())
-"""HTML tags that are never closed, such as ``br``."""
-
 WORDS_READ = 100
-"""How many words of a caption are compared: more than the tokens that the encoder reads."""
+"""The words of a caption that are compared: more than the tokens that the encoder reads."""
 
 QUOTED_LENGTH = 80
-"""Up to how many characters of a caption a message quotes."""
+"""The number of characters of a caption that a message quotes."""
 
 _said: set[str] = set()
-"""The lost words that a message has named in this process."""
+"""Lost words that a message has named in this process."""
 
 
 def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting: str) -> None:
     """Refuse captions of which nothing is left, and say once which words the others lose.
 
     Args:
-        captions: texts, each with where it is written, such as ``data.prompt``; the empty caption
-            is a caption too.
+        captions: texts, the empty caption included, each with its place, such as ``data.prompt``.
         clean_caption: whether the text path cleans them.
-        setting: what turns the cleaning off, for messages.
+        setting: the setting that turns cleaning off, for messages.
 
     Raises:
         UserError: where a caption has nothing visible in it, or cleaning leaves no word of it.
@@ -83,14 +80,11 @@ def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting:
 
 
 def check_vocabulary(
-    captions: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, *, clean_caption: bool
+    captions: Mapping[str, str], tokenizer: "PreTrainedTokenizerBase", *, clean_caption: bool
 ) -> None:
     """Say once which words a tokenizer does not know: all of them are one token to the encoder.
 
-    Args:
-        captions: texts, each with where it is written.
-        tokenizer: the text encoder's.
-        clean_caption: whether the text path cleans them.
+    For the arguments see :func:`check_captions`.
     """
     words = {
         caption: dict.fromkeys(_words_and_symbols(clean(caption) if clean_caption else caption))
@@ -115,15 +109,15 @@ def check_vocabulary(
 
 
 def clean(caption: str) -> str:
-    """The caption as ``IFPipeline.encode_prompt(…, clean_caption=True)`` tokenizes it."""
+    """Clean a caption as ``IFPipeline.encode_prompt(…, clean_caption=True)`` does."""
     with warnings.catch_warnings(action="ignore"):  # a caption may look like a path or an address
         return _pipeline()._text_preprocessing(caption, clean_caption=True)[0]
 
 
 def find_lost_words(caption: str, cleaned: str) -> tuple[str, ...]:
-    """The distinct words of a caption that cleaning drops, lower-case, as they are written in it.
+    """Find the distinct words of a caption that cleaning drops, in lower case.
 
-    Case, punctuation, quotes, spaces, HTML entities and closed HTML tags are no words.
+    Case, punctuation, quotes, spaces, HTML entities and closed HTML tags do not count.
 
     Example:
         >>> from adapters.texts import clean, find_lost_words
@@ -145,7 +139,7 @@ def find_lost_words(caption: str, cleaned: str) -> tuple[str, ...]:
 
 
 def find_invisible(text: str) -> str | None:
-    """The names of a text's characters where none is visible; ``None``: one is, or it is empty."""
+    """Name a text's characters where none is visible; ``None``: one is, or it is empty."""
     if any(unicodedata.category(character)[0] not in "CZ" for character in text):
         return None
     names = (unicodedata.name(character, f"U+{ord(character):04X}") for character in text)
@@ -153,16 +147,22 @@ def find_invisible(text: str) -> str | None:
 
 
 @cache
-def _pipeline() -> IFPipeline:
+def _pipeline() -> "IFPipeline":
     """A pipeline without components, which cleans captions as any other does."""
+    from diffusers import IFPipeline
+
     return IFPipeline(*[None] * 7, requires_safety_checker=False)
 
 
 def _plain_text(caption: str) -> str:
-    """The caption in lower case, with what cleaning decodes decoded, and no closed HTML tags."""
+    """The caption in lower case, decoded as cleaning does, without closed HTML tags."""
+    import ftfy
+    from bs4.builder import HTMLTreeBuilder
+
+    never_closed = HTMLTreeBuilder.DEFAULT_EMPTY_ELEMENT_TAGS or set()  # such as <br>
     text = html.unescape(html.unescape(unquote_plus(unquote_plus(caption))))
     text = ftfy.fix_text(text).lower().replace("\\n", " ")
-    closed = {tag[1] for tag in TAG.finditer(text) if tag[0].startswith("</")} | VOID_TAGS
+    closed = {tag[1] for tag in TAG.finditer(text) if tag[0].startswith("</")} | never_closed
     return TAG.sub(lambda tag: "" if tag[1] in closed else tag[0], text)
 
 
@@ -175,7 +175,7 @@ def _words_and_symbols(text: str) -> Iterator[str]:
 def _say(
     what: str, lost: Mapping[str, Iterable[str]], captions: Mapping[str, str], advice: str
 ) -> None:
-    """Log lost words that no message has named yet, in the first process of a launch alone."""
+    """Log lost words that no message has named yet, in the first process of a launch only."""
     lost = {caption: words for caption, words in lost.items() if words}
     new = dict.fromkeys(word for words in lost.values() for word in words if word not in _said)
     if not new:
@@ -195,16 +195,11 @@ def _say(
 
 
 def _quote(caption: str) -> str:
-    """The caption in quotes, the end of a long one left out."""
     return repr(caption if len(caption) <= QUOTED_LENGTH else f"{caption[:QUOTED_LENGTH]}…")
 
 
 def check_texts(texts: Iterable[object]) -> None:
-    """Check that all are text that can be encoded.
-
-    Raises:
-        UserError: where one is not.
-    """
+    """Raise a UserError where one of them is not a text that can be encoded."""
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"A prompt must be a text (got {text!r}); give one, or a list of them.")
@@ -212,5 +207,5 @@ def check_texts(texts: Iterable[object]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(
-                f"The prompt {text!r} has a byte in it that is no UTF-8; write it anew in UTF-8."
+                f"The prompt {text!r} has a byte that is not UTF-8; write it again in UTF-8."
             ) from None

@@ -19,13 +19,17 @@ from pathlib import Path
 
 import torch
 
-from adapters import Sampling, load_cascade
+from adapters import Sampling, StageSampling, load_cascade
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
 from benchmarks.random_model import UPSCALER
 from unets.tally import GIB
 
-FEW = Sampling(stage_1_steps=10, stage_2_steps=10, stage_3_steps=10)
+FEW = Sampling(
+    stage_1=StageSampling(steps=10),
+    stage_2=StageSampling(steps=10),
+    stage_3=StageSampling(steps=10),
+)
 PROMPTS = ["a photo of a dog on a beach", "a photo of a cat"]
 
 

@@ -28,8 +28,8 @@ from unets.tally import GIB
 RECIPE = "recipes/dreambooth_6gb.yaml"
 FEWER = (
     *("stage_1.steps=30", "stage_2.steps=20", "validation.every=20", "prior.count=4"),
-    *("prior.sampling.stage_1_steps=5", "prior.sampling.stage_2_steps=5"),
-    *("validation.sampling.stage_1_steps=5", "validation.sampling.stage_2_steps=5"),
+    *("prior.sampling.stage_1.steps=5", "prior.sampling.stage_2.steps=5"),
+    *("validation.sampling.stage_1.steps=5", "validation.sampling.stage_2.steps=5"),
 )
 
 

@@ -20,8 +20,8 @@ import torch
 from diffusers import IFPipeline
 from PIL import Image
 
-from adapters import load_cascade
-from adapters.cascade.sampling import Sampling
+from adapters import Parts, load_cascade
+from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.cascade.tokens import prompt_tokens
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
@@ -61,15 +61,16 @@ def pipeline(model: Path, dtype: torch.dtype, steps: int) -> Draw:
 
 def cascade(model: Path, dtype: str, steps: int) -> Draw:
     """The cascade."""
-    loaded = load_cascade(model, dtype=dtype, text_encoder=False)
+    loaded = load_cascade(model, dtype=dtype, parts=Parts(text_encoder=False))
     width = loaded.stages[1].unet.config.encoder_hid_dim
 
     def draw(count: int) -> Sequence[Image.Image]:
         prompts, negative = embeddings(count, width, PRECISIONS[dtype])
-        settings = Sampling(stage_1_steps=steps, batch_size=count)
-        return loaded.sample(
-            prompts, negative, seeds=range(count), sampling=settings, progress=False
-        ).final
+        settings = Sampling(stage_1=StageSampling(steps=steps), batch_size=count)
+        texts, others = ([f"{word} {row}" for row in range(count)] for word in ("to", "from"))
+        embeds = dict(zip(texts + others, [*prompts, *negative], strict=True))
+        options = {"embeds": embeds, "sampling": settings, "progress": False}
+        return loaded(texts, negative_prompt=others, **options).final
 
     return draw
 

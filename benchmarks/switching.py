@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from adapters import load_cascade
 from adapters.base.signature import BaseSignature
-from adapters.cascade.load import Precision
+from adapters.cascade.load import Parts, Precision
 from adapters.files.export import write_adapter
 from adapters.files.info import AdapterInfo
 from adapters.files.reading import lora_config
@@ -57,8 +57,7 @@ class Switching:
             **{f"stage_{self.stage}": options.model},
             dtype=options.precision,
             device=options.device,
-            originals=options.originals,
-            text_encoder=False,
+            parts=Parts(text_encoder=False, originals=options.originals),
         )
         self.unet = self.cascade.stages[self.stage].unet
         self.recorded = self.cascade.recorded[self.stage]
@@ -173,7 +172,7 @@ class Switching:
             version="",
         )
         place = folder / f"stage_{self.stage}"
-        write_adapter(StageAdapter(place, info, lora_config(state, {}, None), state))
+        write_adapter(StageAdapter(place, info, lora_config(state), state))
         return folder
 
 

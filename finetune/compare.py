@@ -26,8 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         text, scores = compare(recipe)
         sys.stdout.write(text)
-        if recipe.comparison is not None and recipe.comparison.expected is not None:
-            sys.stdout.write(judge(scores, recipe.comparison.expected))
+        expected = recipe.comparison and recipe.comparison.expected
+        if expected and expected.data == recipe.data.source:
+            sys.stdout.write(judge(scores, expected))
+        elif expected:
+            sys.stdout.write(
+                f"Not judged: the expected scores are of {expected.data}, not of"
+                f" {recipe.data.source}.\n"
+            )
 
 
 if __name__ == "__main__":

@@ -81,10 +81,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     activation = recipe.source(pending[0]).unet_config["act_fn"]
     compile_ahead(device, compute_dtype(precision, device), activation)
     with accelerator.main_process_first():
-        pictures = load_pictures(
-            recipe.data, recipe.cache, recipe.crop_px, smaller_px=recipe.smaller_crops_px
-        )
-
+        pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
     if accelerator.is_main_process:
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
 
@@ -115,12 +112,14 @@ def gather(
     recipe: "Recipe", pictures: Sequence["Picture"], accelerator: "Accelerator"
 ) -> "Material":
     """Encode the captions and, for prior preservation, get class pictures."""
-    from finetune.data.captions import captions_of, embed_captions
-    from finetune.data.prior import class_pictures
+    from finetune.data.captions import CaptionCache, collect_captions, embed_captions
+    from finetune.data.prior import ClassPictures
     from finetune.run.loop import Material
 
-    embeds = embed_captions(captions_of(recipe, pictures), recipe, accelerator.device)
-    classes = class_pictures(recipe, embeds, accelerator.device) if recipe.prior else []
+    device = accelerator.device
+    captions = collect_captions(recipe, pictures)
+    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
+    classes = ClassPictures.of(recipe, embeds, device).load() if recipe.prior else []
     return Material(pictures, classes, embeds)
 
 

@@ -20,10 +20,11 @@ from adapters.files.export import save_adapters
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.combination import Combination, Part, combined
 from adapters.merging.in_place import MergedAdapters
+from adapters.tables import format_table
 from unets.graphs import GraphMemory, Replayed
 
 NAMELESS = ("adapters", "stage_1", "stage_2", "adapter_model", "pytorch_lora_weights", "..")
-"""Names of folders and files that say nothing of what an adapter is."""
+"""Names of folders and files that do not tell adapters apart."""
 
 
 class Listing(dict[str, dict[int, float]]):
@@ -44,18 +45,13 @@ class Listing(dict[str, dict[int, float]]):
         ]
 
     def __str__(self) -> str:
-        rows = [("adapter", "stage", "scale", "kind", "from"), *self._rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        header = ("adapter", "stage", "scale", "kind", "from")
+        return format_table([header, *self._rows], left=len(header))
 
-    def known(self, name: str) -> str:
-        """A name, once it is that of a loaded adapter.
-
-        Raises:
-            UserError: where it is not, naming the closest.
-        """
+    def check_loaded(self, name: str) -> None:
+        """Raise a UserError where no loaded adapter has a name, with the closest one."""
         if name in self:
-            return name
+            return
         if not self:
             raise UserError(f"No adapter is called {name!r}, as none is loaded; add it first.")
         (closest,) = difflib.get_close_matches(name, self, n=1, cutoff=0)
@@ -63,18 +59,13 @@ class Listing(dict[str, dict[int, float]]):
             f"No adapter is called {name!r}; did you mean {closest!r}? Loaded: {', '.join(self)}."
         )
 
-    def free(self, name: str) -> str:
-        """A name, once no loaded adapter has it.
-
-        Raises:
-            UserError: where one has.
-        """
+    def check_free(self, name: str) -> None:
+        """Raise a UserError where a loaded adapter has a name."""
         if name in self:
             raise UserError(f"An adapter called {name!r} is loaded already; choose another name.")
-        return name
 
-    def free_name(self, folder: Path) -> str:
-        """A free name after a folder or file, with a number where another adapter has it."""
+    def choose_name(self, folder: Path) -> str:
+        """Choose a free name after a folder or file, numbered where another adapter has it."""
         parts = [part.removesuffix(".safetensors") for part in folder.absolute().parts[1:]]
         telling = (part for part in reversed(parts) if part not in NAMELESS)
         name = next(telling, "adapter")
@@ -92,7 +83,7 @@ Result = TypeVar("Result")
 def alone(
     method: Callable[Concatenate[Any, Of], Result],
 ) -> Callable[Concatenate[Any, Of], Result]:
-    """A method during which no other thread draws with the object or changes it."""
+    """Keep other threads from drawing with an object or changing it during a method."""
 
     @wraps(method)
     def locked(self: Any, /, *args: Of.args, **options: Of.kwargs) -> Result:
@@ -104,16 +95,16 @@ def alone(
 
 @dataclass(kw_only=True)
 class AdaptedStages:
-    """Stages whose UNets take adapters, in place: recorded forward passes read what they become."""
+    """Stages whose UNets take adapters in place, so that recorded forward passes see them."""
 
     stages: Mapping[int, Stage]
     """Stage I and II, by number."""
     base_names: Mapping[int, str]
     """The bases' names, for messages."""
     originals: torch.device | None = None
-    """Where copies of the base's weights are kept, see :class:`MergedAdapters`."""
+    """The device of copies of the base's weights, see :class:`MergedAdapters`."""
     sources: dict[str, str] = field(default_factory=dict, init=False)
-    """Where the loaded adapters came from, as they were named."""
+    """The folder or hub name of each loaded adapter, as it was given."""
     lock: AbstractContextManager[Any] = field(default_factory=RLock, init=False, repr=False)
     """Held by whoever draws with the stages or changes them."""
     merged: dict[int, MergedAdapters] = field(init=False)
@@ -144,9 +135,9 @@ class AdaptedStages:
     def add_adapter(self, folder: str | Path, scale: Scale = 1.0, name: str | None = None) -> str:
         """Load an adapter into the stages that it and this cascade have, and merge it.
 
-        Whether an adapter belongs to a base is decided by the base's weights, not by its name,
-        since folders move and hub repositories are mirrored: the UNet's configuration and a few of
-        its weights, recorded at export, must be those of this cascade's UNet before any merging.
+        An adapter's base is recognised by its weights, not by its name, since folders move and hub
+        repositories are mirrored: the UNet's configuration and a few of its weights, recorded at
+        export, must be those of this cascade's UNet before any merging.
 
         Args:
             folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these,
@@ -175,15 +166,15 @@ class AdaptedStages:
             True
         """
         adapters = self._for_stages(folder)
-        name = name or self.adapters.free_name(Path(folder))
+        name = name or self.adapters.choose_name(Path(folder))
         return self._load(adapters, scale, name, str(folder))
 
     @alone
     def set_adapters(self, scales: Scales) -> None:
         """Switch to adapters that are loaded, each with its scale.
 
-        It takes milliseconds, and no recorded forward pass has to be made anew, but of a quantised
-        base where more is switched on in a layer than at any time before
+        It takes milliseconds, and recorded forward passes stay valid, except on a quantised base
+        where more is switched on in a layer than at any time before
         (:class:`adapters.merging.in_place.Coded`).
 
         Args:
@@ -191,11 +182,10 @@ class AdaptedStages:
                 names alone have the scale 1. What is not named, an adapter or a stage of it, is
                 switched off, and stays loaded.
 
-                A scale takes its part of all that an adapter changes, whatever its kind: half of a
-                DoRA is halfway from W to W merged, and none of it is W. In diffusers'
-                ``set_adapters`` a scale multiplies a DoRA's B A alone and keeps its magnitudes in
-                full, so that both draw the same at the scale 1 only. Of a LoRA, rsLoRA, LoHa and
-                LoKr both mean the same.
+                A scale applies to all that an adapter changes, whatever its kind: half of a DoRA is
+                halfway from W to W merged. In diffusers' ``set_adapters`` a scale multiplies a
+                DoRA's B A alone and keeps its magnitudes in full, so that the two agree at the
+                scale 1 only. For LoRA, rsLoRA, LoHa and LoKr both mean the same.
 
         Raises:
             UserError: where a name is unknown or a scale not finite. Nothing has changed then.
@@ -228,8 +218,7 @@ class AdaptedStages:
                 scale 0 takes no part.
             method: one of :data:`adapters.merging.combination.METHODS`.
             name: what to call it; ``None``: its adapters' names with ``+`` between them.
-            density: this and the rest are settings of
-            :class:`adapters.merging.combination.Combination`.
+            density: see :class:`adapters.merging.combination.Combination`, as for the rest.
             rank: see there.
             majority_sign: see there.
             seed: see there.
@@ -242,7 +231,8 @@ class AdaptedStages:
         """
         how = Combination(method, density, rank, majority_sign, seed)
         factors = self._by_stage(scales)
-        name = self.adapters.free(name or "+".join(factors))
+        name = name or "+".join(factors)
+        self.adapters.check_free(name)
         adapters = {}
         for stage, merged in self.merged.items():
             parts = [
@@ -262,7 +252,7 @@ class AdaptedStages:
         Raises:
             UserError: where the name is unknown, it is no LoRA, or the folder holds something.
         """
-        self.adapters.known(name)
+        self.adapters.check_loaded(name)
         save_adapters(
             {
                 stage: merged.adapters[name]
@@ -279,7 +269,7 @@ class AdaptedStages:
         Raises:
             UserError: where the name is unknown.
         """
-        self.adapters.known(name)
+        self.adapters.check_loaded(name)
         for merged in self.merged.values():
             if name in merged.adapters:
                 merged.remove(name)
@@ -299,7 +289,7 @@ class AdaptedStages:
             recorded.forget()
 
     def _for_stages(self, folder: str | Path) -> dict[int, StageAdapter]:
-        """The adapters of a folder, by stage, where they belong to this cascade's bases."""
+        """Read the adapters of a folder, by stage, and check that they belong to the bases."""
         adapters = StageAdapter.load_all(folder)
         configs = {number: pipe.unet.config for number, pipe in self.stages.items()}
         staged = [(adapter.stage_among(configs), adapter) for adapter in adapters]
@@ -323,7 +313,8 @@ class AdaptedStages:
         self, adapters: Mapping[int, StageAdapter], scale: Scale, name: str, source: str
     ) -> str:
         before = self.adapters
-        factors = by_stage(scale, adapters, self.stages, f"adapter {before.free(name)!r}")
+        before.check_free(name)
+        factors = by_stage(scale, adapters, self.stages, f"adapter {name!r}")
         try:
             for stage, adapter in adapters.items():
                 self.merged[stage].add(name, adapter)
@@ -340,12 +331,12 @@ class AdaptedStages:
             merged.set({name: own[stage] for name, own in factors.items() if stage in own})
 
     def _by_stage(self, scales: Scales) -> dict[str, dict[int, float]]:
-        """Checked scales, by adapter and each of its stages."""
-        listing = self.adapters
-        return {
-            name: by_stage(scale, listing[listing.known(name)], self.stages, f"adapter {name!r}")
-            for name, scale in scaled(scales).items()
-        }
+        """Check scales, and give them by adapter and each of its stages."""
+        loaded, factors = self.adapters, {}
+        for name, scale in scaled(scales).items():
+            loaded.check_loaded(name)
+            factors[name] = by_stage(scale, loaded[name], self.stages, f"adapter {name!r}")
+        return factors
 
 
 def _predict(unet: UNet2DConditionModel, **inputs: Tensor) -> Tensor:

@@ -6,30 +6,29 @@ width. Pixels are in [-1, 1].
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from diffusers import DiffusionPipeline, IFPipeline, StableDiffusionUpscalePipeline
 from torch import Tensor
 
-from adapters.arguments import Scale, check_seeds
+from adapters.arguments import Scale
 from adapters.cascade.adapter_set import AdaptedStages, alone
 from adapters.cascade.checks import check_drawing
-from adapters.cascade.conditioning import Conditioning, Options, Prompt, every_stage, spread, told
+from adapters.cascade.conditioning import Conditioning, Layout, Options, Prompt, lay_out
 from adapters.cascade.drawing import Drawn, Request, draw, upscale
 from adapters.cascade.embeds import look_up
 from adapters.cascade.memory_budget import TEXT
 from adapters.cascade.offload import Placing
-from adapters.cascade.overview import as_html, as_text, overview, precision_of
+from adapters.cascade.overview import COLUMNS, precision_of, tabulate, to_html
 from adapters.cascade.provenance import PictureInfo, signed, used_adapters
 from adapters.cascade.redraw import WAYS, Given, Redraw
 from adapters.cascade.results import CascadeImages
 from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError
 from adapters.pictures.reading import as_pixels
+from adapters.tables import format_table
 from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
-
-EVERY_STAGE = (1, 2, 3)
 
 
 @dataclass(kw_only=True)
@@ -39,26 +38,34 @@ class Cascade(AdaptedStages):
     upscaler: StableDiffusionUpscalePipeline | None
     """Stage III, with its own text encoder."""
     text: IFPipeline | None
-    """The tokenizer and text encoder of Stage I and II; ``None``: embeddings must be given."""
+    """The tokenizer and text encoder of Stage I and II; ``None``: ``embeds`` must be given."""
     placing: Placing
-    """Where its parts are."""
+    """The places of its parts."""
     revision: str | None = None
     """The hub revision of Stage I and II, which saved pictures name."""
     variant: str | None = None
     """The variant of their weights, which saved pictures name."""
 
     def __repr__(self) -> str:
-        return as_text(self._overview())
+        return format_table(self._overview(), left=len(COLUMNS))
 
     def _repr_html_(self) -> str:
-        return as_html(self._overview())
+        return to_html(self._overview())
 
     def _overview(self) -> list[Sequence[str]]:
-        return overview(self._pipelines(), self.text, self.base_names, self.merged)
+        return tabulate(self._pipelines(), self.text, self.base_names, self.merged)
 
     def _pipelines(self) -> dict[int, DiffusionPipeline]:
         """The pipelines of all stages, by number."""
         return dict(self.stages) | ({} if self.upscaler is None else {3: self.upscaler})
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sample":
+            raise AttributeError(
+                "Cascade.sample is now the call itself: cascade(prompts, embeds={prompt: encoding},"
+                " seed=[…])"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @alone
     def __call__(
@@ -67,11 +74,11 @@ class Cascade(AdaptedStages):
         *,
         stage_2_prompt: Prompt | None = None,
         stage_3_prompt: Prompt | None = None,
-        negative_prompt: str | None = None,
-        seed: int = 0,
+        negative_prompt: Prompt | None = None,
+        seed: int | Sequence[int] = 0,
         images_per_prompt: int = 1,
         sampling: Sampling | None = None,
-        low_res: Given | None = None,
+        low_res: Given | Tensor | None = None,
         redraw: Redraw | None = None,
         embeds: Mapping[str, Tensor] | None = None,
         clean_caption: bool = True,
@@ -79,70 +86,79 @@ class Cascade(AdaptedStages):
     ) -> CascadeImages:
         """Sample pictures of prompts.
 
+        Each picture draws from generators of its own, so it does not depend on its neighbours in a
+        batch (beyond rounding), and Stage II's noise does not depend on Stage I's steps.
+
         Args:
             prompt: one prompt, or several.
-            stage_2_prompt: what Stage II is told instead, once for all prompts or for each: often
-                the prompt without a subject's identifier; ``None``: the same as Stage I.
-            stage_3_prompt: what Stage III is told instead; ``None``: the same as Stage II.
-            negative_prompt: what guidance leads away from; ``None``: the empty caption.
-            seed: the first picture's seed; each further picture's is one more.
+            stage_2_prompt: Stage II's, one for all prompts or one for each: often the prompt
+                without a subject's identifier; ``None``: Stage I's.
+            stage_3_prompt: Stage III's, likewise; ``None``: Stage II's.
+            negative_prompt: prompts that guidance leads away from, one for all or one for each;
+                ``None``: the empty caption.
+            seed: the first picture's seed, each further picture's being one more; or a seed for
+                each picture.
             images_per_prompt: how many pictures of each prompt, one after the other.
             sampling: steps and guidance; ``None``: the published pipelines' defaults.
-            low_res: square pictures to enlarge, or their files, one for all prompts or one for
-                each; Stage I is not run.
+            low_res: square pictures to enlarge, their files, or [N, 3, s, s] in [-1, 1], one for
+                all prompts or one for each; Stage I is not run.
             redraw: pictures to start from, one for all prompts or one for each; :meth:`img2img`
                 and :meth:`inpaint` make it.
-            embeds: encodings [T, D] of all prompts that Stage I and II are told, and of what
-                guidance leads away from, such as :func:`adapters.cascade.embeds.load_embeds` reads;
-                ``None``: this cascade's text encoder makes them.
+            embeds: encodings [T, D] of all prompts of Stage I and II, and of negative prompts (the
+                empty caption), such as :func:`load_embeds` reads; ``None``: this cascade's text
+                encoder makes them.
             clean_caption: clean prompts as IF's pipelines do by default, which drops words such as
-                ``<sks>``, ``j0hn``, ``#3`` and all Chinese; of ``embeds``, whether theirs were.
+                ``<sks>``, ``j0hn``, ``#3`` and all Chinese; with ``embeds``, whether their prompts
+                were cleaned.
             progress: show progress bars.
 
         Raises:
-            UserError: where there is nothing to draw or cleaning empties a prompt, and as
-                :meth:`sample`.
+            UserError: where there is nothing to draw, cleaning empties a prompt, Stage I is needed
+                and absent, a setting exceeds what a stage's scheduler knows, or numbers or shapes
+                do not match.
 
         Example:
-            >>> few = Sampling(stage_1_steps=4, stage_2_steps=2)
+            >>> few = Sampling(stage_1=StageSampling(steps=4), stage_2=StageSampling(steps=2))
             >>> images = cascade("a car on a pink background", images_per_prompt=2, sampling=few)
             >>> images
             CascadeImages(2 pictures, 32 → 128 px, of 'a car on a pink background')
             >>> images[0].save("car.png")
         """
-        check_seeds([seed])
-        check_texts([negative_prompt or ""])
-        given = {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}
-        prompts = told(given, images_per_prompt)
-        count = len(prompts[1])
-        each = count // images_per_prompt, images_per_prompt
+        if not isinstance(sampling, Sampling | None):
+            raise UserError(f"sampling must be a Sampling(...) (got {sampling!r}); make one.")
+        layout, prompts = lay_out(
+            {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}, images_per_prompt
+        )
+        negative = (
+            [negative_prompt or ""] if isinstance(negative_prompt, str | None) else negative_prompt
+        )
+        check_texts(negative)
+        negatives = layout.spread(negative, "negative prompts")
+        seeds = layout.seeds(seed)
         if redraw is not None:
-            redraw = redraw.take(spread(range(len(redraw)), *each, "pictures to start from"))
+            redraw = redraw.take(layout.spread(range(len(redraw)), "pictures to start from"))
+        below = None if low_res is None else _pixels_below(low_res, layout)
         if embeds is None:
-            encoded = {negative_prompt or "": "negative_prompt"}
+            encoded = dict.fromkeys(negatives, "negative_prompt")
             encoded |= dict.fromkeys(prompts[2], "stage_2_prompt")
             encoded |= dict.fromkeys(prompts[1], "the prompt")
             self._check_captions(encoded, clean_caption)
-        below = None
-        if low_res is not None:
-            below = as_pixels(spread(Redraw.of(low_res).pictures, *each, "low_res pictures"))
         encodings = {
             texts: self._encodings(texts, embeds, clean_caption)
-            for texts in dict.fromkeys([prompts[1], prompts[2]])
+            for texts in dict.fromkeys([prompts[1], prompts[2], negatives])
         }
-        negative = self._encodings([negative_prompt or ""], embeds, clean_caption)
-        return self.sample(
-            {stage: encodings[prompts[stage]] for stage in (1, 2)},
-            negative.expand(count, -1, -1),
-            seeds=range(seed, seed + count),
-            sampling=sampling,
-            low_res=below,
-            redraw=redraw,
+        conditioning = Conditioning(
             prompts=prompts,
-            negative_prompt=negative_prompt,
+            prompt_embeds={stage: encodings[prompts[stage]] for stage in (1, 2)},
+            negative_prompts=negatives,
+            negative_embeds=encodings[negatives],
+            seeds=seeds,
             clean_caption=clean_caption,
-            progress=progress,
+            redraw=redraw,
         )
+        sampling = self.placing.limited(sampling or WAYS[conditioning.way].sampling)
+        check_drawing(self._pipelines(), conditioning, sampling, below)
+        return self._draw(conditioning, sampling, below, progress)
 
     def img2img(
         self,
@@ -166,7 +182,7 @@ class Cascade(AdaptedStages):
                 is out of range or leaves no steps.
 
         Example:
-            >>> few = Sampling(stage_1_steps=4, stage_2_steps=2)
+            >>> few = Sampling(stage_1=StageSampling(steps=4), stage_2=StageSampling(steps=2))
             >>> car = cascade("a car on a pink background", sampling=few)[0].final
             >>> cascade.img2img(car, "a bus on a pink background", strength=0.5, sampling=few)
             CascadeImages(1 picture, 32 → 128 px, of 'a bus on a pink background')
@@ -182,11 +198,11 @@ class Cascade(AdaptedStages):
         strength: Scale | None = None,
         **options: Unpack[Options],
     ) -> CascadeImages:
-        """Sample what is masked of given pictures anew, with diffusers' own pipelines.
+        """Draw the masked part of given pictures again, with diffusers' own pipelines.
 
         Args:
             picture: one for all prompts, or one for each, all of one size; or files of them.
-            mask: of the picture's size: what is white is drawn anew, and what is black stays.
+            mask: of the picture's size: white is drawn again, black stays.
             prompt: one prompt, or several.
             strength: as :meth:`img2img`.
             **options: as :meth:`__call__` takes them.
@@ -195,7 +211,7 @@ class Cascade(AdaptedStages):
             UserError: as :meth:`img2img`, and where there is no mask.
         """
         if mask is None:
-            raise UserError("There is no mask; give one, or call img2img to draw all of it anew.")
+            raise UserError("There is no mask; give one, or call img2img to draw all of it again.")
         return self(prompt, redraw=Redraw.of(picture, mask, strength), **options)
 
     @alone
@@ -209,8 +225,8 @@ class Cascade(AdaptedStages):
         """
         if self.text is None:
             raise UserError(
-                "This cascade was loaded without a text encoder; load it with text_encoder=True, or"
-                " hand sample() the embeddings."
+                "This cascade was loaded without a text encoder; load it with its text encoder, or"
+                " give embeds."
             )
         check_texts(prompts)
         self._check_captions(dict.fromkeys(prompts, "the prompt"), clean_caption)
@@ -221,7 +237,7 @@ class Cascade(AdaptedStages):
         return embeds
 
     def _check_captions(self, captions: Mapping[str, str], clean_caption: bool) -> None:
-        """Refuse prompts that cleaning empties, and say which words are lost of others."""
+        """Refuse prompts that cleaning empties, and say which words others lose."""
         check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
         if self.text is not None:
             check_vocabulary(captions, self.text.tokenizer, clean_caption=clean_caption)
@@ -229,67 +245,12 @@ class Cascade(AdaptedStages):
     def _encodings(
         self, texts: Sequence[str], embeds: Mapping[str, Tensor] | None, clean_caption: bool
     ) -> Tensor:
-        """Of each picture's text, [N, T, D]; what is the same is encoded once."""
+        """Encode each picture's text, [N, T, D]; equal texts are encoded once."""
         if embeds is not None:
             return look_up(embeds, texts)
         distinct = list(dict.fromkeys(texts))
         rows = [distinct.index(text) for text in texts]
         return self.encode(distinct, clean_caption=clean_caption)[rows]
-
-    @alone
-    def sample(
-        self,
-        prompt_embeds: Tensor | Mapping[int, Tensor],
-        negative_embeds: Tensor,
-        *,
-        seeds: Sequence[int],
-        sampling: Sampling | None = None,
-        low_res: Tensor | None = None,
-        redraw: Redraw | None = None,
-        prompts: Sequence[str] | Mapping[int, Sequence[str]] = (),
-        negative_prompt: str | None = None,
-        clean_caption: bool = True,
-        progress: bool = True,
-    ) -> CascadeImages:
-        """Sample pictures from text embeddings.
-
-        Each picture draws from generators of its own, so it does not depend on its neighbours in a
-        batch (beyond rounding), and Stage II's noise does not depend on Stage I's steps.
-
-        Args:
-            prompt_embeds: [N, T, D], or these by stage; Stage II has Stage I's if not its own.
-            negative_embeds: [N, T, D], what guidance leads away from: the encoding of ``""``.
-            seeds: of each picture, N.
-            sampling: steps and guidance; ``None``: the published pipelines' defaults.
-            low_res: [N, 3, s, s] in [-1, 1]: upsample these; Stage I is not run.
-            redraw: pictures to start from, N.
-            prompts: N, or these by stage, where a stage has that of the one before if not its own;
-                Stage III reads them, and the result names them.
-            negative_prompt: of Stage III.
-            clean_caption: whether the encoded prompts were cleaned, which the result says.
-            progress: show progress bars.
-
-        Raises:
-            UserError: where Stage I is needed and absent, Stage III lacks prompts, a setting
-                exceeds what a stage's scheduler knows, or numbers or shapes do not go together.
-        """
-        if not isinstance(sampling, Sampling | None):
-            raise UserError(f"sampling must be a Sampling(...) (got {sampling!r}); make one.")
-        check_seeds(seeds)
-        embeds = prompt_embeds if isinstance(prompt_embeds, Mapping) else {1: prompt_embeds}
-        texts = prompts if isinstance(prompts, Mapping) else {1: prompts} if prompts else {}
-        conditioning = Conditioning(
-            prompt_embeds=every_stage(embeds, (1, 2)),
-            negative_embeds=negative_embeds,
-            seeds=tuple(map(int, seeds)),
-            prompts=every_stage(texts, EVERY_STAGE),
-            negative_prompt=negative_prompt,
-            clean_caption=clean_caption,
-            redraw=redraw,
-        )
-        sampling = self.placing.limited(sampling or WAYS[conditioning.way].sampling)
-        check_drawing(self._pipelines(), conditioning, sampling, low_res)
-        return self._draw(conditioning, sampling, low_res, progress)
 
     def _draw(
         self,
@@ -326,7 +287,7 @@ class Cascade(AdaptedStages):
             stage_1=pictures.get(1, ()),
             stage_2=pictures.get(2, ()),
             stage_3=pictures.get(3, ()),
-            prompts=tuple(conditioning.prompts.get(1, ())),
+            prompts=tuple(conditioning.prompts[1]),
             seeds=tuple(conditioning.seeds),
             low_res=first.float().cpu(),
             flagged=tuple(any(stages) for stages in zip(*flags, strict=True)),
@@ -336,10 +297,9 @@ class Cascade(AdaptedStages):
     def _infos(
         self, conditioning: Conditioning, sampling: Sampling, drawn: Collection[int]
     ) -> tuple[PictureInfo, ...]:
-        """What each picture was drawn with, by the stages that drew."""
+        """Describe what each picture was drawn with, by the stages that drew."""
         info = PictureInfo(
             stage=max(drawn),
-            negative_prompt=conditioning.negative_prompt,
             clean_caption=conditioning.clean_caption,
             models={stage: self.base_names[stage] for stage in drawn},
             revision=self.revision,
@@ -353,7 +313,16 @@ class Cascade(AdaptedStages):
             strength=dict(conditioning.strength),
         )
         prompts = {n: texts for n, texts in conditioning.prompts.items() if n in drawn}
-        return tuple(info.of_each(conditioning.seeds, prompts))
+        return tuple(info.of_each(conditioning.seeds, prompts, conditioning.negative_prompts))
+
+
+def _pixels_below(given: Given | Tensor, layout: Layout) -> Tensor:
+    """Pictures to enlarge, [N, 3, s, s] in [-1, 1]; the shape of tensors is checked later."""
+    if not isinstance(given, Tensor):
+        return as_pixels(layout.spread(Redraw.of(given).pictures, "low_res pictures"))
+    if given.dim() != 4:
+        return given
+    return given[list(layout.spread(range(len(given)), "low_res pictures"))]
 
 
 def _out_of_memory(stage: int, conditioning: Conditioning, sampling: Sampling) -> UserError:

@@ -1,4 +1,4 @@
-"""What pictures are drawn from: text for each stage, seeds, and pictures to start from."""
+"""Conditioning: text for each stage, seeds, and pictures to start from."""
 
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, TypedDict, TypeVar
 
 from torch import Tensor
 
+from adapters.arguments import check_seeds
 from adapters.cascade.redraw import Given, Redraw, Way
 from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError
@@ -20,35 +21,34 @@ Prompt: TypeAlias = str | Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What N pictures are drawn from; a slice of it is what some of them are.
+    """The text, seeds and pictures that N pictures are drawn from; a slice is that of some of them.
 
     Shapes: T text tokens, D text width.
     """
 
+    prompts: Mapping[int, Sequence[str]]
+    """N, by stage: what is encoded for Stage I and II, and what Stage III reads itself."""
     prompt_embeds: Mapping[int, Tensor]
     """[N, T, D], for Stage I and II."""
+    negative_prompts: Sequence[str]
+    """N, what guidance leads away from."""
     negative_embeds: Tensor
-    """[N, T, D], what guidance leads away from."""
+    """[N, T, D], their encodings."""
     seeds: Sequence[int]
     """N, of each picture."""
-    prompts: Mapping[int, Sequence[str]]
-    """N, by stage: what is encoded for Stage I and II, and what Stage III reads itself; none where
-    only encodings were given."""
-    negative_prompt: str | None = None
-    """What ``negative_embeds`` encode, for Stage III; ``None``: the empty caption."""
     clean_caption: bool = True
-    """Whether the encoded prompts were cleaned, for what pictures say of themselves."""
+    """True where the encoded prompts were cleaned, which saved pictures record."""
     redraw: Redraw | None = None
     """Pictures to start from, N; ``None``: pictures start from noise."""
 
     @property
     def way(self) -> Way:
-        """What the pictures are drawn from."""
+        """The kind of drawing: from text alone, or from pictures."""
         return "text" if self.redraw is None else self.redraw.way
 
     @property
     def strength(self) -> Mapping[int, float]:
-        """How far Stage I and II go from given pictures; none from text alone."""
+        """The strength of Stage I and II; empty from text alone."""
         return {} if self.redraw is None else self.redraw.strength
 
     def __len__(self) -> int:
@@ -56,19 +56,19 @@ class Conditioning:
 
     def __getitem__(self, rows: slice) -> "Conditioning":
         return Conditioning(
+            prompts={stage: texts[rows] for stage, texts in self.prompts.items()},
             prompt_embeds={stage: embeds[rows] for stage, embeds in self.prompt_embeds.items()},
+            negative_prompts=self.negative_prompts[rows],
             negative_embeds=self.negative_embeds[rows],
             seeds=self.seeds[rows],
-            prompts={stage: texts[rows] for stage, texts in self.prompts.items()},
-            negative_prompt=self.negative_prompt,
             clean_caption=self.clean_caption,
             redraw=None if self.redraw is None else self.redraw.take(range(len(self))[rows]),
         )
 
     def arguments(self, stage: int) -> dict[str, Any]:
-        """What a stage's pipeline takes of it, by its names for them."""
+        """The arguments of a stage's pipeline, by its names for them."""
         if stage not in self.prompt_embeds:
-            negative = [self.negative_prompt or ""] * len(self)
+            negative = list(self.negative_prompts)
             return {"prompt": list(self.prompts[stage]), "negative_prompt": negative}
         text = {
             "prompt_embeds": self.prompt_embeds[stage],
@@ -78,31 +78,76 @@ class Conditioning:
 
 
 class Options(TypedDict, total=False):
-    """What :meth:`Cascade.__call__` takes beside the prompt and pictures to start from."""
+    """Options of :meth:`Cascade.__call__` beside the prompt and pictures to start from."""
 
     stage_2_prompt: Prompt | None
     stage_3_prompt: Prompt | None
-    negative_prompt: str | None
-    seed: int
+    negative_prompt: Prompt | None
+    seed: int | Sequence[int]
     images_per_prompt: int
     sampling: Sampling | None
-    low_res: Given | None
+    low_res: Given | Tensor | None
     embeds: Mapping[str, Tensor] | None
     clean_caption: bool
     progress: bool
 
 
-def told(prompts: Mapping[int, Prompt | None], each: int) -> dict[int, tuple[str, ...]]:
-    """What each stage is told to draw, once a picture.
+@dataclass(frozen=True)
+class Layout:
+    """The number of prompts, and of pictures of each, one after the other."""
+
+    prompts: int
+    each: int
+
+    def spread(self, given: Sequence[Item], what: str) -> tuple[Item, ...]:
+        """One item for each picture, of one for all prompts or one for each of them.
+
+        Raises:
+            UserError: where they are neither; ``what`` names them in the message.
+        """
+        if len(given) not in (1, self.prompts):
+            raise UserError(
+                f"The {what} must be one for all prompts, or one for each of the {self.prompts}"
+                f" (got {len(given)})."
+            )
+        per_prompt = given if len(given) == self.prompts else list(given) * self.prompts
+        return tuple(item for item in per_prompt for _ in range(self.each))
+
+    def seeds(self, seed: int | Sequence[int]) -> tuple[int, ...]:
+        """The seed of each picture: each further one's is one more, or they are given.
+
+        Raises:
+            UserError: where there are fewer or more, or one cannot seed a generator.
+        """
+        count = self.prompts * self.each
+        if isinstance(seed, numbers.Integral):
+            check_seeds([seed, int(seed) + count - 1])
+            return tuple(range(int(seed), int(seed) + count))
+        seeds: Sequence[int] = list(seed) if isinstance(seed, Iterable) else [seed]
+        check_seeds(seeds)
+        if len(seeds) != count:
+            raise UserError(
+                f"The seeds must be one number, or one for each of the {count} pictures (got"
+                f" {len(seeds)})."
+            )
+        return tuple(map(int, seeds))
+
+
+def lay_out(
+    prompts: Mapping[int, Prompt | None], each: int
+) -> tuple[Layout, dict[int, tuple[str, ...]]]:
+    """Spread prompts over pictures and stages.
 
     Args:
-        prompts: by stage: of Stage I; of the others once for all of its prompts, or for each, or
-            ``None``: as the stage before.
-        each: how many pictures of each prompt, one after the other.
+        prompts: by stage: those of Stage I; of the others once for all of its prompts, or for each,
+            or ``None``: as the stage before.
+        each: how many pictures of each prompt.
+
+    Returns:
+        The layout, and each picture's prompt by stage.
 
     Raises:
-        UserError: where there are none, one is no text, or there is another number of a later
-            stage.
+        UserError: where there are none, one is not a text, or a later stage has another number.
     """
     given = {stage: own for stage, own in prompts.items() if own is not None or stage == 1}
     texts: dict[int, list[Any]] = {
@@ -116,34 +161,11 @@ def told(prompts: Mapping[int, Prompt | None], each: int) -> dict[int, tuple[str
             "There is nothing to draw; give a prompt, and images_per_prompt as a whole number from"
             f" 1 (got {each!r})."
         )
-    every = every_stage(texts, tuple(prompts))
-    return {n: spread(own, count, each, f"prompts for Stage {n}") for n, own in every.items()}
-
-
-def every_stage(given: Mapping[int, Item], stages: Sequence[int]) -> dict[int, Item]:
-    """By stage; one that is not named has what the stage before it has."""
-    if not given:
-        return {}
-    named = {stage: max((n for n in given if n <= stage), default=min(given)) for stage in stages}
-    return {stage: given[name] for stage, name in named.items()}
-
-
-def spread(given: Sequence[Item], prompts: int, each: int, what: str) -> tuple[Item, ...]:
-    """One item for each picture.
-
-    Args:
-        given: one for all prompts, or one for each of them.
-        prompts: how many prompts there are.
-        each: how many pictures of each prompt, one after the other.
-        what: the items, for the message.
-
-    Raises:
-        UserError: where they are neither.
-    """
-    if len(given) not in (1, prompts):
-        raise UserError(
-            f"The {what} must be one for all prompts, or one for each of the {prompts} (got"
-            f" {len(given)})."
+    layout = Layout(count, int(each))
+    every: dict[int, tuple[str, ...]] = {}
+    for stage in prompts:
+        own = texts.get(stage)
+        every[stage] = (
+            every[stage - 1] if own is None else layout.spread(own, f"prompts for Stage {stage}")
         )
-    per_prompt = given if len(given) == prompts else list(given) * prompts
-    return tuple(item for item in per_prompt for _ in range(each))
+    return layout, every

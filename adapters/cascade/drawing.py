@@ -33,14 +33,14 @@ class Drawn:
 
     pictures: tuple[Image.Image, ...]
     flagged: tuple[bool, ...]
-    """Which of them a safety checker has blackened."""
+    """True where a safety checker has blackened a picture."""
     pixels: Tensor | None = None
     """[N, 3, S, S] on the CPU, before quantisation and watermark; not of Stage III."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a stage is to draw, and how."""
+    """A stage's order: conditioning, settings, pictures to enlarge."""
 
     stage: int
     conditioning: Conditioning
@@ -48,7 +48,7 @@ class Request:
     below: Tensor | None
     """[N, 3, s, s], the pictures to enlarge; ``None``: of Stage I."""
     progress: bool
-    """Whether to show a progress bar for each batch."""
+    """Show a progress bar for each batch."""
 
     def batches(self) -> Iterator["Request"]:
         """The same for each batch of ``sampling.batch_size`` pictures."""
@@ -58,9 +58,9 @@ class Request:
             yield replace(self, conditioning=self.conditioning[rows], below=below)
 
     def arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
-        """What the stage's pipeline takes; sets up its progress bar.
+        """Make the arguments of the stage's pipeline, and set up its progress bar.
 
-        One generator a picture, on the CPU so that every device draws the same.
+        Each picture has a generator, on the CPU so that every device draws the same.
         """
         bar = {"desc": f"Stage {self.stage}", "disable": not self.progress, "leave": False}
         pipe.set_progress_bar_config(**bar)
@@ -75,7 +75,7 @@ def draw(pipe: Stage, request: Request, recorded: Replayed[Tensor]) -> Drawn:
     """Draw with Stage I or II, from noise or from given pictures.
 
     Args:
-        pipe: the stage's pipeline; from given pictures, one for that draws with its modules.
+        pipe: the stage's pipeline; to draw from given pictures, one for that shares its modules.
         request: what to draw.
         recorded: the UNet's forward pass.
     """
@@ -106,7 +106,7 @@ def upscale(pipe: StableDiffusionUpscalePipeline, request: Request) -> Drawn:
 
 
 def finish(pipe: Stage, pixels: Tensor) -> tuple[list[Image.Image], list[bool]]:
-    """Pictures as the pipeline finishes them: checked by its safety checker, then watermarked.
+    """Finish pictures as the pipeline does: by its safety checker, then its watermarker.
 
     Steps 8 to 11 of ``IFPipeline.__call__``, which it takes for ``output_type="pil"`` only.
 
@@ -115,7 +115,7 @@ def finish(pipe: Stage, pixels: Tensor) -> tuple[list[Image.Image], list[bool]]:
         pixels: [N, 3, S, S].
 
     Returns:
-        The pictures, and which of them were blackened.
+        The pictures, and True for those that were blackened.
     """
     images = (pixels / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
     dtype = pipe.unet.dtype if pipe.safety_checker is None else pipe.safety_checker.dtype
@@ -130,7 +130,7 @@ def finish(pipe: Stage, pixels: Tensor) -> tuple[list[Image.Image], list[bool]]:
 
 @contextmanager
 def evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
-    """A UNet in training samples without dropout."""
+    """Sample from a UNet in training without its dropout."""
     training = unet.training
     unet.eval()
     try:
@@ -141,7 +141,7 @@ def evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
 
 @contextmanager
 def replaying(unet: UNet2DConditionModel, recorded: Replayed[Tensor]) -> Iterator[None]:
-    """A UNet whose forward pass, as IF's pipelines call it, is replayed."""
+    """Replay a UNet's forward pass, as IF's pipelines call it."""
 
     def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor]:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}

@@ -36,7 +36,7 @@ def save_embeds(path: str | Path, prompts: Sequence[str], embeds: Tensor) -> Non
         >>> embeds = load_embeds("car.safetensors")
         >>> list(embeds)
         ['a car on a pink background', '']
-        >>> few = Sampling(stage_1_steps=4, stage_2_steps=2)
+        >>> few = Sampling(stage_1=StageSampling(steps=4), stage_2=StageSampling(steps=2))
         >>> cascade(prompts[0], embeds=embeds, sampling=few)
         CascadeImages(1 picture, 32 → 128 px, of 'a car on a pink background')
     """
@@ -81,13 +81,18 @@ def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
                 f"There is no encoding of {prompt!r} among those given; encode it too"
                 f" ({closest(repr(prompt), known)})."
             )
-    shapes = dict.fromkeys(tuple(embeds[prompt].shape) for prompt in prompts)
-    if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
-        found = ", ".join(str(list(shape)) for shape in shapes)
+    forms = dict.fromkeys(map(_describe, (embeds[prompt] for prompt in prompts)))
+    if len(forms) > 1 or not all("float" in form and form.count(",") == 1 for form in forms):
         raise UserError(
-            f"Encodings must each be [tokens, width], and all of one shape (found {found}); make"
-            " them with one text encoder."
+            "Encodings must be floating-point numbers [tokens, width], all of one shape (found"
+            f" {' and '.join(forms)}); make them with one text encoder."
         )
+    for prompt in prompts:
+        if not embeds[prompt].isfinite().all():
+            raise UserError(
+                f"The encoding of {prompt!r} has values that are not finite; encode it again, T5"
+                " not in fp16."
+            )
     for prompt in filter(None, prompts):
         if "" in embeds and torch.equal(embeds[prompt], embeds[""]):
             raise UserError(
@@ -95,3 +100,9 @@ def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
                 " all of its words; encode it with `python -m adapters.encode --no-clean-caption`."
             )
     return torch.stack([embeds[prompt] for prompt in prompts])
+
+
+def _describe(given: object) -> str:
+    if not isinstance(given, Tensor):
+        return type(given).__name__
+    return f"{given.dtype} {list(given.shape)}"

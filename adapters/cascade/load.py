@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -38,21 +40,45 @@ Adapters: TypeAlias = (
 """Exported folders or hub names, one or several, or these with the scale of each."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a cascade that are loaded, and those that are brought along."""
+
+    text_encoder: bool = True
+    """Load the text encoder of Stage I (of Stage II where that is alone); without it, ``embeds``
+    must be given."""
+    unets: Mapping[int, UNet2DConditionModel] = field(default_factory=dict)
+    """UNets to sample from instead of loading them, by stage; they keep their precision."""
+    originals: Literal["device", "cpu"] = "device"
+    """The place of the base's own values of weights that adapters change: beside the UNet, so that
+    adapters are switched in milliseconds, or on the ``cpu``, which saves that memory
+    (:class:`adapters.merging.in_place.MergedAdapters`) and takes a transfer each time."""
+
+
+MOVED = MappingProxyType(
+    {
+        "scale": "give the scale of each adapter, adapters={folder: scale}",
+        "text_encoder": "give parts=Parts(text_encoder=…)",
+        "unets": "give parts=Parts(unets=…)",
+        "originals": "give parts=Parts(originals=…)",
+    }
+)
+"""Parameters of version 0.1 that :func:`load_cascade` no longer has, and what replaces them."""
+
+
 def load_cascade(
     stage_1: str | Path | None = None,
     stage_2: str | Path | None = None,
     stage_3: str | Path | None = None,
     *,
-    adapters: Adapters = (),
-    scale: Scale = 1.0,
-    originals: Literal["device", "cpu"] = "device",
     revision: str | None = None,
     variant: str | None = None,
+    adapters: Adapters = (),
     device: str | torch.device = "auto",
     dtype: Chosen | Mapping[int, Chosen] = "auto",
     memory: str | None = None,
-    text_encoder: bool = True,
-    unets: Mapping[int, UNet2DConditionModel] | None = None,
+    parts: Parts | None = None,
+    **moved: object,
 ) -> Cascade:
     """Load a cascade with diffusers' own pipelines, guards and all.
 
@@ -62,27 +88,23 @@ def load_cascade(
         stage_2: Stage II, likewise.
         stage_3: the x4 upscaler, likewise. It is guarded by the modules of the stage before it, as
             the published cascade's is.
-        adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
-            or these with the scale of each, see :meth:`Cascade.add_adapter`.
-        scale: of adapters that are given without: in all stages or by stage, 0 in those not named.
-        originals: where the base's own values of the weights that adapters change are kept: beside
-            the UNet, so that adapters are switched in milliseconds, or on the ``cpu``, which saves
-            that memory (:class:`adapters.merging.in_place.MergedAdapters`) and takes a transfer
-            each time.
         revision: the hub revision of Stage I and II where their names have none.
-        variant: the weights' variant of Stage I and II, such as ``fp16``; what has none is read
-            from its plain files, and that is told.
+        variant: the weights' variant of Stage I and II, such as ``fp16``; components without it are
+            read from their plain files, and a message says so.
+        adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
+            or these with the scale of each (``{"runs/dog/adapters": 0.8}``), see
+            :meth:`Cascade.add_adapter`.
         device: ``auto``: the GPU where there is one.
         dtype: the precision of the UNets, or of each stage's; ``auto``: bf16 on a GPU, fp32
             elsewhere. The text encoder of fp16 UNets is bf16, as T5-XXL overflows in fp16, and
             that of quantised ones is not quantised.
-        memory: a GPU's, such as ``6GB``: precisions, which parts rest in main memory while others
-            work, and how many pictures are drawn at once are chosen such that all stays within
-            it, and told (:mod:`adapters.cascade.memory_budget`). ``adapters`` are counted, and
+        memory: a GPU's memory to stay within, such as ``6GB``: precisions, the parts that rest in
+            main memory while others work, and how many pictures are drawn at once are chosen for
+            it, and printed (:mod:`adapters.cascade.memory_budget`). ``adapters`` are counted, and
             those that are added later come on top. PyTorch gets no more of the GPU in this process
-            until a cascade is loaded without. ``None``: all is on the device.
-        text_encoder: whether to load the text encoder of Stage I (of Stage II where that is alone).
-        unets: UNets to sample from instead of loading them, by stage; they keep their precision.
+            until a cascade is loaded without it. ``None``: everything is on the device.
+        parts: what is loaded, and what is brought along; ``None``: everything is loaded.
+        **moved: parameters of earlier versions, which are errors that name the new ones.
 
     Raises:
         UserError: where a model, an adapter or the device is not there or does not fit.
@@ -96,6 +118,8 @@ def load_cascade(
         text encoder  T5EncoderModel                    0.5 M       float32    cpu
         guards        none
     """
+    _check_names(moved)
+    parts = parts or Parts()
     device = available(device)
     named = {1: stage_1, 2: stage_2, 3: stage_3}
     sources = {
@@ -103,15 +127,15 @@ def load_cascade(
         for number in (1, 2)
         if named[number] is not None
     }
-    _check_options(sources, originals, memory, unets or {})
+    _check_options(sources, parts, memory)
     everything = sources | ({} if stage_3 is None else {3: Source(str(stage_3), 3)})
-    scaled = _scaled(adapters, scale)
+    scaled = _scaled(adapters)
     folders = [folder for folder, _ in scaled]
-    placing, precisions = _placed(everything, memory, dtype, device, text_encoder, folders)
+    placing, precisions = _place(everything, memory, dtype, device, parts.text_encoder, folders)
     stages, dtypes = {}, {}
     for number, source in sources.items():
         dtypes[number] = compute_dtype(precisions[number], device)
-        unet = (unets or {}).get(number) or source.unet(precisions[number], device)
+        unet = parts.unets.get(number) or source.unet(precisions[number], device)
         no_text = {"text_encoder": None, "tokenizer": None}
         stages[number] = source.pipeline(dtypes[number], **no_text, unet=unet)
         placing.settle(f"stage_{number}", stages[number])
@@ -122,9 +146,9 @@ def load_cascade(
     cascade = Cascade(
         stages=stages,
         base_names={number: str(named[number]) for number in everything},
-        originals=torch.device("cpu") if originals == "cpu" or memory else None,
+        originals=torch.device("cpu") if parts.originals == "cpu" or memory else None,
         upscaler=upscaler,
-        text=_text(sources[min(sources)], precisions[0], placing) if text_encoder else None,
+        text=_text(sources[min(sources)], precisions[0], placing) if parts.text_encoder else None,
         placing=placing,
         revision=revision,
         variant=variant,
@@ -134,37 +158,41 @@ def load_cascade(
     return cascade
 
 
-def _check_options(
-    sources: Collection[int],
-    originals: str,
-    memory: str | None,
-    unets: Mapping[int, UNet2DConditionModel],
-) -> None:
-    """There is a stage to load, and options are known and go together."""
+def _check_names(moved: Mapping[str, object]) -> None:
+    for name in moved:
+        if name not in MOVED:
+            raise TypeError(f"load_cascade() got an unexpected keyword argument {name!r}")
+        raise UserError(f"load_cascade takes no {name} any more: {MOVED[name]}.")
+
+
+def _check_options(sources: Collection[int], parts: Parts, memory: str | None) -> None:
+    """Check that there is a stage to load, and that options are known and compatible."""
     if not sources:
         raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
-    if originals not in ("device", "cpu"):
-        raise UserError(f"originals must be device or cpu (got {originals!r}); choose one of them.")
-    if odd := sorted(unets.keys() - sources):
+    if parts.originals not in ("device", "cpu"):
+        raise UserError(
+            f"originals must be device or cpu (got {parts.originals!r}); choose one of them."
+        )
+    if odd := sorted(parts.unets.keys() - sources):
         raise UserError(
             f"unets has one for Stage {odd[0]}, which is not named; name its model too."
         )
     if memory is not None:
         memory_bytes(memory)
-    if memory and unets:
+    if memory and parts.unets:
         raise UserError(
             f"memory={memory!r} loads UNets itself, in precisions that fit; leave memory or unets"
             " out."
         )
 
 
-def _scaled(adapters: Adapters, scale: Scale) -> list[tuple[str | Path, Scale]]:
-    """Adapters with the scale of each."""
+def _scaled(adapters: Adapters) -> list[tuple[str | Path, Scale]]:
+    """Adapters with the scale of each, 1 where none is given."""
     if isinstance(adapters, Mapping):
         return list(adapters.items())
     several = [adapters] if isinstance(adapters, str) else adapters
     each_or_pair = several if isinstance(several, Sequence) else [several]
-    return [each if isinstance(each, tuple) else (each, scale) for each in each_or_pair]
+    return [each if isinstance(each, tuple) else (each, 1.0) for each in each_or_pair]
 
 
 def _by_stage(
@@ -178,7 +206,7 @@ def _by_stage(
     return adapters
 
 
-def _placed(
+def _place(
     sources: Mapping[int, Source],
     memory: str | None,
     dtype: Chosen | Mapping[int, Chosen],
@@ -186,7 +214,7 @@ def _placed(
     text_encoder: bool,
     adapters: Sequence[str | Path],
 ) -> tuple[Placing, dict[int, Precision]]:
-    """Where parts are, and the precision of the UNets and (0) of the text encoder."""
+    """Choose the places of parts, and the precision of the UNets and (0) of the text encoder."""
     if memory is None:
         limit(device, None)
         precisions = {number: _precision(dtype, number, device) for number in sources}
@@ -233,5 +261,5 @@ def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.d
     own = dtype.get(stage, "auto") if isinstance(dtype, Mapping) else dtype
     names = ("auto", *get_args(Precision))
     if own not in names:
-        raise UserError(f"The dtype {own!r} of Stage {stage} is none; {closest(str(own), names)}")
+        raise UserError(f"Stage {stage}: unknown dtype {own!r}; {closest(str(own), names)}")
     return automatic_precision(device) if own == "auto" else own

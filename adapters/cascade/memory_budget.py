@@ -251,7 +251,7 @@ def _blank_update(adapter: StageAdapter, name: str, layer: nn.Module) -> Update:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if adapter.has_factors:
-        return adapter.update(name, layer, weight)
+        return adapter.update(name, weight)
     return Dense(torch.empty_like(as_matrix(weight)))
 
 

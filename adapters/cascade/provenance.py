@@ -1,14 +1,14 @@
-"""What a picture says of itself, in its PNG: all that it was drawn with."""
+"""The record in a picture's PNG of all that it was drawn with."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from adapters.cascade.redraw import Way
-from adapters.cascade.sampling import Sampling
+from adapters.cascade.sampling import Sampling, nest
 from adapters.errors import UserError, __version__
 from adapters.pictures.png import PICTURE_KEY, SHEET_KEY, Signed, plain_texts
 from adapters.pictures.reading import DECODING_ERRORS
@@ -24,7 +24,7 @@ class UsedAdapter(BaseModel):
     source: str
     """The folder, file or hub name that it was loaded from."""
     scales: dict[int, float]
-    """How much of it was merged into each stage."""
+    """Its scale in each stage."""
 
     def __str__(self) -> str:
         """Its scale; by stage where these differ."""
@@ -46,11 +46,11 @@ class PictureInfo(BaseModel):
     seed: int = 0
     """Its seed, in every stage."""
     prompts: dict[int, str] = {}
-    """What each stage was told to draw; none where only encodings were given."""
+    """The prompt of each stage."""
     negative_prompt: str | None = None
-    """What guidance led away from; ``None``: the empty caption."""
+    """The prompt that guidance led away from; ``None``: the empty caption."""
     clean_caption: bool = True
-    """Whether prompts were cleaned as IF's pipelines do by default."""
+    """True where prompts were cleaned, as IF's pipelines do by default."""
     models: dict[int, str]
     """The base models, as they were named."""
     revision: str | None = None
@@ -64,27 +64,37 @@ class PictureInfo(BaseModel):
     sampling: Sampling
     """Steps, guidance and noise levels."""
     way: Way = "text"
-    """What it was drawn from: text alone, or a picture (``img2img``), masked (``inpaint``)."""
+    """The kind of drawing: from text alone, from a picture (``img2img``), masked (``inpaint``)."""
     strength: dict[int, float] = {}
-    """How far each stage went from that picture."""
+    """The strength of each stage that started from a picture."""
     version: str = __version__
     """The version of this toolkit."""
 
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _read_flat_names(cls, given: Any) -> Any:
+        return nest(given) if isinstance(given, dict) else given  # PNGs of version 0.1
+
     @property
     def prompt(self) -> str:
-        """What its own stage was told to draw; empty where only encodings were given."""
+        """The prompt of its own stage."""
         return self.prompts.get(self.stage, "")
 
     def of_each(
-        self, seeds: Sequence[int], prompts: Mapping[int, Sequence[str]]
+        self,
+        seeds: Sequence[int],
+        prompts: Mapping[int, Sequence[str]],
+        negative_prompts: Sequence[str],
     ) -> Iterator["PictureInfo"]:
-        """What pictures say that have all in common but seeds and prompts, these by stage."""
-        for row, seed in enumerate(seeds):
-            told = {stage: texts[row] for stage, texts in prompts.items()}
-            yield self.model_copy(update={"seed": seed, "prompts": told})
+        """The infos of pictures that differ in seed and prompts (by stage) alone."""
+        for row, (seed, negative) in enumerate(zip(seeds, negative_prompts, strict=True)):
+            own = {stage: texts[row] for stage, texts in prompts.items()}
+            yield self.model_copy(
+                update={"seed": seed, "prompts": own, "negative_prompt": negative or None}
+            )
 
     def of_stage(self, stage: int) -> "PictureInfo":
-        """What the picture of a stage says that was drawn on the way to this one."""
+        """The info of an earlier stage's picture, drawn on the way to this one."""
         adapters = {
             name: adapter.model_copy(update={"scales": _up_to(stage, adapter.scales)})
             for name, adapter in self.adapters.items()
@@ -139,16 +149,18 @@ def used_adapters(
 
 
 def read_picture_info(path: str | Path) -> PictureInfo:
-    """What a saved picture was drawn with.
+    """Read what a saved picture was drawn with.
 
     Raises:
-        UserError: where the file is no picture, or does not say.
+        UserError: where the file is not a picture, or has no record.
 
     Example:
-        >>> few = Sampling(stage_1_timesteps="fast27", stage_2_steps=2)
+        >>> few = Sampling(
+        ...     stage_1=StageSampling(timesteps="fast27"), stage_2=StageSampling(steps=2)
+        ... )
         >>> cascade("a car on a pink background", seed=3, sampling=few)[0].save("car.png")
         >>> info = read_picture_info("car.png")
-        >>> info.stage, info.seed, info.prompt, info.sampling.stage_1_steps
+        >>> info.stage, info.seed, info.prompt, info.sampling.stage_1.steps
         (2, 3, 'a car on a pink background', 27)
     """
     try:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from adapters.arguments import STAGES, Scale
 from adapters.base.source import PIPELINES
-from adapters.cascade.sampling import Sampling
+from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.errors import UserError
 from adapters.pictures.reading import plain, read_picture
 
@@ -26,19 +26,19 @@ Given: TypeAlias = Image.Image | str | Path | Sequence[Image.Image | str | Path]
 """One picture or its file, or several."""
 
 Way: TypeAlias = Literal["text", "img2img", "inpaint"]
-"""What pictures are drawn from."""
+"""The kind of drawing, by what pictures start from."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn in one way."""
+    """Diffusers' pipelines for one way of drawing, and their defaults."""
 
     pipelines: Mapping[int, type[DiffusionPipeline]]
-    """Of Stage I and II."""
+    """The pipelines of Stage I and II."""
     sampling: Sampling
     """The settings that these pipelines have by default."""
     strength: Mapping[int, float] = field(default_factory=dict)
-    """How far they go from given pictures by default, by stage."""
+    """Their default strength, by stage."""
 
 
 WAYS: Mapping[Way, Drawing] = MappingProxyType(
@@ -46,12 +46,15 @@ WAYS: Mapping[Way, Drawing] = MappingProxyType(
         "text": Drawing(PIPELINES, Sampling()),
         "img2img": Drawing(
             {1: IFImg2ImgPipeline, 2: IFImg2ImgSuperResolutionPipeline},
-            Sampling(stage_1_steps=80, stage_1_guidance=10.0),
+            Sampling(stage_1=StageSampling(steps=80, guidance=10.0)),
             {1: 0.7, 2: 0.8},
         ),
         "inpaint": Drawing(
             {1: IFInpaintingPipeline, 2: IFInpaintingSuperResolutionPipeline},
-            Sampling(stage_1_steps=50, stage_2_steps=100, noise_level=0),
+            Sampling(
+                stage_1=StageSampling(steps=50),
+                stage_2=StageSampling(steps=100, noise_level=0),
+            ),
             {1: 1.0, 2: 0.8},
         ),
     }
@@ -59,7 +62,7 @@ WAYS: Mapping[Way, Drawing] = MappingProxyType(
 """Diffusers' own pipelines for each way of drawing, with their defaults."""
 
 ORIGINAL = {1: "image", 2: "original_image"}
-"""What a stage's pipeline calls the picture to start from."""
+"""The argument of a stage's pipeline for the picture to start from."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Redraw:
     pictures: tuple[Image.Image, ...]
     """In RGB, all of one size."""
     masks: tuple[Image.Image, ...]
-    """As many, of the same size, or none: what is white is drawn anew, and what is black stays."""
+    """As many, of the same size, or none: white is drawn again, black stays."""
     strength: Mapping[int, float]
     """The share of its denoising steps that Stage I and II take."""
 
@@ -83,15 +86,15 @@ class Redraw:
     def of(
         cls, pictures: Given, masks: Given | None = None, strength: Scale | None = None
     ) -> "Redraw":
-        """Of one picture, or several, and as many masks or one.
+        """Read one picture, or several, and as many masks or one.
 
         Args:
             pictures: or their files, in any mode; what is transparent becomes white.
-            masks: of the same size; ``None``: all is drawn anew.
+            masks: of the same size; ``None``: everything is drawn again.
             strength: above 0 up to 1, in all stages or by stage; ``None``: the pipelines' own.
 
         Raises:
-            UserError: where one is no picture, sizes differ, or the strength is out of range.
+            UserError: where one is not a picture, sizes differ, or the strength is out of range.
         """
         images, covers = _several(pictures), () if masks is None else _several(masks)
         if len(covers) == 1:
@@ -115,7 +118,7 @@ class Redraw:
         return len(self.pictures)
 
     def take(self, rows: Iterable[int]) -> "Redraw":
-        """Those of some rows, in their order."""
+        """Select rows, in the order given."""
         kept = list(rows)
         pictures, masks = (
             [each[row] for row in kept if each] for each in (self.pictures, self.masks)
@@ -123,7 +126,7 @@ class Redraw:
         return replace(self, pictures=tuple(pictures), masks=tuple(masks))
 
     def arguments(self, stage: int) -> dict[str, Any]:
-        """What the pipeline of Stage I or II takes."""
+        """The arguments of Stage I's or II's pipeline."""
         arguments = {ORIGINAL[stage]: list(self.pictures), "strength": self.strength[stage]}
         return arguments | ({"mask_image": list(self.masks)} if self.masks else {})
 

@@ -26,25 +26,24 @@ SHEET = "contact_sheet.png"
 SHEET_COLUMNS = 6
 
 SHEET_PX = 1200
-"""How wide few large pictures may make a contact sheet."""
+"""The width up to which few large pictures are shown in full."""
 
 SHOWN_INLINE = 24
-"""How many pictures a notebook shows of a result."""
+"""The number of pictures of a result that a notebook shows."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was drawn from one seed: a picture of each stage that was run. Notebooks show it."""
+    """The pictures drawn from one seed, of each stage that was run. Notebooks show it."""
 
     pictures: Mapping[int, Image.Image]
     """By stage."""
     prompt: str
-    """Empty where only an embedding was given."""
     seed: int
     flagged: bool
-    """Whether a safety checker has blackened it, in any stage."""
+    """True where a safety checker has blackened it, in any stage."""
     info: PictureInfo | None = None
-    """What it was drawn with, as its PNG says."""
+    """The record that its PNG carries."""
 
     @property
     def final(self) -> Image.Image:
@@ -83,7 +82,6 @@ class Sample:
         write_png(Path(path), self.pictures[number], png_text(self._texts(number)))
 
     def _texts(self, stage: int) -> dict[str, str]:
-        """What the PNG of a stage's picture carries."""
         if self.info is None:
             return plain_texts(self.prompt, self.seed)
         return self.info.of_stage(stage).texts
@@ -98,7 +96,8 @@ class CascadeImages:
 
     Example:
         >>> prompts = ["a cat face on a red background", "a frog face on a blue background"]
-        >>> images = cascade(prompts, sampling=Sampling(stage_1_steps=4, stage_2_steps=2))
+        >>> few = Sampling(stage_1=StageSampling(steps=4), stage_2=StageSampling(steps=2))
+        >>> images = cascade(prompts, sampling=few)
         >>> images
         CascadeImages(2 pictures, 32 → 128 px, of 'a cat face on a red background', 'a frog face...
         >>> images[1]
@@ -115,15 +114,15 @@ class CascadeImages:
     stage_2: tuple[Image.Image, ...]
     stage_3: tuple[Image.Image, ...]
     prompts: tuple[str, ...]
-    """The prompt of each picture; empty where only embeddings were given."""
+    """The prompt of each picture."""
     seeds: tuple[int, ...]
     """The seed of each picture."""
     low_res: Tensor = field(compare=False)
     """[N, 3, s, s] float32 on the CPU in [-1, 1]: Stage I's pictures before quantisation."""
     flagged: tuple[bool, ...]
-    """Whether a safety checker has blackened the picture, in any stage."""
+    """True where a safety checker has blackened the picture, in any stage."""
     infos: tuple[PictureInfo, ...] = ()
-    """What each picture was drawn with; it goes into saved PNGs."""
+    """The record of each picture, which its PNG carries."""
 
     @property
     def final(self) -> tuple[Image.Image, ...]:
@@ -150,7 +149,7 @@ class CascadeImages:
             return CascadeImages(**{name: values[index] for name, values in vars(self).items()})
         return Sample(
             pictures={number: pictures[index] for number, pictures in self.stages.items()},
-            prompt=self.prompts[index] if self.prompts else "",
+            prompt=self.prompts[index],
             seed=self.seeds[index],
             flagged=self.flagged[index],
             info=self.infos[index] if self.infos else None,

@@ -1,19 +1,9 @@
-"""How pictures are sampled from the cascade."""
+"""Sampling settings by stage: steps, guidance, noise level."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from diffusers.pipelines.deepfloyd_if import (
-    fast27_timesteps,
-    smart27_timesteps,
-    smart50_timesteps,
-    smart100_timesteps,
-    smart185_timesteps,
-    super27_timesteps,
-    super40_timesteps,
-    super100_timesteps,
-)
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -26,27 +16,34 @@ from pydantic import (
 
 from adapters.errors import UserError, closest, name_in
 
-TIMESTEPS: Mapping[str, Sequence[int]] = MappingProxyType(
+TIMESTEPS = MappingProxyType(
     {
-        "fast27": fast27_timesteps,
-        "smart27": smart27_timesteps,
-        "smart50": smart50_timesteps,
-        "smart100": smart100_timesteps,
-        "smart185": smart185_timesteps,
-        "super27": super27_timesteps,
-        "super40": super40_timesteps,
-        "super100": super100_timesteps,
+        "fast27": 27,
+        "smart27": 27,
+        "smart50": 50,
+        "smart100": 100,
+        "smart185": 185,
+        "super27": 27,
+        "super40": 40,
+        "super100": 100,
     }
 )
-"""Upstream's respaced timesteps, descending; the number in a name says how many they are."""
+"""The names of upstream's respaced timesteps, and how many each has."""
 
-TIMESTEPS_OF = {"stage_1_steps": "stage_1_timesteps", "stage_2_steps": "stage_2_timesteps"}
-"""The two fields that say how many steps a stage takes."""
+RENAMED = MappingProxyType(
+    {
+        **{
+            f"stage_{stage}_{setting}": (f"stage_{stage}", setting)
+            for stage in (1, 2, 3)
+            for setting in ("timesteps", "steps", "guidance", "noise_level")
+        },
+        "noise_level": ("stage_2", "noise_level"),
+    }
+)
+"""Settings that were flat until version 0.1, and on the command line still are: where each is."""
 
 WHOLE = ("value_error", "extra_forbidden")
-"""The mistakes whose message says all."""
-
-Timesteps = Annotated[str, name_in(TIMESTEPS)]
+"""The types of mistakes whose message leaves nothing to add."""
 
 
 class SettingError(UserError, ValueError):
@@ -54,53 +51,26 @@ class SettingError(UserError, ValueError):
 
     def __init__(self, error: ValidationError) -> None:
         first = error.errors(include_url=False)[0]
-        self.field = str(first["loc"][0])
-        """The setting's name."""
-        said = first["msg"].removeprefix("Value error, ")
+        self.place = tuple(map(str, first["loc"]))
+        """The setting's name, below that of its stage."""
+        message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            said = f"unknown setting; {closest(self.field, list(Sampling.model_fields))}"
-        if said.startswith("unknown name") and "valid:" not in said:
-            said += f" (valid: {', '.join(TIMESTEPS)})"
+            section = StageSampling if len(self.place) > 1 else Sampling
+            message = f"unknown setting; {closest(self.place[-1], list(section.model_fields))}"
+        if message.startswith("unknown name") and "valid:" not in message:
+            message += f" (valid: {', '.join(TIMESTEPS)})"
         found = "" if first["type"] in WHOLE else f" (got {first['input']!r})"
-        self.said = f"{said}{found}{'' if said.endswith('?') and not found else '.'}"
-        """What is wrong with it."""
-        super().__init__(f"{self.field}: {self.said}")
+        self.reason = f"{message}{found}{'' if message.endswith('?') and not found else '.'}"
+        """The rest of the sentence."""
+        super().__init__(f"{'.'.join(self.place)}: {self.reason}")
 
 
-class Sampling(BaseModel):
-    """Steps, guidance and noise level by stage; the defaults are the published pipelines' own.
-
-    Raises:
-        SettingError: a :class:`UserError` and ValueError, where one is unknown or out of range.
-    """
+class Settings(BaseModel):
+    """Settings that raise a :class:`SettingError` where one is unknown or out of range."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
-
-    stage_1_timesteps: Timesteps | None = None
-    """Respaced timesteps of Stage I by name, such as ``smart50``, one for each of its steps;
-    ``None``: evenly spaced ones."""
-    stage_1_steps: Annotated[int, Field(ge=1)] = 100
-    """Denoising steps of Stage I; left out where its timesteps are named, which decide on it."""
-    stage_1_guidance: Annotated[float, Field(ge=1)] = 7.0
-    """Classifier-free guidance of Stage I; 1: none."""
-    stage_2_timesteps: Timesteps | None = None
-    """Respaced timesteps of Stage II by name, such as ``super40``."""
-    stage_2_steps: Annotated[int, Field(ge=1)] = 50
-    """Denoising steps of Stage II; left out where its timesteps are named."""
-    stage_2_guidance: Annotated[float, Field(ge=1)] = 4.0
-    """Classifier-free guidance of Stage II; 1: none."""
-    noise_level: Annotated[int, Field(ge=0)] = 250
-    """The augmentation level of the low-res picture in Stage II; lower keeps more of it."""
-    stage_3_steps: Annotated[int, Field(ge=1)] = 75
-    """Denoising steps of the x4 upscaler."""
-    stage_3_guidance: Annotated[float, Field(ge=1)] = 9.0
-    """Classifier-free guidance of the x4 upscaler."""
-    stage_3_noise_level: Annotated[int, Field(ge=0)] = 20
-    """The x4 upscaler's noise level."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    """How many pictures are sampled at a time; they do not depend on it, beyond rounding."""
 
     if not TYPE_CHECKING:  # its fields are its arguments
 
@@ -110,56 +80,151 @@ class Sampling(BaseModel):
             except ValidationError as error:
                 raise SettingError(error) from None
 
-        # validation in a recipe goes on without it, with all mistakes and their places
+        # a recipe validates without it, and so shows all mistakes with their places
         __init__.__pydantic_base_init__ = True
+
+
+class StageSampling(Settings):
+    """Settings of one stage; ``None``: the default of the pipeline that draws."""
+
+    timesteps: Annotated[str, name_in(TIMESTEPS)] | None = None
+    """Upstream's respaced timesteps by name, such as ``smart50`` (Stage I and II); ``None``: evenly
+    spaced ones."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Denoising steps; left out where timesteps are named, which determine it."""
+    guidance: Annotated[float, Field(ge=1)] | None = None
+    """The scale of classifier-free guidance; 1: none."""
+    noise_level: Annotated[int, Field(ge=0)] | None = None
+    """The augmentation level of the picture that is enlarged (Stage II and III); lower keeps more
+    of it."""
+
+    @field_validator("steps")
+    @classmethod
+    def _check_count(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        name = info.data.get("timesteps")
+        if name is not None and steps not in (None, TIMESTEPS[name]):
+            raise ValueError(f"{name} has {TIMESTEPS[name]} steps: leave this out (got {steps})")
+        return steps
+
+    def over(self, defaults: "StageSampling") -> "StageSampling":
+        """These settings, and those of ``defaults`` where these have none."""
+        own = self.model_dump(exclude_none=True)
+        if self.timesteps is not None:
+            own["steps"] = TIMESTEPS[self.timesteps]
+        elif self.steps is not None:
+            own["timesteps"] = None
+        return defaults.model_copy(update=own)
+
+
+DEFAULTS = MappingProxyType(
+    {
+        1: StageSampling(steps=100, guidance=7.0),
+        2: StageSampling(steps=50, guidance=4.0, noise_level=250),
+        3: StageSampling(steps=75, guidance=9.0, noise_level=20),
+    }
+)
+"""The published pipelines' own settings, by stage."""
+
+
+class Sampling(Settings):
+    """Settings of every stage; what is left out is the published pipelines' own.
+
+    Raises:
+        SettingError: a :class:`UserError` and ValueError, where one is unknown or out of range.
+
+    Example:
+        >>> Sampling(stage_1=StageSampling(timesteps="smart50"), batch_size=4).stage_1.steps
+        50
+    """
+
+    stage_1: StageSampling = DEFAULTS[1]
+    """Stage I: timesteps, steps, guidance."""
+    stage_2: StageSampling = DEFAULTS[2]
+    """Stage II: timesteps, steps, guidance, noise level."""
+    stage_3: StageSampling = DEFAULTS[3]
+    """The x4 upscaler: steps, guidance, noise level."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """The number of pictures sampled at a time; they do not depend on it, beyond rounding."""
 
     @model_validator(mode="before")
     @classmethod
-    def _count_timesteps(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        names = {steps: given.get(timesteps) for steps, timesteps in TIMESTEPS_OF.items()}
-        known = {field: name for field, name in names.items() if name in list(TIMESTEPS)}
-        return {field: len(TIMESTEPS[name]) for field, name in known.items()} | given
+    def _check_names(cls, given: Any) -> Any:
+        for name in given if isinstance(given, dict) else ():
+            if name in RENAMED:
+                stage, setting = RENAMED[name]
+                raise ValueError(f"{name} is now {stage}: {{{setting}: …}} ({stage}.{setting})")
+        return given
 
-    @field_validator("stage_1_steps", "stage_2_steps")
+    @field_validator("stage_1", "stage_2", "stage_3")
     @classmethod
-    def _is_their_count(cls, steps: int, info: ValidationInfo) -> int:
-        name = info.data.get(TIMESTEPS_OF[str(info.field_name)])
-        count = steps if name is None else len(TIMESTEPS[name])
-        if steps != count:
-            raise ValueError(f"{name} has {count} steps: leave this out (got {steps})")
-        return steps
+    def _complete(cls, given: StageSampling, info: ValidationInfo) -> StageSampling:
+        stage = int(str(info.field_name)[-1])
+        foreign = {1: ("noise_level", given.noise_level), 3: ("timesteps", given.timesteps)}
+        setting, value = foreign.get(stage, ("", None))
+        if value is not None:
+            raise ValueError(f"Stage {stage} takes no {setting}: leave it out (got {value!r})")
+        return given.over(DEFAULTS[stage])
 
     def but(self, **changes: Any) -> "Sampling":
-        """These settings with some others, checked; steps and timesteps replace one another.
+        """These settings with some others; of a stage, those that are given.
+
+        A stage's steps and timesteps replace one another.
 
         Raises:
             SettingError: where one is unknown or out of range.
+
+        Example:
+            >>> Sampling().but(stage_2=StageSampling(steps=10)).stage_2
+            StageSampling(timesteps=None, steps=10, guidance=4.0, noise_level=250)
         """
-        kept = self.model_dump()
-        for steps, timesteps in TIMESTEPS_OF.items():
-            if changes.keys() & {steps, timesteps}:
-                del kept[steps], kept[timesteps]
-        return Sampling(**kept | changes)
+        settings = self.model_dump()
+        for name, value in changes.items():
+            if name.startswith("stage_") and name in settings:
+                own = value if isinstance(value, dict) else value.model_dump(exclude_none=True)
+                dropped = {"steps", "timesteps"} if own.keys() & {"steps", "timesteps"} else set()
+                kept = {key: old for key, old in settings[name].items() if key not in dropped}
+                value = kept | own
+            settings[name] = value
+        return Sampling(**settings)
+
+    def of(self, stage: int) -> StageSampling:
+        """The settings of a stage."""
+        return {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}[stage]
+
+    def steps(self, stage: int) -> int:
+        """The number of denoising steps of a stage."""
+        steps = self.of(stage).steps
+        assert steps is not None, "completed on construction"
+        return steps
 
     def timesteps(self, stage: int) -> Sequence[int] | None:
         """The named timesteps of a stage, descending; ``None``: evenly spaced ones."""
-        name = {1: self.stage_1_timesteps, 2: self.stage_2_timesteps}.get(stage)
-        return None if name is None else TIMESTEPS[name]
+        name = self.of(stage).timesteps
+        if name is None:
+            return None
+        from diffusers.pipelines.deepfloyd_if import timesteps as upstream
 
-    def steps(self, stage: int) -> int:
-        """How many denoising steps a stage takes."""
-        return {1: self.stage_1_steps, 2: self.stage_2_steps, 3: self.stage_3_steps}[stage]
+        named: Sequence[int] = vars(upstream)[f"{name}_timesteps"]
+        return named
 
     def arguments(self, stage: int) -> dict[str, Any]:
         """The settings of a stage by the names that its diffusers pipeline gives them."""
-        guidance = {1: self.stage_1_guidance, 2: self.stage_2_guidance, 3: self.stage_3_guidance}
-        levels = {2: self.noise_level, 3: self.stage_3_noise_level}
         arguments = {
             "num_inference_steps": self.steps(stage),
-            "guidance_scale": guidance[stage],
-            "noise_level": levels.get(stage),
+            "guidance_scale": self.of(stage).guidance,
+            "noise_level": self.of(stage).noise_level,
             "timesteps": self.timesteps(stage),
         }
         return {name: value for name, value in arguments.items() if value is not None}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the flat names of :data:`RENAMED`, by stage; others stay as they are."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name in RENAMED:
+            stage, setting = RENAMED[name]
+            nested.setdefault(stage, {})[setting] = value
+        else:
+            nested[name] = value
+    return nested

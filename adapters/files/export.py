@@ -9,26 +9,22 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
 
 from adapters.atomic import new_folder, replace_folder
 from adapters.base.signature import BaseSignature
 from adapters.errors import UserError, listed
 from adapters.files.for_diffusers import save_for_diffusers
-from adapters.files.info import HEADER_KEY, NOTICE, AdapterInfo, read_info
+from adapters.files.info import HEADER_KEY, NOTICE, AdapterInfo
 from adapters.files.licence import is_deepfloyd
 from adapters.files.model_card import write_card
-from adapters.files.places import PEFT_WEIGHTS
+from adapters.files.places import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS
 from adapters.files.reading import lora_config
 from adapters.files.stage_adapter import StageAdapter
 from adapters.weights.approximation import Approximation
-from adapters.weights.kinds import ADAPTER_NAME, adapted_modules, diffusers_loads
+from adapters.weights.kinds import ADAPTER_NAME, KINDS, adapted_modules
 from adapters.weights.lycoris import LycorisConfig
-
-__all__ = ["AdapterInfo", "Exported", "export_adapter", "read_info"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,9 @@ class Exported:
 
     folder: Path
     tensors: int
-    """How many tensors the adapter has."""
+    """The number of its tensors."""
     approximation: Approximation | None
-    """What plain diffusers pipelines load in its stead; ``None``: they load it itself."""
+    """The LoRA that stands in for it in plain diffusers; ``None``: they load it itself."""
 
     def __repr__(self) -> str:
         less = "" if self.approximation is None else f", for diffusers {self.approximation.message}"
@@ -47,14 +43,14 @@ class Exported:
 
     @property
     def message(self) -> str:
-        """Where it is and what loads it, for people."""
+        """Its place and the libraries that load it, for people."""
         loaders = f"{self.folder}: load_cascade and PEFT load it"
         if self.approximation is None:
             return f"{loaders}, and so does load_lora_weights of diffusers."
         return (
-            f"{loaders}; diffusers cannot load adapters of this kind, and gets an approximation as"
-            f" a LoRA: {self.approximation.message}. One of another rank is made by `python -m"
-            f" adapters.resize {self.folder} --base BASE --rank N --out NEW`."
+            f"{loaders}; diffusers cannot load adapters of this kind, so it is also exported as a"
+            f" LoRA that approximates it: {self.approximation.message}. For a LoRA of another rank,"
+            f" run `python -m adapters.resize {self.folder} --base BASE --rank N --out NEW`."
         )
 
 
@@ -69,10 +65,10 @@ def export_adapter(
 
     Args:
         unet: a UNet with an adapter of :func:`adapters.weights.kinds.attach`, with the weights to
-        export.
+            export.
         folder: the folder of the run's adapters.
-        info: what the adapter says of itself; the time, the base's signature and its licence's
-            notice are filled in.
+        info: the adapter's description; the time, the base's signature and its licence's notice
+            are filled in.
         as_lora_rank: the rank of the LoRA that stands in for a kind that diffusers cannot load;
             ``None``: the adapter's own.
 
@@ -86,8 +82,10 @@ def export_adapter(
         >>> export_adapter(unet, "my_adapters", info)
         Exported('my_adapters/stage_1', 198 tensors)
     """
-    info = completed(info, unet)
-    config = peft_config_of(unet, info)
+    info = complete_info(info, unet)
+    config = copy(unet.peft_config[ADAPTER_NAME])
+    # on attaching, PEFT shortens names to endings, which may match more in another model
+    config.target_modules = adapted_modules(unet)
     tensors = {
         name: tensor.float().cpu().contiguous()
         for name, tensor in get_peft_model_state_dict(
@@ -96,7 +94,7 @@ def export_adapter(
     }
     adapter = StageAdapter(Path(folder) / f"stage_{info.stage}", info, config, tensors)
     approximation = None
-    if not diffusers_loads(info.spec):
+    if not KINDS[info.spec.kind].has_b:
         approximation = as_lora(adapter, unet, as_lora_rank or info.spec.rank)
     write_adapter(adapter, approximation)
     return Exported(adapter.folder, len(tensors), approximation)
@@ -104,11 +102,11 @@ def export_adapter(
 
 @torch.no_grad()
 def as_lora(adapter: StageAdapter, unet: UNet2DConditionModel, rank: int) -> Approximation:
-    """The LoRA that is nearest to what an attached adapter adds to each of its modules' weights."""
+    """Find the LoRA nearest to what an attached adapter adds to each of its modules' weights."""
     approximation = Approximation(rank)
     for name in adapter.modules:
-        module = unet.get_submodule(name).get_base_layer()
-        approximation.add_update(name, adapter.delta(name, module, module.weight))
+        weight = unet.get_submodule(name).get_base_layer().weight
+        approximation.add_update(name, adapter.delta(name, weight))
     return approximation
 
 
@@ -123,35 +121,23 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
       pipeline. Its keys are PEFT's (``unet.X.lora_A.weight``), the only ones of which diffusers
       drops none, and its header has the PEFT configuration.
 
-    Both safetensors files carry the adapter's ``info`` in their header. Values are float32.
+    Both safetensors files carry the adapter's ``info`` in their header, and the configurations
+    name its base. Values are float32.
 
     Args:
         adapter: the adapter.
-        approximation: a LoRA for diffusers in its stead.
+        approximation: a LoRA that stands in for it in diffusers.
 
     Raises:
         UserError: where a tensor is not finite.
     """
-    info, config, tensors = adapter.info, adapter.config, adapter.state
+    target, info, tensors = adapter.folder, adapter.info, adapter.state
+    config = copy(adapter.config)
     assert not isinstance(config, LycorisConfig), "a file of LyCORIS is not exported again"
-    target = adapter.folder
-    check_finite(tensors, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as temporary:
-        new = Path(temporary) / "new"
-        config.save_pretrained(str(new))
-        prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-        save_file(prefixed, new / PEFT_WEIGHTS, metadata=header_of(info))
-        if approximation is not None:
-            tensors = approximation.state
-            config = lora_config(tensors, {}, None)
-            info = info and approximated(info, approximation)
-        save_for_diffusers(tensors, config, new / LORA_WEIGHT_NAME_SAFE, header_of(info))
-        replace_folder(new, target)
-
-
-def check_finite(tensors: Mapping[str, Tensor], target: Path) -> None:
-    """Raise a UserError that names the tensors which are not finite."""
+    config.inference_mode = True
+    if info is not None:
+        config.base_model_name_or_path = info.base_model
+        config.revision = info.base_revision
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(
@@ -159,18 +145,27 @@ def check_finite(tensors: Mapping[str, Tensor], target: Path) -> None:
             f" values that are NaN or infinite ({listed(broken, 4)}); train it with a lower"
             " optimizer.learning_rate, or from a checkpoint before it diverged."
         )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as temporary:
+        new = Path(temporary) / "new"
+        config.save_pretrained(str(new))
+        prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+        save_file(prefixed, new / PEFT_WEIGHTS, metadata=_header(info))
+        if approximation is not None:
+            tensors = approximation.state
+            config = lora_config(tensors)
+            info = info and approximate_info(info, approximation)
+        save_for_diffusers(tensors, config, new / DIFFUSERS_WEIGHTS, _header(info))
+        replace_folder(new, target)
 
 
-def header_of(info: AdapterInfo | None) -> dict[str, str]:
-    """The header of an adapter's safetensors file."""
+def _header(info: AdapterInfo | None) -> dict[str, str]:
     return {"format": "pt"} | ({HEADER_KEY: info.model_dump_json()} if info else {})
 
 
-def approximated(
-    info: AdapterInfo, approximation: Approximation, kind: str = "lora"
-) -> AdapterInfo:
-    """What the approximation of an adapter says of itself."""
-    own = {"kind": kind, "rank": max(approximation.ranks), "alpha": None, "dropout": 0.0}
+def approximate_info(info: AdapterInfo, approximation: Approximation) -> AdapterInfo:
+    """Describe the approximation of an adapter."""
+    own = {"kind": "lora", "rank": max(approximation.ranks), "alpha": None, "dropout": 0.0}
     before, error = info.approximation_error or 0.0, approximation.error
     # truncated once more: what is lost is orthogonal to what was lost before
     together = (before**2 + (1 - before**2) * error**2) ** 0.5
@@ -179,27 +174,8 @@ def approximated(
     )
 
 
-def peft_config_of(unet: UNet2DConditionModel, info: AdapterInfo) -> PeftConfig:
-    """The PEFT configuration that is exported: the attached one, its targets as full names.
-
-    On attaching, PEFT shortens names to endings, which may match more modules in another model.
-    """
-    config = of_base(unet.peft_config[ADAPTER_NAME], info)
-    config.target_modules = adapted_modules(unet)
-    return config
-
-
-def of_base(config: PeftConfig, info: AdapterInfo | None) -> PeftConfig:
-    """A copy of a PEFT configuration that names an adapter's base, where that is known."""
-    config = copy(config)
-    config.base_model_name_or_path = info and info.base_model
-    config.revision = info and info.base_revision
-    config.inference_mode = True
-    return config
-
-
-def completed(info: AdapterInfo, unet: UNet2DConditionModel) -> AdapterInfo:
-    """``info`` with what export knows better."""
+def complete_info(info: AdapterInfo, unet: UNet2DConditionModel) -> AdapterInfo:
+    """Fill in an adapter's time of export, its base's signature and its licence's notice."""
     deepfloyd = is_deepfloyd(info.base_model, info.base_revision)
     return info.model_copy(
         update={
@@ -211,7 +187,7 @@ def completed(info: AdapterInfo, unet: UNet2DConditionModel) -> AdapterInfo:
 
 
 def save_adapters(adapters: Mapping[int, StageAdapter], folder: Path) -> None:
-    """Write LoRAs as :func:`export_adapter` does, with a card where they say whose.
+    """Write LoRAs as :func:`export_adapter` does, with a card if they name their base.
 
     Args:
         adapters: by stage.

@@ -1,4 +1,4 @@
-"""What an exported adapter says of itself, in the header of its safetensors files."""
+"""An exported adapter's description of itself, in the header of its safetensors files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ NOTICE = (
 
 
 class AdapterInfo(BaseModel):
-    """All there is to know about an adapter of one stage."""
+    """An adapter's description of itself, of one stage."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -43,23 +43,23 @@ class AdapterInfo(BaseModel):
     version: str
     """The version of this toolkit."""
     created: str | None = None
-    """When it was exported (ISO 8601, UTC)."""
+    """The time of its export (ISO 8601, UTC)."""
     licence_notice: str | None = None
     """The attribution notice that its base's licence asks for."""
     approximation_error: float | None = None
     """The relative Frobenius error, where this approximates another adapter or a model."""
     base_signature: BaseSignature | None = Field(default=None, repr=False)
-    """Which weights its base has; filled in at export."""
+    """Signature of its base's weights; filled in at export."""
 
 
 def read_info(folder: str | Path) -> AdapterInfo:
-    """What the exported adapter of one stage says of itself.
+    """Read the description of the exported adapter of one stage.
 
     Args:
         folder: the stage's folder, such as ``adapters/stage_1``.
 
     Raises:
-        UserError: where there is no adapter of this toolkit's making.
+        UserError: where there is no adapter that this toolkit exported.
 
     Example:
         >>> read_info("runs/quickstart/adapters/stage_1")
@@ -79,10 +79,10 @@ def read_info(folder: str | Path) -> AdapterInfo:
 
 
 def parse_info(header: Mapping[str, str], path: Path) -> AdapterInfo:
-    """What the header of an adapter's file says.
+    """Parse the description in the header of an adapter's file.
 
     Raises:
-        UserError: where it says nothing valid.
+        UserError: where there is no valid one.
     """
     try:
         return AdapterInfo.model_validate_json(header[HEADER_KEY], strict=False)

@@ -1,8 +1,8 @@
-"""Spellings of an adapter's keys: every tool's become PEFT's or LyCORIS' names, none is skipped."""
+"""Keys of adapter files: every tool's spelling becomes PEFT's or LyCORIS' name, none is skipped."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +18,7 @@ PREFIX = re.compile(
     r"|diffusion_model\."  # SimpleTuner, for ComfyUI
     r"|module[._]|_orig_mod[._])*"  # a UNet wrapped by DistributedDataParallel, torch.compile
 )
-"""What precedes a module's name; nothing in files of ``save_attn_procs``."""
+"""The prefixes of a module's name; files of ``save_attn_procs`` have none."""
 
 WITHIN = {
     re.compile(r"\._orig_mod(?=\.)"): "",  # a compiled block
@@ -28,7 +28,7 @@ WITHIN = {
         r"\.(lora_[AB]|lora_magnitude_vector|(?:hada|lokr|oft)_\w+)\.(?!weight$|bias$)[^.]+(?=\.|$)"
     ): r".\1",
 }
-"""What stands within a name, and what of it stays."""
+"""Parts within a name, and their replacement."""
 
 ENDINGS = {
     ".lora.down.weight": ".lora_A.weight",  # convert_state_dict_to_diffusers
@@ -41,7 +41,7 @@ ENDINGS = {
     ".lora_up.weight": ".lora_B.weight",
     ".lora_magnitude_vector.weight": ".lora_magnitude_vector",  # PEFT's parameter, PEFT's file
 }
-"""How others end the names that PEFT ends like this."""
+"""Other tools' endings of names, and PEFT's."""
 
 TENSOR = re.compile(
     r"(.+?)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector"  # PEFT
@@ -49,7 +49,7 @@ TENSOR = re.compile(
     r"|alpha|lora_mid\.weight|dora_scale|rescale|[ab][12]\.weight|diff|weight|on_input"  # LyCORIS
     r"|ia3_scale)"  # LyCORIS' two, see adapters.weights.lycoris.simplify
 )
-"""A module's name and what PEFT or LyCORIS calls one of its tensors."""
+"""A module's name, and PEFT's or LyCORIS' name of one of its tensors."""
 
 FOREIGN = {
     r"(base_model\.model\.)?(text_encoder|te\d?\.|lora_te)": "adapt a text encoder: save the"
@@ -68,10 +68,7 @@ FOREIGN = {
     r".*\.(weight|bias)$": "are weights of a model itself: make an adapter of a whole model with"
     " `python -m adapters.extract`",
 }
-"""What keys that cannot be used look like, what they do and what to do; the first match counts."""
-
-TWICE = "are two spellings, or two adapters, of one tensor: keep one of them"
-"""What is wrong with two keys of one name."""
+"""Patterns of unusable keys, what these do and what to do about it; the first match counts."""
 
 _UNDERSCORED = (
     *ROOTS,
@@ -95,14 +92,18 @@ def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tenso
     count = Counter(names.values())
     problems: dict[str, list[str]] = {}
     for key, name in names.items():
-        if name is None or (
-            tensor_of(name) == "weight" and f"{module_of(name)}.on_input" not in count
-        ):
-            problems.setdefault(describe_foreign(key), []).append(key)
+        module, part = split_name(name) if name else ("", "")
+        # a vector of IA3 is called weight, as are weights of models: its on_input tells
+        if name is None or (part == "weight" and f"{module}.on_input" not in count):
+            known = (problem for pattern, problem in FOREIGN.items() if re.match(pattern, key))
+            problem = next(known, "are of no kind of adapter that is known here: remove them")
         elif count[name] > 1:
-            problems.setdefault(TWICE, []).append(key)
+            problem = "are two spellings, or two adapters, of one tensor: keep one of them"
+        else:
+            continue
+        problems.setdefault(problem, []).append(key)
     if problems or not tensors:
-        found = [f"{len(keys)} {what} ({listed(keys)})" for what, keys in problems.items()]
+        found = [f"{len(keys)} {problem} ({listed(keys)})" for problem, keys in problems.items()]
         raise UserError(
             f"{file} should hold an adapter of one IF UNet and nothing else, but of its"
             f" {len(tensors)} keys {'; '.join(found) or 'none is there: name another file'}."
@@ -110,64 +111,34 @@ def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tenso
     return {name: tensors[key] for key, name in names.items() if name is not None}
 
 
-def describe_foreign(key: str) -> str:
-    """What a key that cannot be used does, and what to do about it."""
-    found = (what for pattern, what in FOREIGN.items() if re.match(pattern, key))
-    return next(found, "are of no kind of adapter that is known here: remove them")
-
-
 def peft_name(key: str) -> str | None:
-    """A tensor's name as PEFT has it, without prefix; ``None``: no key of an IF UNet's adapter."""
+    """Return PEFT's name of a tensor, without prefix; ``None``: no key of an IF UNet's adapter."""
     name = key[PREFIX.match(key).end() :]  # type: ignore[union-attr]  # it matches anything
     for pattern, rest in WITHIN.items():
         name = pattern.sub(rest, name)
-    for theirs, ours in ENDINGS.items():
-        if name.endswith(theirs):
-            name = name.removesuffix(theirs) + ours
-            break
-    match = TENSOR.fullmatch(name)
+    ending = next(filter(name.endswith, ENDINGS), "")
+    match = TENSOR.fullmatch(name.removesuffix(ending) + ENDINGS.get(ending, ""))
     if match is None:
         return None
-    module, tensor = match.groups()
+    module, part = match.groups()
     if "." not in module:
         module = ".".join(_PART.findall(module))
     if module.endswith(".to_out"):
         module += ".0"  # attention processors knew the projection without its list
-    return f"{module}.{tensor}" if module.partition(".")[0] in ROOTS else None
+    return f"{module}.{part}" if module.partition(".")[0] in ROOTS else None
 
 
-def module_of(name: str) -> str:
-    """The module that a tensor, by PEFT's name, adapts."""
-    return _matched(name)[1]
-
-
-def tensor_of(name: str) -> str:
-    """A tensor's name, by PEFT's, without its module's."""
-    return _matched(name)[2]
-
-
-def modules_of(state: Iterable[str]) -> list[str]:
-    """The modules that tensors, by PEFT's names, adapt."""
-    return list(parts_of(state))
-
-
-def parts_of(state: Iterable[str]) -> dict[str, list[str]]:
-    """The names of each module's tensors, without the module's own."""
-    parts: dict[str, list[str]] = {}
-    for name in state:
-        parts.setdefault(module_of(name), []).append(tensor_of(name))
-    return parts
-
-
-def tensors_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each module by their names without the module's own."""
-    return {
-        module: {part: state[f"{module}.{part}"] for part in parts}
-        for module, parts in parts_of(state).items()
-    }
-
-
-def _matched(name: str) -> re.Match[str]:
+def split_name(name: str) -> tuple[str, str]:
+    """Split a tensor's name, as :func:`peft_name` returns it, into its module's and its own."""
     match = TENSOR.fullmatch(name)
     assert match is not None
-    return match
+    return match[1], match[2]
+
+
+def by_module(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each module, by their names without the module's."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        module, part = split_name(name)
+        modules.setdefault(module, {})[part] = tensor
+    return modules

@@ -1,4 +1,4 @@
-"""The licences of base models, and what they ask of adapters derived from them."""
+"""The licences of base models, and the notice that adapters derived from them have to carry."""
 
 import shutil
 from pathlib import Path
@@ -9,14 +9,14 @@ from huggingface_hub.errors import HFValidationError
 NAMES = tuple(f"{name}*" for name in ("LICENSE", "LICENCE", "License", "license", "NOTICE"))
 
 DEEPFLOYD = "DeepFloyd/"
-"""What the hub names of DeepFloyd's models begin with."""
+"""The beginning of the hub names of DeepFloyd's models."""
 
 STAGE_NAMES = ("stage_1", "stage_2", "stage_3")
 """The folders of a cascade, whose licence may lie beside them."""
 
 
 def licence_files(base_model: str, revision: str | None = None) -> tuple[Path, ...]:
-    """The licence files of a base; none where they cannot be had.
+    """Find the licence files of a base; none where they cannot be had.
 
     Args:
         base_model: a folder, with the files in it (one named ``stage_1`` ...: or beside it), or a
@@ -43,16 +43,12 @@ def is_deepfloyd(base_model: str, revision: str | None = None) -> bool:
     )
 
 
-def handed_on(folder: Path, stage: int) -> tuple[Path, ...]:
-    """The licence files in an exported folder that :func:`copy_licences` names after a stage."""
+def find_copies(folder: Path, stage: int) -> tuple[Path, ...]:
+    """Find the licence files of a stage that :func:`copy_licences` wrote into a folder."""
     return tuple(path for name in NAMES for path in sorted(folder.glob(f"stage_{stage}-{name}")))
 
 
-def copy_licences(
-    base_model: str, revision: str | None, folder: Path, stage: int
-) -> tuple[Path, ...]:
+def copy_licences(base_model: str, revision: str | None, folder: Path, stage: int) -> None:
     """Copy a base's licence files into a folder, as ``stage_1-LICENSE``."""
-    return tuple(
-        Path(shutil.copyfile(path, folder / f"stage_{stage}-{path.name}"))
-        for path in licence_files(base_model, revision)
-    )
+    for path in licence_files(base_model, revision):
+        shutil.copyfile(path, folder / f"stage_{stage}-{path.name}")

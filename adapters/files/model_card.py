@@ -1,25 +1,29 @@
-"""The model card of an exported folder: what it is, how to load it, what it draws, its licence.
+"""Model cards: of an exported folder, and of a model that adapters have been merged into.
 
-Export writes it; ``python -m adapters.card FOLDER`` writes it anew.
+Export writes the first; ``python -m adapters.card FOLDER`` writes it again.
 """
 
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCardData
 from huggingface_hub.constants import ENDPOINT
 from PIL import Image
 
 from adapters.atomic import write_png, write_text
 from adapters.base.hub import is_hub_name, with_revision
-from adapters.base.source import PIPELINES
-from adapters.files.info import AdapterInfo
-from adapters.files.licence import copy_licences, handed_on
+from adapters.base.source import PIPELINES, Source
+from adapters.files.info import NOTICE, AdapterInfo
+from adapters.files.licence import copy_licences, find_copies, is_deepfloyd, licence_files
+from adapters.files.places import DIFFUSERS_WEIGHTS
+from adapters.files.reading import alpha_of, rank_of
+from adapters.files.stage_adapter import StageAdapter
 from adapters.pictures.png import Signed
-from adapters.weights.kinds import KINDS, diffusers_loads
+from adapters.tables import span
+from adapters.weights.kinds import KINDS
 
 CARD = "README.md"
 
@@ -38,7 +42,7 @@ def write_card(
 
     Args:
         folder: the folder with ``stage_1``, ``stage_2`` or both in it.
-        infos: what its adapters say of themselves, by stage.
+        infos: the descriptions of its adapters, by stage.
         sample_pictures: pictures that the fine-tuned cascade has drawn, by prompt.
 
     Returns:
@@ -48,84 +52,165 @@ def write_card(
     samples = save_samples(folder, sample_pictures or {})
     for info in infos:
         copy_licences(info.base_model, info.base_revision, folder, info.stage)
-    licences = [[path.name for path in handed_on(folder, info.stage)] for info in infos]
-    parts = [
-        f"---\n{front_matter(infos, licences, samples)}\n---",
-        f"# {' and '.join(f'Stage {info.stage}' for info in infos)} adapter for DeepFloyd IF",
-        table(infos),
-        "## Use",
-        ours(infos),
-        *(with_diffusers(info) for info in infos),
-        "## Prompts",
-        "\n".join(f"- `{prompt}`" for prompt in prompts(infos)),
-        "## Samples" if samples else "",
-        "\n\n".join(f"![{prompt}]({name}) {prompt}" for name, prompt in samples.items()),
-        "## Licence",
-        licence(infos, licences),
-    ]
+    licences = [[path.name for path in find_copies(folder, info.stage)] for info in infos]
+    notices = dict.fromkeys(info.licence_notice for info in infos if info.licence_notice)
+    sections = {
+        "Use": "\n\n".join([_use_here(infos), *map(_use_diffusers, infos)]),
+        "Prompts": _list_prompts(infos),
+        "Samples": "\n\n".join(f"![{text}]({name}) {text}" for name, text in samples.items()),
+        "Licence": "\n\n".join(
+            [
+                *notices,
+                *(
+                    _link_licence(f" to the Stage {info.stage} adapter", info.base_model, names)
+                    for info, names in zip(infos, licences, strict=True)
+                ),
+            ]
+        ),
+    }
+    title = f"{' and '.join(f'Stage {info.stage}' for info in infos)} adapter for DeepFloyd IF"
     card = folder / CARD
-    write_text(card, "\n\n".join(part for part in parts if part) + "\n")
+    metadata = front_matter(infos, [name for names in licences for name in names], samples)
+    write_text(card, _compose(metadata, title, [_table_of_stages(infos)], sections))
     return card
+
+
+def merged_card(
+    source: Source, adapters: Sequence[tuple[StageAdapter, float]], variant: str | None
+) -> str:
+    """Write the text of a merged model's card: its base and adapters, its use, its licence.
+
+    Args:
+        source: the base.
+        adapters: the merged adapters, and how much of each.
+        variant: that of its UNet's files.
+    """
+    infos = [adapter.info for adapter, _ in adapters if adapter.info is not None]
+    deepfloyd = is_deepfloyd(source.name, source.revision)
+    files = [path.name for path in licence_files(source.name, source.revision)]
+    metadata = _metadata(
+        source.name if is_hub_name(source.name) else None,
+        "merge",
+        deepfloyd,
+        [*files, *_base_pages([source.name])],
+    )
+    pipeline = PIPELINES[source.stage].__name__
+    options = f', variant="{variant}"' if variant else ""
+    sections = {
+        "Use": "The folder of this file is a complete model:\n\n"
+        f"```python\nfrom diffusers import {pipeline}\n\n"
+        f'pipe = {pipeline}.from_pretrained("."{options})\n```',
+        "Prompts": _list_prompts(infos),
+        "Licence": f"{NOTICE}\n\n" * deepfloyd + _link_licence("", source.name, files),
+    }
+    intro = [f"{_name_base(source.name, source.revision)} and:", _table_of_merged(adapters)]
+    title = f"Stage {source.stage} of DeepFloyd IF with adapters merged"
+    return _compose(metadata, title, intro, sections)
+
+
+def _compose(
+    metadata: ModelCardData, title: str, intro: Sequence[str], sections: Mapping[str, str]
+) -> str:
+    """Compose a card; empty sections are left out."""
+    texts = [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    return "\n\n".join([f"---\n{metadata}\n---", f"# {title}", *intro, *texts]) + "\n"
 
 
 def front_matter(
     infos: Sequence[AdapterInfo],
-    licences: Sequence[Sequence[str]] = (),
+    licences: Sequence[str] = (),
     samples: Mapping[str, str] | None = None,
 ) -> ModelCardData:
-    """The card's metadata, in the Hugging Face hub's terms.
+    """Build the metadata of adapters' card, in the Hugging Face hub's terms.
 
     Args:
-        infos: what the adapters say of themselves.
-        licences: the licence files of each.
+        infos: the descriptions of the adapters.
+        licences: their licence files.
         samples: the prompts of sample pictures, by file.
     """
     bases = list(dict.fromkeys(i.base_model for i in infos if is_hub_name(i.base_model)))
-    deepfloyd = any(info.licence_notice for info in infos)
-    links = [name for names in licences for name in names] + [base_page(base) for base in bases]
-    link = None if deepfloyd else next(iter(links), None)
+    widget = [{"text": text, "output": {"url": url}} for url, text in (samples or {}).items()]
+    return _metadata(
+        bases,
+        "adapter",
+        any(info.licence_notice for info in infos),
+        [*licences, *_base_pages(bases)],
+        ["peft", *sorted({info.spec.kind for info in infos})],
+        instance_prompt=next(iter(_prompts(infos)), None),
+        widget=widget or None,
+    )
+
+
+def _metadata(
+    base_model: str | list[str] | None,
+    relation: str,
+    deepfloyd: bool,
+    licences: Sequence[str],
+    tags: Sequence[str] = (),
+    **others: Any,
+) -> ModelCardData:
+    link = None if deepfloyd else next(iter(licences), None)
     return ModelCardData(
         license="deepfloyd-if-license" if deepfloyd else "other",  # the hub's name for it
         license_name="license-of-the-base-model" if link else None,
         license_link=link,
-        base_model=bases or None,
-        base_model_relation="adapter" if bases else None,
+        base_model=base_model or None,
+        base_model_relation=relation if base_model else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["deepfloyd-if", "text-to-image", "peft", *sorted({i.spec.kind for i in infos})],
-        instance_prompt=next(iter(prompts(infos)), None),
-        widget=[{"text": text, "output": {"url": url}} for url, text in (samples or {}).items()]
-        or None,
+        tags=["deepfloyd-if", "text-to-image", *tags],
+        **others,
     )
 
 
-def table(infos: Sequence[AdapterInfo]) -> str:
-    """One row a stage."""
-    rows = [
-        "| stage | base | kind | rank | alpha | targets | steps |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def _table_of_stages(infos: Sequence[AdapterInfo]) -> str:
+    rows = []
     for info in infos:
-        base = f"`{info.base_model}`" + (f" at `{info.base_revision}`" * bool(info.base_revision))
-        spec = info.spec
+        spec, base = info.spec, _name_base(info.base_model, info.base_revision)
         targets = spec.targets if isinstance(spec.targets, str) else ", ".join(spec.targets)
-        rows.append(
-            f"| {info.stage} | {base} | {spec.kind} | {spec.rank} | {spec.alpha or spec.rank:g} |"
-            f" `{targets}` | {info.step} |"
-        )
-    return "\n".join(rows)
+        alpha = f"{spec.alpha or spec.rank:g}"
+        rows.append([info.stage, base, spec.kind, spec.rank, alpha, f"`{targets}`", info.step])
+    return _table("stage base kind rank alpha targets steps", rows)
 
 
-def prompts(infos: Sequence[AdapterInfo]) -> list[str]:
-    """The prompts of all stages, each once."""
+def _table_of_merged(adapters: Sequence[tuple[StageAdapter, float]]) -> str:
+    rows = []
+    for adapter, scale in adapters:
+        rank = span(rank_of(adapter.config, name) for name in adapter.modules)
+        alpha = span(alpha_of(adapter.config, name) for name in adapter.modules)
+        steps = adapter.info.step if adapter.info else ""
+        path = adapter.folder.resolve()
+        name = path.name if adapter.info is None else f"{path.parent.name}/{path.name}"
+        rows.append([f"`{name}`", adapter.kind, rank, alpha, f"{scale:g}", steps])
+    return _table("adapter kind rank alpha scale steps", rows)
+
+
+def _table(header: str, rows: Sequence[Sequence[object]]) -> str:
+    """Lay out a table in Markdown, from the words of its header and its rows."""
+    names = header.split()
+    lines = [names, *rows]
+    texts = [f"| {' | '.join(map(str, line))} |" for line in lines]
+    return "\n".join([texts[0], "|---" * len(names) + "|", *texts[1:]])
+
+
+def _name_base(base_model: str, revision: str | None) -> str:
+    return f"`{base_model}`" + f" at `{revision}`" * bool(revision)
+
+
+def _prompts(infos: Sequence[AdapterInfo]) -> list[str]:
+    """The prompts of all adapters, each once."""
     return list(dict.fromkeys(prompt for info in infos for prompt in info.prompts))
 
 
-def ours(infos: Sequence[AdapterInfo]) -> str:
-    """How this toolkit loads it."""
+def _list_prompts(infos: Sequence[AdapterInfo]) -> str:
+    return "\n".join(f"- `{prompt}`" for prompt in _prompts(infos))
+
+
+def _use_here(infos: Sequence[AdapterInfo]) -> str:
+    """Tell how to load adapters with this toolkit."""
     bases = {info.stage: with_revision(info.base_model, info.base_revision) for info in infos}
     names = ", ".join(f'stage_{stage}="{base}"' for stage, base in bases.items())
-    prompt = next(iter(prompts(infos)), "")
+    prompt = next(iter(_prompts(infos)), "")
     return (
         "With this toolkit, from the folder of this file or by its name on the hub, `owner/name`"
         " (any kind, all stages, merged):\n\n"
@@ -135,39 +220,47 @@ def ours(infos: Sequence[AdapterInfo]) -> str:
     )
 
 
-def with_diffusers(info: AdapterInfo) -> str:
-    """How plain diffusers loads a stage, or its approximation."""
+def _use_diffusers(info: AdapterInfo) -> str:
+    """Tell how to load a stage, or its approximation, with plain diffusers."""
     pipeline = PIPELINES[info.stage].__name__
     revision = f', revision="{info.base_revision}"' * bool(info.base_revision)
+    kind, caution = info.spec.kind, ""
+    if KINDS[kind].alone:
+        caution = (
+            f" It loads an adapter of kind `{kind}` exactly where that is alone; mixing several by"
+            " `set_adapters` and swapping by `hotswap=True` are not supported there for this kind,"
+            " while the cascade above mixes it exactly."
+        )
+    elif not KINDS[kind].has_b:
+        caution = (
+            f" It cannot load adapters of kind `{kind}`: it gets an approximation as a LoRA, whose"
+            f" error `python -m adapters.inspect stage_{info.stage}/{DIFFUSERS_WEIGHTS}` shows."
+            " PEFT loads the adapter itself, with"
+            f' `PeftModel.from_pretrained(pipe.unet, "stage_{info.stage}")`.'
+        )
     return (
-        f"Stage {info.stage} with diffusers alone.{caution(info)}\n\n"
+        f"Stage {info.stage} with diffusers alone.{caution}\n\n"
         f"```python\nfrom diffusers import {pipeline}\n\n"
         f'pipe = {pipeline}.from_pretrained("{info.base_model}"{revision})\n'
         f'pipe.load_lora_weights("stage_{info.stage}")\n```'
     )
 
 
-def caution(info: AdapterInfo) -> str:
-    """What plain diffusers cannot do with an adapter, and what can; empty where it can all."""
-    kind = info.spec.kind
-    if KINDS[kind].alone:
-        return (
-            f" It loads an adapter of kind `{kind}` exactly where that is alone; mixing several by"
-            " `set_adapters` and swapping by `hotswap=True` are not supported there for this kind,"
-            " while the cascade above mixes it exactly."
-        )
-    if diffusers_loads(info.spec):
-        return ""
-    return (
-        f" It cannot load adapters of kind `{kind}`: what it gets is an approximation as a LoRA,"
-        f" whose error `python -m adapters.inspect stage_{info.stage}/{LORA_WEIGHT_NAME_SAFE}`"
-        " tells. PEFT loads the adapter itself, with"
-        f' `PeftModel.from_pretrained(pipe.unet, "stage_{info.stage}")`.'
-    )
+def _link_licence(subject: str, base_model: str, files: Sequence[str]) -> str:
+    """Link to the licence of a base: its files, or else the base's page."""
+    links = [f"[{name}]({name})" for name in files]
+    links = links or [f"[{base_model}]({page})" for page in _base_pages([base_model])]
+    links = links or [f"`{base_model}`"]
+    return f"The licence of its base model applies{subject}: {', '.join(links)}"
+
+
+def _base_pages(base_models: Sequence[str]) -> list[str]:
+    """The pages of bases on the hub, of those that are there."""
+    return [f"{ENDPOINT}/{name}" for name in base_models if is_hub_name(name)]
 
 
 def save_samples(folder: Path, pictures: Mapping[str, Image.Image]) -> dict[str, str]:
-    """Write the sample pictures anew; returns their prompts by file."""
+    """Replace the sample pictures in a folder; returns their prompts by file."""
     shutil.rmtree(folder / SAMPLES, ignore_errors=True)
     samples = {}
     for index, (prompt, picture) in enumerate(pictures.items()):
@@ -177,42 +270,20 @@ def save_samples(folder: Path, pictures: Mapping[str, Image.Image]) -> dict[str,
     return samples
 
 
-def samples_of(folder: Path) -> dict[str, Image.Image]:
-    """The sample pictures that a folder's card shows, by prompt; none without a card."""
-    card = folder / CARD
-    samples = shown(card.read_text(encoding="utf-8")) if card.is_file() else {}
-    present = {prompt: folder / name for name, prompt in samples.items()}
-    return {prompt: _read(path) for prompt, path in present.items() if path.is_file()}
+def load_samples(folder: Path) -> dict[str, Image.Image]:
+    """Load the sample pictures that a folder's card shows, by prompt; none without a card.
+
+    Pictures keep the texts of their files.
+    """
+    card, samples = folder / CARD, dict[str, Image.Image]()
+    if card.is_file():
+        for name, prompt in parse_samples(card.read_text(encoding="utf-8")).items():
+            if (folder / name).is_file():
+                with Image.open(folder / name) as picture:
+                    samples[prompt] = Signed.of(picture, {})
+    return samples
 
 
-def _read(path: Path) -> Image.Image:
-    """A sample picture, with what its file says of it."""
-    with Image.open(path) as picture:
-        return Signed.of(picture, {})
-
-
-def shown(card: str) -> dict[str, str]:
-    """The prompts of the sample pictures in a card's text, by file."""
+def parse_samples(card: str) -> dict[str, str]:
+    """Parse the prompts of the sample pictures in a card's text, by file."""
     return {name: prompt for prompt, name in SAMPLE_LINE.findall(card)}
-
-
-def licence(infos: Sequence[AdapterInfo], files: Sequence[Sequence[str]]) -> str:
-    """What the bases' licences ask for; ``files`` are those of each stage."""
-    notices = dict.fromkeys(info.licence_notice for info in infos if info.licence_notice)
-    lines = [
-        f"The licence of its base model applies to the Stage {info.stage} adapter: "
-        + (", ".join(f"[{name}]({name})" for name in names) or linked_base(info.base_model))
-        for info, names in zip(infos, files, strict=True)
-    ]
-    return "\n\n".join([*notices, *lines])
-
-
-def linked_base(base_model: str) -> str:
-    """A base, and where it is to be found: its licence is there when its files are not at hand."""
-    hub = is_hub_name(base_model)
-    return f"[{base_model}]({base_page(base_model)})" if hub else f"`{base_model}`"
-
-
-def base_page(base_model: str) -> str:
-    """The page of a base on the hub."""
-    return f"{ENDPOINT}/{base_model}"

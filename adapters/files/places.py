@@ -2,27 +2,36 @@
 
 from pathlib import Path
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from huggingface_hub import get_cached_repo_tree, snapshot_download
-from peft.utils import CONFIG_NAME
-
 from adapters.base.hub import HUB_NAME, STAGE_FOLDERS, asking_the_hub
 from adapters.errors import UserError, listed
 
+# the names that PEFT and diffusers give their files, which take seconds to import
 PEFT_WEIGHTS = "adapter_model.safetensors"
 """The file of an exported stage that PEFT and our own loader read."""
 
+PEFT_CONFIG = "adapter_config.json"
+"""The configuration beside it."""
+
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""The file of an exported stage that diffusers reads."""
+
+STAGE_FILES = (PEFT_WEIGHTS, PEFT_CONFIG, DIFFUSERS_WEIGHTS)
+"""The files of an exported stage."""
+
 ADAPTER_FILES = (
-    *(f"{stage}/{name}" for stage in STAGE_FOLDERS for name in (PEFT_WEIGHTS, CONFIG_NAME)),
-    *(PEFT_WEIGHTS, CONFIG_NAME, LORA_WEIGHT_NAME_SAFE),
+    *(f"{stage}/{name}" for stage in STAGE_FOLDERS for name in (PEFT_WEIGHTS, PEFT_CONFIG)),
+    *STAGE_FILES,
 )
 """What is downloaded of a repository: our own exports, PEFT's adapters, those of diffusers."""
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+"""The endings of files that only Python's pickle reads."""
+
 
 def adapter_path(name: str | Path) -> Path:
-    """The local folder or file of what a user names as an adapter, downloaded where need be.
+    """Return the local folder or file of an adapter that a user names, downloaded if necessary.
 
-    What exists here comes first. Otherwise the name is the hub's: ``owner/name``, of which the
+    A path that exists comes first. Otherwise the name is the hub's: ``owner/name``, of which the
     adapter's safetensors and JSON files are downloaded and no others. ``owner/name/stage_1`` is
     one stage of it, ``owner/name/FILE.safetensors`` one file, and ``@revision`` at the end a
     branch, a tag, a commit, or a pull request (``@refs/pr/1``); without one it is ``main``.
@@ -40,6 +49,8 @@ def adapter_path(name: str | Path) -> Path:
     match = None if path.exists() else HUB_NAME.fullmatch(str(name))
     if match is None:
         return path
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+
     repo, inside, revision = match["repo"], match["inside"] or "", match["revision"]
     wanted = [inside] if inside.endswith(".safetensors") else list(ADAPTER_FILES)
     if inside in STAGE_FOLDERS:
@@ -52,18 +63,14 @@ def adapter_path(name: str | Path) -> Path:
         others = [file.path for file in tree if file.path.endswith(".safetensors")]
         raise UserError(
             f"{name} has no adapter on the hub ({', '.join(STAGE_FOLDERS)}, {PEFT_WEIGHTS} or"
-            f" {LORA_WEIGHT_NAME_SAFE}); name one of its safetensors files, as in"
+            f" {DIFFUSERS_WEIGHTS}); name one of its safetensors files, as in"
             f" {repo}/FILE.safetensors: it has {listed(others) or 'none'}."
         )
     return place
 
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-"""The endings of files that only Python's pickle reads."""
-
-
 def stage_folders(folder: Path) -> list[Path]:
-    """The stage folders of an exported folder; itself where it is a single adapter.
+    """List the stage folders of an exported folder; itself where it is a single adapter.
 
     Raises:
         UserError: where it is neither.
@@ -75,7 +82,7 @@ def stage_folders(folder: Path) -> list[Path]:
 
 
 def export_stages(folder: Path) -> list[Path]:
-    """The stage folders of an exported folder, which holds one or both.
+    """List the stage folders of an exported folder, which holds one or both.
 
     Raises:
         UserError: where it is something else, such as one of its stage folders.
@@ -121,9 +128,9 @@ def find_weights(path: Path) -> Path:
 
 
 def weights_file(path: Path) -> Path | None:
-    """The safetensors file of a single adapter as :func:`find_weights`; ``None``: there is none."""
+    """Find the file as :func:`find_weights` does; ``None``: there is none, or not one alone."""
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
-    names = [path / name for name in (PEFT_WEIGHTS, LORA_WEIGHT_NAME_SAFE)]
+    names = [path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)]
     found = [name for name in names if name.is_file()] or list(path.glob("*.safetensors"))
     return found[0] if found and (found[0] in names or len(found) == 1) else None

@@ -9,29 +9,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig, PeftConfig
-from peft.utils import CONFIG_NAME
+from peft import LoraConfig, OFTConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adapters.errors import UserError
 from adapters.files.info import HEADER_KEY, parse_info
-from adapters.files.keys import modules_of, parts_of, rename_tensors, tensors_of
-from adapters.files.places import PEFT_WEIGHTS, find_weights
+from adapters.files.keys import by_module, rename_tensors
+from adapters.files.places import PEFT_CONFIG, PEFT_WEIGHTS, find_weights
 from adapters.files.validation import (
     PEFT_ERRORS,
-    PEFT_TYPES,
-    check_ranks,
+    check_modules,
     check_settings,
     check_values,
     check_whole,
-    whole_modules,
 )
-from adapters.weights.kinds import KINDS, AdapterSpec
+from adapters.weights.kinds import KINDS
 from adapters.weights.lycoris import (
     ALGORITHMS,
-    HALVES,
+    WHOLE_MATRICES,
     LycorisConfig,
     Tensors,
     algorithm_of,
@@ -41,6 +39,9 @@ from adapters.weights.lycoris import (
 logger = logging.getLogger(__name__)
 
 Number = TypeVar("Number", int, float)
+
+PEFT_TYPES = tuple(dict.fromkeys(kind.peft_type for kind in KINDS.values()))
+"""PEFT's names of the kinds of adapter that a UNet takes here."""
 
 
 def read_adapter(
@@ -76,58 +77,48 @@ def read_adapter(
         for name in list(named)
         if name.endswith(".alpha")
     }
-    modules = whole_modules(tensors_of(named), alphas, file)
-    if config is None and is_lycoris(modules, alphas):
-        return lycoris_config(modules, alphas), joined(modules), header
-    state = joined({name: with_peft_magnitude(own) for name, own in modules.items()})
-    check_whole(config, parts_of(state), file)
+    own = check_modules(by_module(named), alphas, file)
+    modules = {name: with_peft_magnitude(tensors) for name, tensors in own.items()}
+    if config is None and _is_lycoris(modules, alphas):
+        return _lycoris_config(own, alphas), _join(own), header
+    check_whole(config, modules, file)
+    state = _join(modules)
     if file.name == PEFT_WEIGHTS and not (config or alphas or HEADER_KEY in header):
-        logger.warning("%s has no %s beside it: alpha is taken as its rank.", file, CONFIG_NAME)
+        logger.warning("%s has no %s beside it: alpha is taken as its rank.", file, PEFT_CONFIG)
     if config is None or isinstance(config, LoraConfig):
         return lora_config(state, alphas, config), state, header
-    check_ranks(config, modules, file)
+    _check_ranks(config, modules, file)
     config.target_modules = list(modules)
     return config, state, header
 
 
-def is_lycoris(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> bool:
-    """Whether tensors without a configuration mean all that they do by LyCORIS' formulas alone."""
-    algorithms = {name: algorithm_of(own) for name, own in modules.items()}
-    plain = all(
-        algorithm is ALGORITHMS["lora_"] and "dora_scale" not in with_peft_magnitude(modules[name])
-        for name, algorithm in algorithms.items()
-    )
-    return not plain and all(
-        algorithm is not None and (name in alphas or not algorithm.alpha)
-        for name, algorithm in algorithms.items()
-    )
-
-
-def joined(modules: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    """The tensors of all modules by their full names."""
-    return {f"{name}.{part}": t for name, own in modules.items() for part, t in own.items()}
-
-
 def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
-    """The configuration that a file brings along; ``None``: none.
+    """Read the configuration beside or in a file.
+
+    Returns:
+        ``None``: there is none, or it is that of a LoRA with each module's rank as alpha.
 
     Raises:
         UserError: where it is damaged.
     """
-    beside = file.parent / CONFIG_NAME
+    beside, metadata = file.parent / PEFT_CONFIG, header.get(LORA_ADAPTER_METADATA_KEY)
     own = file.name == PEFT_WEIGHTS and beside.exists()
+    if not own and metadata is None:
+        spec = parse_info(header, file).spec if HEADER_KEY in header else None
+        if spec is None or (spec.kind == "lora" and spec.alpha is None):
+            return None
+        return KINDS[spec.kind].peft_config(spec)
     try:
         if own:
-            check_type(json.loads(beside.read_text(encoding="utf-8")))
+            _check_type(json.loads(beside.read_text(encoding="utf-8")))
             config = PeftConfig.from_pretrained(str(file.parent))
-        elif LORA_ADAPTER_METADATA_KEY in header:
-            config = header_config(json.loads(header[LORA_ADAPTER_METADATA_KEY]))
-        elif HEADER_KEY in header:
-            return signed_config(parse_info(header, file).spec)
         else:
-            return None
-        if config is not None:
-            check_settings(config)
+            settings = _unet_settings(json.loads(metadata or ""))
+            if not settings:
+                return None
+            _check_type(settings)
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]](**settings)
+        check_settings(config)
     except (*PEFT_ERRORS, OSError) as error:
         where = beside if own else f"{LORA_ADAPTER_METADATA_KEY} of {file}"
         raise UserError(
@@ -137,53 +128,76 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
     return config
 
 
-def signed_config(spec: AdapterSpec) -> PeftConfig | None:
-    """The configuration that a spec means; ``None``: a LoRA with each module's rank as alpha."""
-    if spec.kind == "lora" and spec.alpha is None:
-        return None
-    kind = KINDS[spec.kind]
-    return kind.config(**kind.fields(spec))
-
-
-def check_type(settings: Any) -> None:
+def _check_type(settings: Any) -> None:
     """Raise a ValueError where JSON is no configuration of a kind that a UNet takes here."""
     found = settings.get("peft_type") if isinstance(settings, dict) else settings
-    if not isinstance(found, str) or found not in PEFT_TYPES:
+    if found not in PEFT_TYPES:
         raise ValueError(f"its peft_type should be one of {', '.join(PEFT_TYPES)}, not {found!r}")
 
 
-def header_config(settings: Any) -> PeftConfig | None:
-    """The UNet's configuration in the JSON of a header; ``None``: it is of another model.
+def _unet_settings(metadata: Any) -> dict[str, Any]:
+    """The UNet's settings in the JSON of a header; empty: it is of another model.
 
     Pipelines write ``unet.r``, ``UNet2DConditionModel.save_lora_adapter`` writes ``r``.
+    """
+    if not isinstance(metadata, dict):
+        raise ValueError(f"it should be settings by name, not {metadata!r}")
+    own = {key.removeprefix("unet."): v for key, v in metadata.items() if key.startswith("unet.")}
+    own = own or {key: value for key, value in metadata.items() if "." not in key}
+    return own and {"peft_type": "LORA"} | own
+
+
+def _is_lycoris(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> bool:
+    """Whether tensors without a configuration mean all that they do by LyCORIS' formulas alone."""
+    algorithms = {name: algorithm_of(own) for name, own in modules.items()}
+    if all(
+        algorithms[name] is ALGORITHMS["lora_"] and "dora_scale" not in own
+        for name, own in modules.items()
+    ):
+        return False  # a LoRA or DoRA of PEFT
+    return all(
+        algorithm is not None and (name in alphas or not algorithm.alpha)
+        for name, algorithm in algorithms.items()
+    )
+
+
+def _join(modules: Mapping[str, Tensors]) -> dict[str, Tensor]:
+    """The tensors of all modules by their full names."""
+    return {f"{name}.{part}": t for name, own in modules.items() for part, t in own.items()}
+
+
+def _check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path) -> None:
+    """Check that a LoHa or LoKr has the ranks that its configuration states, as it scales by them.
 
     Raises:
-        ValueError: where it has another form, or a type that no UNet takes here.
+        UserError: naming the first module whose tensors have another.
     """
-    if not isinstance(settings, dict):
-        raise ValueError(f"it should be settings by name, not {settings!r}")
-    own = {key.removeprefix("unet."): v for key, v in settings.items() if key.startswith("unet.")}
-    own = own or {key: value for key, value in settings.items() if "." not in key}
-    if not own:
-        return None
-    check_type(typed := {"peft_type": "LORA"} | own)
-    return PEFT_TYPES[typed["peft_type"]](**own)
+    for name, tensors in modules.items():
+        algorithm = algorithm_of(tensors)
+        if algorithm is None or tensors.keys() >= WHOLE_MATRICES:
+            continue  # PEFT's OFT, which scales by no rank; whole matrices, which may have any
+        stated, found = rank_of(config, name), algorithm.rank(tensors)
+        if stated != found:
+            raise UserError(
+                f"{file} has tensors of rank {found} for {name}, but its configuration states"
+                f" {stated}; put the {PEFT_CONFIG} beside it that it was saved with."
+            )
 
 
-def lycoris_config(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> LycorisConfig:
-    """The configuration of a file of LyCORIS, by module.
+def _lycoris_config(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> LycorisConfig:
+    """Gather the configuration of a file of LyCORIS.
 
     Args:
         modules: the tensors of each module.
         alphas: alpha of some modules; the others' is their rank (OFT: no constraint).
     """
-    algorithms = {
-        name: algorithm for name, own in modules.items() if (algorithm := algorithm_of(own))
-    }
+    algorithms = {n: found for n, own in modules.items() if (found := algorithm_of(own))}
     ranks = {name: algorithm.rank(modules[name]) for name, algorithm in algorithms.items()}
-    scaled = {name: alphas.get(name, rank) for name, rank in ranks.items()}
-    # of two whole matrices the library takes no alpha
-    scaled |= {name: ranks[name] for name, own in modules.items() if HALVES.keys() <= own.keys()}
+    scaled = {
+        # of two whole matrices the library takes no alpha
+        name: rank if modules[name].keys() >= WHOLE_MATRICES else alphas.get(name, rank)
+        for name, rank in ranks.items()
+    }
     r, rank_pattern = _most_and_others(ranks)
     alpha, alpha_pattern = _most_and_others(scaled)
     kinds = "+".join(sorted({algorithm.kind for algorithm in algorithms.values()}))
@@ -191,9 +205,11 @@ def lycoris_config(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) 
 
 
 def lora_config(
-    state: Mapping[str, Tensor], alphas: Mapping[str, float], stored: LoraConfig | None
+    state: Mapping[str, Tensor],
+    alphas: Mapping[str, float] | None = None,
+    stored: LoraConfig | None = None,
 ) -> LoraConfig:
-    """The configuration of LoRA tensors, with whole names: their own ranks, and alpha by module.
+    """Build the configuration of LoRA tensors, with whole names, their own ranks and alphas.
 
     Args:
         state: the tensors under PEFT's names.
@@ -201,22 +217,23 @@ def lora_config(
         stored: a configuration to complete; ``None``: alpha is the rank where ``alphas`` lacks it.
     """
     config = LoraConfig() if stored is None else copy(stored)
-    ranks = {name: len(state[f"{name}.lora_A.weight"]) for name in modules_of(state)}
-    by_module = {
-        name: alphas.get(name, rank if stored is None else _alpha(stored, name))
+    ranks = {name: len(own["lora_A.weight"]) for name, own in by_module(state).items()}
+    known = alphas or {}
+    by_name = {
+        name: known.get(name, rank if stored is None else _lora_alpha(stored, name))
         for name, rank in ranks.items()
     }
     config.r, config.rank_pattern = _most_and_others(ranks)
-    config.lora_alpha, config.alpha_pattern = _most_and_others(by_module)
+    config.lora_alpha, config.alpha_pattern = _most_and_others(by_name)
     config.use_dora = any(name.endswith("lora_magnitude_vector") for name in state)
     config.target_modules = list(ranks)
     return config
 
 
 def scaling(config: LoraConfig, state: Mapping[str, Tensor], module: str) -> float:
-    """What PEFT multiplies a module's B A by."""
+    """The factor by which PEFT multiplies a module's B A."""
     rank = len(state[f"{module}.lora_A.weight"])
-    return _alpha(config, module) / (rank**0.5 if config.use_rslora else rank)
+    return _lora_alpha(config, module) / (rank**0.5 if config.use_rslora else rank)
 
 
 def kind_of(config: PeftConfig | LycorisConfig) -> str:
@@ -230,21 +247,27 @@ def kind_of(config: PeftConfig | LycorisConfig) -> str:
 
 def rank_of(config: PeftConfig | LycorisConfig, module: str) -> int:
     """A module's rank (PEFT's OFT: the number of blocks; 0: its algorithm has none)."""
-    own = vars(config).get("rank_pattern", {})  # OFT has none
-    return int(own.get(get_pattern_key(own, module), config.r))
+    if isinstance(config, OFTConfig):
+        return int(config.r)
+    return int(_of_module(config.rank_pattern, module, config.r))
 
 
 def alpha_of(config: PeftConfig | LycorisConfig, module: str) -> float | None:
     """A module's alpha; ``None``: its kind has none."""
+    if isinstance(config, OFTConfig):
+        return None
     if isinstance(config, LoraConfig):
-        return _alpha(config, module)
-    own = vars(config).get("alpha_pattern", {})  # OFT has neither
-    return own.get(get_pattern_key(own, module), vars(config).get("alpha"))
+        return _lora_alpha(config, module)
+    return _of_module(config.alpha_pattern, module, config.alpha)
 
 
-def _alpha(config: LoraConfig, module: str) -> float:
-    key = get_pattern_key(config.alpha_pattern, module)
-    return config.alpha_pattern.get(key, config.lora_alpha)
+def _lora_alpha(config: LoraConfig, module: str) -> float:
+    return _of_module(config.alpha_pattern, module, config.lora_alpha)
+
+
+def _of_module(own: Mapping[str, Number], module: str, others: Number) -> Number:
+    """The value of a module: by the first pattern that matches its name, or that of all others."""
+    return own.get(get_pattern_key(own, module), others)
 
 
 def _most_and_others(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:

@@ -1,4 +1,4 @@
-"""The adapter of one stage: loading it, finding its base, and what it makes of each weight."""
+"""The adapter of one stage: loading it, finding its base, and its update of each weight."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,16 +21,16 @@ from peft import (
 )
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from adapters.base.signature import BaseSignature
 from adapters.errors import UserError, listed
+from adapters.files.for_diffusers import AdaptedOnly
 from adapters.files.info import HEADER_KEY, AdapterInfo, parse_info
-from adapters.files.keys import module_of
+from adapters.files.keys import split_name
 from adapters.files.places import adapter_path, stage_folders
 from adapters.files.reading import alpha_of, kind_of, rank_of, read_adapter, scaling
-from adapters.files.validation import following_settings
+from adapters.files.validation import explain_peft_errors
 from adapters.weights.kinds import ADAPTER_NAME
 from adapters.weights.lycoris import LycorisConfig, Tensors, algorithm_of, weight_change
 from adapters.weights.updates import (
@@ -53,13 +53,7 @@ IN_FACTORS = {
     *("layers_pattern", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "task_type"),
 }
-"""The settings of a ``LoraConfig`` that change nothing about a merged weight but its factors."""
-
-SETTINGS: Mapping[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("in_features", "out_features"),
-    nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
-}
-"""What the modules that adapters change are made of, beside weight and bias."""
+"""The settings of a ``LoraConfig`` that change a merged weight through its factors alone."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class StageAdapter:
     folder: Path
     """Its folder or file."""
     info: AdapterInfo | None
-    """What it says of itself; ``None``: another tool wrote it."""
+    """Its description of itself; ``None``: another tool wrote it."""
     config: PeftConfig | LycorisConfig
     state: dict[str, Tensor]
     """Its tensors under PEFT's names, or LyCORIS', without prefix, on the CPU."""
@@ -95,7 +89,7 @@ class StageAdapter:
         return [cls.load(place) for place in stage_folders(adapter_path(name))]
 
     def __repr__(self) -> str:
-        rank = vars(self.config)["r"] if self.info is None else self.info.spec.rank
+        rank = self.config.r if self.info is None else self.info.spec.rank
         stage = "" if self.info is None else f"Stage {self.info.stage}, "
         size = sum(tensor.numel() for tensor in self.state.values())
         return (
@@ -105,7 +99,7 @@ class StageAdapter:
 
     @property
     def kind(self) -> str:
-        """LoRA, rsLoRA or DoRA, or what PEFT or LyCORIS calls other kinds, in small letters."""
+        """The kind, as :func:`adapters.files.reading.kind_of` names it."""
         return kind_of(self.config)
 
     @cached_property
@@ -113,11 +107,11 @@ class StageAdapter:
         """The adapter's tensors by the module they adapt."""
         split: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.state.items():
-            split.setdefault(module_of(name), {})[name] = tensor
+            split.setdefault(split_name(name)[0], {})[name] = tensor
         return split
 
     def stage_among(self, configs: Mapping[int, Mapping[str, Any]]) -> int:
-        """The stage it belongs to: the one it names, or else the only one whose UNet it fits.
+        """Find the stage it belongs to: the one it names, or the only one whose UNet it fits.
 
         Args:
             configs: the configurations of UNets, by stage.
@@ -146,29 +140,31 @@ class StageAdapter:
         return fitting[0]
 
     def misfits(self, config: Mapping[str, Any]) -> list[str]:
-        """The tensors that PEFT would not load into a UNet of a configuration, or would miss."""
+        """List the tensors that PEFT would not load into a UNet of a configuration, or would miss.
+
+        Args:
+            config: the UNet's configuration.
+        """
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
             present = dict(unet.named_modules())
             if isinstance(self.config, LycorisConfig):
-                unfit = [n for n in self.modules if not self._changes(n, present.get(n))]
+                unfit = [name for name in self.modules if not self._fits(name, present.get(name))]
                 return [tensor for name in unfit for tensor in self.modules[name]]
-            unknown = [name for name in self.modules if name not in present]
-            if len(unknown) < len(self.modules):
-                with following_settings(self.folder):
+            needed = {}
+            if self.modules.keys() & present.keys():
+                with explain_peft_errors(self.folder):
                     inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
                 # by its default PEFT asks the hub about the base's vocabulary
                 needed = get_peft_model_state_dict(
                     unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
                 )
-            else:
-                needed = {}
         names = dict.fromkeys([*self.state, *needed])
         both = self.state.keys() & needed.keys()
         return [n for n in names if n not in both or self.state[n].shape != needed[n].shape]
 
     def check_base(self, base: BaseSignature, name: str) -> None:
-        """Check that it was trained on a base; where it does not say on which, say so.
+        """Check that it was trained on a base; warn where it does not say on which.
 
         Args:
             base: the signature of the base's UNet.
@@ -194,7 +190,7 @@ class StageAdapter:
 
     @cached_property
     def digest(self) -> str:
-        """Of settings and tensors: orders adapters the same wherever and whenever they came."""
+        """The digest of settings and tensors, to order adapters the same however they came."""
         settings = json.dumps(self.config.to_dict(), sort_keys=True, default=sorted)
         digest = hashlib.sha256(settings.encode())
         for name, tensor in sorted(self.state.items()):
@@ -213,16 +209,15 @@ class StageAdapter:
         start = own["init_lora_weights"]  # some others change the base too
         return changed <= IN_FACTORS and (isinstance(start, bool) or start == "gaussian")
 
-    def update(self, name: str, module: nn.Module, weight: Tensor) -> Update:
-        """What merging makes of a module's weight, as PEFT merges, in float32.
+    def update(self, name: str, weight: Tensor) -> Update:
+        """Compute the update by which merging changes a module's weight, as PEFT merges.
 
         Args:
             name: the module's full name.
-            module: the module, for its settings.
             weight: its weight in the base, [out, in, ...].
 
         Raises:
-            UserError: where its tensors do not fit the module, or it changes more than the weight.
+            UserError: where its tensors do not fit the weight, or it changes more than the weight.
         """
         tensors = self.modules[name]
         if f"{name}.lora_B.bias" in tensors:
@@ -231,122 +226,99 @@ class StageAdapter:
                 " weights can be merged here; train it without lora_bias, or load it with PEFT."
             )
         if not self.has_factors:
-            by_formula = algorithm_of(self._parts(name)) and not isinstance(self.config, LoraConfig)
-            change = self._by_formula if by_formula else self._by_peft
-            added = in_order_of(weight, change(name, module, weight))
-            return Dense(added.flatten(1).cpu())
-        assert isinstance(self.config, LoraConfig)
+            formula = algorithm_of(self._parts(name)) and not isinstance(self.config, LoraConfig)
+            added = (self._by_formula if formula else self._by_peft)(name, weight)
+            return Dense(in_order_of(weight, added).flatten(1).cpu())
         b, a = (tensors[f"{name}.lora_{side}.weight"] for side in "BA")
         if (len(b), *a.shape[1:]) != weight.shape:
-            self._misfit(name, module)
+            raise self._misfit(name, weight)
         magnitude = tensors.get(f"{name}.lora_magnitude_vector")
         return low_rank(weight, b, a, scaling(self.config, self.state, name), magnitude)
 
-    def delta(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
-        """What merging adds to a module's weight, [out, in, ...] in float32; see :meth:`update`."""
-        return delta(weight, self.update(name, module, weight))
+    def delta(self, name: str, weight: Tensor) -> Tensor:
+        """Compute what merging adds to a module's weight, [out, in, ...], float32; see update."""
+        return delta(weight, self.update(name, weight))
 
     def _parts(self, name: str) -> Tensors:
         """The tensors of a module without its name in theirs."""
-        own = self.modules[name]
-        return {tensor.removeprefix(f"{name}."): values for tensor, values in own.items()}
+        return {
+            tensor.removeprefix(f"{name}."): values for tensor, values in self.modules[name].items()
+        }
 
-    def _changes(self, name: str, module: nn.Module | None) -> bool:
-        """Whether the tensors of a module fit it, by their shapes."""
+    def _fits(self, name: str, module: nn.Module | None) -> bool:
+        """Whether LyCORIS' tensors fit a module, by their shapes."""
         if not isinstance(module, nn.Linear | nn.Conv2d):
             return False
         try:
-            change = weight_change(self._parts(name), module.weight, 1.0)
+            weight_change(self._parts(name), module.weight, 1.0)
         except RuntimeError:
             return False
-        return change.shape == module.weight.shape
+        return True
 
-    def _by_formula(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
-        """What LyCORIS' formulas, which are also PEFT's of a LoHa and LoKr, add to a weight."""
+    def _by_formula(self, name: str, weight: Tensor) -> Tensor:
+        """Compute what LyCORIS' formulas add, which are also PEFT's of a LoHa and LoKr."""
         alpha, rank = alpha_of(self.config, name), rank_of(self.config, name)
         assert alpha is not None
         try:
-            change = weight_change(self._parts(name), weight, alpha / rank if rank else alpha)
-        except RuntimeError:  # of tensors of another shape
-            self._misfit(name, module)
-        if change.shape != weight.shape:
-            self._misfit(name, module)
-        return change
+            return weight_change(self._parts(name), weight, alpha / rank if rank else alpha)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise self._misfit(name, weight) from error
 
-    def _by_peft(self, name: str, module: nn.Module, weight: Tensor) -> Tensor:
-        """What PEFT's own merge adds to a weight, in float32."""
+    def _by_peft(self, name: str, weight: Tensor) -> Tensor:
+        """Compute what PEFT's own merge adds, in float32."""
         assert not isinstance(self.config, LycorisConfig)
-        root = _alone(name, _plain(module, weight))
+        root = AdaptedOnly({name: weight.to(torch.float32, copy=True)})  # PEFT merges in place
         config = copy(self.config)
         config.target_modules = {name}  # PEFT would shorten many names to ambiguous endings
-        for field_name in vars(config).keys() & {"rank_pattern", "alpha_pattern"}:  # OFT has none
-            patterns = vars(config)[field_name]
-            vars(config)[field_name] = {
-                p: v for p, v in patterns.items() if get_pattern_key([p], name) == p
-            }
-        with torch.random.fork_rng(devices=[]), following_settings(self.folder):
+        if isinstance(config, LoraConfig):
+            config.r, config.rank_pattern = rank_of(config, name), {}
+            config.lora_alpha, config.alpha_pattern = alpha_of(config, name), {}
+        with torch.random.fork_rng(devices=[]), explain_peft_errors(self.folder):
             inject_adapter_in_model(config, root, ADAPTER_NAME)  # draws values to overwrite
         try:
             result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
-        except RuntimeError:  # of a tensor of another shape
-            self._misfit(name, module)
+        except RuntimeError as error:  # of a tensor of another shape
+            raise self._misfit(name, weight) from error
         mark = f"{name}.{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
         missing = [key for key in result.missing_keys if key.startswith(mark)]
-        if missing or result.unexpected_keys:
-            self._misfit(name, module, [key.replace(f".{ADAPTER_NAME}", "") for key in missing])
+        if missing:
+            names = [key.replace(f".{ADAPTER_NAME}", "") for key in missing]
+            raise UserError(
+                f"{self.folder} is not whole: of {name} it lacks {listed(names)}; fetch or export"
+                " it again."
+            )
+        if result.unexpected_keys:
+            raise self._misfit(name, weight)
         layer = root.get_submodule(name)
         assert isinstance(layer, BaseTunerLayer)
-        with following_settings(self.folder):
+        with explain_peft_errors(self.folder):
             layer.merge()
         return layer.get_base_layer().weight.detach().sub_(weight)
 
-    def _misfit(self, name: str, module: nn.Module, missing: Sequence[str] = ()) -> NoReturn:
-        if missing:
-            raise UserError(
-                f"{self.folder} is not whole: of {name} it lacks {listed(missing)}; fetch or export"
-                " it again."
-            )
+    def _misfit(self, name: str, weight: Tensor) -> UserError:
         shapes = {tensor: list(values.shape) for tensor, values in self.modules[name].items()}
-        raise UserError(
-            f"{self.folder} does not fit {name}, a {module}: its tensors have the shapes {shapes};"
-            " load the model that it was trained on."
+        return UserError(
+            f"{self.folder} does not fit {name}, a weight of {list(weight.shape)}: its tensors have"
+            f" the shapes {shapes}; load the model that it was trained on."
         )
 
 
-def _plain(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A module with the settings of another and a copy of a weight in float32, without bias."""
-    kind = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
-    settings = {name: vars(module)[name] for name in SETTINGS[kind]}
-    plain: nn.Module = kind(**settings, bias=False, device="meta")
-    copied = weight.to(torch.float32, copy=True)  # PEFT merges in place
-    plain.weight = nn.Parameter(copied, requires_grad=False)
-    return plain
-
-
 def merged_weight(
-    adapters: Sequence[tuple[StageAdapter, float]], name: str, module: nn.Module, weight: Tensor
+    adapters: Sequence[tuple[StageAdapter, float]], name: str, weight: Tensor
 ) -> Tensor:
-    """A module's weight with adapters merged, in float32.
+    """Merge adapters into a module's weight, in float32.
 
     Args:
         adapters: adapters of its stage, and how much of each.
         name: the module's full name.
-        module: the module, for its shape and settings.
         weight: its weight in the base, which stays as it is.
     """
     on = [each for each in adapters if name in each[0].modules and each[1]]
     if len(on) > 1:
-        on.sort(key=lambda each: (each[0].digest, each[1]))
-    terms = [Term(scale, adapter.update(name, module, weight)) for adapter, scale in on]
+        on.sort(key=lambda each: (each[0].digest, each[1]))  # sums depend on the order
+    terms = [Term(scale, adapter.update(name, weight)) for adapter, scale in on]
     if not terms:
         return weight.to(torch.float32, copy=True)
     return in_shape_of(weight, merge(as_matrix(weight), terms))
-
-
-def _alone(name: str, module: nn.Module) -> nn.Module:
-    """A model in which a module stands alone under its full name, as PEFT matches by name."""
-    for part in reversed(name.split(".")):
-        parent = nn.Module()
-        parent.add_module(part, module)
-        module = parent
-    return module

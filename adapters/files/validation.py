@@ -1,4 +1,4 @@
-"""Whether what was read of an adapter can be used, and is all of it."""
+"""Checks that what was read of an adapter can be used, and is all of it."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,13 +9,19 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from adapters.arguments import is_factor
 from adapters.errors import UserError, listed
-from adapters.weights.kinds import KINDS, ROOTS
-from adapters.weights.lycoris import HALVES, Tensors, algorithm_of, missing_tensors, simplify
+from adapters.files.places import PEFT_CONFIG
+from adapters.weights.kinds import ROOTS
+from adapters.weights.lycoris import (
+    Tensors,
+    algorithm_of,
+    fit_together,
+    missing_tensors,
+    simplify,
+)
 
 DTYPES = {
     torch.float16: "fp16",
@@ -23,19 +29,7 @@ DTYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
 }
-"""The types of values that adapters are read in, and what people call them."""
-
-PEFT_TYPES = {str(kind.config().peft_type.value): kind.config for kind in KINDS.values()}
-"""The configurations of the kinds of adapter that a UNet takes here, by PEFT's name of them."""
-
-PREFIXES = {kind.value: mark for kind, mark in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
-"""What the names of a kind's tensors begin with, by PEFT's name of the kind."""
-
-RANKS, FACTORS = ("r", "rank_pattern"), ("lora_alpha", "alpha", "alpha_pattern")
-"""The settings that are whole numbers from 1, and numbers: one, or one by module."""
-
-EXPRESSIONS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
-"""The settings that are regular expressions where they are one string, or by such."""
+"""The types of values that adapters are read in, and their names in sentences."""
 
 LARGEST_RANK = 2**31 - 1
 """The largest rank or number of blocks that a configuration may state."""
@@ -44,11 +38,11 @@ PEFT_ERRORS = (
     *(ArithmeticError, AttributeError, ImportError, LookupError),
     *(RuntimeError, TypeError, ValueError, re.error),
 )
-"""What PEFT raises over settings that it cannot follow."""
+"""The errors that PEFT raises over settings that it cannot follow."""
 
 
 @contextmanager
-def following_settings(place: Path) -> Iterator[None]:
+def explain_peft_errors(place: Path) -> Iterator[None]:
     """Turn what PEFT raises over an adapter's settings into a UserError."""
     try:
         yield
@@ -101,22 +95,27 @@ def check_settings(config: PeftConfig) -> None:
     Raises:
         ValueError: naming the first that is not of its type or range.
     """
-    settings = vars(config)
-    for name in settings.keys() & {*RANKS, *FACTORS}:
+    settings = config.to_dict()
+    least = 0 if settings.get("oft_block_size") else 1  # OFT has the one or the other
+
+    def is_rank(value: object) -> bool:
+        return isinstance(value, int) and least <= value <= LARGEST_RANK
+
+    ranks, factors = ("r", "rank_pattern"), ("lora_alpha", "alpha", "alpha_pattern")
+    for name in settings.keys() & {*ranks, *factors}:
         by_module = settings[name] if name.endswith("_pattern") else {name: settings[name]}
-        if not isinstance(by_module, Mapping):
+        if not isinstance(by_module, dict):
             raise ValueError(f"its {name} is {by_module!r}")
         for key, value in by_module.items():
-            if not (_is_rank(value, config) if name in RANKS else is_factor(value)):
+            if not (is_rank(value) if name in ranks else is_factor(value)):
                 raise ValueError(f"its {name} is {value!r}" + f" for {key}" * (key != name))
     targets = settings["target_modules"]
-    listing = targets if isinstance(targets, list | set) else ()
-    if not isinstance(targets, str | list | set | None) or not all(
-        isinstance(target, str) for target in listing
-    ):
+    names = targets if isinstance(targets, list | set) else [targets]
+    if not all(isinstance(name, str) for name in names) and targets is not None:
         raise ValueError(f"its target_modules are {targets!r}")
-    for name in EXPRESSIONS:
+    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         value = settings.get(name)
+        # one string, and what values are stated by, are regular expressions
         patterns = [value] if isinstance(value, str) else value if isinstance(value, dict) else ()
         for pattern in patterns:
             try:
@@ -127,12 +126,7 @@ def check_settings(config: PeftConfig) -> None:
                 ) from error
 
 
-def _is_rank(value: object, config: PeftConfig) -> bool:
-    least = 0 if vars(config).get("oft_block_size") else 1  # OFT has the one or the other
-    return isinstance(value, int) and least <= value <= LARGEST_RANK
-
-
-def whole_modules(
+def check_modules(
     modules: Mapping[str, Tensors], alphas: Iterable[str], file: Path
 ) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each module, checked and simplified (``lycoris.simplify``).
@@ -149,16 +143,21 @@ def whole_modules(
     whole: dict[str, dict[str, Tensor]] = {}
     lacking, misfits = [f"{name}.alpha alone" for name in alphas if name not in modules], []
     for name, tensors in modules.items():
+        fit = True
         try:
             whole[name] = own = simplify(tensors)
         except RuntimeError:
-            misfits.append(_shapes(name, tensors))
-            continue
-        if missing := missing_tensors(own):
-            has = listed([part for part in own if part not in missing], 4)
-            lacking.append(f"{' and '.join(f'{name}.{part}' for part in missing)} beside {has}")
-        elif not _multiply(own):
-            misfits.append(_shapes(name, own))
+            own, fit = dict(tensors), False
+        algorithm = algorithm_of(own)
+        if fit and algorithm is not None:
+            if missing := missing_tensors(algorithm, own):
+                has = listed([part for part in own if part not in missing], 4)
+                lacking.append(f"{' and '.join(f'{name}.{part}' for part in missing)} beside {has}")
+                continue
+            fit = fit_together(algorithm, own)
+        if not fit:
+            shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in own.items())
+            misfits.append(f"{name}: {shapes}")
     if lacking:
         raise UserError(
             f"{file} is not whole: it lacks tensors of {len(lacking)} modules ({listed(lacking)});"
@@ -172,44 +171,7 @@ def whole_modules(
     return whole
 
 
-def _multiply(tensors: Tensors) -> bool:
-    """Whether a module's tensors are matrices, or more, and those of a LoRA have one rank."""
-    algorithm = algorithm_of(tensors)
-    needs = algorithm.needs if algorithm else ()
-    matrices = [*needs, *(half for name in needs for half in HALVES.get(name, ())), "dora_scale"]
-    if any(tensors[name].ndim < 2 for name in matrices if name in tensors):
-        return False
-    a, b = (tensors.get(f"lora_{side}.weight") for side in "AB")
-    return a is None or b is None or len(a) == b.shape[1]
-
-
-def _shapes(name: str, tensors: Tensors) -> str:
-    found = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
-    return f"{name}: {found}"
-
-
-def check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path) -> None:
-    """Check that a LoHa or LoKr has the ranks that its configuration states, as it scales by them.
-
-    Raises:
-        UserError: naming the first module whose tensors have another.
-    """
-    for name, tensors in modules.items():
-        algorithm = algorithm_of(tensors)
-        if algorithm is None or HALVES.keys() <= tensors.keys():
-            continue  # PEFT's OFT, which scales by no rank; whole matrices, which may have any
-        own, found = config.rank_pattern, algorithm.rank(tensors)
-        stated = own.get(get_pattern_key(own, name), config.r)
-        if stated != found:
-            raise UserError(
-                f"{file} has tensors of rank {found} for {name}, but its configuration states"
-                f" {stated}; put the adapter_config.json beside it that it was saved with."
-            )
-
-
-def check_whole(
-    config: PeftConfig | None, modules: Mapping[str, Iterable[str]], file: Path
-) -> None:
+def check_whole(config: PeftConfig | None, modules: Mapping[str, Tensors], file: Path) -> None:
     """Check that an adapter has the tensors, and the modules, that its configuration speaks of.
 
     Modules are known to be missing where the configuration has their full names; endings and
@@ -217,28 +179,37 @@ def check_whole(
 
     Args:
         config: the configuration as it was stored; ``None``: there was none, which LoRAs need not.
-        modules: the names of tensors, without the module's, by module.
+        modules: the tensors of each module.
         file: for messages.
 
     Raises:
         UserError: listing what is missing, or of another kind.
     """
     kind = "LORA" if config is None else str(config.peft_type.value)
+    mark = PEFT_TYPE_TO_PREFIX_MAPPING[kind]
     others = [
-        f"{module}.{tensor}"
-        for module, tensors in modules.items()
-        for tensor in tensors
-        if not tensor.startswith(PREFIXES[kind])
+        f"{name}.{part}"
+        for name, own in modules.items()
+        for part in own
+        if not part.startswith(mark)
     ]
     if others:
-        says = f"a configuration of {kind}" if config else "no adapter_config.json beside it"
+        says = f"a configuration of {kind}" if config else f"no {PEFT_CONFIG} beside it"
         alpha = "" if config else " without an alpha each"
         raise UserError(
             f"{file} has {says}, but tensors of another kind of adapter{alpha}"
-            f" ({listed(others, 4)}); put the adapter_config.json beside it that it was saved with."
+            f" ({listed(others, 4)}); put the {PEFT_CONFIG} beside it that it was saved with."
         )
-    with following_settings(file):
-        missing = [name for name in full_names(config) if name not in modules]
+    targets = None if config is None else config.target_modules
+    full = () if targets is None or isinstance(targets, str) else targets
+    with explain_peft_errors(file):
+        missing = [
+            name
+            for name in sorted(full)
+            if name.partition(".")[0] in ROOTS
+            and check_target_module_exists(config, name)  # exclude_modules may except it
+            and name not in modules
+        ]
     if missing:
         raise UserError(
             f"{file} should adapt {len(missing)} modules that its configuration names and it has"
@@ -251,12 +222,3 @@ def check_whole(
             f"{file} is a DoRA, but has no lora_magnitude_vector of {len(lacking)} modules"
             f" ({listed(lacking)}); fetch or export it again."
         )
-
-
-def full_names(config: PeftConfig | None) -> list[str]:
-    """The modules that a configuration adapts by their full names."""
-    targets = None if config is None else vars(config)["target_modules"]
-    if config is None or targets is None or isinstance(targets, str):
-        return []
-    full = (name for name in targets if name.partition(".")[0] in ROOTS)
-    return sorted(name for name in full if check_target_module_exists(config, name))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from adapters.arguments import check_seeds
 from adapters.errors import UserError
-from adapters.files.for_diffusers import AdaptedOnly
+from adapters.files.for_diffusers import AdaptedOnly, blank_weights
 from adapters.files.info import AdapterInfo
 from adapters.files.reading import lora_config, scaling
 from adapters.files.stage_adapter import StageAdapter
@@ -157,7 +157,7 @@ def combined(
                 torch.cuda.manual_seed(how.seed)
         for module in tqdm(modules, desc=f"Combining by {how.method}", leave=False, delay=1):
             state |= of_module(module, parts, how, configs, device)
-    config = lora_config(state, {}, None)
+    config = lora_config(state)
     config.base_model_name_or_path = parts[0].adapter.config.base_model_name_or_path
     config.inference_mode = True
     return StageAdapter(Path(name), info_of(parts, how, config), config, state)
@@ -185,7 +185,7 @@ def of_module(
         if module in part.adapter.modules
     }
     first, *others = tensors
-    skeleton = AdaptedOnly(tensors[first], device)
+    skeleton = AdaptedOnly(blank_weights(tensors[first], device))
     narrowed = {index: copy(config) for index, config in configs.items()}
     for config in narrowed.values():
         config.target_modules = {module}
@@ -224,7 +224,7 @@ def plain_lora(part: Part) -> LoraConfig:
         module: rank * scaling(adapter.config, adapter.state, module)
         for module, rank in part.ranks.items()
     }
-    return lora_config(adapter.state, alphas, None)
+    return lora_config(adapter.state, alphas)
 
 
 def check(parts: Sequence[Part], how: Combination, modules: Sequence[str]) -> None:

@@ -214,7 +214,7 @@ class MergedAdapters:
                     self._layers[module] = self._layer(present.get(module), module, adapter)
                     self._written[module] = ()
                 base = self._layers[module].base
-                updates[module] = adapter.update(module, present[module], base)
+                updates[module] = adapter.update(module, base)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.unet.device} has no room for {adapter.folder} and a copy of the weights"

@@ -6,7 +6,6 @@ B [out, rank] and A [rank, in * ...], whose inner products need matrices of rank
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -17,32 +16,23 @@ from adapters.base.stored_unet import StoredUNet
 from adapters.errors import UserError, listed
 from adapters.files.reading import kind_of, scaling
 from adapters.files.stage_adapter import StageAdapter
+from adapters.weights.updates import LowRank
 
 FLOW = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
 """The parts of a UNet that a picture passes through; embeddings come before them."""
 
 
-@dataclass(frozen=True)
-class Product:
-    """The update B A of a LoRA, its scaling in B."""
-
-    b: Tensor
-    """[out, rank] float64."""
-    a: Tensor
-    """[rank, in, ...] float64."""
-
-    @classmethod
-    def of(cls, adapter: StageAdapter, module: str) -> "Product | None":
-        """The update of a module; ``None``: its adapter is no product, only the base tells."""
-        config, tensors = adapter.config, adapter.modules[module]
-        if not isinstance(config, LoraConfig) or config.use_dora:
-            return None
-        a, b = (tensors[f"{module}.lora_{side}.weight"].double() for side in "AB")
-        return cls(b.flatten(1) * scaling(config, adapter.state, module), a)
-
-
-Update: TypeAlias = Product | Tensor
+Update: TypeAlias = LowRank | Tensor
 """What is added to a weight: a product, or [out, in, ...]."""
+
+
+def product_of(adapter: StageAdapter, module: str) -> LowRank | None:
+    """The update of a module, float64; ``None``: its adapter is no product, only the base tells."""
+    config, tensors = adapter.config, adapter.modules[module]
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        return None
+    a, b = (tensors[f"{module}.lora_{side}.weight"].double() for side in "AB")
+    return LowRank(b.flatten(1) * scaling(config, adapter.state, module), a)
 
 
 def needed_base(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> StoredUNet | None:
@@ -55,7 +45,7 @@ def needed_base(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> Store
     Raises:
         UserError: where it is not among them.
     """
-    if Product.of(adapter, next(iter(adapter.modules))) is not None:
+    if product_of(adapter, next(iter(adapter.modules))) is not None:
         return None
     configs = {stage: base.unet.config for stage, base in bases.items()}
     stage = adapter.stage_among(configs) if configs else 0
@@ -88,32 +78,23 @@ def update(adapter: StageAdapter, module: str, base: StoredUNet | None) -> Updat
     Returns:
         The update; ``None`` where the base is needed and not given.
     """
-    product = Product.of(adapter, module)
+    product = product_of(adapter, module)
     if product is not None or base is None:
         return product
     with torch.no_grad():
-        return adapter.delta(module, base.module(module), base.read(f"{module}.weight"))
+        return adapter.delta(module, base.read(f"{module}.weight"))
 
 
 def inner(one: Update, other: Update) -> float:
     """The Frobenius inner product of two updates of one weight."""
-    if isinstance(one, Product) and isinstance(other, Product):
-        a, b = one.a.flatten(1) @ other.a.flatten(1).T, one.b.T @ other.b
-        return float((a * b).sum())
-    return float((formed(one) * formed(other)).sum())
-
-
-def formed(update: Update) -> Tensor:
-    """An update as a matrix, float64."""
-    if isinstance(update, Product):
-        return update.b @ update.a.flatten(1)
-    return update.reshape(len(update), -1).double()
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return float(one.inner(other))
+    x, y = (u.product() if isinstance(u, LowRank) else u.double() for u in (one, other))
+    return float((x.flatten() * y.flatten()).sum())
 
 
 def shape_of(update: Update) -> list[int]:
     """The shape of the weight that an update is added to."""
-    if isinstance(update, Product):
-        return [len(update.b), *update.a.shape[1:]]
     return list(update.shape)
 
 

@@ -20,7 +20,7 @@ from adapters.base.stored_unet import StoredUNet
 from adapters.base.tensor_files import write_tensors
 from adapters.errors import UserError
 from adapters.files.licence import licence_files
-from adapters.files.merged_card import CARD, merged_card
+from adapters.files.model_card import CARD, merged_card
 from adapters.files.stage_adapter import StageAdapter, merged_weight
 from unets.loading import PRECISIONS
 
@@ -156,7 +156,7 @@ class MergedModel:
         weight = self.unet.read(name)
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and any(module in adapter.modules for adapter, _ in self.adapters):
-            weight = merged_weight(self.adapters, module, self.unet.module(module), weight)
+            weight = merged_weight(self.adapters, module, weight)
         result = weight.to(self.weights[name].dtype).contiguous()
         low, high = result.aminmax()  # takes no memory, where isfinite takes a copy
         if not (low.isfinite() and high.isfinite()):

@@ -1,4 +1,4 @@
-"""The best approximation of updates by a LoRA, and what it loses.
+"""The best approximation of updates by a LoRA, and its error.
 
 The update of a weight [out, in, ...] is a matrix D [out, in * ...]; a LoRA has it as B A with
 B [out, rank] and A [rank, in * ...]. The best in the Frobenius norm are D's leading singular
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapters.errors import UserError
 from adapters.tables import format_range
+from adapters.weights.updates import LowRank
 
 
 @dataclass
@@ -25,14 +26,14 @@ class Approximation:
     state: dict[str, Tensor] = field(default_factory=dict)
     """Its tensors under PEFT's names, float32 on the CPU, for alpha = rank."""
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Squared Frobenius norms by module or weight: of what was lost, and of the update."""
+    """Squared Frobenius norms of what was lost and of the update, by module or weight."""
 
     @classmethod
     def limited(cls, rank: int | None, error: float | None) -> "Approximation":
-        """An approximation with the limits of a command line, at least one of them.
+        """Create an approximation with the limits of a command line, at least one of them.
 
         Raises:
-            UserError: where there is none, or one that is out of range.
+            UserError: where both are missing, or one is out of range.
         """
         if rank is None and error is None:
             raise UserError("There is no rank to choose; give --rank, --error or both.")
@@ -42,42 +43,43 @@ class Approximation:
             raise UserError(f"--error must be at least 0 and less than 1 (got {error}).")
         return cls(rank, error or 0.0)
 
-    def add_product(self, module: str, b: Tensor, a: Tensor) -> None:
-        """Approximate B A, B [out, r] and A [r, in, ...], without forming it: by QR, then SVD."""
-        q_b, r_b = torch.linalg.qr(b.double())
-        q_a, r_a = torch.linalg.qr(a.flatten(1).double().T)
-        u, values, vh = torch.linalg.svd(r_b @ r_a.T)
-        kept = slice(self._rank(values.square()))
-        left = q_b @ (u[:, kept] * values[kept])
-        self._keep(module, left, vh[kept] @ q_a.T, values.square(), a.shape)
+    def add_update(self, module: str, update: LowRank | Tensor) -> None:
+        """Approximate the update of a module, [out, in, ...].
 
-    def add_update(self, module: str, update: Tensor) -> None:
-        """Approximate D [out, in, ...], by the eigenvectors of its smaller Gram matrix."""
-        d = update.flatten(1).double()
-        wide = d.shape[0] < d.shape[1]
-        squares, vectors = torch.linalg.eigh(d @ d.T if wide else d.T @ d)  # ascending
-        squares = squares.clamp(min=0).flip(0)
-        leading = vectors[:, -self._rank(squares) :]
-        b, a = (leading, leading.T @ d) if wide else (d @ leading, leading.T)
-        self._keep(module, b, a, squares, update.shape)
+        That of a product is found by QR and SVD, without forming it; that of a tensor by the
+        eigenvectors of its smaller Gram matrix.
+        """
+        if isinstance(update, LowRank):
+            assert update.gain is None, "the gain of a DoRA is no part of B A"
+            q_b, r_b = torch.linalg.qr(update.b.double() * update.scaling)
+            q_a, r_a = torch.linalg.qr(update.a.flatten(1).double().T)
+            u, values, vh = torch.linalg.svd(r_b @ r_a.T)
+            squares = values.square()
+            kept = slice(self._choose_rank(squares))
+            b, a = q_b @ (u[:, kept] * values[kept]), vh[kept] @ q_a.T
+        else:
+            d = update.flatten(1).double()
+            wide = d.shape[0] < d.shape[1]
+            squares, vectors = torch.linalg.eigh(d @ d.T if wide else d.T @ d)  # ascending
+            squares = squares.clamp(min=0).flip(0)
+            leading = vectors[:, -self._choose_rank(squares) :]
+            b, a = (leading, leading.T @ d) if wide else (d @ leading, leading.T)
+        inputs = update.shape[1:]
+        ones = [1] * (len(inputs) - 1)  # a convolution's B is a convolution of 1 x 1
+        for side, tensor in (("A", a.reshape(-1, *inputs)), ("B", b.reshape(*b.shape, *ones))):
+            self.state[f"{module}.lora_{side}.weight"] = tensor.float().cpu().contiguous()
+        self.squares[module] = (float(squares[len(a) :].sum()), float(squares.sum()))
 
     def add_lost(self, weight: str, update: Tensor) -> None:
         """Count the update of a weight that no LoRA adapts, such as a bias, as lost."""
         square = float(update.double().square().sum())
         self.squares[weight] = (square, square)
 
-    def _rank(self, squares: Tensor) -> int:
-        """The rank for squared singular values, in descending order."""
+    def _choose_rank(self, squares: Tensor) -> int:
+        """Choose the rank by squared singular values in descending order."""
         lost = squares.flip(0).cumsum(0).flip(0)  # by the rank that is kept
         needed = max(int((lost > self.tolerance**2 * lost[0]).sum()), 1)
         return needed if self.rank is None else min(self.rank, needed)
-
-    def _keep(self, module: str, b: Tensor, a: Tensor, squares: Tensor, shape: torch.Size) -> None:
-        ones = [1] * (len(shape) - 2)  # a convolution's B is a convolution of 1 x 1
-        tensors = {"A": a.reshape(-1, *shape[1:]), "B": b.reshape(*b.shape, *ones)}
-        for side, tensor in tensors.items():
-            self.state[f"{module}.lora_{side}.weight"] = tensor.float().cpu().contiguous()
-        self.squares[module] = (float(squares[len(a) :].sum()), float(squares.sum()))
 
     @property
     def ranks(self) -> list[int]:
@@ -91,6 +93,12 @@ class Approximation:
         return _relative(lost, whole)
 
     @property
+    def worst(self) -> tuple[str, float]:
+        """The module with the largest relative error, and this error."""
+        errors = {module: _relative(*squares) for module, squares in self.squares.items()}
+        return max(errors.items(), key=lambda item: item[1])
+
+    @property
     def message(self) -> str:
         """Rank and errors, for people."""
         worst, error = self.worst
@@ -98,12 +106,6 @@ class Approximation:
             f"rank {format_range(self.ranks)}, relative Frobenius error {self.error:.2g}"
             f" (worst {error:.2g}, in {worst})"
         )
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The module with the largest relative error, and this error."""
-        errors = {module: _relative(*squares) for module, squares in self.squares.items()}
-        return max(errors.items(), key=lambda item: item[1])
 
 
 def _relative(lost: float, whole: float) -> float:

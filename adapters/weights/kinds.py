@@ -1,23 +1,23 @@
-"""The kinds of adapter, where they attach, and attaching them."""
+"""The kinds of adapter, where they attach, and attaching them.
+
+Recipes are checked by these names, so that torch, diffusers and PEFT are imported on use only.
+"""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from diffusers import UNet2DConditionModel
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
 
 from adapters.errors import UserError
-from unets.frozen import FrozenConv2d, FrozenLinear
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from peft import PeftConfig
+    from torch import Tensor, nn
 
 ADAPTER_NAME = "default"
 """The name that PEFT knows the adapter by within a UNet."""
@@ -36,9 +36,15 @@ PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+ROOTS = (
+    *("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
+    *("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj"),
+)
+"""The top-level modules of IF's UNets that adapters attach to."""
+
 
 class AdapterSpec(BaseModel):
-    """What adapter to attach, and to which modules."""
+    """Settings of an adapter to attach, and the modules to attach it to."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
@@ -63,18 +69,26 @@ class AdapterSpec(BaseModel):
 class Kind:
     """A kind of adapter: its PEFT configuration, and who can load it."""
 
-    config: Callable[..., PeftConfig]
+    peft_type: str
+    """PEFT's name of it, by which PEFT has its configuration."""
     fields: Callable[[AdapterSpec], dict[str, Any]]
     """The configuration's fields, from the spec; ``target_modules`` excepted."""
-    diffusers: bool
-    """Whether ``load_lora_weights`` of the diffusers pipelines loads it."""
+    has_b: bool = False
+    """Whether it has the matrices B of a LoRA; ``load_lora_weights`` of the diffusers pipelines
+    loads these kinds and no others."""
     alone: bool = False
     """Whether these pipelines load it alone only, without ``set_adapters`` and ``hotswap``."""
-    modules: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
-    """The modules it adapts."""
+    convolutions: bool = True
+    """Whether it adapts ``Conv2d`` modules beside ``Linear`` ones."""
     trains_in_unet_precision: bool = False
     """Whether it trains well where its forward and backward passes are in the UNet's precision;
     otherwise they are in float32, as its weights and optimizer always are."""
+
+    def peft_config(self, spec: AdapterSpec) -> "PeftConfig":
+        """Build the PEFT configuration of a spec, without targets."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        return PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**self.fields(spec))
 
 
 def _lora(**switch: bool) -> Callable[[AdapterSpec], dict[str, Any]]:
@@ -96,26 +110,19 @@ def _oft(spec: AdapterSpec) -> dict[str, Any]:
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "lora": Kind(LoraConfig, _lora(), diffusers=True, trains_in_unet_precision=True),
-        "rslora": Kind(
-            LoraConfig, _lora(use_rslora=True), diffusers=True, trains_in_unet_precision=True
-        ),
-        "dora": Kind(LoraConfig, _lora(use_dora=True), diffusers=True, alone=True),
-        "loha": Kind(LoHaConfig, _lycoris, diffusers=False),
-        "lokr": Kind(LoKrConfig, _lycoris, diffusers=False),
+        "lora": Kind("LORA", _lora(), has_b=True, trains_in_unet_precision=True),
+        "rslora": Kind("LORA", _lora(use_rslora=True), has_b=True, trains_in_unet_precision=True),
+        "dora": Kind("LORA", _lora(use_dora=True), has_b=True, alone=True),
+        "loha": Kind("LOHA", _lycoris),
+        "lokr": Kind("LOKR", _lycoris),
         # PEFT rotates the patches of a convolution without its padding: no identity to start from
-        "oft": Kind(OFTConfig, _oft, diffusers=False, modules=(nn.Linear,)),
+        "oft": Kind("OFT", _oft, convolutions=False),
     }
 )
 
 
-def diffusers_loads(spec: AdapterSpec) -> bool:
-    """Whether plain ``IFPipeline.load_lora_weights`` loads an adapter of this kind."""
-    return KINDS[spec.kind].diffusers
-
-
-def match_targets(unet: nn.Module, targets: str | Iterable[str]) -> tuple[str, ...]:
-    """The full names of the modules that targets mean, in the model's order.
+def match_targets(unet: "nn.Module", targets: str | Iterable[str]) -> tuple[str, ...]:
+    """Find the full names of the modules that targets mean, in the model's order.
 
     Args:
         unet: the model; only its ``Linear`` and ``Conv2d`` modules can be targets.
@@ -125,23 +132,25 @@ def match_targets(unet: nn.Module, targets: str | Iterable[str]) -> tuple[str, .
     Raises:
         UserError: where a pattern matches no module, naming the closest names.
     """
+    from torch import nn
+
     names = [n for n, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    if isinstance(targets, str) and targets in PRESETS:
-        return _matching(names, PRESETS[targets])
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    preset = isinstance(targets, str) and targets in PRESETS
+    if preset:
+        patterns = PRESETS[patterns[0]]
+    found: set[str] = set()
     for pattern in patterns:
-        if not _matching(names, [pattern]):
+        globs = (pattern, f"*.{pattern}")
+        matching = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+        if not (matching or preset):
             raise UserError(
                 f"The target {pattern!r} matches no Linear or Conv2d module of the UNet; the"
                 f" closest are {', '.join(_closest(pattern, names))}, and the presets are"
                 f" {', '.join(PRESETS)}."
             )
-    return _matching(names, patterns)
-
-
-def _matching(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
-    globs = [glob for pattern in patterns for glob in (pattern, f"*.{pattern}")]
-    return tuple(name for name in names if any(fnmatchcase(name, glob) for glob in globs))
+        found.update(matching)
+    return tuple(name for name in names if name in found)
 
 
 def _closest(pattern: str, names: Iterable[str]) -> list[str]:
@@ -151,29 +160,33 @@ def _closest(pattern: str, names: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(pattern, endings, n=3, cutoff=0)
 
 
-def peft_config(unet: nn.Module, spec: AdapterSpec) -> PeftConfig:
-    """The PEFT configuration of a spec, its targets as full module names.
+def peft_config(unet: "nn.Module", spec: AdapterSpec) -> "PeftConfig":
+    """Build the PEFT configuration of a spec, its targets as full module names.
 
     Raises:
         UserError: where a target matches no module, or one that the kind does not adapt.
     """
+    from torch import nn
+
     kind = KINDS[spec.kind]
-    matched = match_targets(unet, spec.targets)
-    targets = [name for name in matched if isinstance(unet.get_submodule(name), kind.modules)]
-    if len(targets) < len(matched) and spec.targets != "all":
-        other = next(name for name in matched if name not in targets)
-        raise UserError(
-            f"An adapter of kind {spec.kind!r} adapts"
-            f" {' and '.join(module.__name__ for module in kind.modules)} modules only, and the"
-            f" targets {spec.targets!r} also match the {type(unet.get_submodule(other)).__name__}"
-            f" {other!r}; choose the targets 'attention' or 'all', or another kind."
-        )
-    return kind.config(**kind.fields(spec), target_modules=targets)
+    targets = match_targets(unet, spec.targets)
+    if not kind.convolutions:
+        other = [name for name in targets if isinstance(unet.get_submodule(name), nn.Conv2d)]
+        if other and spec.targets != "all":
+            raise UserError(
+                f"An adapter of kind {spec.kind!r} adapts Linear modules only, and the targets"
+                f" {spec.targets!r} also match the Conv2d {other[0]!r}; choose the targets"
+                " 'attention' or 'all', or another kind."
+            )
+        targets = tuple(name for name in targets if name not in other)
+    config = kind.peft_config(spec)
+    config.target_modules = set(targets)
+    return config
 
 
 def attach(
-    unet: UNet2DConditionModel, spec: AdapterSpec, *, seed: int = 0
-) -> dict[str, nn.Parameter]:
+    unet: "UNet2DConditionModel", spec: AdapterSpec, *, seed: int = 0
+) -> "dict[str, nn.Parameter]":
     """Freeze a UNet and attach a fresh adapter, which changes nothing yet (OFT: but rounding).
 
     Args:
@@ -193,14 +206,16 @@ def attach(
         >>> sum(parameter.numel() for parameter in parameters.values())
         10112
     """
+    import torch
+
     config = peft_config(unet, spec)
     unet.requires_grad_(False)
-    blank = unet.device.type == "meta"  # nothing is drawn then, so that it may be done beside
+    blank = unet.device.type == "meta"  # nothing is drawn then: threads may do it at once
     with unet.device if blank else torch.random.fork_rng(devices=[]):
         if not blank:
             torch.default_generator.manual_seed(seed)  # PEFT initialises on the CPU
         unet.add_adapter(config, adapter_name=ADAPTER_NAME)
-    check_trainable(unet)
+    _check_trainable(unet)
     for parameter in adapter_parameters(unet).values():
         parameter.data = parameter.data.float()
     _measure_magnitudes(unet)
@@ -208,19 +223,23 @@ def attach(
     return adapter_parameters(unet)
 
 
-def check_trainable(unet: nn.Module) -> None:
+def _check_trainable(unet: "nn.Module") -> None:
     """Assert that no layer of an adapter is frozen: such a layer would return no gradient."""
+    from unets.frozen import FrozenConv2d, FrozenLinear
+
     for name, module in unet.named_modules():
         if isinstance(module, FrozenLinear | FrozenConv2d):
             owned = [p for p in module.parameters(recurse=False) if p.requires_grad]
             assert not owned, f"{name} is trainable, but frozen layers return no gradient"
 
 
-def _measure_magnitudes(unet: nn.Module) -> None:
+def _measure_magnitudes(unet: "nn.Module") -> None:
     """Take DoRA's initial magnitudes in float32, as its forward pass takes them.
 
     PEFT took them in the base's precision, so that in bfloat16 a fresh DoRA is not the identity.
     """
+    from peft.tuners.lora import LoraLayer
+
     for layer in unet.modules():
         if isinstance(layer, LoraLayer):
             for name, magnitude in layer.lora_magnitude_vector.items():
@@ -232,24 +251,21 @@ def _measure_magnitudes(unet: nn.Module) -> None:
                 )
 
 
-def adapted_modules(unet: UNet2DConditionModel) -> list[str]:
-    """The full names of the modules that an adapter is attached to, in the model's order."""
+def adapted_modules(unet: "UNet2DConditionModel") -> list[str]:
+    """List the full names of the modules that an adapter is attached to, in the model's order."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return [name for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
-def adapter_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+def adapter_parameters(unet: "UNet2DConditionModel") -> "dict[str, nn.Parameter]":
     """The parameters of the attached adapter by their names in the UNet."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
     mark = PEFT_TYPE_TO_PREFIX_MAPPING[unet.peft_config[ADAPTER_NAME].peft_type]
     return {name: p for name, p in unet.named_parameters() if f".{mark}" in name}
 
 
-def adapter_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+def adapter_state(unet: "UNet2DConditionModel") -> "dict[str, Tensor]":
     """The values of :func:`adapter_parameters`, sharing their memory."""
     return {name: parameter.detach() for name, parameter in adapter_parameters(unet).items()}
-
-
-ROOTS = (
-    *("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
-    *("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj"),
-)
-"""The top-level modules of IF's UNets that adapters attach to."""

@@ -1,11 +1,11 @@
-"""LyCORIS' algorithms: what the tensors of one module add to its weight, without its package.
+"""LyCORIS' algorithms: the change that a module's tensors make to its weight, without its package.
 
 Each formula is that of the library's own forward pass (github.com/KohakuBlueleaf/LyCORIS, 4.1) at
 a multiplier of 1. W is a weight [out, in, ...], r a rank; ``scale`` is alpha / r. PEFT's LoHa and
 LoKr are the same formulas.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,14 +15,8 @@ from torch import Tensor
 Tensors: TypeAlias = Mapping[str, Tensor]
 """The tensors of a module by their names without the module's."""
 
-HALVES: Mapping[str, tuple[str, str]] = {
-    "lokr_w1": ("lokr_w1_a", "lokr_w1_b"),
-    "lokr_w2": ("lokr_w2_a", "lokr_w2_b"),
-}
-"""The factors that stand for a matrix where it is not stored whole."""
-
-TOGETHER = ("hada_t1", "hada_t2")
-"""The core tensors of a LoHa on a convolution: both or none."""
+WHOLE_MATRICES = {"lokr_w1", "lokr_w2"}
+"""The tensors of a LoKr without factors, to which neither rank nor alpha applies."""
 
 
 @dataclass
@@ -41,7 +35,7 @@ class LycorisConfig:
     base_model_name_or_path: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON takes them."""
+        """Return the settings as JSON takes them."""
         return asdict(self)
 
 
@@ -49,17 +43,18 @@ class Algorithm(NamedTuple):
     """An algorithm: the tensors it needs, its rank by them, and its formula."""
 
     kind: str
-    needs: tuple[str, ...]
+    needs: Sequence[Sequence[Sequence[str]]]
+    """Of each of these, one of the alternatives has to be there, all of its tensors."""
     rank: Callable[[Tensors], int]
     """0: it has none."""
     change: Callable[[Tensors, Tensor, float], Tensor]
-    """What is added to W, of the tensors, W and ``scale`` (of OFT: alpha itself)."""
+    """Computes what is added to W from the tensors, W and ``scale`` (of OFT: alpha itself)."""
     alpha: bool = False
     """Whether its files always have an alpha, which scales the change."""
 
 
 def _rank_of_lokr(t: Tensors) -> int:
-    """The rank of the factors; of whole matrices the largest that they can have.
+    """The rank of the factors; of whole matrices the largest that these can have.
 
     The file does not keep the rank that whole matrices were trained with, so that, as in the
     library's own loading of files, ``rs_lora`` is lost on them.
@@ -107,7 +102,7 @@ def _shaped(change: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """A B, or with a core [r, r, ...] the Tucker product of it, A [r, out] and B [r, in]."""
+    """Compute A B, or with a core [r, r, ...] its Tucker product with A [r, out] and B [r, in]."""
     return a @ b if core is None else torch.einsum("ij...,ip,jq->pq...", core, a, b)
 
 
@@ -115,10 +110,6 @@ def _glora(t: Tensors, weight: Tensor, scale: float) -> Tensor:
     """W A + B, with the low-rank A = a1 a2 and B = b1 b2."""
     a1, a2, b1, b2 = (t[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
     return (torch.einsum("oi...,ij->oj...", weight, a1 @ a2) + _shaped(b1 @ b2, weight)) * scale
-
-
-def _full(t: Tensors, weight: Tensor, scale: float) -> Tensor:
-    return t["diff"]
 
 
 def _ia3(t: Tensors, weight: Tensor, scale: float) -> Tensor:
@@ -139,7 +130,7 @@ def _boft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
     """(R - I) W with R a butterfly, arXiv 2311.06243, of blocks [stages, number, size, size]."""
     turned = weight
     for stage, blocks in enumerate(_rotations(t["oft_blocks"], scale * len(weight))):
-        apart = 2**stage * (blocks.shape[-1] // 2)  # how far the rows lie that a stage mixes
+        apart = 2**stage * (blocks.shape[-1] // 2)  # between the rows that a stage mixes
         rows = turned.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2)
         rows = torch.einsum("bij,bj...->bi...", blocks, rows.unflatten(0, blocks.shape[:2]))
         turned = rows.flatten(0, 1).unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
@@ -147,11 +138,11 @@ def _boft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 
 
 def _rotations(blocks: Tensor, constraint: float) -> Tensor:
-    """Orthogonal blocks, by Cayley's transform of the skew-symmetric part of what is stored.
+    """Compute orthogonal blocks, by Cayley's transform of the skew-symmetric part.
 
     Args:
         blocks: [..., size, size].
-        constraint: the largest norm of that part; 0: any.
+        constraint: the largest norm of the skew-symmetric part; 0: any.
     """
     skew = blocks - blocks.mT
     if constraint:
@@ -166,29 +157,38 @@ def _rescaled(t: Tensors, weight: Tensor) -> Tensor:
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "lora_": Algorithm(
-        "lora", ("lora_A.weight", "lora_B.weight"), lambda t: len(t["lora_A.weight"]), _lora
+        "lora", [[["lora_A.weight", "lora_B.weight"]]], lambda t: len(t["lora_A.weight"]), _lora
     ),
     "hada_": Algorithm(
         "loha",
-        tuple(f"hada_w{side}_{half}" for side in (1, 2) for half in "ab"),
+        [
+            [["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]],
+            [[], ["hada_t1", "hada_t2"]],  # cores on a convolution: both or none
+        ],
         lambda t: len(t["hada_w1_b"]),
         _loha,
         alpha=True,
     ),
-    "lokr_": Algorithm("lokr", tuple(HALVES), _rank_of_lokr, _lokr, alpha=True),
+    "lokr_": Algorithm(
+        "lokr",
+        [[[w], [f"{w}_a", f"{w}_b"]] for w in ("lokr_w1", "lokr_w2")],
+        _rank_of_lokr,
+        _lokr,
+        alpha=True,
+    ),
     "a1": Algorithm(
         "glora",
-        ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+        [[["a1.weight", "a2.weight", "b1.weight", "b2.weight"]]],
         lambda t: len(t["a2.weight"]),
         _glora,
         alpha=True,
     ),
-    "diff": Algorithm("full", ("diff",), lambda t: 0, _full),
-    "ia3_scale": Algorithm("ia3", ("ia3_scale",), lambda t: 0, _ia3),
-    "oft_blocks": Algorithm("diag-oft", ("oft_blocks",), lambda t: 0, _oft),
-    "boft": Algorithm("boft", ("oft_blocks",), lambda t: 0, _boft),
+    "diff": Algorithm("full", [[["diff"]]], lambda t: 0, lambda t, weight, scale: t["diff"]),
+    "ia3_scale": Algorithm("ia3", [[["ia3_scale"]]], lambda t: 0, _ia3),
+    "oft_blocks": Algorithm("diag-oft", [[["oft_blocks"]]], lambda t: 0, _oft),
+    "boft": Algorithm("boft", [[["oft_blocks"]]], lambda t: 0, _boft),
 }
-"""The algorithms by how the name of a tensor begins that only they have (``boft``: the shape)."""
+"""The algorithms by the beginning of a tensor's name that only they have (``boft``: its shape)."""
 
 
 def algorithm_of(tensors: Tensors) -> Algorithm | None:
@@ -199,20 +199,26 @@ def algorithm_of(tensors: Tensors) -> Algorithm | None:
     return next((ALGORITHMS[mark] for mark in marks), None)
 
 
-def missing_tensors(tensors: Tensors) -> list[str]:
-    """The names of the tensors that a module's algorithm needs and that are not there."""
-    algorithm = algorithm_of(tensors)
+def missing_tensors(algorithm: Algorithm, tensors: Tensors) -> list[str]:
+    """The names of the tensors that a module lacks of those that its algorithm needs."""
     missing: list[str] = []
-    for name in algorithm.needs if algorithm else ():
-        halves = [half for half in HALVES.get(name, ()) if half in tensors]
-        if name not in tensors:
-            missing += [h for h in HALVES[name] if h not in halves] if halves else [name]
-    cores = [name for name in TOGETHER if name in tensors]
-    return missing + [name for name in TOGETHER if cores and name not in cores]
+    for alternatives in algorithm.needs:
+        begun = (names for names in alternatives if not tensors.keys().isdisjoint(names))
+        missing += [name for name in next(begun, alternatives[0]) if name not in tensors]
+    return missing
+
+
+def fit_together(algorithm: Algorithm, tensors: Tensors) -> bool:
+    """Whether a module's tensors are matrices, or more, and those of a LoRA have one rank."""
+    matrices = {name for need in algorithm.needs for names in need for name in names}
+    if any(tensors[name].ndim < 2 for name in tensors.keys() & (matrices | {"dora_scale"})):
+        return False
+    a, b = (tensors.get(f"lora_{side}.weight") for side in "AB")
+    return a is None or b is None or len(a) == b.shape[1]
 
 
 def simplify(tensors: Tensors) -> dict[str, Tensor]:
-    """Write a module's tensors as another algorithm that is known has them, to the same effect.
+    """Rewrite a module's tensors as those of another algorithm that is known, to the same effect.
 
     The core of a LoRA (``lora_mid``) goes into its A, and IA3's vector gets the dimensions that
     multiply a weight.
@@ -235,7 +241,7 @@ def simplify(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def with_peft_magnitude(tensors: Tensors) -> dict[str, Tensor]:
-    """Rename the DoRA magnitude of a LoRA as PEFT has it, where it is one by output."""
+    """Rename the DoRA magnitude of a LoRA as PEFT does, where it is one by output."""
     own = dict(tensors)
     if {"dora_scale", "lora_A.weight", "lora_B.weight"} <= own.keys():
         scale, outputs = own["dora_scale"], len(own["lora_B.weight"])
@@ -246,13 +252,13 @@ def with_peft_magnitude(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def weight_change(tensors: Tensors, weight: Tensor, scale: float) -> Tensor:
-    """What the tensors of a module add to its weight.
+    """Compute what the tensors of a module add to its weight.
 
     Args:
         tensors: of one of :data:`ALGORITHMS`, whole; with ``dora_scale``, DoRA's magnitude, over
             outputs [out, 1, ...] or inputs [1, in, ...].
         weight: the base's own W, [out, in, ...]; the result has its device.
-        scale: alpha / rank; of OFT alpha, of others without a rank nothing.
+        scale: alpha / rank; of OFT alpha; unused by others without a rank.
 
     Returns:
         [out, in, ...] in float32.
@@ -264,10 +270,12 @@ def weight_change(tensors: Tensors, weight: Tensor, scale: float) -> Tensor:
     algorithm, base = algorithm_of(own), weight.to(torch.float32)
     assert algorithm is not None
     change = algorithm.change(own, base, scale)
-    if "dora_scale" not in own:
-        return change
-    merged, magnitude = base + change, own["dora_scale"]
-    magnitude = magnitude.view(*magnitude.shape, *[1] * (weight.ndim - magnitude.ndim))
-    others = [dim for dim, size in enumerate(magnitude.shape) if size == 1]
-    norm = torch.linalg.vector_norm(merged, dim=others, keepdim=True)
-    return merged * (magnitude / norm) - base
+    if "dora_scale" in own:
+        merged, magnitude = base + change, own["dora_scale"]
+        magnitude = magnitude.view(*magnitude.shape, *[1] * (weight.ndim - magnitude.ndim))
+        others = [dim for dim, size in enumerate(magnitude.shape) if size == 1]
+        norm = torch.linalg.vector_norm(merged, dim=others, keepdim=True)
+        change = merged * (magnitude / norm) - base
+    if change.shape != weight.shape:
+        raise RuntimeError(f"a change of {list(change.shape)} for {list(weight.shape)}")
+    return change

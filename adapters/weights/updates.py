@@ -1,4 +1,4 @@
-"""What adapters make of one weight, and the weighted sum of several.
+"""Updates: the change that an adapter makes to one weight, and the weighted sum of several.
 
 Here a weight [out, in, ...] is a matrix W [out, in]; a convolution's columns are in the order in
 which its memory has them. Adapters with factors c make of it
@@ -15,46 +15,64 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+# rows of two matrices of different precision that are added at once: each takes a copy
 ROWS = 512
-"""How many rows of two matrices of different precision are added at once: each takes a copy."""
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Of LoRA, rsLoRA and DoRA: W merged = gain ⊙ W + scaling B A."""
+    """The update of LoRA, rsLoRA and DoRA: W merged = gain ⊙ W + scaling B A."""
 
     b: Tensor
-    """[out, rank], float32."""
+    """[out, rank]; float32 where it is merged."""
     a: Tensor
-    """[rank, in], float32."""
-    scaling: float
+    """[rank, in], or [rank, in, ...] where it is only measured; in the precision of B."""
+    scaling: float = 1.0
     gain: Tensor | None = None
     """[out, 1], float32; DoRA's magnitude by the norm of W + scaling B A. ``None``: one."""
 
     @property
     def rank(self) -> int:
-        """Of B A."""
+        """The rank of B A."""
         return len(self.a)
 
-    def added(self, change: Tensor | None, factor: float, device: torch.device) -> Tensor:
-        """Add ``factor`` times B A to a change [out, in], in place; ``None``: to nothing."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape [out, in, ...] of B A."""
+        return (len(self.b), *self.a.shape[1:])
+
+    def product(self) -> Tensor:
+        """Compute scaling B A, [out, in]."""
+        return self.b @ self.a.flatten(1) * self.scaling
+
+    def inner(self, other: "LowRank") -> Tensor:
+        """Compute the Frobenius inner product of two products, a scalar, without forming either.
+
+        <B A, B' A'> = Σ (BᵀB') ⊙ (A A'ᵀ), of matrices of rank x rank.
+        """
+        b, a = self.b.T @ other.b, self.a.flatten(1) @ other.a.flatten(1).T
+        return (b * a).sum() * (self.scaling * other.scaling)
+
+    def add_to(self, total: Tensor | None, factor: float, device: torch.device) -> Tensor:
+        """Add ``factor`` times scaling B A to a sum [out, in], in place; ``None``: zero."""
         b, a = self.b.to(device), self.a.to(device)
-        if change is None:
+        if total is None:
             nothing = b.new_empty(()).expand(len(b), a.shape[1])
             return torch.addmm(nothing, b, a, beta=0, alpha=factor * self.scaling)
-        return change.addmm_(b, a, alpha=factor * self.scaling)
+        return total.addmm_(b, a, alpha=factor * self.scaling)
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """Of any kind: W merged - W, [out, in] in float32 in main memory."""
+    """The update W merged - W of any kind."""
 
     matrix: Tensor
+    """[out, in], float32, in main memory."""
 
-    def added(self, change: Tensor | None, factor: float, device: torch.device) -> Tensor:
-        """Add ``factor`` times it to a change [out, in], in place; ``None``: to nothing."""
+    def add_to(self, total: Tensor | None, factor: float, device: torch.device) -> Tensor:
+        """Add ``factor`` times the matrix to a sum [out, in], in place; ``None``: zero."""
         matrix = self.matrix.to(device)
-        return matrix * factor if change is None else change.add_(matrix, alpha=factor)
+        return matrix * factor if total is None else total.add_(matrix, alpha=factor)
 
 
 Update: TypeAlias = LowRank | Dense
@@ -72,25 +90,25 @@ Terms: TypeAlias = tuple[Term, ...]
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A weight [out, in, ...] as the matrix [out, in] that shares its memory."""
+    """View a weight [out, in, ...] as the matrix [out, in] that shares its memory."""
     return in_order_of(weight, weight).view(len(weight), -1)
 
 
 def in_shape_of(weight: Tensor, matrix: Tensor) -> Tensor:
-    """A matrix such as :func:`as_matrix` makes, with the weight's shape again."""
+    """View a matrix such as :func:`as_matrix` makes in the shape of the weight."""
     shape = in_order_of(weight, weight).shape
     return matrix.view(shape) if weight.is_contiguous() else matrix.view(shape).permute(0, 3, 1, 2)
 
 
 def in_order_of(weight: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor [n, in, ...] with its dimensions in the order of a weight's memory."""
+    """View a tensor [n, in, ...] with its dimensions in the order of a weight's memory."""
     return tensor if weight.is_contiguous() else tensor.permute(0, 2, 3, 1)
 
 
 def low_rank(
     weight: Tensor, b: Tensor, a: Tensor, scaling: float, magnitude: Tensor | None
 ) -> LowRank:
-    """The update of LoRA's factors, on the device of the weight.
+    """Build the update of LoRA's factors, on the device of the weight, in float32.
 
     Args:
         weight: the base's own, [out, in, ...].
@@ -106,22 +124,22 @@ def low_rank(
     plain = LowRank(rows, columns, scaling)
     if magnitude is None:
         return plain
-    changed = plain.added(None, 1.0, device).add_(as_matrix(weight))
-    norm = torch.linalg.norm(changed, dim=1, keepdim=True)
+    merged = plain.add_to(None, 1.0, device).add_(as_matrix(weight))
+    norm = torch.linalg.norm(merged, dim=1, keepdim=True)
     gain = magnitude.to(device, torch.float32).view(-1, 1) / norm
     return LowRank(rows * gain, columns, scaling, gain)
 
 
 def change(terms: Sequence[Term], device: torch.device) -> Tensor | None:
-    """What terms add to the (scaled) W, [out, in] in float32; ``None``: nothing."""
+    """Sum what terms add to the (scaled) W, [out, in] in float32; ``None``: nothing."""
     total = None
     for factor, update in terms:
-        total = update.added(total, factor, device)
+        total = update.add_to(total, factor, device)
     return total
 
 
 def gain(terms: Sequence[Term], device: torch.device) -> Tensor | None:
-    """What terms multiply W by, [out, 1] in float32; ``None``: one."""
+    """Sum what terms multiply W by, [out, 1] in float32; ``None``: one."""
     gains = [
         (factor, update.gain)
         for factor, update in terms
@@ -136,7 +154,7 @@ def gain(terms: Sequence[Term], device: torch.device) -> Tensor | None:
 
 
 def merge(base: Tensor, terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
-    """What terms make of the base's own W.
+    """Merge terms into the base's own W.
 
     Args:
         base: W, [out, in] in the base's precision.
@@ -154,7 +172,7 @@ def merge(base: Tensor, terms: Sequence[Term], out: Tensor | None = None) -> Ten
 
 
 def delta(weight: Tensor, update: Update) -> Tensor:
-    """What an update adds to the base's own weight, in its shape and float32."""
+    """Compute what an update adds to the base's own weight, in its shape and float32."""
     terms = [Term(1.0, update)]
     added, scale = change(terms, weight.device), gain(terms, weight.device)
     assert added is not None

@@ -12,13 +12,13 @@ from PIL import Image
 
 from adapters import load_cascade
 from adapters.atomic import write_text
+from adapters.cascade.load import Parts
 from adapters.cascade.results import CascadeImages
 from adapters.errors import UserError
 from adapters.pictures.contact_sheet import contact_sheet
 from adapters.tables import format_facts, format_table
-from finetune.data.captions import embed_captions, written_captions
+from finetune.data.captions import CaptionCache, collect_prompts, embed_captions
 from finetune.data.pictures import crop, load_pictures
-from finetune.data.sampling import sample_prompts
 from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
 from finetune.recipe.schema import Comparison, Expected, Recipe
 from finetune.run.folders import Folders
@@ -84,26 +84,25 @@ def sample_both(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = comparison.stage_2_prompts
     stage_2_prompts = None if own is None else own + comparison.other_prompts
-    written = written_captions(recipe)
+    written = collect_prompts(recipe)
     captions = {text: written[text] for text in [*prompts, *(own or ()), ""]}
-    embeds = embed_captions(captions, recipe, device)
+    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
     cascade = load_cascade(
         recipe.base.stage_1,
         recipe.base.stage_2,
         recipe.base.stage_3,
         revision=recipe.base.revision,
         variant=recipe.base.variant,
-        text_encoder=False,
+        parts=Parts(text_encoder=False),
     )
 
     def sample() -> CascadeImages:
-        return sample_prompts(
-            cascade,
-            embeds,
+        return cascade(
             prompts,
-            seeds=range(comparison.seed, comparison.seed + len(prompts)),
+            stage_2_prompt=stage_2_prompts,
+            embeds=embeds,
+            seed=comparison.seed,
             sampling=comparison.sampling or recipe.validation.sampling,
-            stage_2_prompts=stage_2_prompts,
         )
 
     base = sample()

@@ -15,12 +15,12 @@ from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError
 from adapters.files.info import read_info
 from adapters.weights.kinds import peft_config
-from finetune.data.captions import check_cleaning, written_captions
+from finetune.data.captions import check_cleaning, collect_prompts
 from finetune.data.prior import own_folder
 from finetune.recipe.schema import Recipe, Training
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint
 from finetune.step.optimizers import OPTIMIZERS
-from finetune.step.stages import STAGES, Stage
+from finetune.step.stages import Stage
 from unets.loading import empty_unet
 
 SHARED = ("seed", "base", "data", "prior", "text")
@@ -57,7 +57,7 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
         UserError: if cleaning empties a prompt, the folder of class pictures is missing, or a stage
             cannot be trained as :func:`check_stage` says.
     """
-    check_cleaning(written_captions(recipe), recipe)
+    check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
     if recipe.prior:
         own_folder(recipe.prior)
     sections = (recipe.prior, recipe.validation, recipe.comparison)
@@ -151,11 +151,7 @@ def is_finished(stage: Stage, steps: int, identity: Mapping[str, Any], folders: 
 def _read_identity(text: str, stage: Stage) -> dict[str, Any]:
     """The identity in an exported recipe; empty if this version cannot read it."""
     try:
-        tree = yaml.safe_load(text)
-        for each in STAGES.values():
-            if tree.get(each.name):
-                tree[each.name].pop("compile", None)  # earlier versions wrote auto
-        recipe = Recipe.model_validate(tree)
-    except (AttributeError, ValidationError, yaml.YAMLError):
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError):
         return {}
     return select_identity(recipe.model_dump(mode="json"), stage)

@@ -82,7 +82,7 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
         rows = [PromptRow("samples", settings.prompts)]
         if low_res_px is not None:
             adapters = [folders.adapters] if recipe.stage_1 else []
-            precisions = recipe.precisions(device)
+            precisions = recipe.precisions_on(device)
             rows = [
                 row_from_stage_1(settings, base, embeds, precisions, device, adapters),
                 row_from_photos(material.pictures, trainee.unet.config.sample_size, low_res_px),

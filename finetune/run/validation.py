@@ -12,9 +12,9 @@ from torch import Tensor
 
 from adapters import load_cascade
 from adapters.cascade.cascade import Cascade
+from adapters.cascade.load import Parts
 from finetune.data.batches import shrink
 from finetune.data.pictures import Picture, crop, to_tensor
-from finetune.data.sampling import sample_prompts
 from finetune.recipe.schema import Base, Validation
 from finetune.step.stages import Stage
 from unets.loading import Precision
@@ -51,13 +51,12 @@ class Validator:
         """Sample each row; returns its prompts and pictures by its title."""
         samples = {}
         for row in self.rows:
-            pictures = sample_prompts(
-                self.cascade,
-                self.embeds,
+            pictures = self.cascade(
                 row.prompts,
-                seeds=range(self.settings.seed, self.settings.seed + len(row.prompts)),
+                stage_2_prompt=row.stage_2_prompts,
+                embeds=self.embeds,
+                seed=self.settings.seed,
                 sampling=self.settings.sampling,
-                stage_2_prompts=row.stage_2_prompts,
                 low_res=row.low_res,
             )
             samples[row.title] = list(zip(row.prompts, pictures.final, strict=True))
@@ -80,8 +79,7 @@ def prepare_validator(
         revision=base.revision,
         variant=base.variant,
         device=unet.device,
-        unets={stage.number: unet},
-        text_encoder=False,
+        parts=Parts(text_encoder=False, unets={stage.number: unet}),
     )
     return Validator(cascade, settings, embeds, rows)
 
@@ -103,16 +101,9 @@ def row_from_stage_1(
         variant=base.variant,
         device=device,
         dtype=precisions,
-        originals="cpu",  # the adapter stays
-        text_encoder=False,
+        parts=Parts(text_encoder=False, originals="cpu"),  # the adapter stays
     )
-    pictures = sample_prompts(
-        cascade,
-        embeds,
-        prompts,
-        seeds=range(settings.seed, settings.seed + len(prompts)),
-        sampling=settings.sampling,
-    )
+    pictures = cascade(prompts, embeds=embeds, seed=settings.seed, sampling=settings.sampling)
     return PromptRow("from_stage_1", prompts, pictures.low_res, settings.stage_2_prompts)
 
 

@@ -140,9 +140,9 @@ def test_what_the_disk_refuses_later_is_one_sentence(capsys: pytest.CaptureFixtu
     ("arguments", "sentence"),
     [
         (["--images-per-prompt", "0"], "nothing to draw"),
-        (["--stage-1-steps", "5000"], "stage_1_steps is 5000, but this cascade allows 1000"),
+        (["--stage-1-steps", "5000"], "stage_1.steps is 5000, but this cascade allows 1000"),
         (["--noise-level", "1000"], "noise_level is 1000, but this cascade allows 999"),
-        (["--stage-3-noise-level", "351"], "stage_3_noise_level is 351, but this cascade allows 3"),
+        (["--stage-3-noise-level", "351"], "stage_3.noise_level is 351, but this cascade allows 3"),
         (["--seed", str(2**64 - 1), "--images-per-prompt", "2"], "(got 18446744073709551616)"),
         (["--stage-2-prompt", "a", "--stage-2-prompt", "b"], "one for each of the 1 (got 2)"),
     ],

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from adapters import load_cascade
+from adapters import Parts, load_cascade
 from adapters.files.export import AdapterInfo, export_adapter
 from adapters.merge import main
 from adapters.weights.kinds import AdapterSpec
@@ -42,7 +42,9 @@ def merge(*arguments: object) -> None:
 def merged_in_memory(
     cascade: RandomCascade, stage: int, *adapters: tuple[Path, float]
 ) -> dict[str, Tensor]:
-    loaded = load_cascade(**{f"stage_{stage}": base_of(cascade, stage)}, text_encoder=False)
+    loaded = load_cascade(
+        **{f"stage_{stage}": base_of(cascade, stage)}, parts=Parts(text_encoder=False)
+    )
     for folder, scale in adapters:
         loaded.add_adapter(folder, scale)
     return loaded.stages[stage].unet.state_dict()
@@ -164,7 +166,9 @@ def test_the_precision_is_the_bases_unless_it_is_named(
     arguments = [exported / "stage_1", "--base", base, "--base-variant", "fp16"]
     merge(*arguments, "--out", tmp_path / "same")
     merge(*arguments, "--dtype", "fp32", "--out", tmp_path / "fp32")
-    cascade = load_cascade(base, variant="fp16", adapters=[exported], text_encoder=False)
+    cascade = load_cascade(
+        base, variant="fp16", adapters=[exported], parts=Parts(text_encoder=False)
+    )
     expected = cascade.stages[1].unet.state_dict()
     assert same(plain(1, tmp_path / "fp32"), expected)
     rounded = {name: weight.half() for name, weight in expected.items()}

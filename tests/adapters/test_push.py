@@ -15,7 +15,18 @@ from huggingface_hub import ModelCard, close_session, constants
 from PIL import Image
 from torch import Tensor
 
-from adapters import Cascade, card, combine, diff, generate, inspect, load_cascade, repair, resize
+from adapters import (
+    Cascade,
+    Parts,
+    card,
+    combine,
+    diff,
+    generate,
+    inspect,
+    load_cascade,
+    repair,
+    resize,
+)
 from adapters.cascade.provenance import read_picture_info
 from adapters.errors import UserError
 from adapters.files.info import NOTICE, read_info
@@ -91,7 +102,11 @@ def weights(cascade: Cascade) -> dict[str, Tensor]:
 
 def same_weights(cascade: RandomCascade, one: str | Path, other: str | Path) -> bool:
     a, b = (
-        weights(load_cascade(cascade.stage_1, cascade.stage_2, adapters=[name], text_encoder=False))
+        weights(
+            load_cascade(
+                cascade.stage_1, cascade.stage_2, adapters=[name], parts=Parts(text_encoder=False)
+            )
+        )
         for name in (one, other)
     )
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -432,7 +447,7 @@ def test_what_cannot_be_loaded_from_the_hub_is_said(
 ) -> None:
     push(folder, REPO)
     circumstance(hub, monkeypatch)
-    cascade = load_cascade(random_cascade.stage_1, text_encoder=False)
+    cascade = load_cascade(random_cascade.stage_1, parts=Parts(text_encoder=False))
     before = {name: tensor.clone() for name, tensor in weights(cascade).items()}
     with pytest.raises(UserError) as caught:
         cascade.add_adapter(name)

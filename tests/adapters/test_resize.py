@@ -9,9 +9,9 @@ from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from torch import Tensor
 
-from adapters import load_cascade
+from adapters import Parts, load_cascade
 from adapters.extract import main as extract_main
-from adapters.files.export import read_info
+from adapters.files.info import read_info
 from adapters.files.reading import read_adapter
 from adapters.files.stage_adapter import StageAdapter
 from adapters.resize import main as resize_main
@@ -50,7 +50,9 @@ def loaded_updates(base: Path, stage: int, folder: Path) -> dict[str, Tensor]:
     expected = output(pipe.unet.eval().requires_grad_(False), inputs)
     peft_model = PeftModel.from_pretrained(load_unet(base), str(folder)).eval()
     assert torch.equal(output(peft_model, inputs), expected)
-    cascade = load_cascade(**{f"stage_{stage}": base}, adapters=[folder], text_encoder=False)
+    cascade = load_cascade(
+        **{f"stage_{stage}": base}, adapters=[folder], parts=Parts(text_encoder=False)
+    )
     merged = output(cascade.stages[stage].unet, inputs)
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
     return updates(pipe.unet)
@@ -138,7 +140,7 @@ def test_a_folder_is_resized_with_both_stages_and_its_licences(
         random_cascade.stage_1,
         random_cascade.stage_2,
         adapters=[tmp_path / "new"],
-        text_encoder=False,
+        parts=Parts(text_encoder=False),
     )
     resize(tmp_path / "new", "--rank", 1, "--out", tmp_path / "twice")
     resize(tmp_path / "old", "--rank", 1, "--out", tmp_path / "once")

@@ -7,7 +7,7 @@ from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionMode
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from adapters import Cascade, load_cascade
+from adapters import Cascade, Parts, load_cascade
 from adapters.files.export import AdapterInfo, Exported, export_adapter
 from adapters.weights.kinds import AdapterSpec, adapter_state, attach
 from tests.builders.random_cascade import RandomCascade
@@ -25,8 +25,8 @@ def cascade_of(
         **{f"stage_{stage}": places[stage] for stage in stages},
         dtype=precision,
         device="cpu",
-        text_encoder=False,
         **options,
+        parts=Parts(text_encoder=False),
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from adapters import Cascade, CascadeImages, Sampling
+from adapters import Cascade, CascadeImages, Sampling, StageSampling
 
 
 def picture(seed: int = 0, width: int = 40, height: int = 40) -> Image.Image:
@@ -20,13 +20,9 @@ def right_half(width: int = 40, height: int = 40) -> Image.Image:
 
 
 FEW_STEPS = Sampling(
-    stage_1_steps=3,
-    stage_1_guidance=3.0,
-    stage_2_steps=2,
-    stage_2_guidance=2.0,
-    noise_level=100,
-    stage_3_steps=2,
-    stage_3_guidance=5.0,
+    stage_1=StageSampling(steps=3, guidance=3.0),
+    stage_2=StageSampling(steps=2, guidance=2.0, noise_level=100),
+    stage_3=StageSampling(steps=2, guidance=5.0),
 )
 
 PROMPT = "A <b>Photo</b> of a sks cat "

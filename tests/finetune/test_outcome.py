@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers import IFPipeline
 from PIL import Image
 
-from adapters import Sampling, load_cascade
+from adapters import Sampling, StageSampling, load_cascade
 from finetune.evaluation.metrics import ClipScorer, clip_i
 from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
@@ -78,7 +78,7 @@ def test_the_denoising_loss_falls_as_attention_and_convolutions_learn(recipe: Re
 def test_pictures_show_the_subject(recipe: Recipe) -> None:
     assert recipe.comparison is not None
     cascade = load_cascade(BASE, adapters=[recipe.folder / "adapters"])
-    sampling = Sampling(stage_1_steps=25, stage_1_guidance=3.0)
+    sampling = Sampling(stage_1=StageSampling(steps=25, guidance=3.0))
     pictures = cascade(recipe.comparison.prompts, seed=0, sampling=sampling)
     scorer = ClipScorer(str(ROOT / recipe.comparison.clip))
     drawn, real = scorer.images(pictures.final), scorer.images(photographs(128))

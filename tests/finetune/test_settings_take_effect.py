@@ -299,7 +299,7 @@ def test_min_snr_weighs_the_loss_that_trains(make: Recipes, number: int) -> None
     batch = replace(batch, timesteps=torch.tensor([100, 800]))
     base, ours = (trainee.accumulate(batch) for trainee in (plain, weighted))
     scheduler = DDPMScheduler.from_pretrained(
-        make(stages=(number,)).base_of(plain.stage), subfolder="scheduler"
+        make(stages=(number,)).source(plain.stage).name, subfolder="scheduler"
     )
     bars = scheduler.alphas_cumprod.double()[batch.timesteps]
     snr = bars / (1 - bars)

@@ -62,7 +62,7 @@ def recipe_of(cascade: RandomCascade, pictures: Path, **changes: Any) -> dict[st
         "validation": {
             "prompts": ["a sks dog on blue", "a cat"],
             "every": 2,
-            "sampling": {"stage_1_steps": 2, "stage_2_steps": 2},
+            "sampling": {"stage_1": {"steps": 2}, "stage_2": {"steps": 2}},
         },
         "comparison": {
             "prompts": ["a sks dog on blue"],
@@ -303,7 +303,7 @@ def test_what_a_recipe_says_of_draws_reaches_the_batches(
 
     def batch(*overrides: str) -> Batch:
         recipe = load_recipe(path, [f"cache_dir={tmp_path / 'cache'}", *overrides])
-        loaded = load_pictures(recipe.data, recipe.cache, recipe.crop_px)
+        loaded = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
         material = gather(recipe, loaded, Accelerator(cpu=True))
         return batches_for(recipe, material, 2)(0)
 

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub import constants
 from PIL import Image
 
-from adapters import generate, load_cascade
+from adapters import Parts, generate, load_cascade
 from adapters.base.hub import with_revision
 from adapters.base.source import Source, sources_of
 from adapters.cascade.provenance import read_picture_info
@@ -64,11 +64,11 @@ def test_every_stage_of_a_cascade_has_its_own(
     old: Commits, random_cascade: RandomCascade, newer: RandomCascade
 ) -> None:
     names = {stage: f"{name}@{old[stage]}" for stage, name in MODELS.items()}
-    cascade = load_cascade(*names.values(), text_encoder=False)
+    cascade = load_cascade(*names.values(), parts=Parts(text_encoder=False))
     assert cascade.base_names == names
     assert all(same(cascade.stages[n].unet, base_of(random_cascade, n)) for n in (1, 2))
     assert same(cascade.upscaler.unet, random_cascade.stage_3)
-    mixed = load_cascade(MODELS[1], names[2], revision="main", text_encoder=False)
+    mixed = load_cascade(MODELS[1], names[2], revision="main", parts=Parts(text_encoder=False))
     assert same(mixed.stages[1].unet, newer.stage_1)
     assert same(mixed.stages[2].unet, random_cascade.stage_2)
 
@@ -178,6 +178,6 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
 def test_a_folder_with_an_at_loads(random_cascade: RandomCascade, tmp_path: Path) -> None:
     folder = tmp_path / "stage@1"
     folder.symlink_to(random_cascade.stage_1)
-    cascade = load_cascade(folder, text_encoder=False)
+    cascade = load_cascade(folder, parts=Parts(text_encoder=False))
     assert cascade.base_names == {1: str(folder)}
     assert same(cascade.stages[1].unet, random_cascade.stage_1)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from adapters import Sampling, load_cascade
+from adapters import Parts, Sampling, StageSampling, load_cascade
 from adapters.base.component_files import ModelFiles, as_safetensors, choose_weights
 from adapters.base.source import Source
 from adapters.base.stored_unet import StoredUNet
@@ -28,7 +28,7 @@ from adapters.errors import UserError
 from adapters.files.export import AdapterInfo, export_adapter
 from adapters.merge import main as merge
 from adapters.weights.kinds import AdapterSpec, adapter_state, attach
-from finetune.data.captions import embed_captions
+from finetune.data.captions import CaptionCache, embed_captions
 from finetune.memory.fit import plan
 from finetune.plan import downloads_text, main
 from finetune.recipe.schema import Recipe
@@ -38,7 +38,7 @@ from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import trainee_of
 
 CPU = torch.device("cpu")
-TWO = Sampling(stage_1_steps=2, stage_2_steps=2)
+TWO = Sampling(stage_1=StageSampling(steps=2), stage_2=StageSampling(steps=2))
 GUARDS = ("safety_checker/", "feature_extractor/", "watermarker/")
 KINDS = {
     "unet": UNet2DConditionModel,
@@ -321,7 +321,7 @@ def test_training_starts_from_it(
 ) -> None:
     name, case = published
     recipe, base = recipe_of(name, tmp_path), guarded_cascade.stage_1
-    embed_captions(["a cat"], recipe, CPU)
+    embed_captions(["a cat"], CaptionCache.of(recipe, CPU))
     trained = trainee_of(recipe).unet.state_dict()
     unet = {key.replace(".base_layer.", "."): value for key, value in trained.items()}
     for key, value in expected(base, "unet", case.read).items():
@@ -382,10 +382,10 @@ def test_a_plan_says_what_is_downloaded(
     monkeypatch.setattr("finetune.plan.GIB", 1)  # bytes
     foreseen = planned(recipe)
     assert hub.downloaded(name) == before
-    embed_captions(["a cat"], recipe, CPU)
+    embed_captions(["a cat"], CaptionCache.of(recipe, CPU))
     trainee_of(recipe)
     if drawing:
-        load_cascade(name, variant="fp16", device="cpu", text_encoder=False)
+        load_cascade(name, variant="fp16", device="cpu", parts=Parts(text_encoder=False))
     sizes: dict[str, list[int]] = {}
     for place in hub.downloaded(name) - before:
         size = len(hub.repositories[name].files()[place])
@@ -500,7 +500,7 @@ def test_a_pickle_of_anything_but_tensors_is_refused_in_one_sentence_and_never_r
     spoil(model / part / f"{U}.bin", mark)
     sentence = f"{part}/{U}.bin of .* must be a file of PyTorch"
     with pytest.raises(UserError, match=sentence) as caught:
-        load_cascade(model, device="cpu", text_encoder=False)
+        load_cascade(model, device="cpu", parts=Parts(text_encoder=False))
     assert "\n" not in str(caught.value)
     assert not mark.exists()
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

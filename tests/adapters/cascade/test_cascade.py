@@ -18,10 +18,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from adapters import Cascade, load_cascade
+from adapters import Cascade, Parts, load_cascade
 from adapters.base.source import Source
 from adapters.base.stored_unet import StoredUNet
-from adapters.cascade.sampling import Sampling
+from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.errors import UserError
 from adapters.weights.kinds import AdapterSpec
 from tests.builders.adapters import export, trained_unet
@@ -161,23 +161,22 @@ def test_stage_3_is_told_what_stage_2_is(random_cascade: RandomCascade) -> None:
 
 
 def test_encodings_of_each_stage_are_its_own(cascade: Cascade) -> None:
-    one, other, negative = (cascade.encode([text]) for text in ("a sks dog", "a dog", ""))
-    options = {"seeds": [5], "sampling": FEW_STEPS, "progress": False}
-    images = cascade.sample({1: one, 2: other}, negative, **options)
-    told = {"seed": 5, "sampling": FEW_STEPS, "progress": False}
-    expected = cascade("a sks dog", stage_2_prompt="a dog", **told)
+    texts = ["a sks dog", "a dog", ""]
+    embeds = {text: cascade.encode([text])[0] for text in texts}
+    options = {"seed": 5, "sampling": FEW_STEPS, "progress": False}
+    images = cascade("a sks dog", stage_2_prompt="a dog", embeds=embeds, **options)
+    expected = cascade("a sks dog", stage_2_prompt="a dog", **options)
     assert np.array_equal(pixels(images.final[0]), pixels(expected.final[0]))
-    same = cascade.sample(one, negative, **options)
+    same = cascade("a sks dog", embeds=embeds, **options)
     assert largest_difference(images.final[0], same.final[0]) > 1
 
 
 def test_a_picture_does_not_depend_on_its_batch(cascade: Cascade) -> None:
     prompts = ["a cat", "a dog", "a cat on blue"]
-    embeds, negative = cascade.encode(prompts), cascade.encode([""] * 3)
-    settings = {"seeds": [3, 4, 5], "progress": False, "prompts": prompts}
-    together = cascade.sample(embeds, negative, sampling=FEW_STEPS, **settings)
+    settings = {"seed": [3, 4, 5], "progress": False}
+    together = cascade(prompts, sampling=FEW_STEPS, **settings)
     in_twos = FEW_STEPS.model_copy(update={"batch_size": 2})
-    apart = cascade.sample(embeds, negative, sampling=in_twos, **settings)
+    apart = cascade(prompts, sampling=in_twos, **settings)
     assert apart.prompts == together.prompts
     assert apart.seeds == together.seeds == (3, 4, 5)
     torch.testing.assert_close(apart.low_res, together.low_res, rtol=0, atol=1e-3)
@@ -202,35 +201,25 @@ def test_given_low_res_pictures_skip_stage_1(
 ) -> None:
     images = draw(cascade)
     second = load_cascade(None, random_cascade.stage_2)
-    again = second.sample(
-        second.encode([PROMPT]),
-        second.encode([""]),
-        seeds=[5],
-        sampling=FEW_STEPS,
-        low_res=images.low_res,
-        progress=False,
-    )
+    again = second(PROMPT, seed=5, sampling=FEW_STEPS, low_res=images.low_res, progress=False)
     assert again.stage_1 == ()
     assert np.array_equal(pixels(again.stage_2[0]), pixels(images.stage_2[0]))
 
 
 def test_what_is_missing_is_said(random_cascade: RandomCascade) -> None:
-    without_text = load_cascade(None, random_cascade.stage_2, text_encoder=False)
-    with pytest.raises(UserError, match="text_encoder=True"):
+    without_text = load_cascade(None, random_cascade.stage_2, parts=Parts(text_encoder=False))
+    with pytest.raises(UserError, match="load it with its text encoder"):
         without_text("a cat")
-    embeds = torch.zeros(1, 7, 32)
+    embeds = {"a cat": torch.ones(7, 32), "": torch.zeros(7, 32)}
     with pytest.raises(UserError, match="Stage I was not loaded"):
-        without_text.sample(embeds, embeds, seeds=[0])
-    full = load_cascade(random_cascade.stage_1, stage_3=random_cascade.stage_3, text_encoder=False)
-    with pytest.raises(UserError, match="Stage III reads the prompts themselves"):
-        full.sample(embeds, embeds, seeds=[0])
-    first = load_cascade(random_cascade.stage_1, text_encoder=False)
+        without_text("a cat", embeds=embeds)
+    first = load_cascade(random_cascade.stage_1, parts=Parts(text_encoder=False))
     with pytest.raises(UserError, match="load Stage II too"):
-        first.sample(embeds, embeds, seeds=[0], low_res=torch.zeros(1, 3, 16, 16))
+        first("a cat", embeds=embeds, low_res=torch.zeros(1, 3, 16, 16))
     with pytest.raises(
-        UserError, match=r"low_res pictures must be one for each of the 1 seeds \(got 2\)"
+        UserError, match=r"low_res pictures must be one for all .* of the 1 \(got 2\)"
     ):
-        without_text.sample(embeds, embeds, seeds=[0], low_res=torch.zeros(2, 3, 16, 16))
+        without_text("a cat", embeds=embeds, low_res=torch.zeros(2, 3, 16, 16))
     with pytest.raises(UserError, match="at least one model"):
         load_cascade()
     with pytest.raises(UserError, match="'no/such/place' is neither a folder"):
@@ -268,7 +257,7 @@ def test_the_schedulers_of_a_source_are_the_pipelines(random_cascade: RandomCasc
 
 def test_a_unet_in_training_is_sampled_in_place(random_cascade: RandomCascade) -> None:
     unet = trained_unet(random_cascade.stage_1, AdapterSpec(dropout=0.9))
-    cascade = load_cascade(random_cascade.stage_1, unets={1: unet})
+    cascade = load_cascade(random_cascade.stage_1, parts=Parts(unets={1: unet}))
     assert cascade.stages[1].unet is unet
     evaluated = draw(cascade)
     unet.train()
@@ -286,7 +275,7 @@ def test_merged_is_what_was_trained(
         unets[stage] = trained_unet(base, spec)
         export(unets[stage], tmp_path, base, stage, spec)
     folders = (random_cascade.stage_1, random_cascade.stage_2)
-    trained = draw(load_cascade(*folders, unets=unets))
+    trained = draw(load_cascade(*folders, parts=Parts(unets=unets)))
     merged = draw(load_cascade(*folders, adapters=[tmp_path]))
     base = draw(load_cascade(*folders))
     for stage in ("stage_1", "stage_2"):
@@ -375,7 +364,7 @@ def test_a_base_fine_tuned_anywhere_is_another_base(
         for name, parameter in unet.named_parameters():
             if name != "conv_in.bias":
                 parameter.mul_(1.02)
-    cascade = load_cascade(random_cascade.stage_1, unets={1: unet})
+    cascade = load_cascade(random_cascade.stage_1, parts=Parts(unets={1: unet}))
     with pytest.raises(UserError, match=r"weights are others, such as those of mid_block"):
         cascade.add_adapter(adapter)
 
@@ -440,7 +429,7 @@ def test_the_guards_weights_are_the_published_ones(guarded_cascade: RandomCascad
 
 def test_no_guard_is_lost_with_given_unets(guarded_cascade: RandomCascade) -> None:
     unet = UNet2DConditionModel.from_pretrained(guarded_cascade.stage_1, subfolder="unet")
-    pipe = load_cascade(guarded_cascade.stage_1, unets={1: unet}).stages[1]
+    pipe = load_cascade(guarded_cascade.stage_1, parts=Parts(unets={1: unet})).stages[1]
     assert pipe.safety_checker is not None
     assert pipe.watermarker is not None
 
@@ -450,7 +439,7 @@ def test_threads_draw_what_each_draws_alone(random_cascade: RandomCascade) -> No
     prompts = ["a cat", "a red dog", "two cars on a road", "a cat"]
 
     def drawn(prompt: str) -> bytes:
-        few = Sampling(stage_1_steps=2, stage_2_steps=2)
+        few = Sampling(stage_1=StageSampling(steps=2), stage_2=StageSampling(steps=2))
         return cascade(prompt, sampling=few, progress=False)[0].final.tobytes()
 
     expected = [drawn(prompt) for prompt in prompts]
@@ -461,10 +450,10 @@ def test_threads_draw_what_each_draws_alone(random_cascade: RandomCascade) -> No
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"dtype": "fp99"}, "dtype 'fp99' of Stage 1 is none; did you mean fp32"),
-        ({"dtype": torch.float16}, "dtype torch.float16 of Stage 1 is none"),
-        ({"originals": "disk"}, r"originals must be device or cpu \(got 'disk'\)"),
-        ({"unets": {2: None}}, "unets has one for Stage 2, which is not named"),
+        ({"dtype": "fp99"}, "Stage 1: unknown dtype 'fp99'; did you mean fp32"),
+        ({"dtype": torch.float16}, "unknown dtype torch.float16"),
+        ({"parts": Parts(originals="disk")}, r"originals must be device or cpu \(got 'disk'\)"),
+        ({"parts": Parts(unets={2: None})}, "unets has one for Stage 2, which is not named"),
         ({"device": "meta"}, "device 'meta' cannot be used"),
     ],
 )
@@ -517,7 +506,7 @@ def test_a_damaged_configuration_is_said(
     content = json.loads((base / file).read_text())
     (base / file).write_text(json.dumps([1] if changes is None else content | changes))
     with pytest.raises(UserError, match=sentence):
-        load_cascade(base, device="cpu", text_encoder=False)
+        load_cascade(base, device="cpu", parts=Parts(text_encoder=False))
     if file == "unet/config.json":
         with pytest.raises(UserError, match=r"The UNet of .* cannot be read"):
             _ = StoredUNet.find(str(base / "unet")).weights
@@ -536,6 +525,8 @@ def test_a_damaged_configuration_is_said(
         ("a cat", {"seed": 2**64}, rf"\(got {2**64}\)"),
         ("a cat", {"seed": 2**64 - 1, "images_per_prompt": 2}, rf"\(got {2**64}\)"),
         ("a cat", {"images_per_prompt": 1.5}, r"a whole number from 1 \(got 1.5\)"),
+        ("a cat", {"seed": [1, 2]}, r"one for each of the 1 pictures \(got 2\)"),
+        ("a cat", {"negative_prompt": ["b", "c"]}, r"one for each of the 1 \(got 2\)"),
     ],
 )
 def test_what_cannot_be_drawn(
@@ -546,9 +537,8 @@ def test_what_cannot_be_drawn(
 
 
 def test_every_seed_of_a_generator_draws(cascade: Cascade) -> None:
-    embeds = cascade.encode([PROMPT] * 2)
     seeds = np.array([0, 2**64 - 1], np.uint64)
-    images = cascade.sample(embeds, embeds, seeds=seeds, sampling=FEW_STEPS, progress=False)
+    images = cascade([PROMPT] * 2, seed=seeds, sampling=FEW_STEPS, progress=False)
     assert images.seeds == (0, 2**64 - 1)
     assert not torch.equal(*images.low_res)
 
@@ -556,7 +546,7 @@ def test_every_seed_of_a_generator_draws(cascade: Cascade) -> None:
 @pytest.mark.parametrize(
     ("low_res", "sentence"),
     [
-        (np.zeros((1, 3, 16, 16)), r"floating-point numbers .* \(got ndarray\)"),
+        (np.zeros((1, 3, 16, 16)), r"must be a PIL image or a file \(got a ndarray\)"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"\(got torch.uint8 \[1, 3, 16, 16\]\)"),
         (
             torch.zeros(1, 1, 16, 16),
@@ -574,6 +564,19 @@ def test_every_seed_of_a_generator_draws(cascade: Cascade) -> None:
     ],
 )
 def test_what_cannot_be_enlarged(cascade: Cascade, low_res: Any, sentence: str) -> None:
-    embeds = cascade.encode([PROMPT])
     with pytest.raises(UserError, match=sentence):
-        cascade.sample(embeds, embeds, seeds=[0], low_res=low_res, sampling=FEW_STEPS)
+        cascade(PROMPT, low_res=low_res, sampling=FEW_STEPS)
+
+
+def test_parameters_of_earlier_versions_name_the_new_ones(
+    random_cascade: RandomCascade, cascade: Cascade
+) -> None:
+    for name, value in {"scale": 0.5, "text_encoder": False, "originals": "cpu"}.items():
+        with pytest.raises(UserError, match=rf"takes no {name} any more: give .*{name}"):
+            load_cascade(random_cascade.stage_1, **{name: value})
+    with pytest.raises(TypeError, match="'textencoder'"):
+        load_cascade(random_cascade.stage_1, textencoder=False)
+    with pytest.raises(AttributeError, match=r"cascade\(prompts, embeds="):
+        _ = cascade.sample
+    with pytest.raises(UserError, match=r"noise_level is now stage_2: .*\(stage_2\.noise_level\)"):
+        Sampling(noise_level=3)

@@ -15,20 +15,15 @@ from diffusers.utils.pil_utils import numpy_to_pil
 from PIL import Image
 
 from adapters import Cascade, load_cascade
-from adapters.cascade.sampling import Sampling
+from adapters.cascade.sampling import Sampling, StageSampling
 from tests.builders.random_cascade import RandomCascade
 
 PROMPTS = ["a cat", "a dog", "a cat on blue"]
 NEGATIVES = ["a dog on blue", "a sks cat", "a photo"]
 SAMPLING = Sampling(
-    stage_1_steps=2,
-    stage_1_guidance=3.0,
-    stage_2_steps=2,
-    stage_2_guidance=2.0,
-    noise_level=100,
-    stage_3_steps=2,
-    stage_3_guidance=5.0,
-    stage_3_noise_level=50,
+    stage_1=StageSampling(steps=2, guidance=3.0),
+    stage_2=StageSampling(steps=2, guidance=2.0, noise_level=100),
+    stage_3=StageSampling(steps=2, guidance=5.0, noise_level=50),
     batch_size=2,
 )
 STAGE_1 = {"num_inference_steps": 2, "guidance_scale": 3.0}
@@ -101,17 +96,12 @@ def test_each_picture_is_led_away_from_its_own_negative(
     cascade: Cascade, plain: dict[int, DiffusionPipeline]
 ) -> None:
     """Whatever the batches."""
-    images = cascade.sample(
-        cascade.encode(PROMPTS),
-        cascade.encode(NEGATIVES),
-        seeds=range(SEED, SEED + 3),
-        sampling=SAMPLING,
-        prompts=PROMPTS,
-        progress=False,
+    images = cascade(
+        PROMPTS, negative_prompt=NEGATIVES, seed=SEED, sampling=SAMPLING, progress=False
     )
     for row, negative in enumerate(NEGATIVES):
-        expected = drawn_alone(plain, row, negative)[:2]
-        for ours, theirs in zip((images.stage_1[row], images.stage_2[row]), expected, strict=True):
+        expected = drawn_alone(plain, row, negative)
+        for ours, theirs in zip(images[row].pictures.values(), expected, strict=True):
             assert difference(ours, theirs) <= 1
     assert difference(images.stage_1[2], drawn_alone(plain, 2, NEGATIVES[0])[0]) > 1
 

@@ -14,13 +14,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from adapters import Cascade, Sampling, UserError, load_cascade, load_embeds, save_embeds
+from adapters import (
+    Cascade,
+    Parts,
+    Sampling,
+    StageSampling,
+    UserError,
+    load_cascade,
+    load_embeds,
+    save_embeds,
+)
 from adapters.encode import main as encode
 from adapters.generate import main as generate
 from tests.builders.drawing import pixels
 from tests.builders.random_cascade import RandomCascade
 
-FEW = Sampling(stage_1_steps=3, stage_2_steps=2)
+FEW = Sampling(stage_1=StageSampling(steps=3), stage_2=StageSampling(steps=2))
 PROMPTS = ["A <b>Photo</b> of a sks cat ", "a photo of a cat", ""]
 
 
@@ -42,7 +51,7 @@ def no_encoder(random_cascade: RandomCascade, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(T5EncoderModel, "__init__", refuse)
     folders = (random_cascade.stage_1, random_cascade.stage_2)
-    return load_cascade(*folders, text_encoder=False)
+    return load_cascade(*folders, parts=Parts(text_encoder=False))
 
 
 def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
@@ -123,58 +132,40 @@ def test_what_is_not_in_a_file_is_said(no_encoder: Cascade, file: Path) -> None:
 
 
 def test_encodings_that_do_not_fit_are_said(no_encoder: Cascade) -> None:
-    def sample(width: int, tokens: int, count: int, seeds: int = 2) -> None:
-        no_encoder.sample(
-            torch.zeros(count, tokens, width), torch.zeros(2, 5, 32), seeds=range(seeds)
-        )
-
-    with pytest.raises(UserError, match="Stage 1 are 16 wide, but its UNet reads 32"):
-        sample(16, 5, 2)
-    with pytest.raises(UserError, match=r"shape \[2, 6, 32\], and those to lead away .* 5, 32\]"):
-        sample(32, 6, 2)
-    with pytest.raises(
-        UserError, match=r"encodings for Stage 1 must be one for each of the 2 seeds \(got 3\)"
+    empty = torch.zeros(5, 32)
+    for width, tokens, sentence in (
+        (16, 5, "Stage 1 are 16 wide, but its UNet reads 32"),
+        (32, 6, r"shape \[1, 6, 32\], and those of negative prompts \[1, 5, 32\]"),
     ):
-        sample(32, 5, 3)
-    with pytest.raises(
-        UserError, match=r"lead away from must be one for each of the 3 seeds \(got 2\)"
-    ):
-        sample(32, 5, 3, 3)
-    for shape, sentence in (((2, 32), r"\[2, 32\]"), ((1, 2, 5, 32), r"\[1, 2, 5, 32\]")):
-        with pytest.raises(
-            UserError, match=rf"\[pictures, tokens, width\] \(got torch.float32 {sentence}"
-        ):
-            no_encoder.sample(torch.zeros(shape), torch.zeros(2, 5, 32), seeds=range(2))
-    with pytest.raises(UserError, match=r"must each be \[tokens, width\], .* \[1, 5, 32\]"):
-        no_encoder("a", embeds=dict.fromkeys(("a", ""), torch.zeros(1, 5, 32)))
-    broken = torch.full((2, 5, 32), float("nan"))
-    with pytest.raises(UserError, match="away from have values that are no finite numbers"):
-        no_encoder.sample(torch.zeros(2, 5, 32), broken, seeds=range(2))
+        with pytest.raises(UserError, match=sentence):
+            no_encoder("a", embeds={"a": torch.ones(tokens, width), "": empty})
+    with pytest.raises(UserError, match=r"\[5, 32\] and torch.float32 \[6, 32\]"):
+        no_encoder(["a", "b"], embeds={"a": torch.ones(5, 32), "b": torch.ones(6, 32), "": empty})
+    with pytest.raises(UserError, match="encoding of '' has values that are not finite"):
+        no_encoder("a", embeds={"a": torch.ones(5, 32), "": empty * torch.nan})
     with pytest.raises(UserError, match="nothing to draw"):
-        no_encoder.sample(torch.zeros(0, 5, 32), torch.zeros(0, 5, 32), seeds=[])
+        no_encoder([], embeds={"": empty})
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (
-            lambda embeds: embeds[:, 0],
-            r"\[pictures, tokens, width\] \(got torch.float32 \[1, 32\]\)",
+            lambda embeds: embeds[0],
+            r"\[tokens, width\], all of one shape \(found torch.float32 \[32\]\)",
         ),
-        (lambda embeds: embeds * torch.nan, "have values that are no finite numbers"),
-        (
-            lambda embeds: embeds.int(),
-            r"floating-point numbers .* \(got torch.int32 \[1, 7, 32\]\)",
-        ),
-        (lambda embeds: embeds.tolist(), r"floating-point numbers .* \(got list\)"),
+        (lambda embeds: embeds[None], r"\(found torch.float32 \[1, 7, 32\]\)"),
+        (lambda embeds: embeds * torch.nan, "has values that are not finite"),
+        (lambda embeds: embeds.int(), r"floating-point numbers .* torch.int32 \[7, 32\]\)"),
+        (lambda embeds: embeds.tolist(), r"floating-point numbers .* \(found list\)"),
     ],
 )
 def test_encodings_that_are_none_are_said(
     no_encoder: Cascade, change: Callable[[Tensor], Tensor], sentence: str
 ) -> None:
-    embeds = torch.randn(1, 7, no_encoder.stages[1].unet.config.encoder_hid_dim)
+    embeds = torch.randn(7, no_encoder.stages[1].unet.config.encoder_hid_dim)
     with pytest.raises(UserError, match=sentence):
-        no_encoder.sample(change(embeds), embeds, seeds=[0])
+        no_encoder("a", embeds={"a": change(embeds), "": embeds})
 
 
 def test_a_file_that_is_none_is_said(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters import load_cascade
+from adapters import Parts, load_cascade
 from adapters.base.source import Source
 from adapters.cascade import memory_budget
 from adapters.cascade.memory_budget import AT_ONCE, ROWS, memory_bytes, within
@@ -154,7 +154,7 @@ def test_a_cascade_counts_the_adapters_that_it_is_loaded_with(
             adapters=[(place, 0.5)],
             device="cuda",
             memory="6GB",
-            text_encoder=False,
+            parts=Parts(text_encoder=False),
         )
     assert more == ["stage_2"]
 

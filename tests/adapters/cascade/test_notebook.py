@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adapters import CascadeImages, Sampling, load_cascade, read_info
+from adapters import CascadeImages, Parts, Sampling, load_cascade, read_info
 from adapters.files.stage_adapter import StageAdapter
 from adapters.weights.kinds import AdapterSpec
 from tests.builders.adapters import export, trained_unet
@@ -50,7 +50,7 @@ def made(count: int = 2, size_px: int = 8, *, prompts: bool = True) -> CascadeIm
         stage_1=tuple(Image.new("RGB", (8, 8), colour) for colour in colours),
         stage_2=tuple(Image.new("RGB", (size_px, size_px), colour) for colour in colours),
         stage_3=(),
-        prompts=tuple(f'a <b>"{index}"</b> & cat' for index in range(count)) if prompts else (),
+        prompts=tuple(f'a <b>"{index}"</b> & cat' * prompts for index in range(count)),
         seeds=tuple(range(5, 5 + count)),
         low_res=torch.arange(count * 3 * 8 * 8.0).reshape(count, 3, 8, 8),
         flagged=(False,) * (count - 1) + (True,),
@@ -142,7 +142,7 @@ def test_a_sample_shows_its_last_picture() -> None:
     assert np.array_equal(np.asarray(picture), np.asarray(sample.final))
 
 
-def test_pictures_of_embeddings_alone_are_saved_by_seed(tmp_path: Path) -> None:
+def test_pictures_of_the_empty_prompt_are_saved_by_seed(tmp_path: Path) -> None:
     assert made(2, prompts=False).save(tmp_path) == tmp_path / "contact_sheet.png"
     assert {path.name for path in tmp_path.iterdir()} == {
         "contact_sheet.png",
@@ -173,7 +173,9 @@ def test_a_cascade_shows_what_it_is_made_of(guarded_cascade: RandomCascade, tmp_
 
 
 def test_a_table_in_a_notebook_has_the_same_cells(random_cascade: RandomCascade) -> None:
-    cascade = load_cascade(random_cascade.stage_1, random_cascade.stage_2, text_encoder=False)
+    cascade = load_cascade(
+        random_cascade.stage_1, random_cascade.stage_2, parts=Parts(text_encoder=False)
+    )
     elements = Elements(cascade._repr_html_())
     assert [tag for tag, _ in elements.found].count("tr") == 6
     for text in elements.texts:
@@ -184,7 +186,11 @@ def test_a_table_in_a_notebook_has_the_same_cells(random_cascade: RandomCascade)
 
 def test_a_quantised_base_counts_all_its_parameters(random_cascade: RandomCascade) -> None:
     plain, quantised = (
-        repr(load_cascade(random_cascade.stage_1, dtype=dtype, text_encoder=False, device="cpu"))
+        repr(
+            load_cascade(
+                random_cascade.stage_1, dtype=dtype, device="cpu", parts=Parts(text_encoder=False)
+            )
+        )
         for dtype in ("fp32", "nf4")
     )
     assert "nf4 + float32" in quantised

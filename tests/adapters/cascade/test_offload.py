@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapters import Cascade, Sampling, load_cascade
+from adapters import Cascade, Sampling, StageSampling, load_cascade
 from adapters.cascade.memory_budget import ALL, TEXT
 from adapters.cascade.offload import Placing
 from adapters.errors import UserError
@@ -21,7 +21,9 @@ from tests.builders.adapters import export, trained_unet
 from tests.builders.random_cascade import RandomCascade
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0)
-FEW = Sampling(stage_1_steps=2, stage_2_steps=2, stage_3_steps=2)
+FEW = Sampling(
+    stage_1=StageSampling(steps=2), stage_2=StageSampling(steps=2), stage_3=StageSampling(steps=2)
+)
 
 
 def rested(cascade: RandomCascade, dtype: str = "auto") -> Cascade:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from adapters import Cascade, Sampling, UserError, load_cascade, read_picture_info
+from adapters import Cascade, Sampling, StageSampling, UserError, load_cascade, read_picture_info
 from adapters.cascade.provenance import PictureInfo, UsedAdapter
 from adapters.errors import __version__
-from adapters.files.model_card import samples_of, save_samples
+from adapters.files.model_card import load_samples, save_samples
 from adapters.generate import main as generate
 from adapters.pictures.png import PICTURE_KEY, SHEET_KEY
 from adapters.weights.kinds import AdapterSpec
@@ -22,7 +22,11 @@ from tests.builders.adapters import export, trained_unet
 from tests.builders.drawing import picture, pixels, right_half
 from tests.builders.random_cascade import RandomCascade
 
-FEW = Sampling(stage_1_steps=3, stage_1_guidance=2.5, stage_2_steps=2, stage_3_steps=2)
+FEW = Sampling(
+    stage_1=StageSampling(steps=3, guidance=2.5),
+    stage_2=StageSampling(steps=2),
+    stage_3=StageSampling(steps=2),
+)
 PROMPT = "A “sks” cât, 猫"
 
 
@@ -79,7 +83,7 @@ def test_each_stages_picture_says_what_it_was_drawn_with(
         texts = Image.open(path).text
         assert texts.keys() == {"prompt", "seed", PICTURE_KEY}
         assert (texts["prompt"], texts["seed"]) == (own.prompt, "7")
-        assert json.loads(texts[PICTURE_KEY])["sampling"]["stage_1_guidance"] == 2.5
+        assert json.loads(texts[PICTURE_KEY])["sampling"]["stage_1"]["guidance"] == 2.5
     assert read_picture_info(saved[1]).adapters["dog"].scales == {1: 0.1 + 0.2}
 
 
@@ -115,17 +119,26 @@ def test_a_picture_from_a_picture_says_so(cascade: Cascade, tmp_path: Path) -> N
     assert images[0].info.strength == {1: 0.5, 2: 0.8}
 
 
-def test_pictures_of_encodings_alone_name_no_prompt(cascade: Cascade, tmp_path: Path) -> None:
+def test_enlarged_pictures_name_the_stages_that_drew(cascade: Cascade) -> None:
     cascade.upscaler = None
-    embeds = cascade.encode(["a cat"])
-    images = cascade.sample(embeds, embeds, seeds=[3], sampling=FEW, progress=False)
-    images[0].save(tmp_path / "one.png")
-    info = read_picture_info(tmp_path / "one.png")
-    assert (info.prompts, info.prompt, info.seed) == ({}, "", 3)
-    enlarged = cascade.sample(
-        embeds, embeds, seeds=[3], sampling=FEW, low_res=images.low_res, progress=False
-    )
+    low_res = cascade("a cat", sampling=FEW, progress=False).low_res
+    enlarged = cascade("a cat", sampling=FEW, low_res=low_res, progress=False)
     assert list(enlarged.infos[0].models) == [2]
+
+
+def test_pictures_of_version_0_1_are_read(tmp_path: Path) -> None:
+    """Their settings are flat."""
+    old = {"stage": 2, "models": {"1": "a", "2": "b"}, "precisions": {}, "version": "0.1.0"}
+    flat = {"stage_1_timesteps": "fast27", "stage_1_steps": 27, "noise_level": 100}
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(PICTURE_KEY, json.dumps(old | {"sampling": flat | {"batch_size": 4}}))
+    Image.new("RGB", (4, 4)).save(tmp_path / "old.png", pnginfo=text)
+    expected = Sampling(
+        stage_1=StageSampling(timesteps="fast27"),
+        stage_2=StageSampling(noise_level=100),
+        batch_size=4,
+    )
+    assert read_picture_info(tmp_path / "old.png").sampling == expected
 
 
 def test_a_single_picture_is_saved_as_png(cascade: Cascade, tmp_path: Path) -> None:
@@ -162,7 +175,7 @@ def test_a_cards_samples_say_what_they_were_drawn_with(cascade: Cascade, tmp_pat
     save_samples(folder, {"a cat": images.final[0]})
     assert read_picture_info(folder / "samples" / "00.png") == images.infos[0]
     (folder / "README.md").write_text("![a cat](samples/00.png) a cat\n")
-    save_samples(folder, samples_of(folder))
+    save_samples(folder, load_samples(folder))
     assert read_picture_info(folder / "samples" / "00.png") == images.infos[0]
 
 
@@ -201,7 +214,7 @@ def test_what_else_is_given_replaces_a_pictures_own(cascade: Cascade, tmp_path: 
     generate(["--like", str(path), *own, source, "--out", str(tmp_path / "again")])
     info = read_picture_info(tmp_path / "again" / "000-a-dog-seed9-stage_1.png")
     assert info.prompts == {1: "a dog"}
-    assert info.sampling == FEW.but(stage_1_timesteps="fast27")
+    assert info.sampling == FEW.but(stage_1=StageSampling(timesteps="fast27"))
     assert info.adapters["dog"].scales == {1: 0.25}
 
 

@@ -18,7 +18,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from adapters import Cascade, CascadeImages, Sampling, UserError, load_cascade
+from adapters import Cascade, CascadeImages, Parts, Sampling, StageSampling, UserError, load_cascade
 from adapters.cascade.redraw import WAYS, Redraw
 from adapters.generate import main as generate
 from adapters.weights.kinds import AdapterSpec
@@ -27,12 +27,9 @@ from tests.builders.drawing import largest_difference, picture, pixels, right_ha
 from tests.builders.random_cascade import RandomCascade
 
 FEW = Sampling(
-    stage_1_steps=4,
-    stage_1_guidance=3.0,
-    stage_2_steps=4,
-    stage_2_guidance=2.0,
-    noise_level=100,
-    stage_3_steps=2,
+    stage_1=StageSampling(steps=4, guidance=3.0),
+    stage_2=StageSampling(steps=4, guidance=2.0, noise_level=100),
+    stage_3=StageSampling(steps=2),
 )
 
 STAGE_1 = {"num_inference_steps": 4, "guidance_scale": 3.0}
@@ -163,7 +160,7 @@ def test_the_recorded_forward_pass_draws_the_strengths_share_of_the_steps(
     options = {"sampling": FEW, "progress": False}
     cascade.img2img(picture(), PROMPT, strength={1: 0.5, 2: 1.0}, **options)
     assert steps == {1: 2, 2: 4}
-    spaced = FEW.but(stage_1_timesteps="fast27")
+    spaced = FEW.but(stage_1=StageSampling(timesteps="fast27"))
     cascade.img2img(picture(), PROMPT, strength={1: 0.5, 2: 0.25}, sampling=spaced, progress=False)
     assert steps == {1: 2 + 13, 2: 4 + 1}
 
@@ -204,7 +201,7 @@ def test_a_wide_picture_stays_wide(random_cascade: RandomCascade) -> None:
 def test_strength_is_how_far_it_goes(cascade: Cascade) -> None:
     start = picture()
     original = pixels(start.resize((16, 16), Image.Resampling.BICUBIC))
-    fine = FEW.but(stage_1_steps=50)
+    fine = FEW.but(stage_1=StageSampling(steps=50))
     near, far = (
         cascade.img2img(
             start, PROMPT, strength={1: strength}, sampling=fine, progress=False
@@ -223,7 +220,7 @@ def test_an_adapter_has_its_effect_and_goes_without_a_trace(
     before = img2img(cascade, picture())
     cascade.add_adapter(tmp_path)
     adapted = img2img(cascade, picture())
-    trained = load_cascade(base, unets={1: unet}).img2img(
+    trained = load_cascade(base, parts=Parts(unets={1: unet})).img2img(
         picture(), PROMPT, strength=0.5, seed=5, sampling=FEW, progress=False
     )
     assert largest_difference(adapted.stage_1[0], before.stage_1[0]) > 1
@@ -269,10 +266,9 @@ def test_given_low_res_pictures_and_an_original_skip_stage_1(
 ) -> None:
     images = img2img(cascade, picture())
     second = load_cascade(None, random_cascade.stage_2)
-    again = second.sample(
-        second.encode([PROMPT]),
-        second.encode([""]),
-        seeds=[5],
+    again = second(
+        PROMPT,
+        seed=5,
         sampling=FEW,
         low_res=images.low_res,
         redraw=Redraw.of(picture(), strength=0.5),
@@ -374,7 +370,9 @@ def test_the_command_line_enlarges_with_stage_2_alone(
     names = sorted(path.name for path in (tmp_path / "drawn").iterdir())
     assert names == ["000-a-cat-seed0-stage_2.png", "contact_sheet.png"]
     second = load_cascade(None, random_cascade.stage_2, adapters=tmp_path / "adapters")
-    images = second(PROMPT, low_res=small, sampling=Sampling(stage_2_steps=2), progress=False)
+    images = second(
+        PROMPT, low_res=small, sampling=Sampling(stage_2=StageSampling(steps=2)), progress=False
+    )
     assert np.array_equal(
         pixels(images.final[0]), pixels(Image.open(tmp_path / "drawn" / names[0]))
     )

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 from adapters import atomic
 from adapters.errors import UserError
-from adapters.files.export import AdapterInfo, read_info
-from adapters.files.info import NOTICE
+from adapters.files.info import NOTICE, AdapterInfo, read_info
 from adapters.files.licence import licence_files
 from adapters.files.model_card import write_card
 from adapters.files.stage_adapter import StageAdapter

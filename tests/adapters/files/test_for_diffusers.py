@@ -11,8 +11,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from adapters import load_cascade
-from adapters.files.export import read_info
+from adapters import Parts, load_cascade
+from adapters.files.info import read_info
 from adapters.files.model_card import write_card
 from adapters.weights.kinds import AdapterSpec
 from tests.builders.adapters import PIPELINES, base_of, export, name_of, trained_unet
@@ -131,7 +131,9 @@ def test_fuse_lora_draws_as_trained_and_as_the_cascade_here(trained: Trained) ->
         drawn[name] = picture(pipe)
         torch.testing.assert_close(trained.output_of(pipe), trained.output("a"), **ROUNDING)
     stage = {f"stage_{trained.stage}": trained.base}
-    cascade = load_cascade(**stage, adapters=[trained.folders["a"]], text_encoder=False)
+    cascade = load_cascade(
+        **stage, adapters=[trained.folders["a"]], parts=Parts(text_encoder=False)
+    )
     drawn["merged here"] = picture(cascade.stages[trained.stage])
     pipe.register_modules(unet=trained.unets["a"])
     expected = picture(pipe)

@@ -15,7 +15,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import load_cascade
+from adapters import Parts, load_cascade
 from adapters.errors import UserError
 from adapters.files.keys import peft_name
 from adapters.files.reading import read_adapter, scaling
@@ -66,7 +66,7 @@ def test_our_cascade_finds_the_stage_and_draws_what_was_trained(
     folders = (random_cascade.stage_1, random_cascade.stage_2)
     unet = trained_unet(base_of(random_cascade, stage), spec)
     path = write(unet, tmp_path)
-    trained = draw(load_cascade(*folders, unets={stage: unet}))
+    trained = draw(load_cascade(*folders, parts=Parts(unets={stage: unet})))
     with caplog.at_level(logging.WARNING, logger="adapters"):
         cascade = load_cascade(*folders, adapters=[path])
     assert [number for number, merged in cascade.merged.items() if merged.adapters] == [stage]
@@ -284,7 +284,7 @@ def test_the_scale_of_a_dora_is_that_of_its_whole_change(
         difference = (output(cascade.stages[1].unet, inputs) - output(theirs, inputs)).abs().max()
         assert (difference > 1e-3) == differs
     plain = weight.get_base_layer().weight
-    merged = StageAdapter.load(folder).delta(FIRST, weight.get_base_layer(), plain) + plain
+    merged = StageAdapter.load(folder).delta(FIRST, plain) + plain
     cascade.set_adapters({name: 0.5})
     torch.testing.assert_close(
         cascade.stages[1].unet.get_submodule(FIRST).weight, (plain + merged) / 2

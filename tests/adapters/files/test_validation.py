@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import Cascade, load_cascade
+from adapters import Cascade, Parts, load_cascade
 from adapters.combine import main as combine
 from adapters.diff import main as diff
 from adapters.errors import UserError
@@ -303,7 +303,7 @@ def test_tensors_of_rank_0_or_without_two_dimensions_are_refused(tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def cascade(random_cascade: RandomCascade) -> Cascade:
-    return load_cascade(random_cascade.stage_1, text_encoder=False)
+    return load_cascade(random_cascade.stage_1, parts=Parts(text_encoder=False))
 
 
 @pytest.mark.parametrize("scale", [1e300, -4e38, float("inf"), float("nan"), 10**400])
@@ -351,7 +351,7 @@ def test_the_tools_refuse_in_one_sentence(
 def test_a_file_that_diffusers_takes_in_no_spelling_is_not_called_whole(
     exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.repair.arriving", lambda *of: [])
+    monkeypatch.setattr("adapters.repair.list_arriving", lambda *of: [])
     with pytest.raises(UserError, match="diffusers takes 0 of its"):
         repaired(exports["lora"], tmp_path / "new.safetensors")
     assert not list(tmp_path.iterdir())

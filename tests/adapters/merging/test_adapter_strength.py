@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from adapters import load_cascade
+from adapters import Parts, load_cascade
 from adapters.weights.kinds import KINDS, adapted_modules, adapter_state
 from finetune.run.folders import Folders
 from tests.builders.random_cascade import RandomCascade
@@ -111,7 +111,9 @@ def test_what_a_run_exports_is_merged_at_its_alpha(
     state = train(recipe)
     plain = UNet2DConditionModel.from_pretrained(random_cascade.stage_1, subfolder="unet")
     cascade = load_cascade(
-        random_cascade.stage_1, adapters=[Folders(recipe.folder).adapters], text_encoder=False
+        random_cascade.stage_1,
+        adapters=[Folders(recipe.folder).adapters],
+        parts=Parts(text_encoder=False),
     )
     unet = cascade.stages[1].unet
     names = {key.partition(".to_q")[0] + ".to_q" for key in state if ".to_q" in key}
@@ -152,7 +154,7 @@ def test_several_doras_of_a_module_add_what_each_makes_of_it(
     precision: str,
 ) -> None:
     cascade = load_cascade(
-        random_cascade.stage_1, dtype=precision, device="cpu", text_encoder=False
+        random_cascade.stage_1, dtype=precision, device="cpu", parts=Parts(text_encoder=False)
     )
     unet = cascade.stages[1].unet
     names = [n for n, _ in unet.named_modules() if n.endswith((".to_q", ".conv1"))]

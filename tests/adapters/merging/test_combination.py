@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters import Cascade
 from adapters.combine import main as combine
 from adapters.errors import UserError
-from adapters.files.export import read_info
+from adapters.files.info import read_info
 from adapters.files.places import PEFT_WEIGHTS
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.combination import METHODS, Combination, Part, combined

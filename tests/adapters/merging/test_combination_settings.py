@@ -7,7 +7,7 @@ import torch
 from peft.utils.merge_utils import ties
 from torch import Tensor
 
-from adapters import Cascade, load_cascade
+from adapters import Cascade, Parts, load_cascade
 from finetune.run.folders import Folders
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import recipe_of, train
@@ -19,7 +19,7 @@ SCALES = {"one": 0.7, "two": 0.5}
 def cascade(random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory) -> Cascade:
     """With two LoRAs of rank 4, each trained for two steps."""
     folder: Path = tmp_path_factory.mktemp("combined")
-    loaded = load_cascade(random_cascade.stage_1, device="cpu", text_encoder=False)
+    loaded = load_cascade(random_cascade.stage_1, device="cpu", parts=Parts(text_encoder=False))
     for seed, name in enumerate(SCALES):
         recipe = recipe_of(
             random_cascade,

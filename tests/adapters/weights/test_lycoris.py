@@ -12,7 +12,7 @@ from lycoris import LycorisNetwork
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import Cascade, load_cascade
+from adapters import Cascade, Parts, load_cascade
 from adapters.errors import UserError
 from adapters.files.reading import alpha_of, kind_of, rank_of, read_adapter
 from adapters.files.stage_adapter import StageAdapter
@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def cascade(random_cascade: RandomCascade) -> Cascade:
-    return load_cascade(random_cascade.stage_1, text_encoder=False)
+    return load_cascade(random_cascade.stage_1, parts=Parts(text_encoder=False))
 
 
 @pytest.fixture(autouse=True)
@@ -228,7 +228,7 @@ def test_without_biases_a_whole_difference_is_an_adapter(
     adapter = StageAdapter.load(path)
     unet = load_unet(random_cascade)
     name = "mid_block.attentions.0.to_q"
-    change = adapter.delta(name, unet.get_submodule(name), unet.get_submodule(name).weight)
+    change = adapter.delta(name, unet.get_submodule(name).weight)
     key = f"lycoris_{name.replace('.', '_')}.diff"
     torch.testing.assert_close(change, tensors[key])
     save_file(tensors | {key: tensors[key][:1].contiguous()}, path)
@@ -256,4 +256,4 @@ def test_an_update_of_other_dimensions_does_not_fit(
     save_file(tensors | {f"{key}alpha": torch.tensor(2.0)}, tmp_path / "other.safetensors")
     adapter = StageAdapter.load(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="does not fit"):
-        adapter.delta(name, unet.get_submodule(name), weight)
+        adapter.delta(name, weight)

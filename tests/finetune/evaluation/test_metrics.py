@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 
 from adapters.cascade.cascade import Cascade
 from adapters.cascade.results import CascadeImages
-from adapters.cascade.sampling import Sampling
+from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.errors import UserError
-from finetune.data.sampling import sample_prompts
 from finetune.evaluation import comparison
 from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
 from finetune.recipe.schema import Base, Comparison, Data, Expected, Recipe, Training, Validation
@@ -88,7 +87,7 @@ def test_one_picture_has_no_ceiling() -> None:
 def test_a_run_that_did_not_learn_what_it_should_is_told(
     found: tuple[float, float, float], words: str | None
 ) -> None:
-    expected = Expected(clip_i=0.5, clip_t=0.66, clip_t_others=0.5, spread=0.05)
+    expected = Expected(data="x", clip_i=0.5, clip_t=0.66, clip_t_others=0.5, spread=0.05)
     names = [f"{key}/fine_tuned" for key in comparison.TITLES]
     scores: comparison.Scores = dict(zip(names, found, strict=True))
     if words is not None:
@@ -100,18 +99,18 @@ def test_a_run_that_did_not_learn_what_it_should_is_told(
 
 @pytest.mark.parametrize("score", [None, float("nan")])
 def test_a_score_that_is_not_defined_is_not_as_expected(score: float | None) -> None:
-    expected = Expected(clip_i=-0.5, clip_t=0.5, spread=0.05)
+    expected = Expected(data="x", clip_i=-0.5, clip_t=0.5, spread=0.05)
     with pytest.raises(UserError, match="did not learn what it should: CLIP-I"):
         comparison.judge({"clip_i/fine_tuned": score, "clip_t/fine_tuned": 0.5}, expected)
 
 
 def test_scores_that_were_not_asked_for_are_not_judged() -> None:
-    expected = Expected(clip_i=0.5, clip_t=0.5, clip_t_others=0.5, spread=0.05)
+    expected = Expected(data="x", clip_i=0.5, clip_t=0.5, clip_t_others=0.5, spread=0.05)
     scores: comparison.Scores = {"clip_i/fine_tuned": 0.5, "clip_t/fine_tuned": 0.5}
     assert comparison.judge(scores, expected).startswith("As expected")
 
 
-@pytest.mark.parametrize("own", [None, Sampling(stage_1_steps=3)])
+@pytest.mark.parametrize("own", [None, Sampling(stage_1=StageSampling(steps=3))])
 def test_a_comparison_is_sampled_as_it_says(
     own: Sampling | None,
     random_cascade: RandomCascade,
@@ -123,7 +122,7 @@ def test_a_comparison_is_sampled_as_it_says(
         base=Base(stage_1=str(random_cascade.stage_1)),
         data=Data(source="unread"),
         stage_1=Training(steps=1),
-        validation=Validation(sampling=Sampling(stage_1_steps=2)),
+        validation=Validation(sampling=Sampling(stage_1=StageSampling(steps=2))),
         comparison=Comparison(
             prompts=("a cat",),
             stage_2_prompts=None if own is None else ("a pet",),
@@ -138,19 +137,20 @@ def test_a_comparison_is_sampled_as_it_says(
     )
     seen = []
 
-    def recording(cascade: Cascade, *arguments: object, **options: object) -> CascadeImages:
-        seen.append(options)
-        return sample_prompts(cascade, *arguments, **options)
+    def recording(cascade: Cascade, prompts: object, **options: object) -> CascadeImages:
+        seen.append({name: options[name] for name in expected})
+        return draw(cascade, prompts, **options)
 
-    monkeypatch.setattr(comparison, "sample_prompts", recording)
+    draw = Cascade.__call__
+    monkeypatch.setattr(Cascade, "__call__", recording)
     monkeypatch.setattr(Cascade, "add_adapter", lambda *_: None)
     assert recipe.comparison is not None
-    before, after = comparison.sample_both(recipe, recipe.comparison, ["a cat", "a dog"], tmp_path)
     expected = {
         "sampling": own or recipe.validation.sampling,
-        "seeds": range(5, 7),
-        "stage_2_prompts": None if own is None else ("a pet", "a dog"),
+        "seed": 5,
+        "stage_2_prompt": None if own is None else ("a pet", "a dog"),
     }
+    before, after = comparison.sample_both(recipe, recipe.comparison, ["a cat", "a dog"], tmp_path)
     assert seen == [expected, expected]
     assert [image.tobytes() for image in before] == [image.tobytes() for image in after]
 

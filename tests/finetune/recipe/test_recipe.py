@@ -31,8 +31,9 @@ def test_the_shipped_set() -> None:
 
 
 def test_resolving_is_idempotent(tmp_path: Path) -> None:
-    recipe = load_recipe(RECIPES[-1])
+    recipe = load_recipe(RECIPES[-1], ["data.prompt=a 猫 🐙"])
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert "prompt: a 猫 🐙\n" in recipe.to_yaml()
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -44,11 +45,11 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 def test_an_override_changes_one_use_of_a_yaml_alias(tmp_path: Path) -> None:
-    shared = "prior: {prompts: [a], sampling: &s {stage_1_steps: 3}}\nvalidation: {sampling: *s}"
-    recipe = load_recipe(write(tmp_path, SMALL + shared), ["prior.sampling.stage_1_steps=9"])
+    shared = "prior: {prompts: [a], sampling: &s {stage_1: {steps: 3}}}\nvalidation: {sampling: *s}"
+    recipe = load_recipe(write(tmp_path, SMALL + shared), ["prior.sampling.stage_1.steps=9"])
     assert recipe.prior is not None
-    assert recipe.prior.sampling.stage_1_steps == 9
-    assert recipe.validation.sampling.stage_1_steps == 3
+    assert recipe.prior.sampling.stage_1.steps == 9
+    assert recipe.validation.sampling.stage_1.steps == 3
 
 
 def mistakes(folder: Path, text: str) -> dict[str, str]:
@@ -102,7 +103,7 @@ stage_2:
         "stage_1.optimizer.learning_rat": "unknown key; did you mean learning_rate?",
         "stage_1.optimizer.betas.1": "Input should be less than 1 (got 1.0)",
         "stage_1.adapter.rnak": "unknown key; did you mean rank?",
-        "stage_1.adapter.targets": "Input should be a valid string or a valid tuple (got 3)",
+        "stage_1.adapter.targets": "Input should be a valid string or a valid list (got 3)",
         "base.stage_2": "must name a Stage II model",
         "stage_2.batch_size": "must be at least 2 with prior preservation",
         "stage_2.timesteps.shape": "must be left out with uniform (got [1.0, 1.0])",
@@ -132,6 +133,24 @@ def test_settings_that_an_optimizer_cannot_take(
     found = mistakes(tmp_path, text)
     assert list(found) == [f"stage_1.optimizer.{field}"]
     assert message in found[f"stage_1.optimizer.{field}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("validation=null", "validation: Input should be a section of keys and values (got null)"),
+        ("stage_1=5", "stage_1: Input should be a section of keys and values (got 5)"),
+        ("validation.prompts=5", "validation.prompts: Input should be a valid list (got 5)"),
+        ("stage_2.noise_level=[1, 2, 3]", "stage_2.noise_level: List should have at most 2 items"),
+        ("seed=null", "seed: Input should be a valid integer (got null)"),
+    ],
+)
+def test_mistakes_are_in_words_of_yaml(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write(tmp_path, SMALL), [override])
+    assert f"  {message}" in str(error.value)
+    assert "uple" not in str(error.value)
+    assert "after" not in str(error.value)
 
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
@@ -288,5 +307,5 @@ comparison: {prompts: [a sks cat], subject: cat, identifier: sks cat, clip: c, s
 
 
 def test_an_override_deeper_than_any_key_is_a_sentence() -> None:
-    with pytest.raises(UserError, match="No key of a recipe lies so deep"):
+    with pytest.raises(UserError, match="unknown key"):
         load_recipe("recipes/quickstart.yaml", [".".join("a" * 3000) + "=1"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adapters import Sampling, load_cascade
+from adapters import Parts, Sampling, load_cascade
 from finetune.data.pictures import load_pictures
 from finetune.recipe.schema import Data
 from finetune.run.folders import Folders
@@ -15,7 +15,10 @@ from finetune.run.validation import Validator
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import PROMPTS, made_batches, material_of, recipe_of, train
 
-SAMPLING = {"stage_1_steps": 2, "stage_2_steps": 2, "stage_1_guidance": 3.0, "noise_level": 30}
+SAMPLING = {
+    "stage_1": {"steps": 2, "guidance": 3.0},
+    "stage_2": {"steps": 2, "noise_level": 30},
+}
 
 
 @pytest.mark.parametrize("stages", [(1, 2), (2,)])
@@ -52,12 +55,12 @@ def test_stage_2_enlarges_what_the_runs_own_stage_1_draws(
 
     def drawn(adapters: list[Path]) -> torch.Tensor:
         first = load_cascade(
-            random_cascade.stage_1, adapters=adapters, device="cpu", text_encoder=False
+            random_cascade.stage_1, adapters=adapters, device="cpu", parts=Parts(text_encoder=False)
         )
-        return first.sample(
-            torch.stack([material.prompt_embeds[prompt] for prompt in prompts]),
-            torch.stack([material.prompt_embeds[""]] * 2),
-            seeds=[7, 8],
+        return first(
+            prompts,
+            embeds=material.prompt_embeds,
+            seed=[7, 8],
             sampling=Sampling(**SAMPLING),
             progress=False,
         ).low_res

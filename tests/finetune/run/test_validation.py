@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from adapters import Sampling, load_cascade
-from finetune.data.captions import captions_of, embed_captions
+from finetune.data.captions import CaptionCache, collect_captions, embed_captions
 from finetune.recipe.schema import Recipe
 from finetune.run.validation import prepare_validator, row_from_stage_1
 from finetune.step.stages import STAGES
@@ -13,7 +13,7 @@ from tests.builders.drawing import largest_difference
 from tests.builders.random_cascade import RandomCascade
 
 PROMPTS = ["a sks cat", "a sks dog"]
-SAMPLING = {"stage_1_timesteps": "fast27", "stage_2_steps": 2}
+SAMPLING = {"stage_1": {"timesteps": "fast27"}, "stage_2": {"steps": 2}}
 
 
 def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path: Path) -> None:
@@ -30,11 +30,11 @@ def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path
         }
     )
     cpu = torch.device("cpu")
-    embeds = embed_captions(captions_of(recipe, ()), recipe, cpu)
+    embeds = embed_captions(collect_captions(recipe, ()), CaptionCache.of(recipe, cpu))
     cascade = load_cascade(*folders, device="cpu")
     unet = cascade.stages[2].unet
     settings, base = recipe.validation, recipe.base
-    row = row_from_stage_1(settings, base, embeds, recipe.precisions(cpu), cpu, [])
+    row = row_from_stage_1(settings, base, embeds, recipe.precisions_on(cpu), cpu, [])
     shown = prepare_validator(settings, base, STAGES[2], unet, embeds, [row]).sample()[row.title]
     options = {"seed": 3, "sampling": Sampling(**SAMPLING), "progress": False}
     expected = cascade(PROMPTS, stage_2_prompt=["a cat", "a dog"], **options)
