@@ -22,7 +22,7 @@ from adapters.files.places import DIFFUSERS_WEIGHTS
 from adapters.files.reading import alpha_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.pictures.png import Signed
-from adapters.tables import span
+from adapters.tables import format_range
 from adapters.weights.kinds import KINDS
 
 CARD = "README.md"
@@ -176,8 +176,8 @@ def _table_of_stages(infos: Sequence[AdapterInfo]) -> str:
 def _table_of_merged(adapters: Sequence[tuple[StageAdapter, float]]) -> str:
     rows = []
     for adapter, scale in adapters:
-        rank = span(rank_of(adapter.config, name) for name in adapter.modules)
-        alpha = span(alpha_of(adapter.config, name) for name in adapter.modules)
+        rank = format_range(rank_of(adapter.config, name) for name in adapter.modules)
+        alpha = format_range(alpha_of(adapter.config, name) for name in adapter.modules)
         steps = adapter.info.step if adapter.info else ""
         path = adapter.folder.resolve()
         name = path.name if adapter.info is None else f"{path.parent.name}/{path.name}"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters.atomic import replace_folder, written
+from adapters.atomic import replace_folder, writing_to
 from adapters.errors import UserError
 
 FORMAT = 2
@@ -30,7 +30,7 @@ def save_checkpoint(root: Path, step: int, tree: dict[str, Any], keep: int) -> P
     folder, partial = root / f"step-{step:06d}", root / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     new = partial / "new"
-    with written(folder):
+    with writing_to(folder):
         new.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
         document = json.dumps({"format": FORMAT, "tree": _encode(tree, tensors)})

@@ -7,7 +7,7 @@ from peft.tuners.oft import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from adapters.merging.measure import by_block
+from adapters.merging.measure import group_by_block
 from adapters.weights.kinds import ADAPTER_NAME
 from adapters.weights.updates import as_matrix, delta, low_rank
 
@@ -21,7 +21,7 @@ class UpdateSize:
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
         self.layers = {n: m for n, m in unet.named_modules() if isinstance(m, BaseTunerLayer)}
-        self.blocks = by_block(self.layers)
+        self.blocks = group_by_block(self.layers)
         self._weights: dict[str, Tensor] = {}
         """Squared norms of the base's weights, which do not change."""
 
