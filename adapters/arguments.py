@@ -3,11 +3,12 @@
 import numbers
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias, cast
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from adapters.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 Scale: TypeAlias = float | Mapping[int, float]
 """The factor of an adapter's updates: in all its stages, or by stage, 0 in those not named.
@@ -19,29 +20,32 @@ keeps in full: see :meth:`adapters.cascade.adapter_set.AdaptedStages.set_adapter
 Scales: TypeAlias = Mapping[str, Scale] | Sequence[str] | str
 """Adapters by name, each with its scale; without, 1."""
 
-LARGEST = torch.finfo(torch.float32).max
-"""The largest factor, as updates are merged in float32."""
+LARGEST = (2 - 2**-23) * 2.0**127
+"""The largest factor: float32's largest number, as updates are merged in float32."""
+
+LAST_SEED = 2**64 - 1
+"""The largest seed that a generator of PyTorch takes."""
 
 STAGES = (1, 2)
 """The stages that adapters belong to."""
 
 
-def scaled(scales: Scales) -> Mapping[str, Scale]:
-    """The scale of each adapter that is named."""
+def read_scales(scales: Scales) -> Mapping[str, Scale]:
+    """Read the scale of each adapter that is named."""
     if isinstance(scales, Mapping):
         return scales
     return dict.fromkeys([scales] if isinstance(scales, str) else scales, 1.0)
 
 
 def is_factor(factor: object) -> bool:
-    """Whether an update can be multiplied by it: a finite number in float32's range."""
+    """Tell whether an update can be multiplied by it: a finite number in float32's range."""
     return isinstance(factor, numbers.Real) and abs(cast(float, factor)) <= LARGEST
 
 
-def by_stage(
+def split_scale(
     scale: Scale, own: Collection[int], loaded: Collection[int], what: str
 ) -> dict[int, float]:
-    """The factor in each stage of an adapter.
+    """Split the scale of an adapter into its factor in each stage.
 
     Args:
         scale: of the adapter.
@@ -68,11 +72,11 @@ def by_stage(
 
 
 def parse_scaled(argument: str) -> tuple[str, Scale | None]:
-    """An adapter and its scale from a command line.
+    """Parse an adapter and its scale.
 
     Args:
-        argument: ``FOLDER``, ``FOLDER=0.7``, or by stage ``FOLDER=1:0.5,2:1``. It is all a folder
-            where there is one of that name.
+        argument: ``FOLDER``, ``FOLDER=0.7``, or by stage ``FOLDER=1:0.5,2:1``. Where a folder of
+            that whole name exists, it is that folder.
 
     Returns:
         The folder, and its scale; ``None``: none was given.
@@ -93,20 +97,30 @@ def parse_scaled(argument: str) -> tuple[str, Scale | None]:
 
 
 def parse_scale(text: str) -> Scale:
-    """A number, or one for each stage, as in ``1:0.5,2:1``; a ValueError where it is neither."""
+    """Parse a number, or one for each stage, as in ``1:0.5,2:1``.
+
+    Raises:
+        ValueError: where it is neither.
+    """
     if ":" not in text:
         return float(text)
     pairs = (pair.split(":") for pair in text.split(","))
     return {int(stage): float(factor) for stage, factor in pairs}
 
 
-def written(scales: Mapping[int, float]) -> str:
-    """Scales by stage as :func:`parse_scale` reads them, exactly."""
+def format_scales(scales: Mapping[int, float]) -> str:
+    """Format scales by stage so that :func:`parse_scale` reads exactly these."""
     return ",".join(f"{stage}:{scale!r}" for stage, scale in scales.items())
 
 
-def available(name: str | torch.device) -> torch.device:
-    """The device of a name, once something has been placed on it; ``auto``: a GPU if there is."""
+def find_device(name: "str | torch.device") -> "torch.device":
+    """Find the device of a name, after placing something on it; ``auto``: a GPU if there is one.
+
+    Raises:
+        UserError: where it cannot be used.
+    """
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -121,16 +135,8 @@ def available(name: str | torch.device) -> torch.device:
         ) from error
 
 
-LAST_SEED = torch.iinfo(torch.uint64).max
-"""The largest seed that a generator of PyTorch takes."""
-
-
 def check_seeds(seeds: Iterable[object]) -> None:
-    """Check that all can seed a generator.
-
-    Raises:
-        UserError: where one cannot.
-    """
+    """Raise a UserError where one of several seeds cannot seed a generator of PyTorch."""
     for seed in seeds:
         if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) <= LAST_SEED:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Writing without ever leaving half a file."""
+"""Write files and folders whole, or not at all."""
 
 import ctypes
 import os
@@ -20,13 +20,13 @@ class NotWrittenError(UserError):
 
     def __init__(self, path: Path, reason: str) -> None:
         self.strerror = " ".join(reason.split())
-        """What the system says, as an OSError has it."""
-        super().__init__(f"{path} cannot be written ({self.strerror}); mend that, or name another.")
+        """The system's reason, by the name that it has in an OSError."""
+        super().__init__(f"{path} cannot be written ({self.strerror}); fix that, or name another.")
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
-    """A block that writes to ``path``, or to files in it.
+def writing_to(path: Path) -> Iterator[None]:
+    """Run a block that writes to ``path``, or to files in it.
 
     Raises:
         UserError: where the disk refuses, naming ``path``.
@@ -34,21 +34,22 @@ def written(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, NotWrittenError) as error:
-        raise NotWrittenError(path, getattr(error, "strerror", None) or str(error)) from error
+        reason = None if isinstance(error, SafetensorError) else error.strerror
+        raise NotWrittenError(path, reason or str(error)) from error
 
 
 def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None:
-    """Check, before the work, that its result can be written; nothing is left behind.
+    """Check before the work that its result can be written; nothing is left behind.
 
     Args:
         path: where to.
-        kind: what will be written there. A file or a folder may be there already, a new folder only
-            if it is empty.
+        kind: what will be written. A file or a folder may be there already, a new folder only if it
+            is empty.
 
     Raises:
         UserError: where the disk refuses, or something else is there.
     """
-    with written(path):
+    with writing_to(path):
         if path.exists():
             found = "folder" if path.is_dir() else "file"
             if kind == "new folder" and (found == "file" or any(path.iterdir())):
@@ -63,12 +64,12 @@ def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which replaces it once the block has succeeded.
+    """Give a temporary path beside ``path``, which replaces it once the block has succeeded.
 
     Raises:
         UserError: where the disk refuses.
     """
-    with written(path):
+    with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
         os.close(handle)
@@ -88,19 +89,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_png(path: Path, picture: Image.Image, text: PngImagePlugin.PngInfo | None = None) -> None:
-    """Write a PNG whole, with texts that it carries; ``None``: those of the picture, if any."""
+    """Write a PNG whole, with texts in it; ``None``: those of the picture, if any."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG", **({} if text is None else {"pnginfo": text}))
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put the folder ``new`` at ``folder``; what was there is beside it, and is back if that fails.
+    """Put the folder ``new`` at ``folder``; what was there goes beside it, or back if that fails.
 
-    On Linux the two change places at once, so that whoever looks, at any time, finds one of them.
+    On Linux the two change places at once, so that a reader finds one of them at any time.
     """
     if not folder.exists():
         os.replace(new, folder)
-    elif not _exchanged(new, folder):
+    elif not _exchange(new, folder):
         old = new.with_name("old")
         os.replace(folder, old)
         try:
@@ -110,10 +111,13 @@ def replace_folder(new: Path, folder: Path) -> None:
             raise
 
 
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether two paths have changed places; ``False``: the system or the disk does not do that."""
-    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    if call is None:
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places; ``False``: the system or the disk cannot do that."""
+    if sys.platform != "linux":
+        return False
+    try:
+        call = ctypes.CDLL(None).renameat2
+    except AttributeError:  # the C library is too old
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return bool(call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
@@ -121,13 +125,13 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside ``path``, which becomes it once the block has succeeded.
+    """Give an empty folder beside ``path``, which becomes it once the block has succeeded.
 
     Raises:
         UserError: where there is something at ``path`` already, or the disk refuses.
     """
     check_out(path, "new folder")
-    with written(path):
+    with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as temporary:
             new = Path(temporary) / "new"

@@ -1,27 +1,30 @@
-"""The model card of an exported folder: what it is, how to load it, what it draws, its licence.
-
-Export writes it; ``python -m adapters.card FOLDER`` writes it anew.
-"""
+"""The command that writes an export's model card again: ``python -m adapters.card FOLDER``."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.errors import command_line
-from adapters.files.info import read_info
-from adapters.files.model_card import load_samples, write_card
-from adapters.files.places import export_stages
+from adapters.command import command_parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write a folder's card and its base's licence files anew; its sample pictures stay."""
-    parser = argparse.ArgumentParser(prog="adapters.card", description=main.__doc__)
+    """Write a folder's card and its base's licence files again; its sample pictures stay."""
+    parser = command_parser(
+        "card",
+        "Write an export's model card and its base's licence files again; its pictures stay.",
+        "runs/dog/adapters",
+    )
     parser.add_argument("folder", type=Path, help="an exported folder")
-    folder: Path = parser.parse_args(arguments).folder
-    with command_line():
-        infos = [read_info(stage) for stage in export_stages(folder)]
-        sys.stdout.write(f"{write_card(folder, infos, load_samples(folder))}\n")
+    run_command(parser, arguments, _write)
+
+
+def _write(options: argparse.Namespace) -> Path:
+    from adapters.files.info import read_info
+    from adapters.files.model_card import load_samples, write_card
+    from adapters.files.places import export_stages
+
+    infos = [read_info(stage) for stage in export_stages(options.folder)]
+    return write_card(options.folder, infos, load_samples(options.folder))
 
 
 if __name__ == "__main__":

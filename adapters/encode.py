@@ -1,71 +1,71 @@
-"""Encode prompts where the text encoder fits, to draw them where it does not.
+"""The command that encodes prompts: ``python -m adapters.encode MODEL --prompt P --out FILE``.
 
-python -m adapters.encode MODEL --prompt "a sks dog" --prompt "a sks dog on a beach" --out FILE
+It runs where the text encoder fits, so that the prompts can be drawn where it does not.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from adapters.command import command_parser, run_command
 
-from adapters.arguments import available
-from adapters.atomic import check_out
-from adapters.base.source import Source, source_of
-from adapters.cascade.embeds import save_embeds
-from adapters.errors import command_line
-from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
-from unets.loading import PRECISIONS, automatic_precision
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from adapters.base.source import Source
 
 TEXT_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
-"""What a text encoder's weights are kept in; in fp16 T5-XXL overflows."""
+"""The precisions of a text encoder's weights; in fp16 T5-XXL overflows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; the empty caption, which guidance needs, is encoded too."""
-    options = parser().parse_args(arguments)
-    prompts = list(dict.fromkeys([*options.prompt, ""]))
-    with command_line():
-        check_out(options.out, "file")
-        source = source_of(options.model, options.revision, options.variant)
-        device = available(options.device or "auto")
-        precision = options.precision or automatic_precision(device)
-        clean_caption = options.clean_caption
-        embeds = encode(source, prompts, precision, device, clean_caption=clean_caption)
-        save_embeds(options.out, prompts, embeds)
-    sys.stdout.write(f"{options.out}\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="adapters.encode", description="Encode prompts for adapters.generate --embeds."
+    """Encode prompts, and the empty one, which guidance needs."""
+    parser = command_parser(
+        "encode",
+        "Encode prompts into a file for adapters.generate --embeds, which needs no text encoder.",
+        'models/if-tiny/stage_1 --prompt "a sks dog" --out prompts.safetensors',
+        *("--revision", "--variant", "--clean-caption"),
     )
     add = parser.add_argument
     add("model", help="Stage I, or Stage II with a text encoder of its own: folder or hub name")
     add("--prompt", action="append", required=True, help="what to encode; may be repeated")
-    add("--out", type=Path, required=True, help="the file to write, such as prompts.safetensors")
-    help_ = "clean prompts as IF's pipelines do; drops <sks>, j0hn, #3 and all Chinese (clean)"
-    add("--clean-caption", action=argparse.BooleanOptionalAction, default=True, help=help_)
-    add("--precision", choices=TEXT_PRECISIONS, help="the weights' (bf16 on a GPU, fp32 on a CPU)")
-    add("--device", help="such as cuda or cpu (the GPU where there is one)")
-    add("--revision", help="the model's hub revision")
-    add("--variant", help="the weights' variant, such as fp16")
-    return parser
+    help_ = "the file to write, such as prompts.safetensors"
+    add("--out", type=Path, required=True, metavar="FILE", help=help_)
+    help_ = "of the weights (default: bf16 on a GPU, fp32 on a CPU)"
+    add("--precision", choices=TEXT_PRECISIONS, help=help_)
+    add("--device", default="auto", help="such as cuda or cpu (default: a GPU if there is one)")
+    parser.set_defaults(clean_caption=True)
+    run_command(parser, arguments, _encode)
+
+
+def _encode(options: argparse.Namespace) -> Path:
+    from adapters.arguments import find_device
+    from adapters.atomic import check_out
+    from adapters.base.source import source_of
+    from adapters.cascade.embeds import save_embeds
+    from unets.precision import automatic_precision
+
+    check_out(options.out, "file")
+    source = source_of(options.model, options.revision, options.variant)
+    device = find_device(options.device)
+    precision = options.precision or automatic_precision(device)
+    prompts = list(dict.fromkeys([*options.prompt, ""]))
+    embeds = encode(source, prompts, precision, device, clean_caption=options.clean_caption)
+    save_embeds(options.out, prompts, embeds)
+    return options.out
 
 
 def encode(
-    source: Source,
+    source: "Source",
     prompts: Sequence[str],
     precision: str,
-    device: torch.device,
+    device: "torch.device",
     *,
     clean_caption: bool = True,
-) -> Tensor:
-    """The encodings of prompts along the path of ``IFPipeline.__call__``, [N, T, D].
+) -> "Tensor":
+    """Encode prompts along the path of ``IFPipeline.__call__``, [N, T, D].
 
     Args:
         source: Stage I or II; no more of it is loaded than its text encoder.
@@ -78,14 +78,24 @@ def encode(
         UserError: where the model has no text encoder or cannot be loaded, or where cleaning
             empties a prompt.
     """
+    import torch
+    from tqdm import tqdm
+
+    from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
+    from unets.precision import dtype_of
+
     check_texts(prompts)
     captions = dict.fromkeys(prompts, "the prompt")
     check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
     check_vocabulary(captions, source.tokenizer(), clean_caption=clean_caption)
-    pipe = source.text_pipeline(precision, PRECISIONS.get(precision, torch.bfloat16), device)
-    options = {"do_classifier_free_guidance": False, "device": device}
+    pipe = source.text_pipeline(precision, dtype_of(precision), device)
     rows = [
-        pipe.encode_prompt(prompt, **options, clean_caption=clean_caption)[0]
+        pipe.encode_prompt(
+            prompt,
+            do_classifier_free_guidance=False,
+            device=device,
+            clean_caption=clean_caption,
+        )[0]
         for prompt in tqdm(prompts, "Encoding", delay=2)
     ]
     return torch.cat(rows)

@@ -1,34 +1,27 @@
-"""Pictures from the shell: ``python -m adapters.generate --adapter A --prompt P --out DIR``.
+"""The command that draws pictures: ``python -m adapters.generate --prompt P --out FOLDER``.
 
-``--like PICTURE.png`` draws a saved picture anew, or another one but for what else is given.
+``--like PICTURE.png`` draws a saved picture again; other options replace what it was drawn with.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from adapters.arguments import check_seeds, parse_scale, parse_scaled, written
+from adapters.arguments import check_seeds, format_scales, parse_scale, parse_scaled
 from adapters.atomic import check_out
-from adapters.base.hub import with_revision
-from adapters.cascade.cascade import Cascade
-from adapters.cascade.embeds import load_embeds
-from adapters.cascade.load import Parts, load_cascade
-from adapters.cascade.provenance import PictureInfo, read_picture_info
-from adapters.cascade.redraw import WAYS, Redraw
 from adapters.cascade.sampling import DEFAULTS as DEFAULT_SETTINGS
 from adapters.cascade.sampling import RENAMED, Sampling, SettingError, StageSampling, nest
-from adapters.errors import UserError, command_line
-from adapters.files.info import AdapterInfo
-from adapters.files.stage_adapter import StageAdapter
-from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts
-from unets.loading import Precision
+from adapters.command import command_parser, run_command
+from adapters.errors import UserError
+from unets.precision import Precision
+
+if TYPE_CHECKING:
+    from adapters.cascade.cascade import Cascade
+    from adapters.cascade.provenance import PictureInfo
+    from adapters.cascade.redraw import Redraw
 
 DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("prompt", "stage_2_prompt", "stage_3_prompt", "negative_prompt", "embeds")),
-    **dict.fromkeys(("low_res", "image", "mask", "strength")),
-    **dict.fromkeys(("stage_1", "stage_2", "stage_3", "revision", "variant", "memory")),
     "adapter": [],
     "scale": 1.0,
     "seed": 0,
@@ -37,8 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "dtype": "auto",
 }
-"""Of options that neither the command line nor a picture to draw anew gives."""
-
+"""The values of options that neither the command line nor a picture to draw again gives."""
 
 FLAGS = {
     flag: place
@@ -51,83 +43,89 @@ FLAGS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Sample prompts and write every stage's pictures and a contact sheet."""
-    given = vars(parser().parse_args(arguments))
-    with command_line():
-        sheet = generate(given)
-    sys.stdout.write(f"{sheet}\n")
+    run_command(parser(), arguments, generate)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; what is not given is not in its result."""
-    parser = argparse.ArgumentParser(
-        prog="adapters.generate",
-        description="Sample pictures from the cascade, with adapters.",
-        argument_default=argparse.SUPPRESS,
+    """Build the command line; options that are not given are ``None``."""
+    parser = command_parser(
+        "generate",
+        "Sample pictures from the cascade, with adapters.",
+        '--adapter runs/dog/adapters --prompt "a sks dog on the moon" --out pictures',
+        "--clean-caption",
     )
     add = parser.add_argument
     add("--prompt", action="append", help="what to draw; may be repeated")
-    told = "what Stage {} is told instead, once for all prompts or for each (as Stage {})"
-    add("--stage-2-prompt", action="append", metavar="PROMPT", help=told.format("II", "I"))
-    add("--stage-3-prompt", action="append", metavar="PROMPT", help=told.format("III", "II"))
-    add("--negative-prompt", help="what to lead away from")
-    help_ = "clean prompts as IF's pipelines do; drops <sks>, j0hn, #3 and all Chinese (clean)"
-    add("--clean-caption", action=argparse.BooleanOptionalAction, help=help_)
-    add("--embeds", metavar="FILE", help="encodings of all these, by adapters.encode; no encoder")
-    add("--out", type=Path, required=True, help="the folder for the pictures")
-    help_ = "a square picture to enlarge, once for all prompts or for each; no Stage I (none)"
-    add("--low-res", action="append", metavar="FILE", help=help_)
-    add("--like", metavar="PNG", help="a saved picture to draw anew, but for what else is given")
-    help_ = (
-        "a picture to start from, with the settings that diffusers' pipelines for it have (none)"
+    text = (
+        "the prompt of Stage {}, one for all pictures or one for each prompt (default: Stage {}'s)"
     )
+    add("--stage-2-prompt", action="append", metavar="PROMPT", help=text.format("II", "I"))
+    add("--stage-3-prompt", action="append", metavar="PROMPT", help=text.format("III", "II"))
+    add("--negative-prompt", metavar="PROMPT", help="what the pictures should not show")
+    help_ = "the prompts' encodings, by adapters.encode; no text encoder is loaded then"
+    add("--embeds", metavar="FILE", help=help_)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the folder for the pictures")
+    help_ = "a square picture to enlarge, one for all prompts or one for each; replaces Stage I"
+    add("--low-res", action="append", metavar="FILE", help=help_)
+    help_ = "a saved picture to draw again; other options replace what it was drawn with"
+    add("--like", metavar="PNG", help=help_)
+    help_ = "a picture to start from; changes the defaults to those of diffusers' pipelines for it"
     add("--image", metavar="FILE", help=help_)
-    add("--mask", metavar="FILE", help="of its size: white is drawn anew, black stays (none)")
-    help_ = "how far from the picture, up to 1: S, by stage 1:0.6,2:0.9 (the pipelines' own)"
+    help_ = "a picture of the same size: white is drawn again, black stays"
+    add("--mask", metavar="FILE", help=help_)
+    help_ = "how much of --image to change, up to 1, or by stage 1:0.6,2:0.9"
     add("--strength", metavar="S", help=help_)
     help_ = (
-        "an exported folder or owner/name[@revision], and its scale: A, A=0.7, by stage"
+        "an exported folder or owner/name[@revision], with its scale: A, A=0.7, or by stage"
         " A=1:0.5,2:1; may be repeated"
     )
     add("--adapter", action="append", metavar="ADAPTER[=SCALE]", help=help_)
-    add("--scale", type=float, help="of adapters without a scale of their own (1)")
-    add("--stage-1", help="Stage I: folder or owner/name[@revision] (the adapter's own base)")
-    add("--stage-2", help="Stage II, likewise (the adapter's own base; otherwise none)")
-    add("--stage-3", help="the x4 upscaler, likewise (none)")
-    add("--revision", help="of Stage I and II without one (the adapter's, for its base)")
+    add("--scale", type=float, help="of adapters without a scale of their own (default: 1)")
+    help_ = "Stage I: folder or owner/name[@revision] (default: the adapter's own base)"
+    add("--stage-1", metavar="MODEL", help=help_)
+    add("--stage-2", metavar="MODEL", help="Stage II (default: the adapter's own base, if any)")
+    add("--stage-3", metavar="MODEL", help="the x4 upscaler (default: none)")
+    help_ = "the hub revision of Stage I and II (default: the adapter's, for its base)"
+    add("--revision", help=help_)
     add("--variant", help="the weights' variant of Stage I and II, such as fp16")
-    add("--seed", type=int, help="the first picture's seed (0)")
-    add("--images-per-prompt", type=int, help="pictures of each prompt (1)")
-    add("--device", help="such as cuda or cpu (auto: the GPU where there is one)")
-    add("--dtype", choices=("auto", *get_args(Precision)), help="precision (auto)")
-    add("--memory", help="the GPU's, such as 6GB: choose precisions and places that fit it (none)")
+    add("--seed", type=int, help="the first picture's seed (default: 0)")
+    add("--images-per-prompt", type=int, metavar="N", help="pictures of each prompt (default: 1)")
+    add("--device", help="such as cuda or cpu (default: auto, a GPU if there is one)")
+    add("--dtype", choices=("auto", *get_args(Precision)), help="precision (default: auto)")
+    help_ = "the GPU's, such as 6GB: choose precisions and places that fit it"
+    add("--memory", help=help_)
     for flag, (stage, setting) in FLAGS.items():
         default = DEFAULT_SETTINGS[int(stage[-1])].model_dump()[setting]
         text = str(StageSampling.model_fields[setting].description).replace("``", "`").split(";")[0]
         shown = "none" if default is None else f"{default:g}"
         kind = str if default is None else type(default)
-        add(f"--{flag.replace('_', '-')}", type=kind, help=f"Stage {stage[-1]}: {text} ({shown})")
+        help_ = f"Stage {stage[-1]}: {text} ({shown})"
+        add(f"--{flag.replace('_', '-')}", type=kind, metavar=setting.upper(), help=help_)
     size = Sampling.model_fields["batch_size"]
     add("--batch-size", type=int, help=f"{size.description} ({size.default})")
     return parser
 
 
-def generate(given: dict[str, Any]) -> Path:
-    """Sample and write; returns the path of the contact sheet.
-
-    Args:
-        given: what the command line gives, by name.
+def generate(parsed: argparse.Namespace) -> Path:
+    """Sample and write pictures; return the path of the contact sheet.
 
     Raises:
         UserError: where something is missing, out of range or cannot be loaded.
     """
-    info = read_picture_info(given["like"]) if "like" in given else None
-    known = {} if info is None else options_of(info)
-    options = argparse.Namespace(**(DEFAULTS | known | given))
+    from adapters.cascade.embeds import load_embeds
+    from adapters.cascade.provenance import read_picture_info
+    from adapters.cascade.redraw import Redraw
+    from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts
+
+    given = {name: value for name, value in vars(parsed).items() if value is not None}
+    info = None if parsed.like is None else read_picture_info(parsed.like)
+    known = {} if info is None else _read_options(info)
+    options = argparse.Namespace(**vars(parsed) | DEFAULTS | known | given)
     if not options.prompt:
         raise UserError("There is nothing to draw; give --prompt, or a picture with --like.")
-    redraw = given_pictures(options, info)
+    redraw = _read_redraw(options, info)
     low_res = None if options.low_res is None else Redraw.of(options.low_res).pictures
-    settings = sampling(given, info, redraw)
+    settings = _read_sampling(given, info, redraw)
     check_seeds([options.seed])
     texts = {options.negative_prompt or "": "--negative-prompt"}
     texts |= dict.fromkeys(options.stage_2_prompt or (), "--stage-2-prompt")
@@ -137,7 +135,7 @@ def generate(given: dict[str, Any]) -> Path:
         check_captions(texts, clean_caption=options.clean_caption, setting=KEEP_IN_PYTHON)
     check_out(options.out, "folder")
     embeds = None if options.embeds is None else load_embeds(options.embeds)
-    images = loaded(options, info)(
+    images = _load(options, info)(
         options.prompt,
         stage_2_prompt=options.stage_2_prompt,
         stage_3_prompt=options.stage_3_prompt,
@@ -153,31 +151,35 @@ def generate(given: dict[str, Any]) -> Path:
     return images.save(options.out)
 
 
-def options_of(info: PictureInfo) -> dict[str, Any]:
-    """The options that draw a picture anew; pictures to start from are not known."""
+def _read_options(info: "PictureInfo") -> dict[str, Any]:
+    """Read the options that draw a picture again; pictures to start from are not known."""
     named = {
         "negative_prompt": info.negative_prompt,
         "clean_caption": info.clean_caption,
         "seed": info.seed,
         "revision": info.revision,
         "variant": info.variant,
-        "adapter": [f"{used.source}={written(used.scales)}" for used in info.adapters.values()],
-        "strength": written(info.strength) or None,
+        "adapter": [
+            f"{used.source}={format_scales(used.scales)}" for used in info.adapters.values()
+        ],
+        "strength": format_scales(info.strength) or None,
     }
     models = {f"stage_{stage}": name for stage, name in info.models.items()}
     texts = list(info.prompts.values())
     prompts = {"prompt": texts[:1], "stage_2_prompt": texts[1:2], "stage_3_prompt": texts[2:]}
     before = {"stage_2_prompt": texts[:1], "stage_3_prompt": texts[1:2]}
-    own = {name: told for name, told in prompts.items() if told and told != before.get(name)}
+    own = {name: given for name, given in prompts.items() if given and given != before.get(name)}
     return named | models | own
 
 
-def given_pictures(options: argparse.Namespace, info: PictureInfo | None) -> Redraw | None:
-    """The picture to start from, with its mask; ``None``: there is none.
+def _read_redraw(options: argparse.Namespace, info: "PictureInfo | None") -> "Redraw | None":
+    """Read the picture to start from, with its mask; ``None``: there is none.
 
     Raises:
         UserError: where one is needed and not given, or cannot be read.
     """
+    from adapters.cascade.redraw import Redraw
+
     way = "text" if info is None else info.way
     wanted = {
         "image": way != "text" or options.mask is not None or options.strength is not None,
@@ -200,12 +202,16 @@ def given_pictures(options: argparse.Namespace, info: PictureInfo | None) -> Red
     return Redraw.of(options.image, options.mask, strength)
 
 
-def sampling(given: Mapping[str, Any], info: PictureInfo | None, redraw: Redraw | None) -> Sampling:
-    """The sampling settings of a command line, over those of a picture or the pipelines' own.
+def _read_sampling(
+    given: Mapping[str, Any], info: "PictureInfo | None", redraw: "Redraw | None"
+) -> Sampling:
+    """Read the sampling settings, over those of a picture or the pipelines' own.
 
     Raises:
         UserError: where one is out of range, or two do not go together.
     """
+    from adapters.cascade.redraw import WAYS
+
     base = WAYS["text" if redraw is None else redraw.way].sampling
     try:
         names = (*FLAGS, "batch_size")
@@ -217,15 +223,19 @@ def sampling(given: Mapping[str, Any], info: PictureInfo | None, redraw: Redraw 
         raise UserError(f"--{flag.replace('_', '-')}: {error.reason}") from None
 
 
-def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
-    """The cascade with its adapters; of models that are not named, those that they belong to."""
+def _load(options: argparse.Namespace, info: "PictureInfo | None") -> "Cascade":
+    """Load the cascade with its adapters; models that are not named are the adapters' bases."""
+    from adapters.base.hub import with_revision
+    from adapters.cascade.load import Parts, load_cascade
+    from adapters.files.stage_adapter import StageAdapter
+
     parsed = [parse_scaled(argument) for argument in options.adapter]
     adapters = [(name, options.scale if scale is None else scale) for name, scale in parsed]
-    own = {} if info else {each.stage: each for name, _ in adapters for each in infos(name)}
-    bases = {
-        stage: with_revision(each.base_model, None if options.revision else each.base_revision)
-        for stage, each in own.items()
-    }
+    bases = {}
+    for name, _ in () if info else adapters:
+        for own in filter(None, (adapter.info for adapter in StageAdapter.load_all(name))):
+            revision = None if options.revision else own.base_revision
+            bases[own.stage] = with_revision(own.base_model, revision)
     return load_cascade(
         options.stage_1 or (None if options.low_res else bases.get(1)),
         options.stage_2 or bases.get(2),
@@ -238,12 +248,6 @@ def loaded(options: argparse.Namespace, info: PictureInfo | None) -> Cascade:
         memory=options.memory,
         parts=Parts(text_encoder=options.embeds is None),
     )
-
-
-def infos(folder: str | Path) -> list[AdapterInfo]:
-    """What the adapters in a folder say of themselves; those of other tools say nothing."""
-    loaded = StageAdapter.load_all(folder)
-    return [adapter.info for adapter in loaded if adapter.info is not None]
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def measure(configuration: Configuration, model: Path) -> dict[str, Any]:
     rehearsal = Rehearsal.of(recipe, stage, device, prompt_tokens())
     predicted = rehearsal.footprint()
     batch = random_batch(rehearsal.batch(configuration.batch_size), device)
-    trainee = load_trainee(recipe, stage, device)
+    trainee = load_trainee(stage, recipe.training(stage), recipe.source(stage), 0, device)
     if configuration.compiled:
         trainee.compile()
     torch.cuda.empty_cache()

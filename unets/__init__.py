@@ -1,13 +1,13 @@
 """IF's UNets made small and fast: frozen and quantised weights, fused blocks, CUDA graphs."""
 
 import os
-
-import torch
+import sys
 
 MEMORY_SETTING = "expandable_segments:True"
-"""A GPU's memory grows in one piece, so that little of it lies idle."""
+"""Lets a GPU's memory grow in one piece, so that little of it lies idle."""
 
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-    os.environ["PYTORCH_ALLOC_CONF"] = MEMORY_SETTING  # for processes that are yet to start
-    if hasattr(torch._C, "_accelerator_setAllocatorSettings"):  # not before PyTorch 2.10
+    os.environ["PYTORCH_ALLOC_CONF"] = MEMORY_SETTING  # torch reads it when it is imported,
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.__version__ >= "2.10":  # and from 2.10 on can be told later
         torch._C._accelerator_setAllocatorSettings(MEMORY_SETTING)

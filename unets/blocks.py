@@ -16,12 +16,8 @@ from unets.frozen import FrozenConv2d
 from unets.fused_norms import add, norm_act
 from unets.lora_layers import AdaptedConv2d
 
-NAMES: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.SiLU: "silu"}
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.SiLU: "silu"}
 """The activations of IF's blocks, as :func:`unets.fused_norms.norm_act` names them."""
-
-
-WIDE = torch.int64
-"""What a strided copy moves at a time."""
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -32,64 +28,64 @@ class FusedGroupNorm(nn.GroupNorm):
         return norm_act(inputs, self)
 
 
-def convolved(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A convolution of pictures, and its bias where that is still to be added."""
-    if isinstance(layer, FrozenConv2d):
-        return layer.without_bias(inputs), layer.bias
-    if isinstance(layer, AdaptedConv2d):
+def convolve(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Convolve pictures; a bias that is still to be added is returned beside the result."""
+    if isinstance(layer, FrozenConv2d | AdaptedConv2d):
         return layer.without_bias(inputs)
     return layer(inputs), None
 
 
 def with_dense_gradient(result: Tensor) -> Tensor:
-    """A block's result, whose gradient reaches the block in one piece.
+    """Have the gradient of a block's result reach the block contiguous in memory.
 
-    Of a tensor that was concatenated with another, the gradient is a part of a larger one, which
-    each of the operations that it passes on its way would copy anew.
+    The gradient of a tensor that was concatenated with another is a slice of a larger one, which
+    every operation on its way back would otherwise copy again.
     """
     if result.requires_grad and not torch.compiler.is_compiling():
-        result.register_hook(_dense)
+        result.register_hook(_make_dense)
     return result
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    """A gradient of pictures [B, C, H, W] or rows [B, T, C], its channels and pixels in a row."""
+def _make_dense(gradient: Tensor) -> Tensor:
+    """Make a gradient of pictures [B, C, H, W] channels_last, or one of rows [B, T, C] dense."""
     rows = gradient.movedim(1, -1) if gradient.dim() == 4 else gradient
     if rows.is_contiguous():
         return gradient
-    wide = WIDE.itemsize // rows.dtype.itemsize
+    # a strided copy moves one element at a time; an int64 holds several channels in half precision
+    wide = torch.int64.itemsize // rows.dtype.itemsize
     places = (rows.shape[-1], rows.storage_offset(), *rows.stride()[:-1])
     if rows.stride(-1) == 1 and not any(place % wide for place in places):
-        dense = rows.view(WIDE).contiguous().view(rows.dtype)  # several channels at a time
+        dense = rows.view(torch.int64).contiguous().view(rows.dtype)
     else:
         dense = rows.contiguous()
     return dense.movedim(-1, 1) if gradient.dim() == 4 else dense
 
 
 class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers is untyped
-    """A ResNet block whose norms, scale and shift, and activations are one operation each."""
+    """A ResNet block whose norm, scale and shift, and activation are one operation."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         """[B, C, H, W] and time embeddings [B, D] to [B, C', H', W']."""
-        activation = NAMES[type(self.nonlinearity)]
+        activation = ACTIVATIONS[type(self.nonlinearity)]
         hidden = norm_act(input_tensor, self.norm1, activation)
         resample = self.upsample or self.downsample
         if resample is not None:
             input_tensor, hidden = resample(input_tensor), resample(hidden)
-        hidden, bias = convolved(self.conv1, hidden)
+        # a convolution's bias is added by the operation that follows, in the same pass over memory
+        hidden, bias = convolve(self.conv1, hidden)
         temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         scale, shift = temb.chunk(2, dim=1)
         hidden = norm_act(hidden, self.norm2, activation, scale, shift, offset=bias)
-        hidden, bias = convolved(self.conv2, self.dropout(hidden))
+        hidden, bias = convolve(self.conv2, self.dropout(hidden))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         return with_dense_gradient(add(input_tensor, hidden, bias, 1 / self.output_scale_factor))
 
 
 class RowAttention:
-    """Attention with added text keys and values on channels_last pictures, without copying them.
+    """The attention of diffusers' ``AttnAddedKVProcessor2_0``, without copying pictures.
 
-    What ``AttnAddedKVProcessor2_0`` of diffusers computes.
+    Rows of channels are a view of channels_last pictures; diffusers turns them around and back.
     """
 
     def __call__(
@@ -109,19 +105,19 @@ class RowAttention:
             text = norm_act(text.transpose(1, 2), attn.norm_cross).transpose(1, 2)
         mask = attn.prepare_attention_mask(attention_mask, rows.shape[1], len(rows), out_dim=4)
 
-        def heads(projected: Tensor) -> Tensor:
+        def split_heads(projected: Tensor) -> Tensor:
             return projected.view(*projected.shape[:2], attn.heads, -1).transpose(1, 2)
 
-        def joined(text_proj: nn.Module, row_proj: nn.Module) -> Tensor:
+        def project(text_proj: nn.Module, row_proj: nn.Module) -> Tensor:
             of_text = text_proj(text)
             if attn.only_cross_attention:
-                return heads(of_text)
+                return split_heads(of_text)
             parts = [with_dense_gradient(of_text), with_dense_gradient(row_proj(rows))]
-            return heads(torch.cat(parts, dim=1))
+            return split_heads(torch.cat(parts, dim=1))
 
-        query = heads(attn.to_q(rows))
-        key = joined(attn.add_k_proj, attn.to_k)
-        value = joined(attn.add_v_proj, attn.to_v)
+        query = split_heads(attn.to_q(rows))
+        key = project(attn.add_k_proj, attn.to_k)
+        value = project(attn.add_v_proj, attn.to_v)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         result = attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
         result = result.transpose(1, 2).view(hidden_states.shape) + hidden_states
@@ -129,12 +125,12 @@ class RowAttention:
 
 
 def fuse_blocks(unet: UNet2DConditionModel) -> None:
-    """Give a UNet's blocks their fused forward passes, where they are IF's kind, in place."""
+    """Give those of a UNet's blocks that are of IF's kind their fused forward passes, in place."""
     for block in unet.modules():
         if (
             type(block) is ResnetBlock2D
             and block.time_embedding_norm == "scale_shift"
-            and type(block.nonlinearity) in NAMES
+            and type(block.nonlinearity) in ACTIVATIONS
         ):
             block.__class__ = FusedResnetBlock2D
     if type(unet.conv_norm_out) is nn.GroupNorm:

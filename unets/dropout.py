@@ -1,10 +1,9 @@
 """Dropout without a random state: a mask is a function of a key, the layer and the element.
 
-A picture's mask then depends on its key alone, not on the pictures beside it, the process or what
-was drawn before; gradient checkpointing repeats it, and a CUDA graph replays it with other keys.
+A picture's mask thus depends on its key alone, not on the pictures beside it, the process or
+earlier draws; gradient checkpointing repeats it, and a CUDA graph replays it with other keys.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +26,15 @@ def _signed(value: int) -> int:
 
 
 def hash_bits(keys: Tensor, layer: int, count: int) -> Tensor:
-    """An integer hash of (key, layer, element), uniform over all of int32.
+    """Hash (key, layer, element) to an integer, uniformly over all of int32.
 
     The multiplications and shifts are those of "lowbias32" (C. Wellons, "Prospecting for hash
     functions", 2018); half of the key enters before them, half between.
 
     Args:
-        keys: [N] int64, themselves evenly distributed.
-        layer: tells the layers of a model apart.
-        count: how many elements.
+        keys: [N] int64, evenly distributed.
+        layer: the layer's number in its model.
+        count: the number of elements.
 
     Returns:
         [N, count] int32.
@@ -43,7 +42,7 @@ def hash_bits(keys: Tensor, layer: int, count: int) -> Tensor:
     salt = _signed(layer * GOLDEN_RATIO)
     low, high = (half.int()[:, None] + salt for half in (keys, keys >> 32))
     bits = torch.arange(count, dtype=torch.int32, device=keys.device) + low
-    bits ^= (bits >> 16) & 0xFFFF  # shifts keep the sign, which a hash must not
+    bits ^= (bits >> 16) & 0xFFFF  # >> of an int32 repeats its sign, which the mask removes
     bits *= 0x7FEB352D
     bits += high
     bits ^= (bits >> 15) & 0x1FFFF
@@ -54,25 +53,26 @@ def hash_bits(keys: Tensor, layer: int, count: int) -> Tensor:
 
 @dataclass
 class DropoutKeys:
-    """What the masks of all layers of a model derive from; to be set before its forward pass."""
+    """The keys of all masks of a model; set them before its forward pass."""
 
     values: Tensor | None = None
-    """[B, 2] int64: each picture's key, and beside each that of the optimizer step."""
+    """[B, 2] int64: each picture's key, and beside each the optimizer step's key."""
 
     def keep_inputs(self, share: float, layer: int, inputs: Tensor) -> Tensor:
-        """A mask of activations [B, ...] that drops a share of them; each picture has its own."""
+        """A mask of activations [B, ...] that drops a share of them, by picture."""
         assert self.values is not None, "dropout needs the batch's keys"
-        bits = hash_bits(self.values[:, 0], layer, inputs[0].numel())
-        return (bits >= _threshold(share)).view(inputs.shape)
+        return _keep(share, self.values[:, 0], layer, inputs[0].numel()).view(inputs.shape)
 
     def keep_rows(self, share: float, layer: int, rows: int) -> Tensor:
-        """A mask [rows] that drops a share of a weight's rows, one for the whole step."""
+        """A mask [rows] that drops a share of a weight's rows, the same for the whole step."""
         assert self.values is not None, "dropout needs the batch's keys"
-        return (hash_bits(self.values[:1, 1], layer, rows) >= _threshold(share)).view(-1)
+        return _keep(share, self.values[:1, 1], layer, rows).view(-1)
 
 
-def _threshold(share: float) -> int:
-    return min(round(share * 2**32), 2**32 - 1) - 2**31
+def _keep(share: float, keys: Tensor, layer: int, count: int) -> Tensor:
+    """A mask [N, count] that is false for a share of the elements, those of the lowest hashes."""
+    threshold = min(round(share * 2**32), 2**32 - 1) - 2**31
+    return hash_bits(keys, layer, count) >= threshold
 
 
 class KeyedDropout(nn.Module):
@@ -83,7 +83,7 @@ class KeyedDropout(nn.Module):
         self.share, self.layer, self.keys = share, layer, keys
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Drop a share of the elements, and scale the others up by as much."""
+        """Drop a share of the elements, and scale up the others."""
         if not self.training:
             return inputs
         kept = self.keys.keep_inputs(self.share, self.layer, inputs)
@@ -91,21 +91,27 @@ class KeyedDropout(nn.Module):
 
 
 def key_dropout(model: nn.Module, weight_share: float) -> DropoutKeys:
-    """Replace all that draws in a model in training by what derives from keys, in place.
+    """Replace a model's dropout by one that derives from keys, in place.
 
-    That is every ``nn.Dropout``, LoRA's and the model's own; and what PEFT drops of weights: rows
-    of the updates of LoHa and LoKr, and blocks of OFT's rotations (which PEFT 0.21 has a setting
-    for but does not drop).
+    That is every ``nn.Dropout``, LoRA's and the model's own, and PEFT's dropout of weights: rows of
+    the updates of LoHa and LoKr, and blocks of OFT's rotations (PEFT 0.21 has a setting for these
+    but drops none).
 
     Args:
         model: with its adapter attached.
-        weight_share: the share of rows or blocks that is dropped.
+        weight_share: the share of rows or blocks to drop.
 
     Returns:
         The keys to set before each forward pass in training.
     """
     keys = DropoutKeys()
-    for layer, (parent, name, child) in enumerate(list(_dropouts(model))):
+    dropouts = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Dropout) and child.p > 0
+    ]
+    for layer, (parent, name, child) in enumerate(dropouts):
         setattr(parent, name, KeyedDropout(child.p, layer, keys).train(child.training))
     for layer, module in enumerate(model.modules()):
         if isinstance(module, LycorisLayer):
@@ -118,9 +124,9 @@ def key_dropout(model: nn.Module, weight_share: float) -> DropoutKeys:
 
 
 class _DroppingDora(DoraConv2dLayer):  # type: ignore[misc]  # PEFT is untyped
-    """PEFT's DoRA of a convolution, on a base of any precision where its input is dropped out.
+    """PEFT's DoRA of a convolution, for dropout on a base of any precision.
 
-    PEFT convolves the dropped input, in float32, with the base's weight as it is.
+    PEFT itself would convolve the dropped input, which is float32, with the base's weight as is.
     """
 
     def forward(
@@ -131,27 +137,17 @@ class _DroppingDora(DoraConv2dLayer):  # type: ignore[misc]  # PEFT is untyped
         base_result: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """What DoRA adds to the layer's result."""
+        """The part that DoRA adds to the layer's result."""
         if base_result is None:
             # reading a quantised layer's weight would restore it
             source = base_layer if isinstance(base_layer, Quantised) else base_layer.weight
             base_result = base_layer(x.to(source.dtype))
-        result: Tensor = super().forward(
-            x, base_layer=base_layer, base_result=base_result, **options
-        )
-        return result
-
-
-def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Dropout]]:
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Dropout) and child.p > 0:
-                yield parent, name, child
+        return super().forward(x, base_layer=base_layer, base_result=base_result, **options)
 
 
 def _drop_rows(module: LycorisLayer, share: float, layer: int, keys: DropoutKeys) -> None:
-    """Have a LoHa or LoKr drop rows of its update by key: LoHa scales the others up, as in PEFT."""
-    # PEFT leaves a module out where a draw from [0, 1) is not above this, which at 0 still happens
+    """Have a LoHa or LoKr drop rows of its update by key; LoHa scales up the others, as in PEFT."""
+    # PEFT skips a module if a draw from [0, 1) is not above this, which can happen even at 0
     module.module_dropout = dict.fromkeys(module.module_dropout, -1.0)
     whole_update = module.get_delta_weight
 
@@ -161,14 +157,14 @@ def _drop_rows(module: LycorisLayer, share: float, layer: int, keys: DropoutKeys
             return weight
         kept = keys.keep_rows(share, layer, len(weight)).to(weight.dtype)
         if isinstance(module, LoHaLayer):
-            kept = kept / kept.mean().clamp(min=1 / len(kept))  # where none is kept, nothing is
+            kept = kept / kept.mean().clamp(min=1 / len(kept))  # no 0 / 0 where no row is kept
         return weight * kept.view(-1, *[1] * (weight.dim() - 1))
 
     module.get_delta_weight = get_delta_weight
 
 
 def _drop_blocks(rotation: OFTRotationModule, share: float, layer: int, keys: DropoutKeys) -> None:
-    """Have an OFT drop blocks of its rotation by key: one of generator zero does not rotate."""
+    """Have an OFT drop blocks of its rotation by key: a block of generator 0 does not rotate."""
     whole_rotation = rotation._cayley_batch
 
     def cayley_batch(generators: Tensor, *options: int) -> Tensor:

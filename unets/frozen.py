@@ -1,14 +1,13 @@
 """Linear and Conv2d layers whose weight never trains, in full precision or quantised.
 
-A frozen layer keeps nothing for the backward pass but its weight: what it was given is not stored,
-since only a gradient of the weight would need it. A quantised one restores its weight in the
-forward pass and once more in the backward pass, and keeps it in neither.
+A frozen layer keeps nothing but its weight for the backward pass: only a gradient of the weight
+would need the input. A quantised layer restores its weight in the forward pass and again in the
+backward pass, and keeps it in neither.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import bitsandbytes.functional as bnb
 import torch
@@ -17,30 +16,30 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 NF4_BLOCK = 64
-"""How many weights of an NF4 layer share one scale."""
+"""How many weights share one scale in NF4 (QLoRA, Dettmers et al. 2023, section 3)."""
 
 UNQUANTISED = ("conv_in", "conv_out", "time_embedding", "add_embedding", "encoder_hid_proj")
 """The first and last layers of a UNet and its embeddings, small and sensitive: never quantised."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """How a quantised weight is stored, as two tensors: its codes and their scales."""
+class Format(NamedTuple):
+    """The storage of a quantised weight as two tensors, its codes and their scales."""
 
     quantise: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """From the weight, [out, ...] and contiguous."""
+    """Turns the weight, [out, ...] and contiguous, into codes and scales."""
     restore: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
-    """The weight in a shape and precision, from its codes and scales."""
+    """Turns codes and scales into the weight, in a shape and dtype."""
 
 
 def _quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows = weight.flatten(1)
-    half = rows.half() if rows.is_cuda else rows.float()  # all that its kernels take
-    codes, largest, _ = bnb.int8_vectorwise_quant(half)
+    # the GPU's kernel takes fp16 alone, the CPU's float32
+    codes, largest, _ = bnb.int8_vectorwise_quant(rows.half() if rows.is_cuda else rows.float())
     return codes.view_as(weight), largest / 127
 
 
 def _restore_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    # with out=, a GPU rounds the product to dtype without a float32 copy of the weight
     weight = torch.empty(shape, dtype=dtype, device=codes.device)
     return torch.mul(codes, scales.view(-1, *[1] * (len(shape) - 1)), out=weight)
 
@@ -55,17 +54,24 @@ def _restore_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.
     return bnb.dequantize_4bit(codes, state)
 
 
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        "int8": Format(_quantise_int8, _restore_int8),  # LLM.int8(): one scale an output
-        "nf4": Format(_quantise_nf4, _restore_nf4),  # QLoRA: one scale a block
-    }
-)
+FORMATS: Mapping[str, Format] = {
+    "int8": Format(_quantise_int8, _restore_int8),  # LLM.int8(): one scale for each output
+    "nf4": Format(_quantise_nf4, _restore_nf4),  # QLoRA: one scale for each block
+}
 """Quantised formats by name, in bitsandbytes' own functions."""
+
+ConvSettings: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+"""Stride, padding, dilation and groups of a convolution."""
+
+
+def conv_settings(layer: nn.Conv2d) -> ConvSettings:
+    """The settings of a convolution, in the order in which PyTorch's functions take them."""
+    assert not isinstance(layer.padding, str)
+    return layer.stride, layer.padding, layer.dilation, layer.groups
 
 
 class _Linear(torch.autograd.Function):
-    """Of a Linear, or of a convolution of 1 x 1 on rows of channels."""
+    """A Linear, or a 1 x 1 convolution on rows of channels."""
 
     @staticmethod
     def forward(
@@ -83,43 +89,22 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, layer: nn.Conv2d, bias: Tensor | None) -> Tensor:
         ctx.layer, ctx.shape = layer, inputs.shape
-        return F.conv2d(
-            inputs,
-            layer.weight,
-            bias,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
+        return F.conv2d(inputs, layer.weight, bias, *conv_settings(layer))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        layer = ctx.layer
-        return (
-            conv2d_input(
-                ctx.shape,
-                layer.weight,
-                gradient,
-                layer.stride,
-                layer.padding,
-                layer.dilation,
-                layer.groups,
-            ),
-            None,
-            None,
-        )
+        weight, settings = ctx.layer.weight, conv_settings(ctx.layer)
+        return conv2d_input(ctx.shape, weight, gradient, *settings), None, None
 
 
 class Converted(type):
     """The metaclass of layers that are converted from plain ones, and never constructed.
 
     PEFT makes the ``lora_A`` and ``lora_B`` of a convolution with ``type(base_layer)(...)``. They
-    must train, so calling the class of a frozen layer constructs its plain, trainable counterpart.
+    must train, so calling the class of a frozen layer constructs its ``plain`` counterpart.
     """
 
     plain: type[nn.Module]
-    """The class that calling this one constructs."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Construct the plain layer."""
@@ -133,7 +118,7 @@ class FrozenLinear(nn.Linear, metaclass=Converted):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+        if torch.compiler.is_compiling():  # the compiler itself decides what to keep
             return super().forward(inputs)
         result: Tensor = _Linear.apply(inputs, self, self.bias)
         return result
@@ -146,35 +131,32 @@ class FrozenConv2d(nn.Conv2d, metaclass=Converted):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, in, H, W] to [B, out, h, w]."""
-        return self._convolved(inputs, self.bias)
+        return self._convolve(inputs, self.bias)
 
-    def without_bias(self, inputs: Tensor) -> Tensor:
-        """The same, for a bias that is added elsewhere."""
-        return self._convolved(inputs, None)
+    def without_bias(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result before the bias is added, and the bias."""
+        return self._convolve(inputs, None), self.bias
 
-    def _convolved(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    def _convolve(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return self._conv_forward(inputs, self.weight, bias)
+        # a 1 x 1 convolution of channels_last pictures is a matrix product of rows of channels
+        size = (self.kernel_size, self.stride, self.padding, self.groups)
+        channels_last = inputs.is_contiguous(memory_format=torch.channels_last)
         result: Tensor
-        if self.weights_alone and inputs.is_contiguous(memory_format=torch.channels_last):
+        if channels_last and size == ((1, 1), (1, 1), (0, 0), 1):
             result = _Linear.apply(inputs.movedim(1, -1), self, bias).movedim(-1, 1)
         else:
             result = _Conv2d.apply(inputs, self, bias)
         return result
 
-    @property
-    def weights_alone(self) -> bool:
-        """Whether it is a matrix product of each pixel's channels, and nothing else."""
-        size = (self.kernel_size, self.stride, self.padding, self.groups)
-        return size == ((1, 1), (1, 1), (0, 0), 1)
-
 
 @dataclass(eq=False)
 class Overlay:
-    """What a quantised layer makes of its own weight W at every reading: gain ⊙ W + dense + B A.
+    """Merged adapters over a quantised layer's own weight W: gain ⊙ W + dense + B A.
 
-    W is a matrix [out, in], a convolution's with the columns of its codes. A recording of the layer
-    reads these tensors where they are: their values may change in place, they themselves may not.
+    W is a matrix [out, in]; a convolution's has the columns of its codes. A CUDA graph of the layer
+    reads these tensors at their addresses: change their values in place, never the tensors.
     """
 
     b: Tensor
@@ -182,12 +164,12 @@ class Overlay:
     a: Tensor
     """[rank, in], in the layer's precision."""
     gain: Tensor | None = None
-    """[out, 1] in float32, as its rounding would be that of whole rows; ``None``: one."""
+    """[out, 1] in float32, since rounding one would change a whole row; ``None``: one."""
     dense: Tensor | None = None
     """[out, in], in the layer's precision; ``None``: zero."""
 
     def apply_(self, rows: Tensor) -> None:
-        """Lay it over W, in place."""
+        """Turn W, the restored weight as rows, into the merged weight, in place."""
         if self.gain is not None:
             rows.mul_(self.gain)
         if self.dense is not None:
@@ -197,10 +179,10 @@ class Overlay:
 
 
 class Quantised(nn.Module):
-    """A frozen layer that stores codes and scales; its ``weight`` is restored at every reading.
+    """A frozen layer that stores codes and scales; reading ``weight`` restores it.
 
-    A convolution's codes are in the order [out, kernel, kernel, in], so that the weight comes out
-    as channels_last without a copy.
+    A convolution's codes are in the order [out, kernel, kernel, in], so that the restored weight is
+    channels_last without a copy.
     """
 
     codes: Tensor
@@ -209,35 +191,27 @@ class Quantised(nn.Module):
     shape: torch.Size
     dtype: torch.dtype
     overlay: Overlay | None = None
-    """What merged adapters make of the weight; ``None``: nothing."""
+    """Merged adapters; ``None``: none."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantised":
-        """Move the overlay along with the codes; what ``to`` calls."""
+        """Move the overlay along with the codes; ``to`` calls this."""
         super()._apply(fn, recurse)
         if self.overlay is not None:
             tensors = vars(self.overlay).items()
             self.overlay = replace(self.overlay, **{n: fn(t) for n, t in tensors if t is not None})
         return self
 
-    def store(self, weight: Tensor, format: str, dtype: torch.dtype) -> None:  # noqa: A002
-        """Quantise a weight, on its device; it reads as ``dtype`` afterwards."""
-        rows = weight.detach() if weight.dim() == 2 else weight.detach().permute(0, 2, 3, 1)
-        self.format, self.shape, self.dtype = format, rows.shape, dtype
-        codes, scales = FORMATS[format].quantise(rows.contiguous())
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-
     @property
     def own_weight(self) -> Tensor:
-        """The weight without an overlay, made anew."""
-        return self._restored(None)
+        """The weight without the overlay, restored."""
+        return self._restore(None)
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the layer computes with it, made anew."""
-        return self._restored(self.overlay)
+        """The weight that the layer computes with, restored."""
+        return self._restore(self.overlay)
 
-    def _restored(self, overlay: Overlay | None) -> Tensor:
+    def _restore(self, overlay: Overlay | None) -> Tensor:
         rows = FORMATS[self.format].restore(self.codes, self.scales, self.shape, self.dtype)
         if overlay is not None:
             overlay.apply_(rows.view(len(rows), -1))
@@ -252,10 +226,7 @@ class QuantisedConv2d(Quantised, FrozenConv2d):  # type: ignore[override]  # the
     """A frozen Conv2d with a quantised weight."""
 
 
-FROZEN: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: FrozenLinear,
-    nn.Conv2d: FrozenConv2d,
-}
+FROZEN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d}
 QUANTISED: dict[type[nn.Module], type[Quantised]] = {
     FrozenLinear: QuantisedLinear,
     FrozenConv2d: QuantisedConv2d,
@@ -263,7 +234,7 @@ QUANTISED: dict[type[nn.Module], type[Quantised]] = {
 
 
 def freeze(model: nn.Module) -> None:
-    """Make every Linear and Conv2d of a model a frozen one, in place."""
+    """Freeze every Linear and Conv2d of a model, in place."""
     model.requires_grad_(False)
     for layer in model.modules():
         if type(layer) in FROZEN:
@@ -280,8 +251,12 @@ def quantisable(model: nn.Module) -> list[str]:
 
 
 def quantise(layer: nn.Module, weight: Tensor, format: str, dtype: torch.dtype) -> None:  # noqa: A002
-    """Make a frozen layer a quantised one that stores ``weight``."""
+    """Have a frozen layer store ``weight`` quantised, on its device, and read it as ``dtype``."""
     del layer.weight  # the parameter, which a property replaces
     layer.__class__ = QUANTISED[type(layer)]
     assert isinstance(layer, Quantised)
-    layer.store(weight, format, dtype)
+    rows = weight.detach() if weight.dim() == 2 else weight.detach().permute(0, 2, 3, 1)
+    layer.format, layer.shape, layer.dtype = format, rows.shape, dtype
+    codes, scales = FORMATS[format].quantise(rows.contiguous())
+    layer.register_buffer("codes", codes)
+    layer.register_buffer("scales", scales)

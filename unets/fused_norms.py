@@ -1,9 +1,9 @@
-"""What surrounds IF's convolutions, in as few passes over memory as may be.
+"""The operations around IF's convolutions, in few passes over memory.
 
-Group norm, scale and shift, and activation are four passes, and in PyTorch a group norm also turns
-channels_last tensors around and back; a convolution's bias and a residual are two more. On a GPU
-Triton operators do the first in two passes and the second in one, compute in float32, and keep
-nothing but their input for the backward pass. Elsewhere PyTorch's own operators do it, in the order
+Group norm, scale and shift, and activation take four passes, and PyTorch's group norm also turns
+channels_last tensors around and back; a convolution's bias and a residual take two more. On a GPU,
+Triton operators do the former in two passes and the latter in one, compute in float32, and keep
+nothing but their input for the backward pass. Elsewhere PyTorch's own operators run, in the order
 in which diffusers applies them.
 """
 
@@ -21,12 +21,12 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def compile_ahead(device: torch.device, dtype: torch.dtype, activation: str) -> None:
-    """Compile the operators for a GPU in the background, while a model is being loaded to it.
+    """Compile the operators for a GPU in the background, while a model is being loaded.
 
     Args:
-        device: where they will run; on a CPU there is nothing to compile.
-        dtype: of the pictures.
-        activation: the blocks' own.
+        device: where they will run; a CPU needs none.
+        dtype: the pictures' dtype.
+        activation: the blocks' activation.
     """
     if HAS_TRITON and device.type == "cuda":
         for name, scaled in ((activation, False), (activation, True), ("identity", False)):
@@ -35,6 +35,7 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, activation: str) -> 
 
 def _try_out(device: torch.device, dtype: torch.dtype, activation: str, scaled: bool) -> None:
     channels = 64
+    # a stream of its own, so that loading on the usual one does not wait
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
         x = torch.zeros(1, channels, 4, 4, device=device, dtype=dtype, requires_grad=True)
         vector = torch.zeros(channels, device=device, dtype=dtype)
@@ -45,8 +46,8 @@ def _try_out(device: torch.device, dtype: torch.dtype, activation: str, scaled: 
         add(x, result, vector, 1.0).sum().backward()
 
 
-def _fused(x: Tensor) -> bool:
-    """Whether the Triton operators serve a tensor."""
+def _has_kernels(x: Tensor) -> bool:
+    """True if the Triton operators take a tensor; on meta they give a GPU's shapes."""
     return HAS_TRITON and x.device.type in ("cuda", "meta")
 
 
@@ -59,7 +60,7 @@ def norm_act(
     *,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """act(norm(x + offset) * (1 + scale) + shift).
+    """Compute act(norm(x + offset) * (1 + scale) + shift).
 
     Args:
         inputs: x, [B, C, ...].
@@ -69,7 +70,7 @@ def norm_act(
         shift: [B, C]; ``None``: 0.
         offset: [C], frozen; ``None``: 0.
     """
-    if _fused(inputs):
+    if _has_kernels(inputs):
         from unets.triton_kernels import norm_act_rows
 
         rows = inputs.movedim(1, -1)
@@ -94,15 +95,8 @@ def norm_act(
 
 
 def add(x: Tensor, hidden: Tensor, bias: Tensor | None, factor: float) -> Tensor:
-    """(x + hidden + bias) * factor.
-
-    Args:
-        x: [B, C, H, W].
-        hidden: the same.
-        bias: [C], frozen; ``None``: 0.
-        factor: a number.
-    """
-    if bias is not None and _fused(x):
+    """Compute (x + hidden + bias) * factor; x and hidden [B, C, H, W], bias [C], frozen."""
+    if bias is not None and _has_kernels(x):
         from unets.triton_kernels import add_rows
 
         rows, hidden = x.movedim(1, -1), hidden.movedim(1, -1)

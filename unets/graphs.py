@@ -1,58 +1,51 @@
-"""Recording a function's GPU work once as a CUDA graph, and replaying it.
+"""Record a function's GPU work once as a CUDA graph, and replay it.
 
-A UNet's forward pass is some thousands of kernels, most of them shorter than their launch takes;
-a replay launches them all at once.
+A UNet's forward pass is some thousands of kernels, most of which run for less time than their
+launch takes; a replay launches them all at once.
 """
 
 import functools
 import gc
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-Signature = tuple[tuple[str, torch.Size, torch.dtype], ...]
+Signature: TypeAlias = tuple[tuple[str, torch.Size, torch.dtype], ...]
+
+GraphMemory = WeakSet[torch.cuda.CUDAGraph]
+"""Recordings that are never replayed at once, and therefore share their intermediate memory."""
 
 logger = logging.getLogger(__name__)
 
 KEPT = 4
-"""How many recordings of a function are kept: those used last."""
+"""Recordings of a function that are kept, the least recently used one dropped first."""
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all recordings: cuBLAS keeps a workspace for each that it ever was used on."""
+    """One stream for all recordings: cuBLAS keeps a workspace for each stream it was used on."""
     return torch.cuda.Stream(device)
-
-
-class GraphMemory:
-    """Memory for the intermediate tensors of recordings that are never replayed at once."""
-
-    def __init__(self) -> None:
-        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
-
-    @property
-    def pool(self) -> Any:
-        """The pool of the recordings that are left; ``None``: a new one."""
-        return next((graph.pool() for graph in self._graphs), None)
-
-    def add(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Keep the pool for as long as this recording is there."""
-        self._graphs.add(graph)
 
 
 class Replayed(Generic[Result]):
     """A function of named tensors that is recorded on its second call, and replayed from then on.
 
-    The first call of given shapes runs as it is: it compiles kernels and fills the libraries'
-    caches, which cannot be recorded. From the second call on, the function's Python code is not
-    run: it must be a function of its tensors and of others at fixed addresses alone, must not wait
-    for the GPU, and its result is overwritten by the next call of any function with the same
-    memory. On a CPU, and where recording fails, every call runs as it is.
+    The first call with given shapes runs normally: it compiles kernels and fills the libraries'
+    caches, which cannot be recorded. After the second call the function's Python code no longer
+    runs: it may depend only on its tensors and on others at fixed addresses, and must not wait for
+    the GPU; the next call of any function that shares its memory overwrites its result. On a CPU,
+    and where recording fails, every call runs normally.
+
+    Args:
+        function: the function to record.
+        what: names the function in the message that recording failed.
+        enabled: ``False``: never record.
+        memory: shared with the functions that it is given to; ``None``: its own.
     """
 
     def __init__(
@@ -63,11 +56,8 @@ class Replayed(Generic[Result]):
         enabled: bool = True,
         memory: GraphMemory | None = None,
     ) -> None:
-        self.function = function
-        self.what = what
-        """What is recorded, for the message where that fails."""
-        self.enabled = enabled
-        self.memory = memory or GraphMemory()
+        self.function, self.what, self.enabled = function, what, enabled
+        self.memory = GraphMemory() if memory is None else memory  # an empty one is false
         self._seen: set[Signature] = set()
         self._graphs: dict[Signature, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Result]] = {}
 
@@ -77,18 +67,18 @@ class Replayed(Generic[Result]):
         if not self.enabled or any(t.device.type != "cuda" for t in tensors.values()):
             return self.function(**tensors)
         if key in self._graphs:
-            graph, inputs, result = self._graphs[key] = self._graphs.pop(key)
+            graph, inputs, result = self._graphs[key] = self._graphs.pop(key)  # now the newest
             for name, tensor in tensors.items():
                 inputs[name].copy_(tensor, non_blocking=True)
             graph.replay()
             return result
         if key not in self._seen:
             self._seen.add(key)
-            return self._aside(tensors)
+            return self._run_aside(tensors)
         return self._record(key, tensors)
 
-    def _aside(self, tensors: Mapping[str, Tensor]) -> Result:
-        """Run as it is, beside the usual stream as PyTorch asks for before recording."""
+    def _run_aside(self, tensors: Mapping[str, Tensor]) -> Result:
+        """Run normally, but on a side stream, as PyTorch asks for before recording."""
         current = torch.cuda.current_stream()
         stream = _side_stream(current.device)
         stream.wait_stream(current)
@@ -103,26 +93,24 @@ class Replayed(Generic[Result]):
         while len(self._graphs) >= KEPT:
             del self._graphs[next(iter(self._graphs))]
         gc.collect()
-        torch.cuda.empty_cache()  # the memory of the first call is free for the graph
+        torch.cuda.empty_cache()  # a graph's pool cannot reuse what the first call left cached
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
+            pool = next((other.pool() for other in self.memory), None)
             side = _side_stream(stream.device)
-            recording = torch.cuda.graph(
-                graph, self.memory.pool, side, capture_error_mode="thread_local"
-            )
-            with recording:
+            # thread_local: other threads may call CUDA meanwhile
+            with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
                 result = self.function(**inputs)
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a recording that fails stays on its own
+            torch.cuda.set_stream(stream)  # a failed recording leaves its own stream current
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self.enabled = False
             reason = str(error).partition("\n")[0]
             logger.warning(
-                "%s cannot be recorded as a CUDA graph (%s), and runs without one: slower, with the"
-                " same results.",
-                self.what,
-                reason,
+                "%s cannot be recorded as a CUDA graph (%s); it runs without one, slower but with"
+                " the same results.",
+                *(self.what, reason),
             )
             return self.function(**tensors)
         self._graphs[key] = graph, inputs, result
@@ -131,12 +119,12 @@ class Replayed(Generic[Result]):
         return result
 
     def renew(self) -> None:
-        """Forget, where the function itself has changed: the next call runs as it is again."""
+        """Forget what was recorded, as the function has changed; the next call runs normally."""
         self._seen.clear()
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was recorded and free its memory; the next calls record again."""
+        """Drop what was recorded and free its memory; the next call records again."""
         if self._graphs:
             self._graphs.clear()
             gc.collect()

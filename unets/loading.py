@@ -1,14 +1,14 @@
-"""Loading a model's weights straight to where they are used, quantised on the way.
+"""Load a model's weights straight to the device, quantised on the way.
 
-Tensors are read one by one from memory-mapped safetensors files, so host memory holds no second
-copy of the model, and a device never holds more of the full-precision weights than a few layers.
+Tensors are read one by one from memory-mapped safetensors files, so main memory holds no second
+copy of the model, and the device holds at most a few layers in full precision.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,29 +17,27 @@ from torch import Tensor, nn
 
 from unets.blocks import fuse_blocks
 from unets.frozen import FORMATS, freeze, quantisable, quantise
+from unets.precision import PRECISIONS as PRECISIONS
+from unets.precision import Precision as Precision
+from unets.precision import automatic_precision as automatic_precision
+from unets.precision import compute_dtype as compute_dtype
 
 READERS = 4
-"""How many threads read weights; each holds one tensor at a time."""
-
-Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
-"""What a model's weights are kept in."""
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The precisions of weights that are not quantised."""
+"""Threads that read weights; each holds one tensor at a time."""
 
 Place: TypeAlias = Callable[[str, Tensor], None]
-"""Puts a weight, by its name, where it is used."""
+"""Puts a weight, by its name, into its layer."""
 
 
 def empty_unet(
     config: dict[str, Any], precision: str, device: torch.device
 ) -> UNet2DConditionModel:
-    """A frozen UNet without values, in the layout that :func:`load_unet` fills.
+    """Build a frozen UNet without values, in the layout that :func:`load_unet` fills.
 
     Args:
         config: the UNet's configuration.
-        precision: ``fp32``, ``bf16``, ``fp16``; or ``int8`` or ``nf4``, whose other weights and
-            arithmetic are :func:`compute_dtype`.
+        precision: a :data:`Precision`; arithmetic, and the weights that ``int8`` and ``nf4`` leave
+            whole, are of :func:`compute_dtype`.
         device: where it will run; off the CPU its blocks are fused.
 
     Returns:
@@ -47,38 +45,26 @@ def empty_unet(
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    nn.Module.to(unet, compute_dtype(precision, device)).eval()  # diffusers' own warns
+    nn.Module.to(unet, compute_dtype(precision, device)).eval()  # diffusers' own to() warns
     freeze(unet)
     if device.type != "cpu":
         fuse_blocks(unet)
     return unet
 
 
-def automatic_precision(device: torch.device) -> Precision:
-    """What suits a device: fp32 on a CPU, where it is the faster one, and bf16 elsewhere."""
-    return "fp32" if device.type == "cpu" else "bf16"
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The precision that a UNet computes in; of quantised ones bf16, and fp32 on a CPU."""
-    if precision in FORMATS:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return PRECISIONS[precision]
-
-
 def load_unet(
     config: dict[str, Any], files: Sequence[Path], precision: str, device: torch.device
 ) -> UNet2DConditionModel:
-    """The frozen UNet of a configuration, evaluating.
+    """Load a frozen UNet, in evaluation mode.
 
     Args:
         config: the UNet's configuration.
         files: safetensors files with its weights.
         precision: see :func:`empty_unet`.
-        device: where to.
+        device: the device to load it to.
 
     Raises:
-        OSError, ValueError: where files are missing, damaged or not those of the configuration.
+        OSError, ValueError: if files are missing, damaged or do not fit the configuration.
     """
     unet = empty_unet(config, precision, device)
     fill(unet, files, placement(unet, precision, compute_dtype(precision, device), device))
@@ -88,7 +74,7 @@ def load_unet(
 def blank_unet(
     config: dict[str, Any], precision: str, device: torch.device
 ) -> UNet2DConditionModel:
-    """What :func:`load_unet` gives on a device, without values and on the meta device."""
+    """Build on the meta device, without values, what :func:`load_unet` loads to ``device``."""
     unet = empty_unet(config, precision, device)
     dtype = compute_dtype(precision, device)
     place = placement(unet, precision, dtype, torch.device("meta"), like=device)
@@ -109,13 +95,13 @@ def placement(
 
     Args:
         model: on the meta device.
-        precision: ``int8`` and ``nf4`` quantise what :func:`unets.frozen.quantisable` names.
-        dtype: of all other weights, and of what the model computes in.
-        device: where the weights go.
-        like: the device whose memory layout they have; ``None``: that device.
+        precision: ``int8`` and ``nf4`` quantise the layers of :func:`unets.frozen.quantisable`.
+        dtype: the dtype of all other weights, and of the arithmetic.
+        device: the device of the weights.
+        like: the device whose memory layout they take; ``None``: the same device.
     """
     quantised = set(quantisable(model)) if precision in FORMATS else set()
-    on_cpu = (like or device).type == "cpu"
+    on_cpu = (like or device).type == "cpu"  # where channels_last gains nothing
     layout = torch.contiguous_format if on_cpu else torch.channels_last
 
     def place(name: str, tensor: Tensor) -> None:
@@ -143,33 +129,30 @@ def fill(
     """Read a model's weights, several at a time.
 
     Args:
-        model: says which weights there are.
+        model: the model, whose ``state_dict`` names the weights.
         files: safetensors files that hold them.
-        place: takes the weights.
+        place: receives each weight.
         optional: names of weights that may be missing.
 
     Raises:
-        OSError, ValueError: where files or weights are missing.
+        OSError, ValueError: if files or weights are missing.
     """
+
+    def read(file: Path, names: Sequence[str]) -> None:
+        with safe_open(file, "pt") as opened:
+            for name in names:
+                place(name, opened.get_tensor(name))
+
     names, found = set(model.state_dict()), set()
     for file in files:
         with safe_open(file, "pt") as opened:
             here = sorted(names.intersection(opened.keys()))
         found.update(here)
         with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(partial(_read, file, place=place), _shares(here)))
+            shares = [here[start::READERS] for start in range(READERS)]
+            list(pool.map(partial(read, file), shares))  # list() raises what a reader raised
     if missing := sorted(names - found - set(optional)):
         raise ValueError(
             f"{len(missing)} of the weights that its config.json asks for are not in"
             f" {', '.join(map(str, files))}, such as {missing[0]}"
         )
-
-
-def _read(file: Path, names: list[str], place: Place) -> None:
-    with safe_open(file, "pt") as opened:
-        for name in names:
-            place(name, opened.get_tensor(name))
-
-
-def _shares(names: list[str]) -> Iterator[list[str]]:
-    return (names[start::READERS] for start in range(READERS))

@@ -1,31 +1,28 @@
-"""Frozen layers with a LoRA as one operation: 8 matrix products, where PEFT's takes 16 kernels.
+"""Frozen layers and their LoRA as one operation: 8 matrix products, where PEFT takes 16 kernels.
 
 Modules stay PEFT's own, with their names and parameters; only their forward passes change, and only
-where nothing but W x + b + s B A x is asked of them.
+if the layer computes W x + b + s B A x and nothing else (LoRA, Hu et al. 2021, equation 3).
 """
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
 
-from unets.frozen import FrozenConv2d, FrozenLinear
-
-Settings: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
-"""Stride, padding, dilation and groups of a convolution."""
+from unets.frozen import ConvSettings, FrozenConv2d, FrozenLinear, conv_settings
 
 LAST = torch.channels_last
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """The factor times a matrix product, as one operation."""
+    """The factor times a matrix product, as one kernel."""
     nothing = left.new_empty(()).expand(len(left), right.shape[1])
     return torch.addmm(nothing, left, right, beta=0, alpha=factor)
 
 
-class _Adapted(torch.autograd.Function):
+class _AdaptedLinear(torch.autograd.Function):
     """W x + b + s B A x, with h = A x kept for the backward pass."""
 
     @staticmethod
@@ -64,9 +61,8 @@ class _AdaptedConv2d(torch.autograd.Function):
         layer: FrozenConv2d,
         bias: Tensor | None,
     ) -> Tensor:
-        assert not isinstance(layer.padding, str)
-        settings: Settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        # on a GPU they are channels_last already; tensors without values know no such rule
+        settings = conv_settings(layer)
+        # a GPU's results are channels_last already, but those on the meta device need not be
         hidden = F.conv2d(inputs, a, None, *settings).contiguous(memory_format=LAST)
         result = F.conv2d(inputs, layer.weight, bias, *settings).contiguous(memory_format=LAST)
         _rows(result).addmm_(_rows(hidden), b.flatten(1).T, alpha=scaling)
@@ -101,31 +97,21 @@ def _conv2d_gradients(
     gradient: Tensor,
     inputs: Tensor,
     weight: Tensor,
-    settings: Settings,
+    settings: ConvSettings,
     wanted: tuple[bool, bool],
 ) -> tuple[Any, Any]:
-    """The gradients of a convolution by its input and its weight, where they are wanted."""
-    stride, padding, dilation, groups = settings
+    """The gradients of a convolution with respect to its input and its weight, where wanted."""
+    sizes, groups = settings[:3], settings[3]
     return torch.ops.aten.convolution_backward(
-        gradient,
-        inputs,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [*wanted, False],
+        gradient, inputs, weight, None, *sizes, False, [0, 0], groups, [*wanted, False]
     )[:2]
 
 
 def _plain_adapter(layer: LoraLayer, inputs: Tensor) -> str | None:
-    """The name of the one adapter that a layer applies; ``None``: PEFT must do it.
+    """The name of the one adapter that a layer applies, or ``None`` if PEFT must run it.
 
-    PEFT does what is merged, switched off, dropped out or of a variant such as DoRA, and what the
-    compiler fuses itself.
+    PEFT runs layers that are merged, switched off, in dropout or of a variant such as DoRA, and
+    those that the compiler itself fuses.
     """
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.merged or layer.disable_adapters or layer.lora_variant or len(active) != 1:
@@ -147,7 +133,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]  # PEFT is untyped
         if name is None:
             return super().forward(inputs, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _Adapted.apply(inputs, a, b, self.scaling[name], self.base_layer)
+        return _AdaptedLinear.apply(inputs, a, b, self.scaling[name], self.base_layer)
 
 
 class AdaptedConv2d(Conv2d):  # type: ignore[misc]  # PEFT is untyped
@@ -159,7 +145,7 @@ class AdaptedConv2d(Conv2d):  # type: ignore[misc]  # PEFT is untyped
         return super().forward(inputs, *args, **kwargs) if result is None else result
 
     def without_bias(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same less the bias, and that; ``None`` where it is already added."""
+        """The result before the bias is added, and the bias; ``None``: it is already added."""
         result = self._fused(inputs, None)
         return (super().forward(inputs), None) if result is None else (result, self.base_layer.bias)
 
@@ -172,7 +158,7 @@ class AdaptedConv2d(Conv2d):  # type: ignore[misc]  # PEFT is untyped
 
 
 FUSED = {Linear: (FrozenLinear, AdaptedLinear), Conv2d: (FrozenConv2d, AdaptedConv2d)}
-"""PEFT's LoRA layers: the base layer with which one is fused, and what it becomes."""
+"""PEFT's LoRA layers: the base layer with which each is fused, and the class it then has."""
 
 
 def fuse_adapters(model: nn.Module) -> None:

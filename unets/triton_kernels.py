@@ -7,8 +7,8 @@ each picture and channel
     a = r * weight * (1 + scale)        b = (bias - m * r * weight) * (1 + scale) + shift
 
 so both passes need only the sums of two quantities over P: of x and x², and, for the gradient
-g = dy * act'(a x + b), of g and g x. An offset, the bias c of the convolution that x comes from,
-stands for x + c throughout and costs nothing: it is worked into the sums, a and b.
+g = dy * act'(a x + b), of g and g x. An offset c, the bias of the convolution that x comes from,
+turns x into x + c throughout; it costs no pass, as it is worked into the sums, a and b.
 """
 
 import torch
@@ -20,11 +20,16 @@ ROWS, CHANNELS = 32, 64
 """The tile of one program."""
 
 SUMMED_ROWS, SUMMED_GRADIENT_ROWS = 128, 64
-"""The most rows of a tile that is summed up, in the forward and in the backward pass."""
+"""The most rows of a tile that is summed, in the forward and the backward pass; the latter reads
+two tensors, and holds half as many rows of each."""
+
+ELEMENTS = 1024
+"""Elements that one program adds."""
 
 
 @triton.jit
 def _activate(z, ACT: tl.constexpr):
+    """act(z); GELU is the exact one (Hendrycks and Gimpel 2016), z Φ(z)."""
     if ACT == "gelu":
         z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     elif ACT == "silu":
@@ -34,6 +39,7 @@ def _activate(z, ACT: tl.constexpr):
 
 @triton.jit
 def _slope(z, ACT: tl.constexpr):
+    """act'(z); of GELU, Φ(z) + z φ(z)."""
     result = tl.full(z.shape, 1.0, tl.float32)
     if ACT == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
@@ -42,6 +48,14 @@ def _slope(z, ACT: tl.constexpr):
         s = tl.sigmoid(z)
         result = s * (1 + z * (1 - s))
     return result
+
+
+@triton.jit
+def _load_pair(ptr, n, c, here, C):
+    """Both rows of picture n in a tensor [B, 2, C], as [1, CHANNELS] each."""
+    first = tl.load(ptr + n * 2 * C + c, here, other=0.0)[None, :]
+    second = tl.load(ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
+    return first, second
 
 
 @triton.jit(do_not_specialize=["P", "blocks", "STEPS"])
@@ -59,7 +73,7 @@ def _sums(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Over a block of rows: sums of x and x², or of g and g x; out [B, blocks, 2, C]."""
+    """Sum x and x², or g and g x, over a block of rows; out [B, blocks, 2, C]."""
     n = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -67,8 +81,7 @@ def _sums(
     first = tl.zeros((CHANNELS,), tl.float32)
     second = tl.zeros((CHANNELS,), tl.float32)
     if GRADIENT:
-        a = tl.load(ab_ptr + n * 2 * C + c, here, other=0.0)[None, :]
-        b = tl.load(ab_ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
+        a, b = _load_pair(ab_ptr, n, c, here, C)
     for step in range(STEPS):
         p = (block * STEPS + step) * ROWS + tl.arange(0, ROWS)
         at = n * P * C + p[:, None] * C + c[None, :]
@@ -87,8 +100,8 @@ def _sums(
 
 
 @triton.jit
-def _summed(sums_ptr, n, c, here, C, blocks, BLOCK: tl.constexpr):
-    """Of one picture's channels c: both sums over all blocks of rows."""
+def _sum_blocks(sums_ptr, n, c, here, C, blocks, BLOCK: tl.constexpr):
+    """Add up both sums of a picture's channels c over all blocks of rows."""
     first = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
     for block in range(blocks):
@@ -118,18 +131,19 @@ def _coefficients(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of one picture and group: mean and 1 / deviation into stats, a and b into ab."""
+    """Write a picture and group's mean and 1 / deviation to stats, and a and b to ab."""
     n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     here = lane < WIDTH
     c = group * WIDTH + lane
-    first, second = _summed(sums_ptr, n, c, here, C, blocks, BLOCK)
+    first, second = _sum_blocks(sums_ptr, n, c, here, C, blocks, BLOCK)
     offset = tl.zeros((BLOCK,), tl.float32)
     if OFFSET:
         offset = tl.load(offset_ptr + c, here, other=0.0).to(tl.float32)
         second += offset * (2 * first + P * offset)
         first += P * offset
     mean = tl.sum(first, 0) / (P * WIDTH)
+    # rounding can make the difference of the two negative
     variance = tl.maximum(tl.sum(second, 0) / (P * WIDTH) - mean * mean, 0.0)
     r = 1 / tl.sqrt(variance + eps)
     stats = stats_ptr + (n * tl.num_programs(1) + group) * 2
@@ -157,12 +171,11 @@ def _apply(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Y = act(a * x + b)."""
+    """Compute y = act(a * x + b)."""
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     here = c < C
-    a = tl.load(ab_ptr + n * 2 * C + c, here, other=0.0)[None, :]
-    b = tl.load(ab_ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
+    a, b = _load_pair(ab_ptr, n, c, here, C)
     for step in range(STEPS):
         p = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         at = n * P * C + p[:, None] * C + c[None, :]
@@ -190,12 +203,12 @@ def _gradient_coefficients(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of one picture and group: d and e of dx = a g + d x + e, and the scale's gradients."""
+    """Write a picture and group's d and e of dx = a g + d x + e, and the scale's gradients."""
     n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     here = lane < WIDTH
     c = group * WIDTH + lane
-    sum_g, sum_gx = _summed(sums_ptr, n, c, here, C, blocks, BLOCK)
+    sum_g, sum_gx = _sum_blocks(sums_ptr, n, c, here, C, blocks, BLOCK)
     offset = tl.zeros((BLOCK,), tl.float32)
     if OFFSET:
         offset = tl.load(offset_ptr + c, here, other=0.0).to(tl.float32)
@@ -231,14 +244,12 @@ def _apply_gradient(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Dx = a g + d x + e."""
+    """Compute dx = a g + d x + e."""
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     here = c < C
-    a = tl.load(ab_ptr + n * 2 * C + c, here, other=0.0)[None, :]
-    b = tl.load(ab_ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
-    d = tl.load(de_ptr + n * 2 * C + c, here, other=0.0)[None, :]
-    e = tl.load(de_ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
+    a, b = _load_pair(ab_ptr, n, c, here, C)
+    d, e = _load_pair(de_ptr, n, c, here, C)
     for step in range(STEPS):
         p = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         at = n * P * C + p[:, None] * C + c[None, :]
@@ -249,12 +260,12 @@ def _apply_gradient(
 
 
 def _lanes(width: int) -> int:
-    """The lanes for a group's channels: seldom another number, as each is compiled by itself."""
+    """The lanes for a group's channels; at least 256, as each number is compiled separately."""
     return max(256, triton.next_power_of_2(width))
 
 
 def _grid(x: Tensor, tile_rows: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """The grid of a pass over x in tiles of so many rows at most, and its settings."""
+    """The grid of a pass over x in tiles of at most ``tile_rows``, and the kernel's settings."""
     pictures, rows, channels = x.shape
     columns = triton.cdiv(channels, CHANNELS)
     tile_rows = min(tile_rows, max(ROWS, triton.next_power_of_2(rows)))
@@ -264,13 +275,12 @@ def _grid(x: Tensor, tile_rows: int) -> tuple[tuple[int, int, int], dict[str, in
     return (pictures, blocks, columns), {"STEPS": steps, "ROWS": tile_rows, "CHANNELS": CHANNELS}
 
 
-def _sums_of(x: Tensor, dy: Tensor, ab: Tensor, activation: str, gradient: bool) -> Tensor:
+def _sum(x: Tensor, dy: Tensor, ab: Tensor, activation: str, gradient: bool) -> Tensor:
     """Both sums of each block of rows, [B, blocks, 2, C]."""
     pictures, rows, channels = x.shape
     grid, tile = _grid(x, SUMMED_GRADIENT_ROWS if gradient else SUMMED_ROWS)
-    blocks = grid[1]
-    sums = torch.empty(pictures, blocks, 2, channels, dtype=torch.float32, device=x.device)
-    _sums[grid](x, dy, ab, sums, rows, channels, blocks, activation, GRADIENT=gradient, **tile)
+    sums = torch.empty(pictures, grid[1], 2, channels, dtype=torch.float32, device=x.device)
+    _sums[grid](x, dy, ab, sums, rows, channels, grid[1], activation, GRADIENT=gradient, **tile)
     return sums
 
 
@@ -289,27 +299,17 @@ def norm_act_rows(
     """The result [B, P, C], and for the backward pass stats [B, groups, 2] and ab [B, 2, C]."""
     x = x.contiguous()
     pictures, rows, channels = x.shape
-    y, stats, ab = _results(x, groups)
-    sums = _sums_of(x, x, ab, "identity", gradient=False)
+    y, stats, ab = _allocate_results(x, groups)
+    sums = _sum(x, x, ab, "identity", gradient=False)
     width = channels // groups
     scaled = scale is not None and shift is not None
     if scaled and (scale.stride() != shift.stride() or scale.stride(1) != 1):
         scale, shift = scale.contiguous(), shift.contiguous()
     _coefficients[(pictures, groups)](
-        sums,
-        weight,
-        bias,
-        bias if offset is None else offset,
-        scale if scaled else weight,
-        shift if scaled else weight,
-        scale.stride(0) if scaled else 0,
-        stats,
-        ab,
-        rows,
-        channels,
-        sums.shape[1],
-        eps,
-        width,
+        # a tensor that is not read stands in for each that is missing
+        *(sums, weight, bias, bias if offset is None else offset),
+        *((scale, shift, scale.stride(0)) if scaled else (weight, weight, 0)),
+        *(stats, ab, rows, channels, sums.shape[1], eps, width),
         OFFSET=offset is not None,
         SCALED=scaled,
         BLOCK=_lanes(width),
@@ -319,7 +319,7 @@ def norm_act_rows(
     return y, stats, ab
 
 
-def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     pictures, _, channels = x.shape
     new = {"dtype": torch.float32, "device": x.device}
     return (
@@ -331,7 +331,7 @@ def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @norm_act_rows.register_fake
 def _(x, weight, bias, offset, scale, shift, groups, eps, activation):
-    return _results(x, groups)
+    return _allocate_results(x, groups)
 
 
 @torch.library.custom_op("unets::norm_act_backward", mutates_args=())
@@ -346,28 +346,17 @@ def norm_act_rows_backward(
     ab: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, scale and shift; the last two are empty where there is no scale."""
+    """The gradients of x, scale and shift; the last two are empty if there is no scale."""
     dy, x = dy.contiguous(), x.contiguous()
     pictures, rows, channels = x.shape
     groups = stats.shape[1]
-    dx, dscale, dshift = _gradients(x, scaled)
-    sums = _sums_of(x, dy, ab, activation, gradient=True)
+    dx, dscale, dshift = _allocate_gradients(x, scaled)
+    sums = _sum(x, dy, ab, activation, gradient=True)
     de = torch.empty_like(ab)
     width = channels // groups
     _gradient_coefficients[(pictures, groups)](
-        sums,
-        stats,
-        ab,
-        weight,
-        bias,
-        bias if offset is None else offset,
-        de,
-        dscale,
-        dshift,
-        rows,
-        channels,
-        sums.shape[1],
-        width,
+        *(sums, stats, ab, weight, bias, bias if offset is None else offset),
+        *(de, dscale, dshift, rows, channels, sums.shape[1], width),
         OFFSET=offset is not None,
         SCALED=scaled,
         BLOCK=_lanes(width),
@@ -377,18 +366,15 @@ def norm_act_rows_backward(
     return dx, dscale, dshift
 
 
-def _gradients(x: Tensor, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_gradients(x: Tensor, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
     size = (x.shape[0], x.shape[2] if scaled else 0)
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty(size, dtype=x.dtype, device=x.device),
-        torch.empty(size, dtype=x.dtype, device=x.device),
-    )
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, x.new_empty(size), x.new_empty(size)
 
 
 @norm_act_rows_backward.register_fake
 def _(dy, x, weight, bias, offset, scaled, stats, ab, activation):
-    return _gradients(x, scaled)
+    return _allocate_gradients(x, scaled)
 
 
 def _keep(ctx, inputs, output):
@@ -413,7 +399,7 @@ norm_act_rows.register_autograd(_backward, setup_context=_keep)
 
 @triton.jit(do_not_specialize=["total"])
 def _add(x_ptr, h_ptr, bias_ptr, y_ptr, factor, total, C, BLOCK: tl.constexpr):
-    """Y = (x + h + bias) * factor, over all elements."""
+    """Compute y = (x + h + bias) * factor, over all elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
     x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
@@ -422,13 +408,9 @@ def _add(x_ptr, h_ptr, bias_ptr, y_ptr, factor, total, C, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, ((x + h + bias) * factor).to(y_ptr.dtype.element_ty), inside)
 
 
-ELEMENTS = 1024
-"""How many elements one program adds."""
-
-
 @torch.library.custom_op("unets::add_rows", mutates_args=())
 def add_rows(x: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
-    """(x + h + bias) * factor, x and h [B, P, C] and bias [C]."""
+    """Compute (x + h + bias) * factor; x and h [B, P, C], bias [C]."""
     x, h = x.contiguous(), h.contiguous()
     y = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), ELEMENTS),)

@@ -14,12 +14,13 @@ import torch
 from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from adapters.arguments import Scale, Scales, by_stage, scaled
+from adapters.arguments import Scale, Scales, read_scales, split_scale
 from adapters.errors import UserError
 from adapters.files.export import save_adapters
 from adapters.files.stage_adapter import StageAdapter
-from adapters.merging.combination import Combination, Part, combined
+from adapters.merging.combination import Part, combine
 from adapters.merging.in_place import MergedAdapters
+from adapters.merging.methods import Combination
 from adapters.tables import format_table
 from unets.graphs import GraphMemory, Replayed
 
@@ -216,9 +217,9 @@ class AdaptedStages:
         Args:
             scales: of the adapters to combine, by name, in all stages or by stage. What has the
                 scale 0 takes no part.
-            method: one of :data:`adapters.merging.combination.METHODS`.
+            method: one of :data:`adapters.merging.methods.METHODS`.
             name: what to call it; ``None``: its adapters' names with ``+`` between them.
-            density: see :class:`adapters.merging.combination.Combination`, as for the rest.
+            density: see :class:`adapters.merging.methods.Combination`, as for the rest.
             rank: see there.
             majority_sign: see there.
             seed: see there.
@@ -241,7 +242,7 @@ class AdaptedStages:
                 if own.get(stage)
             ]
             if parts:
-                adapters[stage] = combined(parts, how, name, merged.unet.device)
+                adapters[stage] = combine(parts, how, name, merged.unet.device)
         if not adapters:
             raise UserError("There is nothing to combine; give adapters scales other than 0.")
         return self._load(adapters, 0.0, name, f"{method} of {', '.join(factors)}")
@@ -314,7 +315,7 @@ class AdaptedStages:
     ) -> str:
         before = self.adapters
         before.check_free(name)
-        factors = by_stage(scale, adapters, self.stages, f"adapter {name!r}")
+        factors = split_scale(scale, adapters, self.stages, f"adapter {name!r}")
         try:
             for stage, adapter in adapters.items():
                 self.merged[stage].add(name, adapter)
@@ -333,9 +334,9 @@ class AdaptedStages:
     def _by_stage(self, scales: Scales) -> dict[str, dict[int, float]]:
         """Check scales, and give them by adapter and each of its stages."""
         loaded, factors = self.adapters, {}
-        for name, scale in scaled(scales).items():
+        for name, scale in read_scales(scales).items():
             loaded.check_loaded(name)
-            factors[name] = by_stage(scale, loaded[name], self.stages, f"adapter {name!r}")
+            factors[name] = split_scale(scale, loaded[name], self.stages, f"adapter {name!r}")
         return factors
 
 

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from tqdm import tqdm
 
-from adapters.arguments import STAGES, Scale, available
+from adapters.arguments import STAGES, Scale, find_device
 from adapters.base.guards import GUARDS
 from adapters.base.source import Source
 from adapters.cascade.cascade import Cascade
@@ -25,7 +25,7 @@ from adapters.cascade.memory_budget import TEXT, limit, memory_bytes, within
 from adapters.cascade.offload import Placing
 from adapters.errors import UserError, closest
 from adapters.files.stage_adapter import StageAdapter
-from unets.loading import PRECISIONS, Precision, automatic_precision, compute_dtype
+from unets.precision import Precision, automatic_precision, compute_dtype, dtype_of
 
 Chosen: TypeAlias = Literal["auto"] | Precision
 """The precision of a UNet, or what suits the device."""
@@ -120,7 +120,7 @@ def load_cascade(
     """
     _check_names(moved)
     parts = parts or Parts()
-    device = available(device)
+    device = find_device(device)
     named = {1: stage_1, 2: stage_2, 3: stage_3}
     sources = {
         number: Source(str(named[number]), number, revision, variant)
@@ -250,7 +250,7 @@ def _upscaler(
 
 def _text(source: Source, precision: Precision, placing: Placing) -> IFPipeline:
     """The tokenizer and text encoder."""
-    dtype = PRECISIONS.get(precision, torch.bfloat16)
+    dtype = dtype_of(precision)
     pipe = source.text_pipeline(precision, dtype, placing.device)
     placing.settle(TEXT, pipe)
     return pipe

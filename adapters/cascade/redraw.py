@@ -20,7 +20,7 @@ from adapters.arguments import STAGES, Scale
 from adapters.base.source import PIPELINES
 from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.errors import UserError
-from adapters.pictures.reading import plain, read_picture
+from adapters.pictures.reading import read_picture, to_rgb
 
 Given: TypeAlias = Image.Image | str | Path | Sequence[Image.Image | str | Path]
 """One picture or its file, or several."""
@@ -155,7 +155,7 @@ def _read(given: object) -> Image.Image:
             f"A picture to start from, or its mask, must be a PIL image or a file (got a"
             f" {type(given).__name__}); convert it."
         )
-    return plain(given)
+    return to_rgb(given)
 
 
 def _shares(strength: Scale | None) -> Mapping[int, float]:

@@ -20,7 +20,7 @@ from adapters.atomic import write_png
 from adapters.cascade.provenance import PictureInfo, sheet_texts
 from adapters.errors import UserError
 from adapters.pictures.contact_sheet import CELL_PX, contact_sheet
-from adapters.pictures.png import Signed, plain_texts, png_text
+from adapters.pictures.png import Signed, pack_texts, plain_texts
 
 SHEET = "contact_sheet.png"
 SHEET_COLUMNS = 6
@@ -61,7 +61,7 @@ class Sample:
         return f"Sample({shorten(self.prompt, 60)!r}, seed {self.seed}, {sizes} px{flagged})"
 
     def _repr_png_(self) -> bytes:
-        return _png(self.final, png_text(self._texts(max(self.pictures))))
+        return _png(self.final, pack_texts(self._texts(max(self.pictures))))
 
     def save(self, path: str | Path, stage: int | None = None) -> None:
         """Write a picture as PNG, which carries all that it was drawn with.
@@ -79,7 +79,7 @@ class Sample:
         if Path(path).suffix.lower() != ".png":
             raise UserError(f"{path} must end in .png, the format that carries prompt and seed.")
         number = max(self.pictures) if stage is None else stage
-        write_png(Path(path), self.pictures[number], png_text(self._texts(number)))
+        write_png(Path(path), self.pictures[number], pack_texts(self._texts(number)))
 
     def _texts(self, stage: int) -> dict[str, str]:
         if self.info is None:
@@ -178,7 +178,7 @@ class CascadeImages:
         if not shown:
             return html.escape(repr(self))
         sheet = shown.sheet()
-        data = base64.b64encode(_png(sheet, png_text(sheet.info))).decode()
+        data = base64.b64encode(_png(sheet, pack_texts(sheet.info))).decode()
         text = html.escape(", ".join(sample.title for sample in shown))
         more = f"<p>and {len(self) - len(shown)} more</p>" * (len(self) > len(shown))
         return (

@@ -1,13 +1,12 @@
-"""Combining LoRAs into one by PEFT's methods."""
+"""Combine LoRAs into one by PEFT's methods."""
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,118 +16,85 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor
 from tqdm import tqdm
 
-from adapters.arguments import check_seeds
+from adapters.arguments import STAGES, Scale, split_scale
 from adapters.errors import UserError
 from adapters.files.for_diffusers import AdaptedOnly, blank_weights
 from adapters.files.info import AdapterInfo
 from adapters.files.reading import lora_config, scaling
 from adapters.files.stage_adapter import StageAdapter
+from adapters.merging.methods import METHODS, Combination
 from adapters.weights.kinds import AdapterSpec
 
-
-class Method(NamedTuple):
-    """What a method asks for, beside adapters and their scales."""
-
-    pairs: bool = False
-    """It combines A with A and B with B: their ranks must be equal."""
-    prunes: bool = False
-    """It keeps a part of the values: their density."""
-    elects: bool = False
-    """It keeps the values of one sign: how that is found."""
-    cuts: bool = False
-    """It combines B A, and cuts that off at a rank by SVD."""
-
-
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "linear": Method(pairs=True),
-        "cat": Method(),
-        "svd": Method(cuts=True),
-        "ties": Method(pairs=True, prunes=True, elects=True),  # arXiv 2306.01708
-        "ties_svd": Method(cuts=True, prunes=True, elects=True),
-        "dare_linear": Method(pairs=True, prunes=True),  # arXiv 2311.03099
-        "dare_linear_svd": Method(cuts=True, prunes=True),
-        "dare_ties": Method(pairs=True, prunes=True, elects=True),
-        "dare_ties_svd": Method(cuts=True, prunes=True, elects=True),
-        "magnitude_prune": Method(pairs=True, prunes=True),
-        "magnitude_prune_svd": Method(cuts=True, prunes=True),
-    }
-)
-"""PEFT's methods, by its names.
-
-The result of ``cat`` is the sum of updates, as merging all of them is, and that of ``svd`` the
-nearest to it of a rank. Those that combine A with A and B with B are no such sum.
-"""
-
-
-def methods(**asks: bool) -> str:
-    """The names of the methods that ask, or do not ask, for something."""
-    return ", ".join(n for n, method in METHODS.items() if asks.items() <= method._asdict().items())
-
-
-@dataclass(frozen=True)
-class Combination:
-    """A method of :data:`METHODS` and its settings."""
-
-    method: str = "linear"
-    density: float | None = None
-    """The share of values that methods which prune keep, above 0 and up to 1."""
-    rank: int | None = None
-    """The rank that methods by SVD cut off at; ``None``: the largest of their adapters."""
-    majority_sign: str | None = None
-    """Whether a sign is elected by the ``total`` of values or their ``frequency``; ``None``: by
-    the total."""
-    seed: int = 0
-    """Of the values that DARE drops, which are others on a GPU than on a CPU."""
-
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            UserError: where the method is unknown, lacks a setting, or would ignore one, or the
-                seed is none.
-        """
-        check_seeds([self.seed])
-        if self.method not in METHODS:
-            raise UserError(f"method must be one of {', '.join(METHODS)} (got {self.method!r}).")
-        asks = METHODS[self.method]
-        share = self.density is not None and 0 < self.density <= 1
-        rank = self.rank is None or self.rank >= 1
-        sign = self.majority_sign in (None, "total", "frequency")
-        for setting, asked, valid, expected in (
-            ("density", asks.prunes, share, "above 0 and up to 1"),
-            ("rank", asks.cuts, rank, "of 1 or more"),
-            ("majority_sign", asks.elects, sign, "of total or frequency"),
-        ):
-            value = vars(self)[setting]
-            if asked and not valid:
-                raise UserError(f"{self.method!r} needs a {setting} {expected} (got {value!r}).")
-            if value is not None and not asked:
-                raise UserError(
-                    f"{self.method!r} takes no {setting} (got {value!r}); leave it out."
-                )
-
-
 COMBINED = "combined"
-"""What PEFT knows the result by."""
+"""The name of the result within PEFT."""
 
 
 class Part(NamedTuple):
     """One adapter of a combination."""
 
     name: str
-    """For messages."""
+    """Its name in messages."""
     adapter: StageAdapter
     scale: float
 
     @property
     def ranks(self) -> dict[str, int]:
-        """By module."""
+        """The ranks of its modules."""
         state = self.adapter.state
         return {module: len(state[f"{module}.lora_A.weight"]) for module in self.adapter.modules}
 
+    def shape_of(self, module: str) -> tuple[int, ...]:
+        """The shape of the weight that a module has."""
+        b, a = (self.adapter.state[f"{module}.lora_{side}.weight"] for side in "BA")
+        return (len(b), *a.shape[1:])
 
-def combined(
+
+def load_parts(adapters: Sequence[tuple[str, Scale]], stage: int | None) -> dict[int, list[Part]]:
+    """Load the adapters of a combination, by stage.
+
+    Args:
+        adapters: folders or hub names, each with its scale; with the scale 0 it takes no part.
+        stage: that of adapters which do not say it themselves.
+
+    Raises:
+        UserError: where one cannot be read, belongs to another base than the others, or says no
+            stage, or all have the scale 0.
+    """
+    stages: dict[int, list[Part]] = {}
+    for folder, scale in adapters:
+        own = {_find_stage(adapter, stage): adapter for adapter in StageAdapter.load_all(folder)}
+        for number, factor in split_scale(scale, own, STAGES, folder).items():
+            if factor:
+                stages.setdefault(number, []).append(Part(folder, own[number], factor))
+    if not stages:
+        raise UserError("There is nothing to combine; give adapters scales other than 0.")
+    for parts in stages.values():
+        _check_bases(parts)
+    return stages
+
+
+def _find_stage(adapter: StageAdapter, otherwise: int | None) -> int:
+    stage = otherwise if adapter.info is None else adapter.info.stage
+    if stage is None:
+        raise UserError(f"{adapter.folder} does not say which stage it belongs to; give --stage.")
+    return stage
+
+
+def _check_bases(parts: Sequence[Part]) -> None:
+    """Check that those adapters that say on which base they were trained say the same."""
+    infos = [part.adapter.info for part in parts if part.adapter.info is not None]
+    signed = [(info, info.base_signature) for info in infos if info.base_signature is not None]
+    for info, signature in signed[1:]:
+        first, base = signed[0]
+        if difference := signature.difference(base):
+            raise UserError(
+                f"The Stage {info.stage} adapters were trained on different bases,"
+                f" {first.base_model!r} and {info.base_model!r} ({difference}); combine those of"
+                " one base."
+            )
+
+
+def combine(
     parts: Sequence[Part], how: Combination, name: str, device: torch.device
 ) -> StageAdapter:
     """Combine adapters of one base.
@@ -146,8 +112,8 @@ def combined(
         UserError: where PEFT or the method cannot combine them, naming what can.
     """
     modules = sorted({module for part in parts for module in part.adapter.modules})
-    check(parts, how, modules)
-    configs = {f"part_{index}": plain_lora(part) for index, part in enumerate(parts)}
+    _check_parts(parts, how, modules)
+    configs = {f"part_{index}": _plain_config(part) for index, part in enumerate(parts)}
     state: dict[str, Tensor] = {}
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []), torch.no_grad():
@@ -156,28 +122,24 @@ def combined(
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(how.seed)
         for module in tqdm(modules, desc=f"Combining by {how.method}", leave=False, delay=1):
-            state |= of_module(module, parts, how, configs, device)
+            state |= _combine_module(module, parts, how, configs, device)
     config = lora_config(state)
     config.base_model_name_or_path = parts[0].adapter.config.base_model_name_or_path
     config.inference_mode = True
-    return StageAdapter(Path(name), info_of(parts, how, config), config, state)
+    return StageAdapter(Path(name), _describe(parts, how, config), config, state)
 
 
-def of_module(
+def _combine_module(
     module: str,
     parts: Sequence[Part],
     how: Combination,
     configs: Mapping[str, LoraConfig],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """PEFT's result for one module, on a model of nothing else.
+    """Combine one module by PEFT, on a model of nothing else.
 
-    Args:
-        module: its name.
-        parts: all adapters; PEFT knows also of those that do not adapt it.
-        how: the method.
-        configs: those of the parts, by what PEFT knows them by.
-        device: where to compute.
+    ``configs`` are those of all parts by their names within PEFT, which must know them even where
+    they do not adapt the module.
     """
     tensors = {
         index: part.adapter.modules[module]
@@ -212,27 +174,20 @@ def of_module(
     return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
 
-def plain_lora(part: Part) -> LoraConfig:
-    """The configuration of a LoRA with the same scalings.
+def _plain_config(part: Part) -> LoraConfig:
+    """Build the configuration of a LoRA with the same scalings.
 
     The result has that of the first part but for its alpha, by which one of rsLoRAs would be scaled
     once more.
     """
-    adapter = part.adapter
-    assert isinstance(adapter.config, LoraConfig)
-    alphas = {
-        module: rank * scaling(adapter.config, adapter.state, module)
-        for module, rank in part.ranks.items()
-    }
-    return lora_config(adapter.state, alphas)
+    config, state = part.adapter.config, part.adapter.state
+    ranks = part.ranks.items()
+    alphas = {module: rank * scaling(config, state, module) for module, rank in ranks}
+    return lora_config(state, alphas)
 
 
-def check(parts: Sequence[Part], how: Combination, modules: Sequence[str]) -> None:
-    """Check the parts against each other, and what PEFT asks of them.
-
-    Raises:
-        UserError: as :func:`combined`.
-    """
+def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]) -> None:
+    """Check the parts against each other, and what PEFT asks of them."""
     for part in parts:
         if not part.adapter.has_factors or part.adapter.kind == "dora":
             raise UserError(
@@ -241,52 +196,47 @@ def check(parts: Sequence[Part], how: Combination, modules: Sequence[str]) -> No
                 " others with set_adapters, which takes every kind."
             )
     largest = {part.name: max(part.ranks.values()) for part in parts}
-    check_ranks(how, largest, "altogether")
+    _check_ranks(how, largest, "altogether")
     for module in modules:
         own = [part for part in parts if module in part.adapter.modules]
-        check_ranks(how, {part.name: part.ranks[module] for part in own}, f"in {module}")
-        shapes = {part.name: shape_of(part, module) for part in own}
+        _check_ranks(how, {part.name: part.ranks[module] for part in own}, f"in {module}")
+        shapes = {part.name: part.shape_of(module) for part in own}
         if len(set(shapes.values())) > 1:
             found = ", ".join(f"{list(shape)} in {name!r}" for name, shape in shapes.items())
             raise UserError(f"These are of different models: {module} has the shape {found}.")
-        check_cut(how, module, next(iter(shapes.values())), max(largest.values()))
+        rows, *columns = next(iter(shapes.values()))
+        # PEFT asks for that many singular values of a convolution, of which there may be fewer
+        limit, rank = min(rows, math.prod(columns)), how.rank or max(largest.values())
+        if how.asks.cuts and len(columns) > 1 and rank > limit:
+            raise UserError(
+                f"{how.method!r} cuts off at rank {rank}, and {module} has none above {limit}; give"
+                f" a rank of {limit} or less, or use one of {_list_methods(cuts=False)}."
+            )
 
 
-def shape_of(part: Part, module: str) -> tuple[int, ...]:
-    """The shape of the weight that a module has."""
-    b, a = (part.adapter.state[f"{module}.lora_{side}.weight"] for side in "BA")
-    return (len(b), *a.shape[1:])
-
-
-def check_ranks(how: Combination, ranks: Mapping[str, int], where: str) -> None:
+def _check_ranks(how: Combination, ranks: Mapping[str, int], where: str) -> None:
     """Check that ranks, by adapter, are equal where the method asks for it."""
-    if METHODS[how.method].pairs and len(set(ranks.values())) > 1:
+    if how.asks.pairs and len(set(ranks.values())) > 1:
         found = ", ".join(f"{rank} in {name!r}" for name, rank in ranks.items())
         raise UserError(
             f"{how.method!r} combines A with A and B with B, so all must have one rank, but {where}"
-            f" it is {found}; {methods(pairs=False)} take any."
+            f" it is {found}; {_list_methods(pairs=False)} take any."
         )
 
 
-def check_cut(how: Combination, module: str, shape: tuple[int, ...], rank: int) -> None:
-    """Check that a convolution has as many singular values as PEFT will ask for."""
-    limit, rank = min(shape[0], math.prod(shape[1:])), how.rank or rank
-    if METHODS[how.method].cuts and len(shape) > 2 and rank > limit:
-        raise UserError(
-            f"{how.method!r} cuts off at rank {rank}, and {module} has none above {limit}; give a"
-            f" rank of {limit} or less, or take one of {methods(cuts=False)}."
-        )
+def _list_methods(**asks: bool) -> str:
+    return ", ".join(n for n, method in METHODS.items() if asks.items() <= method._asdict().items())
 
 
-def info_of(parts: Sequence[Part], how: Combination, config: LoraConfig) -> AdapterInfo | None:
-    """What the result says of itself; ``None``: none of its parts says anything."""
+def _describe(parts: Sequence[Part], how: Combination, config: LoraConfig) -> AdapterInfo | None:
+    """Build the information of the result; ``None``: none of its parts has any."""
     infos = [part.adapter.info for part in parts if part.adapter.info is not None]
     if not infos:
         return None
     targets = {info.spec.targets for info in infos}
     same = len(targets) == 1 and len(infos) == len(parts)
     recipe = {
-        "combined": {key: value for key, value in vars(how).items() if value is not None},
+        "combined": {key: value for key, value in asdict(how).items() if value is not None},
         "of": [
             {
                 "adapter": str(part.adapter.folder),

@@ -1,20 +1,19 @@
-"""What adapters add to a UNet's weights, measured without forming what need not be formed.
+"""The size of an adapter's updates, by module and block of the UNet.
 
-The update of a weight [out, in, ...] is a matrix D [out, in * ...]. A LoRA's is scaling * B A with
-B [out, rank] and A [rank, in * ...], whose inner products need matrices of rank x rank only:
-<B A, B' A'> = sum((B^T B') * (A A'^T)). Computed in float64.
+The update of a weight [out, in, ...] is a matrix D [out, in * ...]. Of a LoRA it is B A, which is
+measured without being formed. Computed in float64.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from adapters.base.source import sources_of
 from adapters.base.stored_unet import StoredUNet
 from adapters.errors import UserError, listed
-from adapters.files.reading import kind_of, scaling
+from adapters.files.reading import scaling
 from adapters.files.stage_adapter import StageAdapter
 from adapters.weights.updates import LowRank
 
@@ -22,37 +21,32 @@ FLOW = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "co
 """The parts of a UNet that a picture passes through; embeddings come before them."""
 
 
-Update: TypeAlias = LowRank | Tensor
-"""What is added to a weight: a product, or [out, in, ...]."""
-
-
-def product_of(adapter: StageAdapter, module: str) -> LowRank | None:
-    """The update of a module, float64; ``None``: its adapter is no product, only the base tells."""
-    config, tensors = adapter.config, adapter.modules[module]
-    if not isinstance(config, LoraConfig) or config.use_dora:
-        return None
-    a, b = (tensors[f"{module}.lora_{side}.weight"].double() for side in "AB")
-    return LowRank(b.flatten(1) * scaling(config, adapter.state, module), a)
-
-
-def needed_base(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> StoredUNet | None:
-    """The base without which an adapter's updates are not known; ``None``: it is a plain LoRA.
-
-    Args:
-        adapter: of any kind.
-        bases: those at hand, by stage.
+def find_bases(
+    names: Sequence[str], revision: str | None = None, variant: str | None = None
+) -> dict[int, StoredUNet]:
+    """Find the UNets of bases, by stage.
 
     Raises:
-        UserError: where it is not among them.
+        UserError: as :func:`adapters.base.source.sources_of`.
     """
-    if product_of(adapter, next(iter(adapter.modules))) is not None:
+    sources = sources_of(names, revision, variant)
+    return {stage: StoredUNet.of(source) for stage, source in sources.items()}
+
+
+def choose_base(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> StoredUNet | None:
+    """Choose the base that an adapter's updates depend on; ``None``: a LoRA's depend on none.
+
+    Raises:
+        UserError: where it is not among ``bases``, which are by stage.
+    """
+    if _is_product(adapter):
         return None
     configs = {stage: base.unet.config for stage, base in bases.items()}
     stage = adapter.stage_among(configs) if configs else 0
     if stage not in bases:
         raise UserError(
-            f"{adapter.folder} is an adapter of kind {kind_of(adapter.config)}, and what that adds"
-            " to the weights can only be told with its base; name the base with --base."
+            f"{adapter.folder} is an adapter of kind {adapter.kind}, whose updates depend on its"
+            " base; name the base with --base."
         )
     adapter.check_base(bases[stage].signature, bases[stage].name)
     return bases[stage]
@@ -67,8 +61,19 @@ def check_weights_only(adapter: StageAdapter) -> None:
         )
 
 
-def update(adapter: StageAdapter, module: str, base: StoredUNet | None) -> Update | None:
-    """What an adapter adds to a module's weight.
+def check_architecture(one: StoredUNet, other: StoredUNet) -> None:
+    """Raise a UserError where two UNets differ in more than their weights."""
+    if difference := one.signature.model_copy(update={"values": {}}).difference(other.signature):
+        raise UserError(
+            f"{one.name} and {other.name} are UNets of different architectures ({difference}); name"
+            " two of the same."
+        )
+
+
+def read_update(
+    adapter: StageAdapter, module: str, base: StoredUNet | None
+) -> LowRank | Tensor | None:
+    """Read what an adapter adds to a module's weight.
 
     Args:
         adapter: an adapter that fits the base.
@@ -76,39 +81,54 @@ def update(adapter: StageAdapter, module: str, base: StoredUNet | None) -> Updat
         base: its base, which kinds other than LoRA need.
 
     Returns:
-        The update; ``None`` where the base is needed and not given.
+        B A in float64, or [out, in, ...]; ``None`` where the base is needed and not given.
     """
-    product = product_of(adapter, module)
-    if product is not None or base is None:
-        return product
+    if _is_product(adapter):
+        tensors, factor = adapter.modules[module], scaling(adapter.config, adapter.state, module)
+        a, b = (tensors[f"{module}.lora_{side}.weight"].double() for side in "AB")
+        return LowRank(b.flatten(1) * factor, a)
+    if base is None:
+        return None
     with torch.no_grad():
         return adapter.delta(module, base.read(f"{module}.weight"))
 
 
-def inner(one: Update, other: Update) -> float:
-    """The Frobenius inner product of two updates of one weight."""
+def _is_product(adapter: StageAdapter) -> bool:
+    return isinstance(adapter.config, LoraConfig) and not adapter.config.use_dora
+
+
+def inner(one: LowRank | Tensor, other: LowRank | Tensor) -> float:
+    """Compute the Frobenius inner product of two updates of one weight."""
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         return float(one.inner(other))
     x, y = (u.product() if isinstance(u, LowRank) else u.double() for u in (one, other))
     return float((x.flatten() * y.flatten()).sum())
 
 
-def shape_of(update: Update) -> list[int]:
-    """The shape of the weight that an update is added to."""
-    return list(update.shape)
+def sum_by_group(
+    groups: Mapping[str, Sequence[str]], values: Mapping[str, Sequence[float]]
+) -> Iterator[tuple[str, int, list[float]]]:
+    """Sum values of modules by group, column by column, and last of all modules together.
+
+    Args:
+        groups: the modules of each group.
+        values: as many of each module.
+
+    Returns:
+        The name of each group, how many modules it has, and its sums.
+    """
+    for group, names in (dict(groups) | {"all": list(values)}).items():
+        columns = zip(*(values[name] for name in names), strict=True)
+        yield group, len(names), [sum(column) for column in columns]
 
 
-def block_of(name: str) -> str:
-    """The UNet's block that a module or parameter is in: ``down_blocks.0``, ``mid_block`` ..."""
-    first, *rest = name.split(".")
-    return f"{first}.{rest[0]}" if first in ("down_blocks", "up_blocks") else first
-
-
-def by_block(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by block, in the order a picture passes through a UNet."""
+def group_by_block(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group modules or parameters by block, in the order that a picture passes through a UNet."""
     blocks: dict[str, list[str]] = {}
     for name in names:
-        blocks.setdefault(block_of(name), []).append(name)
+        part, number, *_ = [*name.split("."), ""]
+        block = f"{part}.{number}" if part in ("down_blocks", "up_blocks") else part
+        blocks.setdefault(block, []).append(name)
     return dict(sorted(blocks.items(), key=lambda item: _depth(item[0])))
 
 

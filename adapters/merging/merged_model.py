@@ -1,28 +1,32 @@
-"""A base's folder with adapters merged into its UNet, written one weight at a time."""
+"""Write models with adapters merged into their UNets, one weight at a time."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, _add_variant
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from adapters.atomic import write_text
+from adapters.arguments import is_factor
+from adapters.atomic import new_folder, write_text
 from adapters.base.component_files import CONFIG
-from adapters.base.source import Source
+from adapters.base.source import Source, sources_of
 from adapters.base.stored_unet import StoredUNet
 from adapters.base.tensor_files import write_tensors
 from adapters.errors import UserError
 from adapters.files.licence import licence_files
 from adapters.files.model_card import CARD, merged_card
 from adapters.files.stage_adapter import StageAdapter, merged_weight
-from unets.loading import PRECISIONS
+from adapters.merging.measure import check_weights_only
+from unets.precision import dtype_of
 
 UNET = "unet"
 """The folder of the UNet within a model's folder."""
@@ -30,32 +34,143 @@ UNET = "unet"
 
 @dataclass(frozen=True)
 class Storage:
-    """How a merged model lies on the disk."""
+    """The files of a merged model."""
 
-    precision: str | None
-    """That of the UNet's weights, a name of :data:`PRECISIONS`; ``None``: as the base has them."""
-    variant: str | None
+    precision: str | None = None
+    """The precision of the UNet's weights, by name; ``None``: the base's."""
+    variant: str | None = None
     """The variant that the UNet's files are named after, such as ``fp16``."""
-    max_shard_size: str
-    """The size of the largest file, such as ``5GB``."""
-    link: bool
+    max_shard_size: str = "5GB"
+    """The size of the largest file."""
+    link: bool = False
     """Whether files that do not change are hard links to the base's, which takes no space."""
 
-    @property
-    def weights_name(self) -> str:
-        """The name of a file of weights, as diffusers has it; ``{suffix}`` tells shards apart."""
-        stem, end = SAFETENSORS_WEIGHTS_NAME.rsplit(".", 1)
-        return f"{stem}{self._mark}{{suffix}}.{end}"
 
-    @property
-    def index_name(self) -> str:
-        """The name of the file that says in which shard a weight is."""
-        stem, end = SAFE_WEIGHTS_INDEX_NAME.rsplit(".", 1)
-        return f"{stem}{self._mark}.{end}"
+def merge(
+    paths: Sequence[Path],
+    out: Path,
+    storage: Storage,
+    *,
+    scales: Sequence[float] | None = None,
+    bases: Sequence[str] = (),
+    stage: int | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> list[Path]:
+    """Merge adapters into their base, in a new folder that appears once it is whole.
 
-    @property
-    def _mark(self) -> str:
-        return f".{self.variant}" if self.variant else ""
+    The base's weights are read, merged and written one at a time. Each weight W becomes
+    W + scale * (W merged - W), in float32 and rounded once, the same as in
+    :meth:`adapters.Cascade.add_adapter`; adapters add up.
+
+    Args:
+        paths: exported folders, or other tools' files or folders.
+        out: the new folder. One stage is written to it, two to ``stage_1`` and ``stage_2`` in it.
+        storage: precision, names and sizes of the files.
+        scales: how much of each adapter, or of all; ``None``: 1.
+        bases: a model for each stage; without any, those that the adapters name.
+        stage: merge this stage only; ``None``: all that have an adapter and a base.
+        revision: the bases' hub revision; ``None``: the adapter's own.
+        variant: the variant of the bases' weights.
+
+    Returns:
+        The folders of the models.
+
+    Raises:
+        UserError: where an adapter or a base cannot be read, or do not belong together, or where
+            ``out`` is there already or cannot be written. Nothing is left behind then.
+    """
+    adapters = [StageAdapter.load_all(path) for path in paths]
+    sources = sources_of(bases, revision, variant) or _own_bases(adapters, revision, variant)
+    sources = {number: s for number, s in sources.items() if stage in (None, number)}
+    unets = {number: StoredUNet.of(source) for number, source in sources.items()}
+    each = _scale_each(scales, len(paths))
+    merged = _sort_by_stage(adapters, each, unets, say_left_out=stage is None)
+    models = {
+        number: MergedModel(sources[number], unets[number], merged[number], storage)
+        for number in sorted(merged)
+    }
+    inside = {number: f"stage_{number}" if len(models) > 1 else "." for number in models}
+    total = sum(model.new_bytes for model in models.values())
+    with new_folder(out) as new:
+        if (free := shutil.disk_usage(new).free) < total:
+            raise UserError(
+                f"{out} would take {tqdm.format_sizeof(total, 'B')} of disk, where"
+                f" {tqdm.format_sizeof(free, 'B')} are free; free some, or use --link."
+            )
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", delay=1) as progress:
+            for number, model in models.items():
+                model.write(new / inside[number], progress.update)
+    return [out / place for place in inside.values()]
+
+
+def _scale_each(scales: Sequence[float] | None, count: int) -> list[float]:
+    """Give each of ``count`` adapters a scale.
+
+    Raises:
+        UserError: where they are as many as neither one nor the adapters, or not finite in float32.
+    """
+    given = list(scales or [1.0])
+    if len(given) not in (1, count) or not all(map(is_factor, given)):
+        raise UserError(
+            f"--scale must be a number for all adapters, or one for each of the {count}, in"
+            f" float32's range (got {', '.join(map(str, given))})."
+        )
+    return given * (count // len(given))
+
+
+def _own_bases(
+    adapters: Sequence[Sequence[StageAdapter]], revision: str | None, variant: str | None
+) -> dict[int, Source]:
+    """Find the bases that adapters name, by stage.
+
+    Raises:
+        UserError: where none names any.
+    """
+    infos = [adapter.info for stages in adapters for adapter in stages if adapter.info]
+    if not infos:
+        raise UserError("The adapters do not say on which base they were trained; name it, --base.")
+    return {
+        info.stage: Source(info.base_model, info.stage, revision or info.base_revision, variant)
+        for info in reversed(infos)
+    }
+
+
+def _sort_by_stage(
+    adapters: Sequence[Sequence[StageAdapter]],
+    scales: Sequence[float],
+    unets: Mapping[int, StoredUNet],
+    *,
+    say_left_out: bool,
+) -> dict[int, list[tuple[StageAdapter, float]]]:
+    """Sort adapters and their scales by stage; on request, say which have no base here.
+
+    Raises:
+        UserError: where one has none for these stages, or does not belong to the base.
+    """
+    configs = {number: unet.unet.config for number, unet in unets.items()}
+    merged: dict[int, list[tuple[StageAdapter, float]]] = {}
+    left_out: list[tuple[StageAdapter, int]] = []
+    for stages, scale in zip(adapters, scales, strict=True):
+        numbers = [adapter.stage_among(configs) for adapter in stages]
+        if not set(numbers) & set(unets):
+            raise UserError(
+                f"{stages[0].folder} is an adapter of Stage {numbers[0]}, and there is no base of"
+                " that stage to merge it into; name one (--base), or another --stage."
+            )
+        for number, adapter in zip(numbers, stages, strict=True):
+            if number in unets:
+                adapter.check_base(unets[number].signature, unets[number].name)
+                check_weights_only(adapter)
+                merged.setdefault(number, []).append((adapter, scale))
+            else:
+                left_out.append((adapter, number))
+    for adapter, number in left_out if say_left_out else ():
+        tqdm.write(
+            f"{adapter.folder} is of Stage {number} and left out; name its base too (--base).",
+            file=sys.stderr,
+        )
+    return merged
 
 
 @dataclass(frozen=True)
@@ -73,21 +188,22 @@ class MergedModel:
         """Shapes and precisions of the UNet's weights as they will be written."""
         precision = self.storage.precision
         return {
-            name: weight if precision is None else weight.to(PRECISIONS[precision])
+            name: weight if precision is None else weight.to(dtype_of(precision))
             for name, weight in self.unet.weights.items()
         }
 
     @cached_property
     def shards(self) -> StateDictSplit:
-        """Which weights go to which file.
+        """The weights of each file.
 
         Raises:
             UserError: where the size of shards cannot be understood.
         """
-        size = self.storage.max_shard_size
+        size, name = self.storage.max_shard_size, Path(SAFETENSORS_WEIGHTS_NAME)
+        pattern = _add_variant(f"{name.stem}{{suffix}}{name.suffix}", self.storage.variant)
         try:
             return split_torch_state_dict_into_shards(
-                self.weights, filename_pattern=self.storage.weights_name, max_shard_size=size
+                self.weights, filename_pattern=pattern, max_shard_size=size
             )
         except ValueError as error:
             raise UserError(
@@ -95,7 +211,7 @@ class MergedModel:
             ) from error
 
     @cached_property
-    def carried(self) -> dict[Path, Path]:
+    def copied(self) -> dict[Path, Path]:
         """The files that do not change, by their place in the new folder: all but UNet and card."""
         base = self.source.folder
         files: dict[Path, Path] = {}
@@ -111,8 +227,8 @@ class MergedModel:
 
     @property
     def new_bytes(self) -> int:
-        """How much space it takes."""
-        copied = () if self.storage.link else self.carried.values()
+        """The space that it takes."""
+        copied = () if self.storage.link else self.copied.values()
         return sum(weight.nbytes for weight in self.weights.values()) + sum(
             path.stat().st_size for path in copied
         )
@@ -129,10 +245,10 @@ class MergedModel:
         """
         (folder / UNET).mkdir(parents=True)
         self._write_weights(folder / UNET, advance)
-        for place, path in self.carried.items():
+        for place, path in self.copied.items():
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             if self.storage.link:
-                linked(path, folder / place)
+                _link(path, folder / place)
             else:
                 shutil.copyfile(path, folder / place)
                 advance(path.stat().st_size)
@@ -142,17 +258,16 @@ class MergedModel:
     def _write_weights(self, folder: Path, advance: Callable[[int], object]) -> None:
         for file, names in self.shards.filename_to_tensors.items():
             blank = {name: self.weights[name] for name in names}
-            write_tensors(folder / file, blank, self._merged, advance)
+            write_tensors(folder / file, blank, self._merge, advance)
         if self.shards.is_sharded:
-            index = {
-                "metadata": self.shards.metadata,
-                "weight_map": self.shards.tensor_to_filename,
-            }
+            places = self.shards.tensor_to_filename
+            index = {"metadata": self.shards.metadata, "weight_map": places}
             text = json.dumps(index, indent=2, sort_keys=True)
-            write_text(folder / self.storage.index_name, f"{text}\n")
+            name = _add_variant(SAFE_WEIGHTS_INDEX_NAME, self.storage.variant)
+            write_text(folder / name, f"{text}\n")
 
-    def _merged(self, name: str) -> Tensor:
-        """A weight as it is written."""
+    def _merge(self, name: str) -> Tensor:
+        """Merge the adapters into a weight, in the precision in which it is written."""
         weight = self.unet.read(name)
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and any(module in adapter.modules for adapter, _ in self.adapters):
@@ -167,8 +282,8 @@ class MergedModel:
         return result
 
 
-def linked(path: Path, place: Path) -> None:
-    """A hard link to a file, or a copy where the disk is another."""
+def _link(path: Path, place: Path) -> None:
+    """Make a hard link to a file, or a copy where the disk is another."""
     try:
         place.hardlink_to(path.resolve())
     except OSError:

@@ -20,7 +20,7 @@ class Signed(Image.Image):
 
     @classmethod
     def of(cls, picture: Image.Image, texts: Mapping[str, str]) -> "Signed":
-        """A copy of a picture, with texts."""
+        """Copy a picture, and add texts."""
         signed = cls()
         signed.__setstate__(picture.__getstate__())
         signed.info = dict(picture.info)
@@ -28,17 +28,17 @@ class Signed(Image.Image):
         return signed
 
     def save(self, *place: Any, **params: Any) -> None:
-        """As Pillow does; a PNG with its texts where no others are given."""
-        super().save(*place, **{"pnginfo": png_text(self.info)} | params)
+        """Save as Pillow does; a PNG with its texts where no others are given."""
+        super().save(*place, **{"pnginfo": pack_texts(self.info)} | params)
 
 
 def plain_texts(prompt: str, seed: int) -> dict[str, str]:
-    """Prompt and seed as texts of a PNG."""
+    """The prompt and seed, as texts of a PNG."""
     return {"prompt": prompt, "seed": str(seed)}
 
 
-def png_text(texts: Mapping[Any, Any]) -> PngImagePlugin.PngInfo:
-    """The text chunks of a PNG; other entries of a picture's ``info`` are left out."""
+def pack_texts(texts: Mapping[Any, Any]) -> PngImagePlugin.PngInfo:
+    """Pack texts into the chunks of a PNG; other entries of a picture's ``info`` are left out."""
     chunks = PngImagePlugin.PngInfo()
     for name in PICTURE_TEXTS:
         if name in texts:

@@ -1,4 +1,4 @@
-"""Pictures as they come from files, made plain."""
+"""Read pictures of any format as RGB, and as tensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from torch import Tensor
 from adapters.errors import UserError
 
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises where a file is no picture, or a damaged one."""
+"""The errors that Pillow raises where a file is no picture, or a damaged one."""
 
 
-def plain(image: Image.Image) -> Image.Image:
-    """A picture in 8-bit RGB: turned as its camera was held, flattened on white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture to 8-bit RGB, turned as its camera was held, on white where transparent."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey levels
         levels = np.asarray(image).clip(0, 65535) / 257
@@ -28,20 +28,20 @@ def plain(image: Image.Image) -> Image.Image:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """The picture of a file.
+    """Read the picture of a file in RGB.
 
     Raises:
         UserError: where it cannot be read.
     """
     try:
         with Image.open(path) as image:
-            return plain(image)
+            return to_rgb(image)
     except DECODING_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"The picture {path} cannot be read ({reason}); name another.") from error
 
 
 def as_pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """N pictures in RGB, of one size, as [N, 3, height, width] in [-1, 1]."""
+    """Convert N RGB pictures of one size to pixels [N, 3, height, width] in [-1, 1]."""
     levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return levels.permute(0, 3, 1, 2) / 127.5 - 1

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from adapters.atomic import replacing
 from adapters.errors import UserError
-from adapters.pictures.reading import DECODING_ERRORS, plain
+from adapters.pictures.reading import DECODING_ERRORS, to_rgb
 from finetune.data.sources import open_source, read_captions, read_content, select_pictures
 from finetune.recipe.schema import Data
 
@@ -158,7 +158,7 @@ def decode(image: Image.Image, reductions: Sequence[int]) -> list[NDArray[np.uin
     Returns:
         [H, W, 3] RGB for each reduction.
     """
-    image = plain(image)
+    image = to_rgb(image)
 
     def reduce(reduction: int) -> NDArray[np.uint8]:
         width, height = (side - side % reduction for side in image.size)

@@ -290,8 +290,8 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cuda_graph: bool = True
     """On a GPU, record the step as one CUDA graph and replay it."""
-    compile: Literal["auto"] | bool = "auto"
-    """Compile the UNet; ``auto``: if the run is long enough to win back the minutes it takes."""
+    compile: bool = False
+    """Compile the UNet, on a GPU: a step takes about 3 % less time, and the first takes minutes."""
     timesteps: Timesteps = Timesteps()
     """The distribution that each picture's timestep is drawn from."""
     noise_level: Levels | None = None
@@ -306,6 +306,13 @@ class Training(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
     """The number of newest checkpoints to keep."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _check_true_or_false(cls, value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false (got {value!r})")
+        return value
 
     def precision_on(self, device: "torch.device") -> "Precision":
         """The precision of the frozen UNet on a device."""

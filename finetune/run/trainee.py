@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from adapters.weights.kinds import KINDS, attach
-from finetune.recipe.schema import Optimizer, Training
+from finetune.recipe.schema import Training
 from finetune.step.flat_weights import FlatWeights
 from finetune.step.gradients import GradientWatch
 from finetune.step.inputs import Batch, add_noise, unet_inputs
@@ -24,34 +24,13 @@ from unets.graphs import Replayed
 from unets.lora_layers import fuse_adapters
 
 
-def optimizer_of(options: Optimizer, weights: FlatWeights) -> torch.optim.Optimizer:
-    """The optimizer that a recipe asks for."""
-    return build_optimizer(
-        options.name,
-        weights.slices(whole_tensors=OPTIMIZERS[options.name].whole_tensors),
-        learning_rate=options.learning_rate,
-        betas=options.betas,
-        weight_decay=options.weight_decay,
-        lora_plus_ratio=options.lora_plus_ratio,
-    )
-
-
-def warmed_up_decay(decay: float, updates: int) -> float:
-    """The average's decay after a number of updates.
-
-    It starts low, so that the average of a short run is not that of its first weights; as in
-    diffusers' ``EMAModel`` but for its first update.
-    """
-    return min(decay, (1 + updates) / (10 + updates))
-
-
 @dataclass
 class Trainee:
     """A frozen UNet with an adapter, the adapter's optimizer, and how far training has come.
 
-    ``state`` and ``load_state`` are all that a checkpoint needs; ``accumulate`` and ``update``
-    are all that a step does. Both are functions of tensors with fixed shapes and never wait for
-    the device, so that on a GPU ``accumulate`` is one CUDA graph.
+    A checkpoint is ``state``, and a step is ``accumulate`` and ``update``. Both are functions of
+    tensors with fixed shapes that never wait for the device, so that on a GPU ``accumulate`` is
+    one CUDA graph.
     """
 
     stage: Stage
@@ -65,14 +44,13 @@ class Trainee:
     average: Tensor | None
     """The exponential moving average of the weights, where the recipe keeps one."""
     watch: GradientWatch
-    """Whether all of the weights have received a gradient."""
     dropout_keys: DropoutKeys
-    """What the adapter's dropout derives from in each forward pass."""
-    step: int = field(default=0)
+    """The keys of the adapter's dropout in each forward pass."""
+    step: int = 0
     recorded: Replayed[Losses] = field(init=False)
     """The forward and backward pass."""
     predict: Callable[..., Any] = field(init=False)
-    """The UNet's forward pass, as it is or compiled."""
+    """The UNet's forward pass, compiled if the recipe says so."""
 
     def __post_init__(self) -> None:
         self.predict = self.unet
@@ -95,13 +73,22 @@ class Trainee:
         if unet.device.type != "cpu":
             fuse_adapters(unet)
         dropout_keys = key_dropout(unet, training.adapter.dropout)
-        if training.gradient_checkpointing:  # nothing draws, so there is no random state to keep
+        if training.gradient_checkpointing:  # nothing draws: there is no random state to keep
             unet.enable_gradient_checkpointing(
                 partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             )
         unet.train()
-        own = KINDS[training.adapter.kind].trains_in_unet_precision
-        weights = FlatWeights(parameters, unet.dtype if own else torch.float32)
+        as_unet = KINDS[training.adapter.kind].trains_in_unet_precision
+        options = training.optimizer
+        weights = FlatWeights(parameters, unet.dtype if as_unet else torch.float32)
+        optimizer = build_optimizer(
+            options.name,
+            weights.slices(whole_tensors=OPTIMIZERS[options.name].whole_tensors),
+            learning_rate=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            lora_plus_ratio=options.lora_plus_ratio,
+        )
         return cls(
             stage=stage,
             training=training,
@@ -109,14 +96,14 @@ class Trainee:
             schedulers=schedulers,
             tables=NoiseTables.of(schedulers[0], unet.device),
             weights=weights,
-            optimizer=optimizer_of(training.optimizer, weights),
+            optimizer=optimizer,
             average=None if training.ema_decay is None else weights.values.clone(),
             watch=GradientWatch(weights, training.adapter.dropout),
             dropout_keys=dropout_keys,
         )
 
     def accumulate(self, batch: Batch) -> Losses:
-        """Add a batch's gradients, and return its losses; the next call may overwrite them."""
+        """Add a batch's gradients and return its losses, which the next call may overwrite."""
         return self.recorded(**batch.tensors())
 
     def _forward_backward(self, **tensors: Tensor) -> Losses:
@@ -139,12 +126,12 @@ class Trainee:
         return replace(losses, total=losses.total.detach())
 
     def compile(self) -> None:
-        """Compile the UNet, which takes minutes when the next batch comes."""
+        """Compile the UNet, which takes minutes at the next batch."""
         self.recorded.forget()
         self.predict = torch.compile(self.unet, dynamic=False)
 
     def update(self) -> Tensor:
-        """Take an optimizer step with the gradients so far, and return their norm."""
+        """Take an optimizer step with the gradients so far and return their norm."""
         gradient = self.weights.gradient
         self.watch.observe(gradient, self.optimizer.param_groups[0]["lr"])
         norm = gradient.norm()
@@ -154,17 +141,19 @@ class Trainee:
         gradient.zero_()
         self.weights.publish()
         if self.average is not None and self.training.ema_decay is not None:
-            decay = warmed_up_decay(self.training.ema_decay, self.step)
+            # low at first, or the average of a short run would be that of its first weights; as
+            # in diffusers' EMAModel but for its first update
+            decay = min(self.training.ema_decay, (1 + self.step) / (10 + self.step))
             self.average.lerp_(self.weights.values, 1 - decay)
         self.step += 1
         return norm
 
     @contextmanager
     def final_weights(self) -> Iterator[UNet2DConditionModel]:
-        """The UNet as it would be exported now: evaluating, with averaged weights where kept."""
+        """The UNet as it would be exported now: evaluating, with averaged weights if kept."""
         self.recorded.forget()  # its memory is for sampling
         values = self.weights.values
-        trained = values.clone()
+        trained = values.clone()  # a schedule-free average is undone but for rounding
         self.unet.eval()
         with (
             averaged_weights(self.training.optimizer.name, self.optimizer),

@@ -1,4 +1,4 @@
-"""How much an adapter in training adds to its UNet's weights, by block."""
+"""The size of what an adapter in training adds to its UNet's weights, by block."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -7,21 +7,21 @@ from peft.tuners.oft import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from adapters.merging.measure import by_block
+from adapters.merging.measure import group_by_block
 from adapters.weights.kinds import ADAPTER_NAME
 from adapters.weights.updates import as_matrix, delta, low_rank
 
 
 class UpdateSize:
-    """Measures ‖ΔW‖ / ‖W‖ (Frobenius) over the adapted modules of each block of a UNet.
+    """‖ΔW‖ / ‖W‖ (Frobenius) over the adapted modules of each block of a UNet.
 
-    It says where the adapter acts: a block whose figure stays at zero learns nothing.
+    It shows where the adapter acts: a block whose figure stays at zero learns nothing.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
         self.layers = {n: m for n, m in unet.named_modules() if isinstance(m, BaseTunerLayer)}
-        self.blocks = by_block(self.layers)
+        self.blocks = group_by_block(self.layers)
         self._weights: dict[str, Tensor] = {}
         """Squared norms of the base's weights, which do not change."""
 

@@ -3,9 +3,6 @@
 from typing import Any
 
 import bitsandbytes as bnb
-import torch
-
-from adapters.errors import UserError
 
 
 class _BitsByGroup:
@@ -22,15 +19,7 @@ class AdamW8bit(_BitsByGroup, bnb.optim.AdamW8bit):  # type: ignore[misc]  # unt
 
 
 class PagedAdamW8bit(_BitsByGroup, bnb.optim.PagedAdamW8bit):  # type: ignore[misc]
-    """AdamW whose state is paged out to main memory where a GPU runs short."""
-
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
-        if not torch.cuda.is_available():
-            raise UserError(
-                "optimizer.name: paged_adamw_8bit needs a GPU, to page its state out of; this"
-                " machine has none: use adamw_8bit."
-            )
-        super().__init__(groups, **options)
+    """AdamW whose state is paged out to main memory if a GPU runs short."""
 
 
 class Lion8bit(_BitsByGroup, bnb.optim.Lion8bit):  # type: ignore[misc]

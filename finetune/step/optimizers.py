@@ -57,6 +57,8 @@ class Algorithm:
     """Whether it needs each matrix by itself, because it treats one as more than its elements."""
     finds_scale: bool = False
     """Whether it finds its own step size, which the learning rate only multiplies."""
+    needs_gpu: bool = False
+    """Whether it runs on a GPU alone."""
     averages: bool = False
     """Whether the weights to use are an average, kept beside those that train."""
 
@@ -77,7 +79,11 @@ OPTIMIZERS: Mapping[str, Algorithm] = MappingProxyType(
     {
         "adamw_8bit": Algorithm("finetune.step.eight_bit:AdamW8bit", ADAM_BETAS, 2, eight_bit=True),
         "paged_adamw_8bit": Algorithm(
-            "finetune.step.eight_bit:PagedAdamW8bit", ADAM_BETAS, 0, eight_bit=True
+            "finetune.step.eight_bit:PagedAdamW8bit",
+            ADAM_BETAS,
+            0,
+            eight_bit=True,
+            needs_gpu=True,
         ),
         "adamw": Algorithm("torch.optim:AdamW", ADAM_BETAS, 2),
         "lion_8bit": Algorithm("finetune.step.eight_bit:Lion8bit", LION_BETAS, 1, eight_bit=True),

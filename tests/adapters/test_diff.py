@@ -157,9 +157,9 @@ def test_two_unets_are_compared_weight_by_weight(
     ("arguments", "sentence"),
     [
         ("{lora}/stage_1 {lora}/stage_2", "are adapters of different stages"),
-        ("{lora} {loha}", "of kind loha, and what that adds to the weights can only be told with"),
+        ("{lora} {loha}", "of kind loha, whose updates depend on its base"),
         ("{lora} {stage_1}", "has no exported adapter"),
-        ("{stage_1} {stage_2}", "are UNets of another architecture"),
+        ("{stage_1} {stage_2}", "are UNets of different architectures"),
         ("{lora}/stage_1 {wide}", "has the shape"),
     ],
 )

@@ -84,7 +84,7 @@ def test_scale_zero_is_the_base(
         (["--stage-1", "x/y", "--device", "meta"], "device 'meta' cannot be used"),
         (["--stage-1", "x/y", "--seed", "-1"], "whole number from 0 to 18446744073709551615"),
         (["--stage-1", "x/y", "--seed", str(2**64)], "(got 18446744073709551616)"),
-        (["--stage-1", "x/y", "--prompt", "a\udcff"], "has a byte in it that is no UTF-8"),
+        (["--stage-1", "x/y", "--prompt", "a\udcff"], "has a byte that is not UTF-8"),
         (["--stage-1", "x/y", "--memory", "6GB", "--device", "cpu"], "is about a GPU"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr("adapters.generate.load_cascade", refuse)
+    monkeypatch.setattr("adapters.cascade.load.load_cascade", refuse)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SystemExit) as caught:
         main(["--stage-1", "x/y", "--prompt", "a", "--out", place.format(file=tmp_path / "file")])

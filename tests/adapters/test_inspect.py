@@ -81,7 +81,7 @@ def test_the_norms_are_those_of_what_peft_merges(
         tensors = StageAdapter.load(folder).state.values()
         own = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
         assert alone["blocks"][-1]["norm"] == pytest.approx(own)
-        assert "can only be told with its base" in inspect(folder)
+        assert "Its updates depend on its base" in inspect(folder)
 
 
 def test_it_tells_all_that_an_exported_folder_says_of_itself(
@@ -126,9 +126,9 @@ def test_adapters_of_other_tools(
     assert set(found["alphas"].values()) == {spec.alpha or 4}
     assert found["base"]["matches"]
     told = inspect(path)
-    assert "not said: another tool wrote it" in told
+    assert "unknown: written by another tool" in told
     lost = found["tensors"] - found["for_diffusers"]["arriving"]
-    assert ("adapters.repair makes it whole" in told) == (lost > 0)
+    assert ("adapters.repair writes a file" in told) == (lost > 0)
     assert lost == {"diffusers_script": 32, "simpletuner": 0}.get(write.__name__, lost)
 
 
@@ -161,7 +161,7 @@ def test_what_an_approximation_loses_is_told(
     assert exported.approximation is not None
     error = f"relative Frobenius error {exported.approximation.error:.2g}"
     told = inspect(exported.folder)
-    assert f"a LoRA in its stead, {error}" in told
+    assert f"a LoRA that approximates it, {error}" in told
     stand_in = inspect(exported.folder / "pytorch_lora_weights.safetensors")
     assert f"approximates  an adapter or a model, {error}" in stand_in
     small = tmp_path / "small"
@@ -182,7 +182,7 @@ def test_ranks_of_their_own_are_summed_up(
         torch.ones(len(tensors[up]), 5),
     )
     save_file(tensors, file)
-    assert "rank       2 to 5\n" in inspect(file)
+    assert "rank          2 to 5\n" in inspect(file)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ from adapters.errors import UserError
 from adapters.files.info import NOTICE, read_info
 from adapters.files.model_card import write_card
 from adapters.files.places import adapter_path
-from adapters.push import main, push
+from adapters.files.upload import push
+from adapters.push import main
 from adapters.weights.kinds import AdapterSpec
 from tests.builders import ROOT
 from tests.builders.adapters import base_of, export, trained_unet

@@ -167,8 +167,8 @@ def test_another_tools_file_becomes_a_folder_of_peft(
         ("--rank 0", "--rank must be at least 1 (got 0)"),
         ("--error 1.5", "--error must be at least 0 and less than 1 (got 1.5)"),
         ("--rank 2 --out {taken}", "is there already and stays as it is"),
-        ("--rank 2", "of kind loha, and what that adds to the weights can only be told with its"),
-        ("--rank 2 --base {stage_2}", "of kind loha, and what that adds"),
+        ("--rank 2", "of kind loha, whose updates depend on its base"),
+        ("--rank 2 --base {stage_2}", "of kind loha, whose updates depend"),
         ("--rank 2 --base {other}", "was trained on Stage 1 of"),
     ],
 )
@@ -280,7 +280,7 @@ def test_rounding_is_not_taken_for_tuning(random_cascade: RandomCascade, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("{stage_2} --base {stage_1}", "are UNets of another architecture ("),
+        ("{stage_2} --base {stage_1}", "are UNets of different architectures ("),
         ("{stage_1} --base {stage_1}", "does not differ from"),
         ("{stage_1} --base {stage_3}", "is a StableDiffusionUpscalePipeline"),
         ("{stage_1} --base {stage_1} --targets to_qq", "'to_qq' matches no Linear or Conv2d"),

@@ -8,7 +8,7 @@ import torch
 from adapters.errors import UserError
 from adapters.files.export import AdapterInfo, export_adapter
 from adapters.files.stage_adapter import StageAdapter
-from adapters.merging.measure import by_block
+from adapters.merging.measure import group_by_block
 from adapters.weights.kinds import KINDS, AdapterSpec
 from finetune.run.trainee import Trainee
 from finetune.run.update_size import UpdateSize
@@ -125,8 +125,8 @@ def test_the_size_of_an_update_is_that_of_what_merging_adds(
     export_adapter(trainee.unet, tmp_path, info(trainee))
     adapter = StageAdapter.load(tmp_path / "stage_1")
     found = size()
-    assert found.keys() == by_block(adapter.modules).keys()
-    for block, names in by_block(adapter.modules).items():
+    assert found.keys() == group_by_block(adapter.modules).keys()
+    for block, names in group_by_block(adapter.modules).items():
         added = weights = 0.0
         for name in names:
             layer = trainee.unet.get_submodule(name).get_base_layer()

@@ -21,7 +21,7 @@ from finetune.data.batches import Batches
 from finetune.data.pictures import to_tensor
 from finetune.recipe.schema import Recipe
 from finetune.run.trainee import Trainee
-from finetune.run.validation import Validation
+from finetune.run.validation import Validator
 from finetune.step.inputs import Batch
 from finetune.step.optimizers import OPTIMIZERS
 from tests.builders.random_cascade import TEXT_WIDTH, RandomCascade
@@ -245,7 +245,7 @@ def test_schedule_free_weights_are_exported_averaged(make: Recipes) -> None:
 def test_pictures_on_the_way_change_nothing(
     make: Recipes, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Validation, "__call__", lambda self: {})
+    monkeypatch.setattr(Validator, "sample", lambda self: {})
     ends = []
     for prompts in ((), [PROMPTS[3]]):
         recipe = make(
@@ -263,13 +263,13 @@ def test_pictures_on_the_way_are_those_of_the_average(
 ) -> None:
     shown: dict[int, Tensor] = {}
 
-    def look(self: Validation) -> dict[str, Any]:
+    def look(self: Validator) -> dict[str, Any]:
         unet = self.cascade.stages[1].unet
         shown[len(shown)] = flat(adapter_state(unet))
         assert not unet.training
         return {}
 
-    monkeypatch.setattr(Validation, "__call__", look)
+    monkeypatch.setattr(Validator, "sample", look)
     for steps in (2, 5):
         shown.clear()
         recipe = make(

@@ -13,8 +13,8 @@ from adapters.weights.kinds import KINDS, AdapterSpec, adapter_parameters, attac
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.trainees import batch_of, take_steps, trainee_of
 from unets.dropout import DropoutKeys, KeyedDropout, hash_bits, key_dropout
-from unets.loading import Precision
 from unets.lora_layers import AdaptedLinear, fuse_adapters
+from unets.precision import Precision
 
 CPU = torch.device("cpu")
 

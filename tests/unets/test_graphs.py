@@ -59,7 +59,7 @@ def test_recordings_that_share_memory_take_that_of_the_largest() -> None:
     assert taken[-1] < taken[2] + size
     del tripled, first
     second.forget()
-    assert memory.pool is None
+    assert not memory
 
 
 @pytest.mark.gpu

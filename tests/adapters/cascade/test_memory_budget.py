@@ -146,7 +146,7 @@ def test_a_cascade_counts_the_adapters_that_it_is_loaded_with(
         raise UserError("counted")
 
     monkeypatch.setattr("adapters.cascade.load.within", count)
-    monkeypatch.setattr("adapters.cascade.load.available", torch.device)
+    monkeypatch.setattr("adapters.cascade.load.find_device", torch.device)
     monkeypatch.setattr(memory_budget, "ROWS", ROWS[-1:])
     with pytest.raises(UserError, match="counted"):
         load_cascade(

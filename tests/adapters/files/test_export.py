@@ -307,7 +307,7 @@ def test_an_export_that_is_cut_off_leaves_one_that_loads(
     unet = trained_unet(base, spec)
     folder = export(unet, tmp_path, base, 1, spec).folder
     if not at_once:
-        monkeypatch.setattr(atomic, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     replace, moved = os.replace, []
 
     def cut_off(source: Path, target: Path) -> None:

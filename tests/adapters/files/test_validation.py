@@ -351,7 +351,7 @@ def test_the_tools_refuse_in_one_sentence(
 def test_a_file_that_diffusers_takes_in_no_spelling_is_not_called_whole(
     exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.repair.list_arriving", lambda *of: [])
+    monkeypatch.setattr("adapters.files.for_diffusers.list_arriving", lambda *of: [])
     with pytest.raises(UserError, match="diffusers takes 0 of its"):
         repaired(exports["lora"], tmp_path / "new.safetensors")
     assert not list(tmp_path.iterdir())

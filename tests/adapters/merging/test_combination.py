@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters import Cascade
-from adapters.combine import main as combine
+from adapters.combine import main as combine_folders
 from adapters.errors import UserError
 from adapters.files.info import read_info
 from adapters.files.places import PEFT_WEIGHTS
 from adapters.files.stage_adapter import StageAdapter
-from adapters.merging.combination import METHODS, Combination, Part, combined
+from adapters.merging.combination import Part, combine
+from adapters.merging.methods import METHODS, Combination
 from adapters.weights.kinds import AdapterSpec
 from tests.builders.adapters import cascade_of, export, same, trained_unet, weights
 from tests.builders.random_cascade import RandomCascade, save_random_cascade
@@ -98,7 +99,7 @@ def test_a_method_gives_what_peft_gives_in_a_whole_unet(
     random_cascade: RandomCascade, folders: dict[str, Path], method: str
 ) -> None:
     parts = [part(folders, "dog", 0.7), part(folders, "style", -0.5)]
-    ours = combined(parts, Combination(method, **SETTINGS[method]), "new", CPU).state
+    ours = combine(parts, Combination(method, **SETTINGS[method]), "new", CPU).state
     theirs = by_peft(random_cascade.stage_1, parts, method, **SETTINGS[method])
     assert ours.keys() == theirs.keys()
     if not METHODS[method].cuts:
@@ -115,7 +116,7 @@ def test_what_dare_drops_follows_from_the_seed(
     parts = [part(folders, "one", 0.7), part(folders, "same", 0.5)]
     before = torch.get_rng_state()
     first, again, other = (
-        combined(parts, Combination(method, density=0.4, seed=seed), "new", CPU).state
+        combine(parts, Combination(method, density=0.4, seed=seed), "new", CPU).state
         for seed in (3, 3, 4)
     )
     assert torch.equal(torch.get_rng_state(), before)
@@ -155,7 +156,7 @@ def test_alphas_by_module_are_combined_in_silence(folders: dict[str, Path]) -> N
     dog, style = part(folders, "dog", 0.7), part(folders, "style", 0.5)
     dog.adapter.config.alpha_pattern = {"mid_block.attentions.0.to_q": 2.0}
     with warnings.catch_warnings(action="error"):
-        state = combined([dog, style], Combination("cat"), "new", CPU).state
+        state = combine([dog, style], Combination("cat"), "new", CPU).state
     module = "mid_block.attentions.0.to_q"
     own = dog.adapter.state[f"{module}.lora_A.weight"]
     torch.testing.assert_close(state[f"{module}.lora_A.weight"][:4], own * 0.7 * 2.0 / 4)
@@ -196,7 +197,7 @@ def test_the_command_line_combines_as_a_cascade_does(
     cascade.combine({"dog": {1: 0.7, 2: 1}, "style": 1}, "svd", rank=3, name="both")
     cascade.set_adapters({"both": 1.0})
     flags = ["--method", "svd", "--rank", "3", "--out", str(tmp_path / "new")]
-    combine([f"{folders['dog']}=1:0.7,2:1", str(folders["style"]), *flags])
+    combine_folders([f"{folders['dog']}=1:0.7,2:1", str(folders["style"]), *flags])
     assert capsys.readouterr().out == f"{tmp_path / 'new'}\n"
     other = cascade_of(random_cascade, stages=(1, 2), adapters=[tmp_path / "new"])
     assert same(weights(other), weights(cascade))
@@ -214,8 +215,8 @@ def test_files_of_other_tools_are_combined_where_their_stage_is_said(
         save_file(state, foreign[-1] / PEFT_WEIGHTS)
     arguments = [*map(str, foreign), "--method", "cat", "--out", str(tmp_path / "new")]
     with pytest.raises(SystemExit):
-        combine(arguments)
-    combine([*arguments, "--stage", "1"])
+        combine_folders(arguments)
+    combine_folders([*arguments, "--stage", "1"])
     cascade = loaded(random_cascade, folders, "dog", "style")
     cascade.set_adapters({"dog": {1: 1.0}, "style": {1: 1.0}})
     other = cascade_of(random_cascade, stages=(1, 2), adapters=[tmp_path / "new"])
@@ -302,7 +303,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(
     places = {name: str(place) for name, place in folders.items()} | {"other": "other"}
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as caught:
-        combine([argument.format(**places) for argument in arguments])
+        combine_folders([argument.format(**places) for argument in arguments])
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert sentence in error

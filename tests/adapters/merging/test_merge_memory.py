@@ -18,7 +18,7 @@ MB = 1_000_000
 
 MERGE = """
 from pathlib import Path
-import datasets  # as all commands do
+import adapters.merging.merged_model  # with what it imports
 from adapters.merge import main
 
 def peak():

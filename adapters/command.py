@@ -1,0 +1,94 @@
+"""The frame of a command: options that several share, mistakes as sentences, one output."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from adapters.errors import command_line, quiet_libraries
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "--out": {"type": Path, "required": True, "metavar": "FOLDER", "help": "the new folder"},
+        "--base": {
+            "action": "append",
+            "default": [],
+            "metavar": "MODEL",
+            "help": "the base: a folder or owner/name[@revision]; may be repeated, once per stage",
+        },
+        "--revision": {"help": "the base's hub revision"},
+        "--variant": {"help": "the variant of the base's weights, such as fp16"},
+        "--rank": {"type": int, "help": "the largest rank that a module may have"},
+        "--error": {
+            "type": float,
+            "help": "the relative error that each module may have, such as 0.1",
+        },
+        "--stage": {"type": int, "choices": (1, 2), "help": "of adapters that do not state theirs"},
+        "--device": {"default": "cpu", "help": "where to compute, such as cuda (default: cpu)"},
+        "--json": {"action": "store_true", "help": "print everything as a JSON list"},
+        "--clean-caption": {
+            "action": argparse.BooleanOptionalAction,
+            "help": "clean prompts as IF's pipelines do, which drops <sks>, j0hn, #3 and all"
+            " Chinese (default: clean)",
+        },
+    }
+)
+"""Options that several commands have."""
+
+
+def command_parser(
+    name: str, description: str, example: str, *shared: str, **settings: Any
+) -> argparse.ArgumentParser:
+    """Begin the parser of a command.
+
+    Args:
+        name: the command's module in :mod:`adapters`.
+        description: what it does, in a sentence or two.
+        example: arguments that work.
+        shared: the names of those of :data:`OPTIONS` that it has.
+        settings: of the ``ArgumentParser``.
+    """
+    command = f"python -m adapters.{name}"
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=f"example:\n  {command} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line
+        **settings,
+    )
+    for option in shared:
+        parser.add_argument(option, **OPTIONS[option])
+    return parser
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    work: Callable[[argparse.Namespace], object],
+) -> None:
+    """Parse a command line and print what the work returns; mistakes exit with status 2.
+
+    Args:
+        parser: the command's parser.
+        arguments: the command line; ``None``: that of the process.
+        work: what the command does with its options. It imports what is slow to import itself, so
+            that ``--help`` answers at once.
+    """
+    options = parser.parse_args(arguments)
+    with command_line():
+        quiet_libraries()
+        result = work(options)
+    sys.stdout.write(f"{result}\n")
+
+
+def format_report(
+    found: Sequence[Mapping[str, Any]],
+    as_text: Callable[[Mapping[str, Any]], str],
+    *,
+    as_json: bool,
+) -> str:
+    """Format what a command found, for programs or, by ``as_text``, for people."""
+    return json.dumps(found, indent=2) if as_json else "\n\n".join(map(as_text, found))

@@ -1,0 +1,154 @@
+"""Publish an exported adapter on the hub, once all of it is found fit for that."""
+
+from collections.abc import Sequence
+from glob import escape
+from pathlib import Path
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError
+from peft.utils import CONFIG_NAME
+from yaml import YAMLError
+
+from adapters.base.hub import STAGE_FOLDERS, asking_the_hub
+from adapters.errors import UserError
+from adapters.files.info import NOTICE, AdapterInfo
+from adapters.files.licence import DEEPFLOYD, find_copies
+from adapters.files.model_card import CARD, SAMPLES, front_matter, parse_samples
+from adapters.files.places import PEFT_WEIGHTS, export_stages
+from adapters.files.stage_adapter import StageAdapter
+
+STAGE_FILES = (PEFT_WEIGHTS, CONFIG_NAME, LORA_WEIGHT_NAME_SAFE)
+"""The files that export writes into a stage's folder."""
+
+REPLACED = (*(f"{stage}/*" for stage in STAGE_FOLDERS), "stage_?-*", f"{SAMPLES}/*")
+"""The files of an earlier export that a new one replaces in the repository; all others stay."""
+
+
+def push(
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    pull_request: bool = False,
+) -> str:
+    """Publish an exported folder, in one commit, with the files of the export and no others.
+
+    The revision then holds this export alone: files of an earlier one that it lacks are deleted
+    there. Other files in the repository stay.
+
+    Args:
+        folder: the folder, with its card.
+        repository: ``owner/name``; created where there is none.
+        private: only for a repository that only its owner sees.
+        revision: the branch to commit to, created where missing; ``None``: ``main``.
+        message: the commit's message.
+        pull_request: open a pull request against ``main`` instead.
+
+    Returns:
+        The address of what was published.
+
+    Raises:
+        UserError: where the folder is not fit to be published (nothing is sent then), or the hub
+            does not let you.
+    """
+    folder = Path(folder)
+    infos = [_check_stage(stage) for stage in export_stages(folder)]
+    files = [CARD, *_check_card(folder, infos)]
+    for info in infos:
+        files += [f"stage_{info.stage}/{name}" for name in STAGE_FILES]
+        files += _check_licence(folder, info)
+    with asking_the_hub(repository):
+        if repository.count("/") != 1:
+            raise HFValidationError
+        api = HfApi()
+        api.whoami()
+        url = api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise UserError(
+                f"--private was asked for, but {repository} exists and is public; make it private"
+                f" in its settings ({url}/settings), or name another."
+            )
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        stages = " and ".join(f"Stage {info.stage}" for info in infos)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[escape(file) for file in files],
+            delete_patterns=list(REPLACED),
+            commit_message=message or f"Upload {stages} adapter",
+            revision=revision,
+            create_pr=pull_request,
+        )
+    return commit.pr_url or (url if revision is None else f"{url}/tree/{revision}")
+
+
+def _check_stage(folder: Path) -> AdapterInfo:
+    """Read all files of a stage's adapter; return what it says of itself.
+
+    Raises:
+        UserError: where one is missing, damaged, or not written by export.
+    """
+    for name in STAGE_FILES:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; export the adapter again.")
+    adapter, _ = (
+        StageAdapter.load(folder / name) for name in (PEFT_WEIGHTS, LORA_WEIGHT_NAME_SAFE)
+    )
+    info = adapter.info
+    if info is None or folder.name != f"stage_{info.stage}":
+        found = "no adapter of this toolkit" if info is None else f"one of Stage {info.stage}"
+        raise UserError(f"{folder} should hold an exported adapter, but has {found}; export again.")
+    return info
+
+
+def _check_card(folder: Path, infos: Sequence[AdapterInfo]) -> list[str]:
+    """Check a folder's card; return the sample pictures that it shows.
+
+    Raises:
+        UserError: where the card is missing, damaged or of other adapters, shows pictures that are
+            not there, or lacks the notice that the licence of its base asks for.
+    """
+    card = folder / CARD
+    advice = _advise_card(folder)
+    try:
+        text = card.read_text(encoding="utf-8")
+        data = ModelCard(text).data
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{card} is no model card ({reason}); {advice}.") from error
+    found, wanted = data.get("base_model"), front_matter(infos).base_model
+    samples = list(parse_samples(text))
+    noticed = NOTICE in text or not any(map(_is_deepfloyd, infos))
+    for problem, holds in {
+        "has no metadata": data.get("license") is None,
+        f"is of other adapters: its base_model is {found}, not {wanted}": found != wanted,
+        "shows pictures that are not there": not all((folder / name).is_file() for name in samples),
+        f"lacks the notice that the base's licence asks for ({NOTICE!r})": not noticed,
+    }.items():
+        if holds:
+            raise UserError(f"{card} {problem}; {advice}.")
+    return samples
+
+
+def _check_licence(folder: Path, info: AdapterInfo) -> list[str]:
+    """Check that a stage's licence files are there where they must be; return them."""
+    files = find_copies(folder, info.stage)
+    if _is_deepfloyd(info) and not files:
+        raise UserError(
+            f"{folder} lacks stage_{info.stage}-LICENSE.md, the copy of its base's licence that"
+            f" must go with it; log in with an account that has accepted {info.base_model}"
+            f" (hf auth login), and {_advise_card(folder)}."
+        )
+    return [path.name for path in files]
+
+
+def _advise_card(folder: Path) -> str:
+    return f"write it again with `python -m adapters.card {folder}`"
+
+
+def _is_deepfloyd(info: AdapterInfo) -> bool:
+    return info.licence_notice is not None or info.base_model.startswith(DEEPFLOYD)

@@ -1,0 +1,173 @@
+"""Compare what two adapters do to a UNet, or two UNets."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from adapters.base.component_files import CONFIG
+from adapters.base.stored_unet import StoredUNet
+from adapters.errors import UserError, listed
+from adapters.files.reading import alpha_of, rank_of
+from adapters.files.stage_adapter import StageAdapter
+from adapters.merging.measure import (
+    check_architecture,
+    choose_base,
+    group_by_block,
+    inner,
+    read_update,
+    sum_by_group,
+)
+from adapters.tables import format_facts, format_range, format_table
+from adapters.weights.updates import LowRank
+
+Read: TypeAlias = Callable[[str], LowRank | Tensor | None]
+"""Reads the update of a module by name, or a weight."""
+
+SETTINGS = {"rank": rank_of, "alpha": alpha_of}
+"""What two adapters of one module may differ in, beside its values."""
+
+
+def is_model(path: Path) -> bool:
+    """Tell whether a path is the folder of a model or of its UNet."""
+    return any((path / name).is_file() for name in (DiffusionPipeline.config_name, CONFIG))
+
+
+def pair_stages(
+    a: Sequence[StageAdapter], b: Sequence[StageAdapter]
+) -> list[tuple[StageAdapter, StageAdapter]]:
+    """Pair adapters of one stage; where one does not say its own, those with most in common.
+
+    Raises:
+        UserError: where there are none.
+    """
+    pairs = [(one, other) for one in a for other in b]
+    if any(each.info is None for each in (*a, *b)):
+        return [max(pairs, key=lambda pair: len(pair[0].modules.keys() & pair[1].modules.keys()))]
+    same = [(x, y) for x, y in pairs if x.info and y.info and x.info.stage == y.info.stage]
+    if not same:
+        raise UserError(
+            f"{a[0].folder} and {b[0].folder} are adapters of different stages; compare those of"
+            " one stage."
+        )
+    return same
+
+
+def compare_adapters(
+    a: StageAdapter, b: StageAdapter, bases: Mapping[int, StoredUNet], *, by_module: bool
+) -> dict[str, Any]:
+    """Compare two adapters of a stage, of any kinds, in JSON's types.
+
+    Args:
+        a: the one.
+        b: the other.
+        bases: their base, by stage, which kinds other than LoRA need.
+        by_module: a row for each module, instead of each block.
+
+    Raises:
+        UserError: where a base is needed and not given, or they are of UNets of different sizes.
+    """
+    only = [[name for name in x.modules if name not in y.modules] for x, y in ((a, b), (b, a))]
+    both = [name for name in a.modules if name in b.modules]
+    settings = {
+        setting: {name: [read(x.config, name) for x in (a, b)] for name in both}
+        for setting, read in SETTINGS.items()
+    }
+    return {
+        "a": _headline(a),
+        "b": _headline(b),
+        "only_in_a": only[0],
+        "only_in_b": only[1],
+        **{
+            f"{setting}s": {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+            for setting, pairs in settings.items()
+        },
+        "rows": _compare([*a.modules, *only[1]], _reader(a, bases), _reader(b, bases), by_module),
+    }
+
+
+def compare_unets(a: StoredUNet, b: StoredUNet, *, by_module: bool) -> dict[str, Any]:
+    """Compare the weights of two UNets, in JSON's types.
+
+    Raises:
+        UserError: where one cannot be read, or they are of different architectures.
+    """
+    check_architecture(a, b)
+    return {
+        "a": f"{a.name}: {len(a.weights)} weights",
+        "b": f"{b.name}: {len(b.weights)} weights",
+        "rows": _compare(list(a.weights), a.read, b.read, by_module),
+    }
+
+
+def _headline(adapter: StageAdapter) -> str:
+    settings = {
+        setting: format_range(read(adapter.config, name) for name in adapter.modules)
+        for setting, read in SETTINGS.items()
+    }
+    told = "".join(f", {setting} {values}" for setting, values in settings.items() if values)
+    return f"{adapter.folder}: {adapter.kind}{told}, {len(adapter.modules)} modules"
+
+
+def _reader(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> Read:
+    base = choose_base(adapter, bases)
+    return lambda name: read_update(adapter, name, base) if name in adapter.modules else None
+
+
+def _compare(names: Sequence[str], a: Read, b: Read, by_module: bool) -> list[dict[str, Any]]:
+    """The rows of the table: what differs most comes first, and all together last."""
+    products = {}
+    for name in tqdm(names, "Comparing", delay=2, leave=False):
+        one, other = a(name), b(name)
+        if one is not None and other is not None and one.shape != other.shape:
+            shapes = [list(update.shape) for update in (one, other)]
+            raise UserError(
+                f"{name} has the shape {shapes[0]} in the one and {shapes[1]} in the other; compare"
+                " adapters of one base."
+            )
+        products[name] = [
+            0.0 if x is None or y is None else inner(x, y)
+            for x, y in ((one, one), (other, other), (one, other))
+        ]
+    groups = {name: [name] for name in names} if by_module else group_by_block(names)
+    *rows, whole = (_row(*sums) for sums in sum_by_group(groups, products))
+    rows.sort(
+        key=lambda row: float("inf") if row["distance"] is None else row["distance"], reverse=True
+    )
+    return [*rows, whole]
+
+
+def _row(name: str, modules: int, products: Sequence[float]) -> dict[str, Any]:
+    """Norms, distance relative to A's norm, and cosine; ``None`` where a norm is zero."""
+    aa, bb, ab = products
+    distance = max(aa + bb - 2 * ab, 0.0) ** 0.5
+    return {
+        "name": name,
+        "modules": modules,
+        "norm_a": aa**0.5,
+        "norm_b": bb**0.5,
+        "distance": distance / aa**0.5 if aa else None,
+        "cosine": ab / (aa * bb) ** 0.5 if aa and bb else None,
+    }
+
+
+def format_comparison(found: Mapping[str, Any]) -> str:
+    """Lay out a comparison, for people."""
+    facts = [("A", found["a"]), ("B", found["b"])]
+    for side in "AB":
+        if names := found.get(f"only_in_{side.lower()}"):
+            facts.append((f"only in {side}", f"{len(names)} modules: {listed(names, 8)}"))
+    for setting in SETTINGS:
+        if pairs := found.get(f"{setting}s"):
+            changes = [
+                f"{name} {' -> '.join(format_range([value]) for value in pair)}"
+                for name, pair in pairs.items()
+            ]
+            facts.append((setting, f"differs in {len(pairs)} modules: {listed(changes, 8)}"))
+    table = [["", "modules", "|A|", "|B|", "|A - B| / |A|", "cosine"]]
+    for name, modules, *values in (row.values() for row in found["rows"]):
+        table.append([name, str(modules), *("-" if v is None else f"{v:.4g}" for v in values)])
+    return f"{format_facts(facts)}\n\n{format_table(table)}"

@@ -1,0 +1,196 @@
+"""Write LoRAs of a low rank: of an adapter of any kind, and of the difference of two UNets."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from adapters.atomic import new_folder
+from adapters.base.source import Source
+from adapters.base.stored_unet import StoredUNet
+from adapters.errors import UserError, __version__, listed
+from adapters.files.export import approximate_info, complete_info, write_adapter
+from adapters.files.info import AdapterInfo
+from adapters.files.licence import find_copies
+from adapters.files.model_card import write_card
+from adapters.files.places import adapter_path
+from adapters.files.reading import lora_config, rank_of
+from adapters.files.stage_adapter import StageAdapter
+from adapters.merging.measure import (
+    check_architecture,
+    check_weights_only,
+    choose_base,
+    read_update,
+)
+from adapters.tables import format_range, format_table
+from adapters.weights.approximation import Approximation
+from adapters.weights.kinds import AdapterSpec, match_targets
+
+
+def resize(
+    path: Path,
+    out: Path,
+    rank: int | None = None,
+    error: float | None = None,
+    *,
+    bases: Mapping[int, StoredUNet] | None = None,
+) -> str:
+    """Write adapters as LoRAs of a lower rank, by singular value decomposition of their updates.
+
+    Args:
+        path: an exported folder, of which all stages are resized, or another tool's adapter.
+        out: the new folder; it is laid out as the old one.
+        rank: the largest rank of a module.
+        error: the relative Frobenius error of each module, 0 to 1: modules get the lowest rank that
+            keeps it. At least one of the two must be given.
+        bases: the bases by stage, which kinds other than LoRA need.
+
+    Returns:
+        A table of the ranks before and after, and of the errors.
+
+    Raises:
+        UserError: where the adapter or its base cannot be read or used, or ``out`` is there.
+    """
+    path = adapter_path(path)
+    adapters = StageAdapter.load_all(path)
+    losses = [Approximation.limited(rank, error) for _ in adapters]
+    rows = [["", "rank", "parameters", "relative error", "largest", "in"]]
+    infos = []
+    with new_folder(out) as new:
+        for old, loss in zip(adapters, losses, strict=True):
+            small = _lower_rank(old, new, loss, bases or {})
+            ranks = (rank_of(old.config, name) for name in old.modules)
+            worst, largest = loss.worst
+            rows.append(
+                [
+                    f"{old.folder}, {old.kind}",
+                    f"{format_range(ranks)} -> {format_range(loss.ranks)}",
+                    f"{_count_parameters(old)} -> {_count_parameters(small)}",
+                    *(f"{loss.error:.2g}", f"{largest:.2g}", worst),
+                ]
+            )
+            if small.info is not None:
+                infos.append(small.info)
+                for file in find_copies(path, small.info.stage):
+                    shutil.copyfile(file, new / file.name)
+        if infos:
+            write_card(new, infos)
+    return f"{format_table(rows)}\n{out}"
+
+
+def _lower_rank(
+    adapter: StageAdapter, new: Path, loss: Approximation, bases: Mapping[int, StoredUNet]
+) -> StageAdapter:
+    check_weights_only(adapter)
+    base = choose_base(adapter, bases)
+    for module in tqdm(adapter.modules, "Decomposing", delay=2, leave=False):
+        update = read_update(adapter, module, base)
+        assert update is not None
+        loss.add_update(module, update)
+    info = adapter.info and approximate_info(adapter.info, loss)
+    return _write_lora(new / f"stage_{info.stage}" if info else new, loss, info)
+
+
+def _count_parameters(adapter: StageAdapter) -> str:
+    return tqdm.format_sizeof(sum(tensor.numel() for tensor in adapter.state.values()))
+
+
+def _write_lora(folder: Path, lora: Approximation, info: AdapterInfo | None) -> StageAdapter:
+    adapter = StageAdapter(folder, info, lora_config(lora.state), lora.state)
+    write_adapter(adapter)
+    return adapter
+
+
+def extract(
+    tuned: StoredUNet,
+    source: Source,
+    out: Path,
+    lora: Approximation,
+    *,
+    targets: str | tuple[str, ...] = "all",
+    prompts: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+) -> str:
+    """Write the LoRA that is nearest to what sets a UNet apart from its base.
+
+    Weights are read and decomposed one at a time. What differs outside of the targets, or is no
+    matrix (biases, norms), cannot be in a LoRA, and counts as lost.
+
+    Args:
+        tuned: the fine-tuned UNet.
+        source: its base.
+        out: the new folder; it receives the stage's folder and a card.
+        lora: an empty approximation, with the limits of the LoRA.
+        targets: the modules that the LoRA may adapt; those that do not differ are left out.
+        prompts: examples that show its effect, for the card.
+        device: where to decompose.
+
+    Returns:
+        What was extracted and what was lost, for people.
+
+    Raises:
+        UserError: where the UNets are of different architectures or do not differ, a target matches
+            nothing, or ``out`` is there or cannot be written.
+    """
+    base = StoredUNet.of(source)
+    check_architecture(tuned, base)
+    modules = frozenset(match_targets(base.unet, targets))
+    outside: dict[str, float] = {}
+    with new_folder(out) as new:
+        for name in tqdm(base.weights, "Decomposing", delay=2):
+            change = _subtract(tuned.read(name), base.read(name))
+            module, _, leaf = name.rpartition(".")
+            if change is None:
+                continue
+            if leaf == "weight" and module in modules:
+                lora.add_update(module, change.to(device))
+            else:
+                lora.add_lost(name, change)
+                outside[name] = lora.squares[name][0]
+        if not lora.state:
+            raise UserError(
+                f"{tuned.name} does not differ from {base.name} in any of the {len(modules)}"
+                f" modules that the targets {targets!r} match; there is nothing to extract."
+            )
+        limits = {"tuned": tuned.name, "rank": lora.rank, "error": lora.tolerance}
+        info = AdapterInfo(
+            base_model=source.name,
+            base_revision=source.revision,
+            stage=source.stage,
+            spec=AdapterSpec(rank=max(lora.ranks), targets=targets),
+            prompts=tuple(prompts),
+            step=0,
+            recipe=yaml.safe_dump({"extract": limits}, sort_keys=False),
+            version=__version__,
+            approximation_error=lora.error,
+        )
+        folder = f"stage_{source.stage}"
+        _write_lora(new / folder, lora, info := complete_info(info, base.unet))
+        write_card(new, [info])
+    return f"{out / folder}: a LoRA of {lora.message}.{_format_outside(outside, lora)}"
+
+
+def _subtract(tuned: Tensor, base: Tensor) -> Tensor | None:
+    """Subtract a base's weight from a tuned one in float32; ``None``: they are equal."""
+    if tuned.element_size() < base.element_size():
+        # rounded as it was before tuning or when that was saved: rounding is not tuning
+        base = base.to(tuned.dtype)
+    change = tuned.float() - base.float()
+    return change if change.any() else None
+
+
+def _format_outside(outside: Mapping[str, float], lora: Approximation) -> str:
+    """The weights that differ outside of the LoRA's modules, from their squared norms."""
+    if not outside:
+        return ""
+    total = sum(whole for _, whole in lora.squares.values())
+    share = (sum(outside.values()) / total) ** 0.5
+    names = sorted(outside, key=lambda name: outside[name], reverse=True)
+    return (
+        f"\n{len(names)} weights outside of its modules differ too, {share:.1%} of the norm of the"
+        f" whole difference, and are lost: {listed(names, 8)}."
+    )

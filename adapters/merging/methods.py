@@ -1,0 +1,92 @@
+"""The methods of PEFT that combine LoRAs into one, and their settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from adapters.arguments import check_seeds
+from adapters.errors import UserError
+
+
+class Method(NamedTuple):
+    """The settings and adapters that a method asks for, beside scales."""
+
+    pairs: bool = False
+    """It combines A with A and B with B: their ranks must be equal."""
+    prunes: bool = False
+    """It keeps a part of the values: their density."""
+    elects: bool = False
+    """It keeps the values of one sign: how that is found."""
+    cuts: bool = False
+    """It combines B A, and cuts that off at a rank by SVD."""
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "linear": Method(pairs=True),
+        "cat": Method(),
+        "svd": Method(cuts=True),
+        "ties": Method(pairs=True, prunes=True, elects=True),  # arXiv 2306.01708
+        "ties_svd": Method(cuts=True, prunes=True, elects=True),
+        "dare_linear": Method(pairs=True, prunes=True),  # arXiv 2311.03099
+        "dare_linear_svd": Method(cuts=True, prunes=True),
+        "dare_ties": Method(pairs=True, prunes=True, elects=True),
+        "dare_ties_svd": Method(cuts=True, prunes=True, elects=True),
+        "magnitude_prune": Method(pairs=True, prunes=True),
+        "magnitude_prune_svd": Method(cuts=True, prunes=True),
+    }
+)
+"""PEFT's methods, by its names.
+
+The result of ``cat`` is the sum of updates, as merging all of them is, and that of ``svd`` the
+nearest to it of a rank. Those that combine A with A and B with B are no such sum.
+"""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A method of :data:`METHODS` and its settings."""
+
+    method: str = "linear"
+    density: float | None = None
+    """The share of values that methods which prune keep, above 0 and up to 1."""
+    rank: int | None = None
+    """The rank that methods by SVD cut off at; ``None``: the largest of their adapters."""
+    majority_sign: str | None = None
+    """Whether a sign is elected by the ``total`` of values or their ``frequency``; ``None``: by
+    the total."""
+    seed: int = 0
+    """The seed of the values that DARE drops, which are others on a GPU than on a CPU."""
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: where the method is unknown, lacks a setting, or would ignore one, or the
+                seed is not valid.
+        """
+        check_seeds([self.seed])
+        if self.method not in METHODS:
+            raise UserError(f"method must be one of {', '.join(METHODS)} (got {self.method!r}).")
+        density, rank, sign = self.density, self.rank, self.majority_sign
+        dense = density is not None and 0 < density <= 1
+        for setting, value, asked, valid, expected in (
+            ("density", density, self.asks.prunes, dense, "above 0 and up to 1"),
+            ("rank", rank, self.asks.cuts, rank is None or rank >= 1, "of 1 or more"),
+            (
+                *("majority_sign", sign, self.asks.elects),
+                *(sign in (None, "total", "frequency"), "of total or frequency"),
+            ),
+        ):
+            if asked and not valid:
+                raise UserError(f"{self.method!r} needs a {setting} {expected} (got {value!r}).")
+            if value is not None and not asked:
+                raise UserError(
+                    f"{self.method!r} takes no {setting} (got {value!r}); leave it out."
+                )
+
+    @property
+    def asks(self) -> Method:
+        """What the method asks for."""
+        return METHODS[self.method]
