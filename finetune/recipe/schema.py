@@ -30,12 +30,12 @@ from finetune.recipe.yaml12 import Dumper
 from finetune.step.optimizers import OPTIMIZERS, SCHEDULES
 from finetune.step.stages import STAGES, Stage
 from finetune.step.timesteps import DENSITIES
+from unets.precision import Precision, automatic_precision
 
 if TYPE_CHECKING:  # a mistyped recipe is answered before these are imported
     import torch
 
     from adapters.base.source import Source
-    from unets.loading import Precision
 
 KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
 """The kinds of adapter that have no B matrices, which LoRA+ is about."""
@@ -73,9 +73,7 @@ ChosenPrecision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 Place = tuple[int | str, ...]
 
 
-def _resolve(precision: ChosenPrecision, device: "torch.device") -> "Precision":
-    from unets.loading import automatic_precision
-
+def _resolve(precision: ChosenPrecision, device: "torch.device") -> Precision:
     return automatic_precision(device) if precision == "auto" else precision
 
 
@@ -93,7 +91,7 @@ class Section(BaseModel):
 
 
 class Base(Section):
-    """The cascade to fine-tune: folders or hub names (``owner/name@revision``) in diffusers' layout."""
+    """The cascade to fine-tune: folders or hub names (``owner/name@revision``) for diffusers."""
 
     stage_1: str
     """Stage I; its text encoder and tokenizer are those of the whole cascade."""
@@ -173,7 +171,7 @@ class Text(Section):
     """Clean captions as IF's pipelines do by default: HTML, links and odd punctuation go, but so
     do words such as ``<sks>``, ``j0hn``, ``#3``, ``@mydog``, and all Chinese."""
 
-    def precision_on(self, device: "torch.device") -> "Precision":
+    def precision_on(self, device: "torch.device") -> Precision:
         """The precision of the text encoder on the device that encodes."""
         return _resolve(self.precision, device)
 
@@ -314,7 +312,7 @@ class Training(Section):
             raise ValueError(f"must be true or false (got {value!r})")
         return value
 
-    def precision_on(self, device: "torch.device") -> "Precision":
+    def precision_on(self, device: "torch.device") -> Precision:
         """The precision of the frozen UNet on a device."""
         return _resolve(self.precision, device)
 
@@ -439,7 +437,7 @@ class Recipe(Section):
         """The files of a stage's base model."""
         return self.base.source(stage)
 
-    def precisions_on(self, device: "torch.device") -> "dict[int, Precision]":
+    def precisions_on(self, device: "torch.device") -> dict[int, Precision]:
         """The precision of each stage's UNet on a device; an untrained stage has the other's."""
         trained = {s.number: self.training(s).precision_on(device) for s in self.trained}
         return {number: trained.get(number, next(iter(trained.values()))) for number in STAGES}
