@@ -305,13 +305,6 @@ class Training(Section):
     keep_checkpoints: Positive = 2
     """The number of newest checkpoints to keep."""
 
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _check_true_or_false(cls, value: Any) -> Any:
-        if not isinstance(value, bool):
-            raise ValueError(f"must be true or false (got {value!r})")
-        return value
-
     def precision_on(self, device: "torch.device") -> Precision:
         """The precision of the frozen UNet on a device."""
         return _resolve(self.precision, device)

@@ -156,6 +156,7 @@ def test_settings_that_an_optimizer_cannot_take(
         ("stage_1=5", "stage_1: Input should be a section of keys and values (got 5)"),
         ("validation.prompts=5", "validation.prompts: Input should be a valid list (got 5)"),
         ("stage_2.noise_level=[1, 2, 3]", "stage_2.noise_level: List should have at most 2 items"),
+        ("stage_1.compile=auto", "stage_1.compile: Input should be true or false (got 'auto')"),
         ("seed=null", "seed: Input should be a valid integer (got null)"),
     ],
 )
