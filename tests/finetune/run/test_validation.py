@@ -1,4 +1,4 @@
-"""Validation pictures: of the UNet in training, from what each stage is told."""
+"""Validation pictures are those of the UNet in training, from each stage's own prompts."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PROMPTS = ["a sks cat", "a sks dog"]
 SAMPLING = {"stage_1": {"timesteps": "fast27"}, "stage_2": {"steps": 2}}
 
 
-def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path: Path) -> None:
+def test_stage_2_has_its_own_prompts(random_cascade: RandomCascade, tmp_path: Path) -> None:
     folders = (str(random_cascade.stage_1), str(random_cascade.stage_2))
     own = {"prompts": PROMPTS, "stage_2_prompts": ["a cat", "a dog"]}
     recipe = Recipe.model_validate(
