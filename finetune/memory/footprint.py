@@ -83,7 +83,7 @@ class Rehearsal:
         name = training.optimizer.name
         # its state is counted by the algorithm's own figure, and not all can be made without a GPU
         plain = training.optimizer.model_copy(update={"name": "adamw_8bit"})
-        trainee = Trainee.of(
+        trainee = Trainee(
             stage,
             training.model_copy(update={"optimizer": plain}),
             blank_unet(source.unet_config, training.precision_on(device), device),

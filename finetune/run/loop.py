@@ -32,7 +32,6 @@ from finetune.run.update_size import UpdateSize
 from finetune.run.validation import (
     PromptRow,
     Validator,
-    prepare_validator,
     row_from_photos,
     row_from_stage_1,
 )
@@ -87,7 +86,7 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
                 row_from_stage_1(settings, base, embeds, precisions, device, adapters),
                 row_from_photos(material.pictures, trainee.unet.config.sample_size, low_res_px),
             ]
-        validator = prepare_validator(settings, base, stage, trainee.unet, embeds, rows)
+        validator = Validator(settings, base, stage, trainee.unet, embeds, rows)
     run_steps(
         trainee,
         batches,
@@ -198,7 +197,7 @@ def load_trainee(
     """Load a stage's UNet and schedulers and attach a fresh adapter."""
     unet = source.unet(training.precision_on(device), device)
     schedulers = tuple(source.scheduler(name) for name in stage.schedulers)
-    return Trainee.of(stage, training, unet, schedulers, seed=seed)
+    return Trainee(stage, training, unet, schedulers, seed=seed)
 
 
 def build_batches(

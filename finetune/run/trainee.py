@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,87 +19,59 @@ from finetune.step.inputs import Batch, add_noise, unet_inputs
 from finetune.step.losses import Losses, NoiseTables, hybrid_loss
 from finetune.step.optimizers import OPTIMIZERS, averaged_weights, build_optimizer
 from finetune.step.stages import Stage
-from unets.dropout import DropoutKeys, key_dropout
+from unets.dropout import key_dropout
 from unets.graphs import Replayed
 from unets.lora_layers import fuse_adapters
 
 
-@dataclass
 class Trainee:
-    """A frozen UNet with an adapter, the adapter's optimizer, and how far training has come.
+    """A frozen UNet with a fresh adapter, the adapter's optimizer, and the progress of training.
 
     A checkpoint is ``state``, and a step is ``accumulate`` and ``update``. Both are functions of
     tensors with fixed shapes that never wait for the device, so that on a GPU ``accumulate`` is
     one CUDA graph.
     """
 
-    stage: Stage
-    training: Training
-    unet: UNet2DConditionModel
-    schedulers: tuple[DDPMScheduler, ...]
-    tables: NoiseTables
-    weights: FlatWeights
-    """The adapter's parameters: the only ones that train."""
-    optimizer: torch.optim.Optimizer
-    average: Tensor | None
-    """The exponential moving average of the weights, where the recipe keeps one."""
-    watch: GradientWatch
-    dropout_keys: DropoutKeys
-    """The keys of the adapter's dropout in each forward pass."""
-    step: int = 0
-    recorded: Replayed[Losses] = field(init=False)
-    """The forward and backward pass."""
-    predict: Callable[..., Any] = field(init=False)
-    """The UNet's forward pass, compiled if the recipe says so."""
-
-    def __post_init__(self) -> None:
-        self.predict = self.unet
-        self.recorded = Replayed(
-            self._forward_backward, "The training step", enabled=self.training.cuda_graph
-        )
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         stage: Stage,
         training: Training,
         unet: UNet2DConditionModel,
         schedulers: tuple[DDPMScheduler, ...],
         *,
         seed: int,
-    ) -> "Trainee":
-        """Attach a fresh adapter to a UNet and make its optimizer."""
+    ) -> None:
+        self.stage, self.training, self.unet, self.schedulers = stage, training, unet, schedulers
+        self.step = 0
         parameters = attach(unet, training.adapter, seed=seed)
         if unet.device.type != "cpu":
             fuse_adapters(unet)
-        dropout_keys = key_dropout(unet, training.adapter.dropout)
+        self.dropout_keys = key_dropout(unet, training.adapter.dropout)
         if training.gradient_checkpointing:  # nothing draws: there is no random state to keep
             unet.enable_gradient_checkpointing(
                 partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             )
         unet.train()
         as_unet = KINDS[training.adapter.kind].trains_in_unet_precision
+        self.weights = FlatWeights(parameters, unet.dtype if as_unet else torch.float32)
+        """The adapter's parameters: the only ones that train."""
         options = training.optimizer
-        weights = FlatWeights(parameters, unet.dtype if as_unet else torch.float32)
-        optimizer = build_optimizer(
+        self.optimizer = build_optimizer(
             options.name,
-            weights.slices(whole_tensors=OPTIMIZERS[options.name].whole_tensors),
+            self.weights.slices(whole_tensors=OPTIMIZERS[options.name].whole_tensors),
             learning_rate=options.learning_rate,
             betas=options.betas,
             weight_decay=options.weight_decay,
             lora_plus_ratio=options.lora_plus_ratio,
         )
-        return cls(
-            stage=stage,
-            training=training,
-            unet=unet,
-            schedulers=schedulers,
-            tables=NoiseTables.of(schedulers[0], unet.device),
-            weights=weights,
-            optimizer=optimizer,
-            average=None if training.ema_decay is None else weights.values.clone(),
-            watch=GradientWatch(weights, training.adapter.dropout),
-            dropout_keys=dropout_keys,
+        self.average = None if training.ema_decay is None else self.weights.values.clone()
+        """The exponential moving average of the weights, if the recipe keeps one."""
+        self.watch = GradientWatch(self.weights, training.adapter.dropout)
+        self.tables = NoiseTables.of(schedulers[0], unet.device)
+        self.predict: Callable[..., Any] = unet
+        """The UNet's forward pass, compiled if the recipe says so."""
+        self.recorded = Replayed(
+            self._forward_backward, "The training step", enabled=training.cuda_graph
         )
 
     def accumulate(self, batch: Batch) -> Losses:

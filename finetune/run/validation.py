@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from adapters import load_cascade
-from adapters.cascade.cascade import Cascade
 from adapters.cascade.load import Parts
 from finetune.data.batches import shrink
 from finetune.data.pictures import Picture, crop, to_tensor
@@ -38,14 +37,27 @@ class PromptRow:
     """The prompts of Stage II; ``None``: the same."""
 
 
-@dataclass(frozen=True)
 class Validator:
     """The cascade of the UNet in training, sampled with the same prompts and seeds each time."""
 
-    cascade: Cascade
-    settings: Validation
-    embeds: Mapping[str, Tensor]
-    rows: Sequence[PromptRow]
+    def __init__(
+        self,
+        settings: Validation,
+        base: Base,
+        stage: Stage,
+        unet: UNet2DConditionModel,
+        embeds: Mapping[str, Tensor],
+        rows: Sequence[PromptRow],
+    ) -> None:
+        self.settings, self.embeds, self.rows = settings, embeds, rows
+        self.cascade = load_cascade(
+            base.stage_1 if stage.number == 1 else None,
+            base.stage_2 if stage.number == 2 else None,
+            revision=base.revision,
+            variant=base.variant,
+            device=unet.device,
+            parts=Parts(text_encoder=False, unets={stage.number: unet}),
+        )
 
     def sample(self) -> dict[str, Samples]:
         """Sample each row; returns its prompts and pictures by its title."""
@@ -62,26 +74,6 @@ class Validator:
             samples[row.title] = list(zip(row.prompts, pictures.final, strict=True))
         self.cascade.free_graphs()  # their memory is the training step's
         return samples
-
-
-def prepare_validator(
-    settings: Validation,
-    base: Base,
-    stage: Stage,
-    unet: UNet2DConditionModel,
-    embeds: Mapping[str, Tensor],
-    rows: Sequence[PromptRow],
-) -> Validator:
-    """Put the UNet in training into the cascade of its base."""
-    cascade = load_cascade(
-        base.stage_1 if stage.number == 1 else None,
-        base.stage_2 if stage.number == 2 else None,
-        revision=base.revision,
-        variant=base.variant,
-        device=unet.device,
-        parts=Parts(text_encoder=False, unets={stage.number: unet}),
-    )
-    return Validator(cascade, settings, embeds, rows)
 
 
 def row_from_stage_1(

@@ -39,9 +39,9 @@ class GradientWatch:
         self.needed = max(CHANCES, math.ceil(math.log(UNLUCKY, dropout)) if dropout else 0)
         self.chances = 0
         self.moved = False
-        """Whether an update has moved the weights yet."""
+        """True once an update has moved the weights."""
         self.complete = False
-        """Whether every tensor is known to have received a gradient."""
+        """True once every tensor is known to have received a gradient."""
 
     def observe(self, gradient: Tensor, rate: float) -> None:
         """Note the tensors that a step's gradient reaches, before the update.

@@ -34,9 +34,9 @@ class Slice:
 
     parameter: "nn.Parameter"
     fast: bool
-    """Whether LoRA+ gives it a higher rate: it is made of B matrices."""
+    """True for B matrices, which LoRA+ gives a higher rate."""
     small: bool
-    """Whether its tensors are too small for a state in 8 bits."""
+    """True for tensors that are too small for a state in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Algorithm:
     betas: Betas | None
     """Its own betas, for recipes that give none; ``None``: it has no betas."""
     moments: int
-    """How many values it keeps on the device for each value that it updates."""
+    """The number of values kept on the device for each value that is updated."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the class."""
     eight_bit: bool = False
-    """Whether it keeps its moments in 8 bits, except those of small tensors."""
+    """Its moments are kept in 8 bits, except those of small tensors."""
     whole_tensors: bool = False
-    """Whether it needs each matrix by itself, because it treats one as more than its elements."""
+    """It needs each matrix by itself, because it treats one as more than its elements."""
     finds_scale: bool = False
-    """Whether it finds its own step size, which the learning rate only multiplies."""
+    """It finds its own step size, which the learning rate only multiplies."""
     needs_gpu: bool = False
-    """Whether it runs on a GPU alone."""
+    """It runs on a GPU alone."""
     averages: bool = False
-    """Whether the weights to use are an average, kept beside those that train."""
+    """The weights to use are an average, kept beside those that train."""
 
     def state_bytes(self, slices: Iterable[Slice]) -> int:
         """Bytes of the device's memory that its state takes for what it updates."""

@@ -20,7 +20,7 @@ class Stage:
 
     @property
     def super_resolution(self) -> bool:
-        """Whether the UNet is also shown a low-res picture."""
+        """True if the UNet is also shown a low-res picture."""
         return len(self.schedulers) > 1
 
 

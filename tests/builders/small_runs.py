@@ -118,7 +118,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def trainee_of(recipe: Recipe, number: int = 1) -> Trainee:
-    """What a run begins with."""
+    """The trainee that a run begins with."""
     stage = STAGES[number]
     seed = derived_seed(recipe.seed, number)
     return load_trainee(stage, recipe.training(stage), recipe.source(stage), seed, CPU)

@@ -35,7 +35,7 @@ def trainee_of(
     schedulers = tuple(
         DDPMScheduler.from_pretrained(base, subfolder=name) for name in STAGES[stage].schedulers
     )
-    return Trainee.of(STAGES[stage], training, unet, schedulers, seed=0)
+    return Trainee(STAGES[stage], training, unet, schedulers, seed=0)
 
 
 def batch_of(

@@ -57,7 +57,7 @@ def make(random_cascade: RandomCascade, tmp_path: Path) -> Recipes:
 
 
 def gradient(trainee: Trainee, *batches: Batch) -> Tensor:
-    """What some batches add to a trainee's gradient, which was zero."""
+    """The gradient of some batches, added to a trainee's, which was zero."""
     for batch in batches:
         trainee.accumulate(batch)
     return trainee.weights.gradient.clone()
@@ -71,7 +71,7 @@ def relative(difference: Tensor, to: Tensor) -> float:
 
 
 def rates(recipe: Recipe) -> list[float]:
-    """How far weights move at each step."""
+    """The largest move of a weight at each step."""
     weights = saved_weights(recipe)
     return (weights[1:] - weights[:-1]).abs().amax(1).tolist()
 
@@ -209,7 +209,7 @@ def test_a_gradient_below_the_clip_stays_as_it_is(make: Recipes) -> None:
 
 
 def ages(recipe: Recipe) -> float:
-    """How many steps old the exported weights are on average, as a mean of those of each step."""
+    """The average age in steps of the exported weights, as a mean of those of each step."""
     weights, average = saved_weights(recipe), flat(exported(recipe))
     shares = torch.linalg.lstsq(weights.T, average[:, None]).solution[:, 0]
     assert relative(weights.T @ shares - average, average) < 1e-5

@@ -84,7 +84,7 @@ def test_one_picture_has_no_ceiling() -> None:
         ((0.50, 0.66, 0.34), None),
     ],
 )
-def test_a_run_that_did_not_learn_what_it_should_is_told(
+def test_a_run_that_did_not_learn_is_reported(
     found: tuple[float, float, float], words: str | None
 ) -> None:
     expected = Expected(data="x", clip_i=0.5, clip_t=0.66, clip_t_others=0.5, spread=0.05)

@@ -64,7 +64,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(
     tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the newest step is saved anew, and where the next one is."""
+    """Both when the newest step is saved again, and when the next one is."""
     left = always = 1000
 
     def mortal(call: Callable[..., Any]) -> Callable[..., Any]:

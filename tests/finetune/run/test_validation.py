@@ -1,4 +1,4 @@
-"""Validation pictures: of the UNet in training, from what each stage is told."""
+"""Validation pictures are those of the UNet in training, from each stage's own prompts."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from adapters import Sampling, load_cascade
 from finetune.data.captions import CaptionCache, collect_captions, embed_captions
 from finetune.recipe.schema import Recipe
-from finetune.run.validation import prepare_validator, row_from_stage_1
+from finetune.run.validation import Validator, row_from_stage_1
 from finetune.step.stages import STAGES
 from tests.builders.drawing import largest_difference
 from tests.builders.random_cascade import RandomCascade
@@ -16,7 +16,7 @@ PROMPTS = ["a sks cat", "a sks dog"]
 SAMPLING = {"stage_1": {"timesteps": "fast27"}, "stage_2": {"steps": 2}}
 
 
-def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path: Path) -> None:
+def test_stage_2_has_its_own_prompts(random_cascade: RandomCascade, tmp_path: Path) -> None:
     folders = (str(random_cascade.stage_1), str(random_cascade.stage_2))
     own = {"prompts": PROMPTS, "stage_2_prompts": ["a cat", "a dog"]}
     recipe = Recipe.model_validate(
@@ -35,7 +35,7 @@ def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path
     unet = cascade.stages[2].unet
     settings, base = recipe.validation, recipe.base
     row = row_from_stage_1(settings, base, embeds, recipe.precisions_on(cpu), cpu, [])
-    shown = prepare_validator(settings, base, STAGES[2], unet, embeds, [row]).sample()[row.title]
+    shown = Validator(settings, base, STAGES[2], unet, embeds, [row]).sample()[row.title]
     options = {"seed": 3, "sampling": Sampling(**SAMPLING), "progress": False}
     expected = cascade(PROMPTS, stage_2_prompt=["a cat", "a dog"], **options)
     without = cascade(PROMPTS, **options)

@@ -112,7 +112,7 @@ KILLED: Mapping[str, dict[str, Any]] = {
     "average": {"ema_decay": 0.7},
     "schedule": {"optimizer": {"name": "adamw_8bit", "schedule": "cosine", "learning_rate": 0.01}},
 }
-"""What a killed run's stage says of itself."""
+"""Settings of a killed run's stage."""
 
 
 @pytest.mark.parametrize("name", KILLED)

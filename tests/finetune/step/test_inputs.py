@@ -1,4 +1,4 @@
-"""What the UNets are shown in training is, bit for bit, what the published pipelines show them."""
+"""The UNets' inputs in training are, bit for bit, those of the published pipelines."""
 
 from dataclasses import replace
 from typing import Any

@@ -25,7 +25,7 @@ RATES = {"prodigy": 1.0, "lion_8bit": 3e-3}
 
 
 def parameters() -> dict[str, nn.Parameter]:
-    """As an adapter's: two matrices large enough for 8-bit states."""
+    """Two matrices of an adapter, large enough for 8-bit states."""
     draw = torch.Generator().manual_seed(0)
     return {
         "x.lora_A.default.weight": nn.Parameter(torch.randn(64, 64, generator=draw)),
@@ -173,7 +173,7 @@ def test_schedule_free_is_used_averaged_and_trained_as_before() -> None:
 
 
 def library_factors(schedule: LRScheduler, steps: int) -> list[float]:
-    """What a library's schedule makes of a learning rate of 1, step by step."""
+    """A library's schedule of a learning rate of 1, step by step."""
     factors = []
     for _ in range(steps):
         factors += schedule.get_last_lr()
