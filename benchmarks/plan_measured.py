@@ -30,7 +30,8 @@ from benchmarks.random_model import save_random_model
 from finetune.memory.footprint import Rehearsal
 from finetune.recipe.schema import Recipe
 from finetune.run.loop import load_trainee
-from finetune.step.stages import STAGES, Batch
+from finetune.step.inputs import Batch
+from finetune.step.stages import STAGES
 from unets.tally import GIB
 
 CONFIGURATIONS = (
@@ -107,7 +108,7 @@ def measure(configuration: Configuration, model: Path) -> dict[str, Any]:
     rehearsal = Rehearsal.of(recipe, stage, device, prompt_tokens())
     predicted = rehearsal.footprint()
     batch = random_batch(rehearsal.batch(configuration.batch_size), device)
-    trainee = load_trainee(recipe, stage, device)
+    trainee = load_trainee(stage, recipe.training(stage), recipe.source(stage), 0, device)
     if configuration.compiled:
         trainee.compile()
     torch.cuda.empty_cache()

@@ -11,29 +11,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from tqdm import tqdm
-
-from adapters.atomic import write_text
 from adapters.errors import UserError, command_line
-from finetune.data.captions import captions_of, embed_captions
-from finetune.data.pictures import Picture, load_pictures
-from finetune.data.prior import class_pictures
-from finetune.memory.fit import out_of_memory, plan
-from finetune.plan import plan_text
 from finetune.recipe.file import load_recipe
-from finetune.recipe.schema import Recipe
-from finetune.run.folders import Folders, check_recipe, finished
-from finetune.run.loop import Material, train_stage
-from finetune.step.stages import Stage
-from unets.fused_norms import compile_ahead
-from unets.loading import compute_dtype
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from finetune.data.pictures import Picture
+    from finetune.recipe.schema import Recipe
+    from finetune.run.loop import Material
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line; libraries are loaded once the recipe has no mistakes."""
     parser = argparse.ArgumentParser(
         prog="finetune.train", description="Teach the cascade what a recipe says."
     )
@@ -47,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if os.environ.get("RANK", "0") == "0":
                 sys.stdout.write(recipe.to_yaml())
             return
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
         # one process gathers the material for all, which may take longer than NCCL's ten minutes
         waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
         accelerator = Accelerator(kwargs_handlers=[waiting])
@@ -54,73 +48,78 @@ def main(arguments: Sequence[str] | None = None) -> None:
         accelerator.end_training()
 
 
-def train(recipe: Recipe, accelerator: Accelerator) -> None:
+def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     """Run a recipe: gather its material, then teach each of its stages in turn."""
-    if accelerator.device.type == "cpu":  # the launcher leaves each process a single thread
+    import torch
+    from tqdm import tqdm
+
+    from adapters.atomic import write_text
+    from finetune.data.pictures import load_pictures
+    from finetune.memory.fit import out_of_memory, plan
+    from finetune.plan import plan_text
+    from finetune.run.folders import Folders, check_recipe, is_finished, select_identity
+    from finetune.run.loop import train_stage
+    from unets.fused_norms import compile_ahead
+    from unets.loading import compute_dtype
+
+    device = accelerator.device
+    if device.type == "cpu":  # the launcher leaves each process a single thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
-    folders = Folders(recipe.folder)
-    pending = [stage for stage in recipe.trained if not finished(recipe, stage)]
+    folders, tree = Folders(recipe.folder), recipe.model_dump(mode="json")
+    pending = [
+        stage
+        for stage in recipe.trained
+        if not is_finished(
+            stage, recipe.training(stage).steps, select_identity(tree, stage), folders
+        )
+    ]
     if not pending:
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return
-    check_recipe(recipe)
-    first = pending[0]
-    precision = recipe.training(first).precision_on(accelerator.device)
-    compile_ahead(
-        accelerator.device,
-        compute_dtype(precision, accelerator.device),
-        recipe.source(first).unet_config["act_fn"],
-    )
+    check_recipe(recipe, device)
+    precision = recipe.training(pending[0]).precision_on(device)
+    activation = recipe.source(pending[0]).unet_config["act_fn"]
+    compile_ahead(device, compute_dtype(precision, device), activation)
     with accelerator.main_process_first():
-        pictures = load_pictures(
-            recipe.data, recipe.cache, recipe.crop_px, smaller_px=recipe.smaller_crops_px
-        )
+        pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
     if accelerator.is_main_process:
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
+
+    def print_plan() -> None:
+        try:
+            tqdm.write(plan_text(plan(recipe, device)))
+        except (UserError, RuntimeError) as error:  # no reason to stop
+            tqdm.write(f"The memory of this run cannot be estimated: {error!r}")
+
     try:
-        run(recipe, pending, pictures, accelerator)
+        with ThreadPoolExecutor(1) as background:
+            if accelerator.is_main_process:
+                background.submit(print_plan)
+            with accelerator.main_process_first():
+                material = gather(recipe, pictures, accelerator)
+            for stage in pending:
+                train_stage(recipe, stage, material, accelerator)
     except torch.OutOfMemoryError:
-        raise out_of_memory(recipe, accelerator.device) from None
-    if accelerator.is_main_process:
-        accelerator.print(
-            f"Adapters:    {folders.adapters}\n"
-            f"TensorBoard: {program('tensorboard')} --logdir {folders.run / 'logs'}"
-        )
+        raise out_of_memory(recipe, device) from None
+    board = "tensorboard"
+    program = board if shutil.which(board) else str(Path(sys.executable).with_name(board))
+    accelerator.print(
+        f"Adapters:    {folders.adapters}\nTensorBoard: {program} --logdir {folders.run / 'logs'}"
+    )
 
 
-def program(name: str) -> str:
-    """How a shell finds a program of this environment."""
-    return name if shutil.which(name) else str(Path(sys.executable).with_name(name))
-
-
-def run(
-    recipe: Recipe,
-    pending: Sequence[Stage],
-    pictures: Sequence[Picture],
-    accelerator: Accelerator,
-) -> None:
-    """Say what the run will take, gather the rest of its material, and teach the stages."""
-    with ThreadPoolExecutor(1) as beside:
-        if accelerator.is_main_process:
-            beside.submit(say_plan, recipe, accelerator.device)
-        with accelerator.main_process_first():
-            material = gather(recipe, pictures, accelerator)
-        for stage in pending:
-            train_stage(recipe, stage, material, accelerator)
-
-
-def say_plan(recipe: Recipe, device: torch.device) -> None:
-    """Print what the run will take; that it cannot be told is no reason to stop."""
-    try:
-        tqdm.write(plan_text(plan(recipe, device)))
-    except (UserError, RuntimeError) as error:
-        tqdm.write(f"What this run will take could not be foreseen: {error!r}")
-
-
-def gather(recipe: Recipe, pictures: Sequence[Picture], accelerator: Accelerator) -> Material:
+def gather(
+    recipe: "Recipe", pictures: Sequence["Picture"], accelerator: "Accelerator"
+) -> "Material":
     """Encode the captions and, for prior preservation, get class pictures."""
-    embeds = embed_captions(captions_of(recipe, pictures), recipe, accelerator.device)
-    classes = class_pictures(recipe, embeds, accelerator.device) if recipe.prior else []
+    from finetune.data.captions import CaptionCache, collect_captions, embed_captions
+    from finetune.data.prior import ClassPictures
+    from finetune.run.loop import Material
+
+    device = accelerator.device
+    captions = collect_captions(recipe, pictures)
+    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
+    classes = ClassPictures.of(recipe, embeds, device).load() if recipe.prior else []
     return Material(pictures, classes, embeds)
 
 

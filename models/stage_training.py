@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import T5EncoderModel
 
+from finetune.step.inputs import Batch, add_noise, unet_inputs
 from finetune.step.losses import Losses, NoiseTables, hybrid_loss
-from finetune.step.stages import STAGES, Batch, noised
+from finetune.step.stages import STAGES
 from models.architecture import (
     make_noising_scheduler,
     make_scheduler,
@@ -197,8 +198,8 @@ class StageTrainer:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             encoded = self.text_encoder(tokens, (tokens != 0).long()).last_hidden_state
             batch = Batch(prompt_embeds=encoded.float(), **fields)
-            noisy = noised(batch, self.schedulers[0])
-            inputs = self.stage.unet_inputs(batch, noisy, self.schedulers, torch.float32)
+            noisy = add_noise(batch, self.schedulers[0])
+            inputs = unet_inputs(self.stage, batch, noisy, self.schedulers, torch.float32)
             prediction = self.predict(**inputs, return_dict=False)[0]
         losses = hybrid_loss(
             prediction, batch.pixels, batch.noise, noisy, batch.timesteps, self.tables

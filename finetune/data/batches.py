@@ -1,10 +1,9 @@
 """The batch of every step, as a function of (seed, position in the run) alone.
 
-A step's pictures are one global batch, that of all processes and accumulated batches together. Each
-picture in it has a position in the run, and all that is random about it is drawn from that: so the
-same global batch is the same pictures, noise, timesteps, crops, dropped captions and dropout,
-however it is divided. Nothing here keeps state: any batch can be made in any order, on any process,
-so a run that is continued sees exactly what it would have seen.
+A step's pictures are one global batch, that of all processes and accumulated batches together. All
+that is random about a picture is drawn from its position in the run: noise, timestep, crop, dropped
+caption and dropout are the same however the global batch is divided. Nothing here keeps state: any
+process can make any batch in any order, so a resumed run sees exactly what it would have seen.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,20 +19,20 @@ from torch import Tensor
 
 from finetune.data.pictures import Picture, crop, to_tensor
 from finetune.recipe.schema import Data, Prior, Timesteps
-from finetune.step.stages import Batch
+from finetune.step.inputs import Batch
 
 ORDER, DRAWS, MODEL, CLASS = range(4)
-"""What a random stream is for: the order of the pictures, a picture's draws, dropout of the model's
-weights in a step, sampling class pictures."""
+"""The purpose of a random stream: the order of the pictures, a picture's draws, the model's dropout
+in a step, sampling class pictures."""
 
 
 def derived_seed(*key: int) -> int:
-    """A seed that depends on every number of the key, and on nothing else."""
+    """Derive a seed from every number of the key, and from nothing else."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def picture_at(position: int, count: int, seed: int) -> int:
-    """Which of ``count`` pictures stands at a position of the endless reshuffled sequence."""
+    """The index of the picture, of ``count``, at a position of the endless reshuffled sequence."""
     epoch, place = divmod(position, count)
     return int(_order(epoch, count, seed)[place])
 
@@ -45,7 +44,7 @@ def _order(epoch: int, count: int, seed: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Batches:
-    """Makes batches for one stage on one process."""
+    """The batches of one stage on one process."""
 
     data: Data
     pictures: Sequence[Picture]
@@ -73,17 +72,17 @@ class Batches:
 
     @property
     def parts(self) -> int:
-        """How many batches a global batch is divided into."""
+        """The number of batches that a global batch is divided into."""
         return self.accumulation * self.world_size
 
     @property
     def global_size(self) -> int:
-        """How many pictures an optimizer step sees, on all processes."""
+        """The number of pictures of an optimizer step, on all processes."""
         return self.batch_size * self.parts
 
     @property
     def class_count(self) -> int:
-        """How many pictures of a global batch are class pictures: at least one, and never all."""
+        """The number of class pictures in a global batch: at least one, and never all."""
         if self.prior is None:
             return 0
         return min(max(round(self.global_size * self.prior.share), 1), self.global_size - 1)
@@ -112,17 +111,13 @@ class Batches:
         chosen = picture_at(step * count + place, len(pictures), self.seed)
         return pictures[chosen], weight / count * self.parts, dropout
 
-    def chosen(self, index: int) -> list[Picture]:
-        """The pictures of a batch: the instance pictures, then the class pictures."""
-        return [self.picture(*place)[0] for place in self.places(index)]
-
     def __call__(self, index: int) -> Batch:
-        """The batch of an index: the step times the accumulation, plus the micro-step."""
+        """Make the batch of an index: the step times the accumulation, plus the micro-step."""
         rows = [self.example(*place) for place in self.places(index)]
         return Batch(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
     def example(self, step: int, place: int) -> dict[str, Tensor]:
-        """All that a batch holds of one picture, by field and without the batch's dimension."""
+        """Draw all that a batch holds of one picture, by field, without the batch's dimension."""
         picture, weight, dropout = self.picture(step, place)
         key = derived_seed(self.seed, DRAWS, step * self.global_size + place)
         rng = np.random.default_rng(key)
@@ -156,17 +151,15 @@ class Batches:
 
 
 def shrink(image: Image.Image, size_px: int) -> Image.Image:
-    """A square picture as the stage below has it, resized as the data is."""
+    """Shrink a square picture to the size of the stage below, resized as the data is."""
     return image.resize((size_px, size_px), Image.Resampling.BICUBIC, reducing_gap=None)
 
 
 def prefetch(
     batches: Batches, indices: range, device: torch.device, ahead: int = 2
 ) -> Iterator[Batch]:
-    """The batches of some indices in turn, on the device, made and copied in the background."""
-    copying = None
-    if device.type == "cuda":
-        copying = torch.cuda.Stream(device)
+    """Yield the batches of some indices, made and copied to the device in the background."""
+    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def make(index: int) -> Batch:
         batch = batches(index)
@@ -183,6 +176,6 @@ def prefetch(
             if index + ahead in indices:
                 pending.append(pool.submit(make, index + ahead))
             batch = pending.pop(0).result()
-            if copying is not None:
+            if copying is not None:  # its memory is not reused before the step has read it
                 batch.record_stream(torch.cuda.current_stream(device))
             yield batch

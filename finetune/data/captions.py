@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -16,26 +16,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from adapters.atomic import replacing
-from adapters.base.hub import split_revision
+from adapters.base.source import Source
 from adapters.cascade.embeds import TENSOR
 from adapters.errors import UserError
 from adapters.texts import check_captions, check_vocabulary
 from finetune.data.pictures import Picture
 from finetune.data.sources import has_captions, load_captions
-from finetune.recipe.schema import Base, Data, Recipe
+from finetune.recipe.schema import Data, Recipe
 from finetune.step.stages import STAGES
 from unets.memory import free_memory
+from unets.precision import Precision, dtype_of
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
-"""The subfolders of a model that decide on its text encodings."""
-
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "int8": torch.bfloat16,
-    "nf4": torch.bfloat16,
-}
-"""The precision of what is not quantised, and of the encodings."""
+"""The subfolders of a model that its text encodings depend on."""
 
 WHOLE_BYTES = 2**28
 """Up to this size, a model's file is hashed whole; a larger one in blocks."""
@@ -43,77 +36,38 @@ WHOLE_BYTES = 2**28
 BLOCK_BYTES = 2**20
 """The size of a hashed block of a large file."""
 
+BLOCKS = 100
+"""The number of hashed blocks of a large file, evenly spaced from its first byte to its last."""
+
+KEPT_ENCODINGS = 100
+"""The number of encodings kept in memory, those used last."""
+
 PROMPT_FIELDS = {
     "validation": ("prompts", "stage_2_prompts"),
     "prior": ("prompts",),
     "comparison": ("prompts", "stage_2_prompts", "other_prompts"),
 }
-"""The lists of captions that a recipe itself holds, by section."""
-
-BLOCKS = 100
-"""How many blocks are hashed of a large file, evenly spaced from its first byte to its last."""
-
-KEPT_ENCODINGS = 100
-"""How many encodings are kept in memory, those used last."""
+"""The fields of a recipe that hold captions, by section."""
 
 
-def embed_captions(
-    captions: Mapping[str, str] | Iterable[str], recipe: Recipe, device: torch.device
-) -> "PromptEmbeds":
-    """The text encoding of each distinct caption, in the encoder's precision.
+def collect_captions(recipe: Recipe, pictures: Iterable[Picture]) -> dict[str, str]:
+    """All distinct captions that a run needs, the empty one included, sorted.
 
-    Bit for bit what ``IFPipeline.__call__`` makes of the caption: each is encoded by itself, so its
-    encoding does not depend on its company. The text encoder is loaded only where the cache lacks
-    a caption, and is gone from memory when this returns.
-
-    Args:
-        captions: plain captions, or these with where each is written; cleaning them is part of the
-            text path.
-        recipe: its ``base``, ``text`` and ``cache_dir``.
-        device: the training device.
-
-    Raises:
-        UserError: where the base model cannot be read, or cleaning empties a caption.
-    """
-    places = captions if isinstance(captions, Mapping) else dict.fromkeys(captions, "the caption")
-    check_cleaning(places, recipe)
-    cache = CaptionCache(recipe, device)
-    embeds = PromptEmbeds(cache, captions)
-    missing = [caption for caption in embeds if not cache.has(caption)]
-    if missing:
-        tokenizer = recipe.source(STAGES[1]).tokenizer()
-        unseen = {caption: places[caption] for caption in missing}
-        check_vocabulary(unseen, tokenizer, clean_caption=recipe.text.clean_caption)
-        with text_pipeline(recipe, cache.precision, cache.device) as pipeline:
-            for caption in tqdm(missing, "Encoding captions", delay=2):
-                encoding, _ = pipeline.encode_prompt(
-                    caption,
-                    do_classifier_free_guidance=False,
-                    device=cache.device,
-                    clean_caption=recipe.text.clean_caption,
-                )
-                cache.write(caption, encoding[0])
-    return embeds
-
-
-def captions_of(recipe: Recipe, pictures: Iterable[Picture]) -> dict[str, str]:
-    """All distinct captions that a run needs, sorted, each with where it is written.
-
-    The empty caption is one of them.
+    Returns:
+        Each caption with a description of its place, for messages.
     """
     captions = {picture.caption: f"the caption of {picture.source}" for picture in pictures}
     prior = recipe.prior
     if prior and prior.folder and has_captions(Path(prior.folder).expanduser()):
         own = load_captions(Data(source=prior.folder), recipe.cache)[: prior.count]
         captions |= dict.fromkeys(own, f"a caption of prior.folder {prior.folder}")
-    captions |= written_captions(recipe)
-    return dict(sorted(captions.items()))
+    return dict(sorted((captions | collect_prompts(recipe)).items()))
 
 
-def written_captions(recipe: Recipe) -> dict[str, str]:
+def collect_prompts(recipe: Recipe) -> dict[str, str]:
     """The captions that a recipe itself holds, and the empty one, each with its field."""
     captions = {"": "the empty caption"}
-    tree = recipe.model_dump(include={"data", *PROMPT_FIELDS})
+    tree = recipe.model_dump(include={*PROMPT_FIELDS})
     for section, fields in PROMPT_FIELDS.items():
         for field in fields if tree[section] else ():
             captions |= dict.fromkeys(tree[section][field] or (), f"{section}.{field}")
@@ -122,47 +76,56 @@ def written_captions(recipe: Recipe) -> dict[str, str]:
     return captions
 
 
-def check_cleaning(captions: Mapping[str, str], recipe: Recipe) -> None:
-    """Refuse captions that cleaning empties, and say which words others lose.
-
-    Args:
-        captions: each with where it is written.
-        recipe: says whether captions are cleaned.
-
-    Raises:
-        UserError: where cleaning leaves nothing of a caption.
-    """
-    setting = "text.clean_caption: false"
-    check_captions(captions, clean_caption=recipe.text.clean_caption, setting=setting)
+def check_cleaning(captions: Mapping[str, str], *, clean_caption: bool) -> None:
+    """Check captions as :func:`adapters.texts.check_captions` does, in a recipe's words."""
+    check_captions(captions, clean_caption=clean_caption, setting="text.clean_caption: false")
 
 
+@dataclass(frozen=True)
 class CaptionCache:
-    """The encodings on disk: one file a caption, named by all that decides on its content.
+    """The encodings on disk: one file a caption, named by all that its content depends on.
 
-    The device is not part of the name, so what one machine encodes another reuses, given the same
+    The device is no part of the name, so another machine reuses the encodings, given the same
     ``text.precision``.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    folder: Path
+    source: Source
+    """The model whose text encoder encodes."""
+    precision: Precision
+    """The text encoder's precision."""
+    device: torch.device
+    """The device that encodes."""
+    clean_caption: bool
+    """Clean captions as IF's pipelines do."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: torch.device) -> "CaptionCache":
+        """The encodings of a recipe that is trained on a device."""
         text = recipe.text
-        self.device = torch.device("cpu") if text.device == "cpu" else device
-        """Where captions are encoded."""
-        automatic = "fp32" if self.device.type == "cpu" else "bf16"
-        self.precision = automatic if text.precision == "auto" else text.precision
-        """The text encoder's precision; never ``auto``."""
-        self._folder = recipe.cache / "prompt_embeds"
-        self._model = model_identity(recipe.base.stage_1, recipe.base, TEXT_PARTS)
-        self._clean_caption = text.clean_caption
+        device = torch.device("cpu") if text.device == "cpu" else device
+        return cls(
+            recipe.cache / "prompt_embeds",
+            recipe.source(STAGES[1]),
+            text.precision_on(device),
+            device,
+            text.clean_caption,
+        )
+
+    @cached_property
+    def _model(self) -> str:
+        return model_identity(self.source, TEXT_PARTS)
 
     def path(self, caption: str) -> Path:
         """The file of a caption."""
-        key = json.dumps([self._model, self.precision, self._clean_caption, caption])
-        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        key = json.dumps([self._model, self.precision, self.clean_caption, caption])
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def has(self, caption: str) -> bool:
-        """Whether a caption's file is there and whole; its encoding is not read."""
+        """Tell whether a caption's file is there and whole, without reading its encoding."""
+        place = self.path(caption)
         try:
-            with safe_open(self.path(caption), framework="pt") as file:
+            with safe_open(place, framework="pt") as file:
                 return TENSOR in file.keys()  # noqa: SIM118 (a safe_open cannot be iterated over)
         except (OSError, SafetensorError):
             return False
@@ -171,7 +134,7 @@ class CaptionCache:
         """A caption's encoding [T, D], on the CPU.
 
         Raises:
-            UserError: where its file has gone or been damaged since it was encoded.
+            UserError: if its file has gone or been damaged since it was encoded.
         """
         file = self.path(caption)
         try:
@@ -179,13 +142,58 @@ class CaptionCache:
         except (OSError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"The encoding of {caption!r}, {file}, is missing or damaged"
-                f" ({_first_line(error)}): run the command again to encode it anew."
+                f" ({_first_line(error)}): run the command again to encode it again."
             ) from error
 
     def write(self, caption: str, encoding: Tensor) -> None:
         """Keep a caption's encoding [T, D]."""
         with replacing(self.path(caption)) as temporary:
             save_file({TENSOR: encoding.cpu().contiguous()}, temporary)
+
+    def encode(self, captions: Iterable[str]) -> None:
+        """Encode captions into the cache; the text encoder is gone from memory afterwards."""
+        pipeline = self.source.text_pipeline(self.precision, dtype_of(self.precision), self.device)
+        try:
+            for caption in tqdm(captions, "Encoding captions", delay=2):
+                encoding, _ = pipeline.encode_prompt(
+                    caption,
+                    do_classifier_free_guidance=False,
+                    device=self.device,
+                    clean_caption=self.clean_caption,
+                )
+                self.write(caption, encoding[0])
+        finally:
+            pipeline.register_modules(text_encoder=None)
+            del pipeline
+            free_memory(self.device)
+
+
+def embed_captions(
+    captions: Mapping[str, str] | Iterable[str], cache: CaptionCache
+) -> "PromptEmbeds":
+    """The text encoding of each distinct caption, in the encoder's precision.
+
+    Bit for bit what ``IFPipeline.__call__`` makes of the caption: each is encoded by itself, so its
+    encoding does not depend on its company. The text encoder is loaded only if the cache lacks a
+    caption.
+
+    Args:
+        captions: plain captions, which the text path cleans, or these each with a description of
+            its place.
+        cache: encodes and keeps them.
+
+    Raises:
+        UserError: if the base model cannot be read, or cleaning leaves no word of a caption.
+    """
+    places = captions if isinstance(captions, Mapping) else dict.fromkeys(captions, "the caption")
+    check_cleaning(places, clean_caption=cache.clean_caption)
+    embeds = PromptEmbeds(cache, captions)
+    missing = {caption: places[caption] for caption in embeds if not cache.has(caption)}
+    if missing:
+        tokenizer = cache.source.tokenizer()
+        check_vocabulary(missing, tokenizer, clean_caption=cache.clean_caption)
+        cache.encode(missing)
+    return embeds
 
 
 class PromptEmbeds(Mapping[str, Tensor]):
@@ -210,39 +218,20 @@ class PromptEmbeds(Mapping[str, Tensor]):
         return len(self._captions)
 
 
-@contextmanager
-def text_pipeline(recipe: Recipe, precision: str, device: torch.device) -> Iterator[IFPipeline]:
-    """Stage I's pipeline with its text encoder and tokenizer alone, which is freed afterwards.
-
-    It draws no pictures, so the components that guard pictures are not loaded either.
-    """
-    source = recipe.source(STAGES[1])
-    pipeline = source.text_pipeline(precision, DTYPES[precision], device)
-    try:
-        yield pipeline
-    finally:
-        pipeline.register_modules(text_encoder=None)
-        del pipeline
-        free_memory(device)
-
-
-def model_identity(model: str, base: Base, parts: Sequence[str] = ("*",)) -> str:
-    """A text that is the same where a model's files are, and another where they differ.
+def model_identity(source: Source, parts: Sequence[str] = ("*",)) -> str:
+    """A text that is the same for equal files of a model, and another for different ones.
 
     Args:
-        model: a folder, identified by the names, sizes and content of its files (of large ones,
-            evenly spaced blocks); or a hub name, identified by that and the commit which the
-            revision stands for.
-        base: gives the variant, and the revision where the name has none.
+        source: a folder, identified by the names, sizes and content of its files (of large ones,
+            evenly spaced blocks); or a hub name, identified by that and its revision's commit.
         parts: patterns of the subfolders of a folder that matter.
 
     Raises:
-        UserError: where the model is neither a folder nor to be had from the hub.
+        UserError: if the model is neither a folder nor available from the hub.
     """
-    folder = Path(model)
+    folder = Path(source.name)
     if not folder.is_dir():
-        name, own = split_revision(model)
-        return f"{name}@{_commit(name, own or base.revision)}:{base.variant}"
+        return f"{source.name}@{_find_commit(source)}:{source.variant}"
     digest = hashlib.sha256()
     files = {file for part in parts for file in folder.glob(f"{part}/*") if file.is_file()}
     for file in sorted(files):
@@ -255,18 +244,18 @@ def model_identity(model: str, base: Base, parts: Sequence[str] = ("*",)) -> str
             for block in range(BLOCKS):
                 stream.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
                 digest.update(stream.read(BLOCK_BYTES))
-    return f"{digest.hexdigest()}:{base.variant}"
+    return f"{digest.hexdigest()}:{source.variant}"
 
 
-def _commit(name: str, revision: str | None) -> str:
+def _find_commit(source: Source) -> str:
     """The commit of a hub model's revision; without a connection, that of the local copy."""
     try:
-        index = hf_hub_download(name, IFPipeline.config_name, revision=revision)
+        index = hf_hub_download(source.name, IFPipeline.config_name, revision=source.revision)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"The base model {name!r} is neither a folder nor to be had from the Hugging Face hub"
-            f" ({_first_line(error)}): correct the name, or accept the model's licence on its page"
-            " and log in with `hf auth login`."
+            f"The base model {source.name!r} is neither a folder nor available from the Hugging"
+            f" Face hub ({_first_line(error)}): correct the name, or accept the model's licence on"
+            " its page and log in with `hf auth login`."
         ) from error
     return Path(index).parent.name
 

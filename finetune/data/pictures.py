@@ -1,13 +1,13 @@
-"""Pictures: decoded once, cropped as IF's were.
+"""Pictures: decoded once, cropped as IF's training pictures were.
 
-A picture is decoded into 8-bit RGB arrays that lie in the cache under the hash of its file, a large
-one in a reduction for each size of crop; they are mapped into memory from there, and a step reads
-no more of them than its crop.
+A picture is decoded into 8-bit RGB arrays, which lie in the cache under the hash of its file, a
+large one in a reduction for each size of crop. They are mapped into memory, and a step reads no
+more of them than its crop.
 """
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +31,13 @@ SPARE_RESOLUTION = 4
 
 @dataclass(frozen=True)
 class Picture:
-    """One captioned picture; its pixels lie in the cache."""
+    """One captioned picture, whose pixels lie in the cache."""
 
     file: Path
-    """The decoded picture in the cache, a ``.npy`` file: for the largest crops."""
+    """The decoded picture in the cache for the largest crops, a ``.npy`` file."""
     caption: str
     source: str
-    """Where it came from: its path, or the dataset and row."""
+    """Its origin: its path, or the dataset and row."""
     reduced: Mapping[int, Path] = field(default_factory=dict)
     """The same for smaller crops, by their side in pixels."""
 
@@ -47,50 +47,45 @@ class Picture:
         return _map(self.file)
 
     def pixels_for(self, size_px: int) -> NDArray[np.uint8]:
-        """The pixels that crops of a size are taken from, whatever other sizes are cropped."""
+        """The pixels that crops of a size are taken from, the same whatever other sizes are."""
         return _map(self.reduced.get(size_px, self.file))
 
 
 def _map(file: Path) -> NDArray[np.uint8]:
-    """Map a file, each time again: a map keeps its file open, and few files may be."""
+    # again each time: a map keeps its file open, and the number of open files is limited
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def load_pictures(
-    data: Data,
-    cache_dir: Path,
-    size_px: int,
-    limit: int | None = None,
-    *,
-    smaller_px: Sequence[int] = (),
+    data: Data, cache_dir: Path, *crops_px: int, limit: int | None = None
 ) -> list[Picture]:
-    """The pictures of a recipe, each decoded once and kept in the cache for later runs.
+    """Load the pictures of a recipe, each decoded once and kept in the cache for later runs.
 
     Args:
         data: a folder of pictures captioned by one prompt for all, by ``metadata.jsonl`` or by a
             ``.txt`` beside each; a folder written by ``save_to_disk``; or whatever
             ``datasets.load_dataset`` takes.
         cache_dir: the recipe's cache.
-        size_px: the largest crop that will be taken; far larger pictures are cached reduced.
-        limit: how many pictures to read at most, from the first on; ``None``: all.
-        smaller_px: the other crops that will be taken, each from a reduction of its own.
+        crops_px: the sides of the crops that will be taken; far larger pictures are cached in a
+            reduction for each.
+        limit: the number of pictures to read at most, from the first on; ``None``: all.
 
     Raises:
-        UserError: where the source, its columns, a caption or a picture is missing or damaged.
+        UserError: if the source, its columns, a caption or a picture is missing or damaged.
     """
     table = open_source(data, cache_dir)
     captions = read_captions(data, table)
     images = select_pictures(data, table)
 
-    def picture(row: int) -> Picture:
+    def load(row: int) -> Picture:
         image = images[row][data.image_column]
         source, content = read_content(image, f"row {row} of {data.source}")
-        files = _decoded(content, source, cache_dir, (size_px, *smaller_px))
-        return Picture(files.pop(size_px), captions[row], source, files)
+        files = _cache_decoded(content, source, cache_dir / "pictures", crops_px)
+        return Picture(files.pop(max(crops_px)), captions[row], source, files)
 
     rows = range(len(table))[:limit]
     with ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(picture, rows), "Reading pictures", len(rows), delay=2))
+        return list(tqdm(pool.map(load, rows), "Reading pictures", len(rows), delay=2))
 
 
 def crop(
@@ -101,17 +96,17 @@ def crop(
     center_shift: float,
     horizontal_flip: bool,
 ) -> Image.Image:
-    """A square crop of [size_px, size_px], augmented as IF's pictures were (its model cards).
+    """Crop a square of [size_px, size_px], augmented as IF's pictures were (its model cards).
 
     The crop is the largest square that fits. Its centre moves from the picture's along the longer
     side, uniformly by up to ``center_shift`` of the crop's side and never out of the picture, so a
     square picture is taken whole. It is resized with Pillow's BICUBIC and ``reducing_gap=None``.
 
     Args:
-        picture: what to crop.
+        picture: the picture to crop.
         size_px: the side of the result.
         rng: draws the shift and the flip; two numbers, whatever the picture.
-        center_shift: as a fraction of the crop's side; 0: the centre.
+        center_shift: a fraction of the crop's side; 0: the centre.
         horizontal_flip: mirror every other picture.
     """
     shift, flip = rng.uniform(-1, 1), rng.random() < 0.5
@@ -130,15 +125,15 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _decoded(
-    content: bytes, source: str, cache_dir: Path, sizes_px: Sequence[int]
+def _cache_decoded(
+    content: bytes, source: str, folder: Path, crops_px: Collection[int]
 ) -> dict[int, Path]:
-    """The decoded picture in the cache for each size of crop; decodes it where one is missing."""
+    """The decoded picture in the cache for each size of crop; decode it if one is missing."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            digest = hashlib.sha256(content).hexdigest()
-            reductions = {size_px: _reduction(min(image.size), size_px) for size_px in sizes_px}
-            files = {r: cache_dir / "pictures" / f"{digest}-{r}.npy" for r in reductions.values()}
+            digest, side = hashlib.sha256(content).hexdigest(), min(image.size)
+            reductions = {px: max(side // (SPARE_RESOLUTION * px), 1) for px in crops_px}
+            files = {r: folder / f"{digest}-{r}.npy" for r in reductions.values()}
             if missing := [r for r, file in files.items() if not file.exists()]:
                 for reduction, pixels in zip(missing, decode(image, missing), strict=True):
                     with replacing(files[reduction]) as temporary:
@@ -149,13 +144,7 @@ def _decoded(
         ) from error
     except DECODING_ERRORS as error:
         raise UserError(f"The picture {source} is damaged ({error}); replace it.") from error
-    return {size_px: files[reduction] for size_px, reduction in reductions.items()}
-
-
-def _reduction(short_side: int, size_px: int) -> int:
-    """The integer factor by which a picture is reduced in the cache; 1 for all but huge ones."""
-    factor = short_side // (SPARE_RESOLUTION * size_px)
-    return factor if factor > 1 else 1
+    return {px: files[reduction] for px, reduction in reductions.items()}
 
 
 def decode(image: Image.Image, reductions: Sequence[int]) -> list[NDArray[np.uint8]]:
@@ -173,6 +162,6 @@ def decode(image: Image.Image, reductions: Sequence[int]) -> list[NDArray[np.uin
 
     def reduce(reduction: int) -> NDArray[np.uint8]:
         width, height = (side - side % reduction for side in image.size)
-        return np.asarray(image.reduce(reduction, box=(0, 0, width, height)))
+        return np.asarray(image.reduce(reduction, (0, 0, width, height)))
 
     return [reduce(reduction) for reduction in reductions]

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,73 +23,20 @@ from finetune.data.batches import CLASS, derived_seed
 from finetune.data.captions import model_identity
 from finetune.data.pictures import Picture, load_pictures
 from finetune.data.sources import has_captions
-from finetune.recipe.schema import Data, Prior, Recipe
-from finetune.step.stages import STAGES
+from finetune.recipe.schema import Base, Data, Prior, Recipe
+from finetune.step.stages import STAGES, Stage
 from unets.memory import free_memory
+from unets.precision import Precision
 
 ATTEMPTS = 10
-"""How many seeds a picture gets before its prompt is given up."""
-
-
-def class_pictures(
-    recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device
-) -> list[Picture]:
-    """The class pictures of a recipe with prior preservation, captioned by its prompts in turn.
-
-    Args:
-        recipe: with a ``prior`` section. The first ``prior.count`` pictures of ``prior.folder``,
-            with their own captions where they have any; without a folder, pictures of the base
-            cascade: each stage is taught those that it draws itself.
-        embeds: text encodings [T, D] of the class prompts and the empty caption.
-        device: where to sample.
-
-    Raises:
-        UserError: where the folder cannot be read, or where the base's safety checker rejects
-            whatever a prompt gives.
-    """
-    prior = recipe.prior
-    assert prior is not None
-    own = own_folder(prior)
-    if own is not None and has_captions(own):
-        return _load(recipe, Data(source=str(own)), prior.count)
-    data = Data(source=str(own), prompt=prior.prompts[0])
-    if own is not None:
-        pictures = _load(recipe, data, prior.count)
-    else:
-        pictures = _load_sampled(recipe, sampled_folder(recipe, prior, embeds, device), data)
-    return [
-        replace(picture, caption=_in_turn(prior.prompts, index))
-        for index, picture in enumerate(pictures)
-    ]
-
-
-def _load(recipe: Recipe, data: Data, count: int) -> list[Picture]:
-    sizes = {"smaller_px": recipe.smaller_crops_px}
-    return load_pictures(data, recipe.cache, recipe.crop_px, count, **sizes)
-
-
-def _load_sampled(recipe: Recipe, folder: Path, data: Data) -> list[Picture]:
-    """Load each trained stage's pictures; those of the last hold the others as smaller ones."""
-    by_size = {
-        recipe.source(stage).picture_size_px: load_pictures(
-            data.model_copy(update={"source": str(folder / stage.name)}),
-            recipe.cache,
-            recipe.source(stage).picture_size_px,
-        )
-        for stage in recipe.trained
-    }
-    *smaller, (_, pictures) = sorted(by_size.items())
-    return [
-        replace(picture, reduced={size: others[index].file for size, others in smaller})
-        for index, picture in enumerate(pictures)
-    ]
+"""The number of seeds a picture gets before its prompt is given up."""
 
 
 def own_folder(prior: Prior) -> Path | None:
     """The folder that class pictures are taken from; ``None``: they are sampled.
 
     Raises:
-        UserError: where there is no such folder.
+        UserError: if there is no such folder.
     """
     own = Path(prior.folder).expanduser() if prior.folder else None
     if own and not own.is_dir():
@@ -100,114 +47,165 @@ def own_folder(prior: Prior) -> Path | None:
     return own
 
 
-def sampled_folder(
-    recipe: Recipe, prior: Prior, embeds: Mapping[str, Tensor], device: torch.device
-) -> Path:
-    """The folder of the base cascade's class pictures, with a folder of PNGs for each stage.
+@dataclass(frozen=True, kw_only=True)
+class ClassPictures:
+    """The class pictures of a recipe, and the base cascade that draws them."""
 
-    Sampled where it is not in the cache. A folder of its final name is whole; sampling that was
-    interrupted goes on where it stopped, and each picture has its own seed. Of runs that start
-    together, one samples and the others wait for it.
-    """
-    base = recipe.base
-    stages = [STAGES[1]] if recipe.stage_2 is None else list(STAGES.values())
-    models = [recipe.base_of(stage) for stage in stages]
-    identity = {
-        "folders": [stage.name for stage in stages],
-        "models": [model_identity(model, base) for model in models],
-        "prompts": prior.prompts,
-        "count": prior.count,
-        "seed": recipe.seed,
-        "sampling": prior.sampling.model_dump(exclude={"batch_size"}, exclude_none=True),
-    }
-    if not recipe.text.clean_caption:
-        identity["clean_caption"] = False
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    folder = recipe.cache / "class_pictures" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{key}.lock")):
-        if folder.is_dir():
-            return folder
-        partial = folder.with_name(f"{key}.partial")
-        names = [f"{index:05d}.png" for index in range(prior.count)]
-        places = {stage.number: partial / stage.name for stage in stages}
-        _sample_missing(names, places, models, recipe, prior, embeds, device)
+    prior: Prior
+    crops_px: Sequence[int]
+    """The sides of the crops that the trained stages take, ascending."""
+    cache_dir: Path
+    base: Base
+    stages: Sequence[Stage]
+    """Stage I, and Stage II if it is trained."""
+    precisions: Mapping[int, Precision]
+    """The precision of each stage's UNet."""
+    device: torch.device
+    embeds: Mapping[str, Tensor]
+    """Text encodings [T, D] of the class prompts and the empty caption."""
+    clean_caption: bool
+    """The encoded prompts were cleaned."""
+    seed: int
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device
+    ) -> "ClassPictures":
+        """Those of a recipe with prior preservation that is trained on a device."""
+        assert recipe.prior is not None
+        return cls(
+            prior=recipe.prior,
+            crops_px=recipe.crops_px,
+            cache_dir=recipe.cache,
+            base=recipe.base,
+            stages=[STAGES[1]] if recipe.stage_2 is None else list(STAGES.values()),
+            precisions=recipe.precisions_on(device),
+            device=device,
+            embeds=embeds,
+            clean_caption=recipe.text.clean_caption,
+            seed=recipe.seed,
+        )
+
+    def load(self) -> list[Picture]:
+        """Load the pictures, captioned by the prompts in turn.
+
+        They are the first ``prior.count`` pictures of ``prior.folder``, with their own captions if
+        they have any; without a folder, pictures of the base cascade: each stage is trained on
+        those that it draws itself.
+
+        Raises:
+            UserError: if the folder cannot be read, or the base's safety checker rejects all
+                pictures of a prompt.
+        """
+        own = own_folder(self.prior)
+        if own is None:
+            pictures = self._load_sampled()
+        else:
+            prompt = None if has_captions(own) else self.prior.prompts[0]
+            data = Data(source=str(own), prompt=prompt)
+            pictures = load_pictures(data, self.cache_dir, *self.crops_px, limit=self.prior.count)
+            if prompt is None:
+                return pictures
+        return [
+            replace(picture, caption=self._prompt(index)) for index, picture in enumerate(pictures)
+        ]
+
+    def _prompt(self, index: int) -> str:
+        return self.prior.prompts[index % len(self.prior.prompts)]
+
+    def _load_sampled(self) -> list[Picture]:
+        """Load each stage's own; those of the largest crop hold the others as smaller ones."""
+        folder = self._sampled_folder()
+        places = {self.base.source(s).picture_size_px: folder / s.name for s in self.stages}
+        *smaller, largest = [
+            load_pictures(Data(source=str(places[px]), prompt=self._prompt(0)), self.cache_dir, px)
+            for px in self.crops_px
+        ]
+        sizes = list(zip(self.crops_px[:-1], smaller, strict=True))
+        return [
+            replace(picture, reduced={px: others[row].file for px, others in sizes})
+            for row, picture in enumerate(largest)
+        ]
+
+    def _sampled_folder(self) -> Path:
+        """The folder of the base cascade's pictures, with a folder of PNGs for each stage.
+
+        A folder of its final name is whole; interrupted sampling goes on where it stopped, as each
+        picture has its own seed. Of runs that start together, one samples and the others wait.
+        """
+        identity = {
+            "folders": [stage.name for stage in self.stages],
+            "models": [model_identity(self.base.source(stage)) for stage in self.stages],
+            "prompts": self.prior.prompts,
+            "count": self.prior.count,
+            "seed": self.seed,
+            "sampling": self.prior.sampling.model_dump(exclude={"batch_size"}, exclude_none=True),
+        }
+        if not self.clean_caption:
+            identity["clean_caption"] = False
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        folder = self.cache_dir / "class_pictures" / key
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{key}.lock")):
+            if not folder.is_dir():
+                partial = folder.with_name(f"{key}.partial")
+                self._sample_into({stage.number: partial / stage.name for stage in self.stages})
+                os.replace(partial, folder)
+        return folder
+
+    def _sample_into(self, places: Mapping[int, Path]) -> None:
+        """Sample the pictures that a stage's folder lacks, and list all in its metadata."""
+        names = [f"{index:05d}.png" for index in range(self.prior.count)]
+        missing = [
+            index
+            for index, name in enumerate(names)
+            if not all((place / name).exists() for place in places.values())
+        ]
+        if missing:
+            cascade = load_cascade(
+                self.base.stage_1,
+                self.base.stage_2 if 2 in places else None,
+                revision=self.base.revision,
+                variant=self.base.variant,
+                device=self.device,
+                dtype=self.precisions,
+                parts=Parts(text_encoder=False),
+            )
+            size = self.prior.sampling.batch_size
+            with tqdm(total=len(missing), desc="Sampling class pictures") as progress:
+                for start in range(0, len(missing), size):
+                    batch = missing[start : start + size]
+                    for index, sample in self._sample(cascade, batch).items():
+                        for stage, place in places.items():
+                            sample.save(place / names[index], stage)
+                    progress.update(len(batch))
+            del cascade
+            free_memory(self.device)
         rows = [
-            json.dumps({"file_name": name, "text": _in_turn(prior.prompts, index)})
+            json.dumps({"file_name": name, "text": self._prompt(index)})
             for index, name in enumerate(names)
         ]
         for place in places.values():
             write_text(place / "metadata.jsonl", "\n".join(rows) + "\n")
-        os.replace(partial, folder)
-    return folder
 
-
-def _sample_missing(
-    names: Sequence[str],
-    places: Mapping[int, Path],
-    models: Sequence[str],
-    recipe: Recipe,
-    prior: Prior,
-    embeds: Mapping[str, Tensor],
-    device: torch.device,
-) -> None:
-    """Sample what is missing of the files of these names, in the folder of each stage."""
-    missing = [
-        index
-        for index, name in enumerate(names)
-        if not all((place / name).exists() for place in places.values())
-    ]
-    if not missing:
-        return
-    base = recipe.base
-    cascade = load_cascade(
-        *models,
-        revision=base.revision,
-        variant=base.variant,
-        device=device,
-        dtype=recipe.precisions(device),
-        parts=Parts(text_encoder=False),
-    )
-    with tqdm(total=len(missing), desc="Sampling class pictures") as progress:
-        size = prior.sampling.batch_size
-        for start in range(0, len(missing), size):
-            batch = missing[start : start + size]
-            for index, sample in _sample(cascade, recipe, prior, embeds, batch).items():
-                for stage, place in places.items():
-                    sample.save(place / names[index], stage)
-            progress.update(len(batch))
-    del cascade
-    free_memory(device)
-
-
-def _sample(
-    cascade: Cascade,
-    recipe: Recipe,
-    prior: Prior,
-    embeds: Mapping[str, Tensor],
-    indices: Sequence[int],
-) -> dict[int, Sample]:
-    """The samples of some indices; one that the safety checker rejects gets another seed."""
-    samples: dict[int, Sample] = {}
-    pending = list(indices)
-    for attempt in range(ATTEMPTS):
-        sampled = cascade(
-            [_in_turn(prior.prompts, index) for index in pending],
-            embeds=embeds,
-            seed=[derived_seed(recipe.seed, CLASS, index, attempt) for index in pending],
-            sampling=prior.sampling,
-            clean_caption=recipe.text.clean_caption,
-            progress=False,
+    def _sample(self, cascade: Cascade, indices: Sequence[int]) -> dict[int, Sample]:
+        """Sample some indices; a picture that the safety checker rejects gets another seed."""
+        samples: dict[int, Sample] = {}
+        pending = list(indices)
+        for attempt in range(ATTEMPTS):
+            sampled = cascade(
+                [self._prompt(index) for index in pending],
+                embeds=self.embeds,
+                seed=[derived_seed(self.seed, CLASS, index, attempt) for index in pending],
+                sampling=self.prior.sampling,
+                clean_caption=self.clean_caption,
+                progress=False,
+            )
+            samples |= dict(zip(pending, sampled, strict=True))
+            pending = [index for index, flag in zip(pending, sampled.flagged, strict=True) if flag]
+            if not pending:
+                return samples
+        raise UserError(
+            f"prior.prompts: the base's safety checker rejected {ATTEMPTS} pictures of"
+            f" {self._prompt(pending[0])!r}; word it otherwise, or give prior.folder."
         )
-        samples |= dict(zip(pending, sampled, strict=True))
-        pending = [index for index, flag in zip(pending, sampled.flagged, strict=True) if flag]
-        if not pending:
-            return samples
-    raise UserError(
-        f"prior.prompts: the base's safety checker rejected {ATTEMPTS} pictures of"
-        f" {_in_turn(prior.prompts, pending[0])!r}; word it otherwise, or give prior.folder."
-    )
-
-
-def _in_turn(prompts: Sequence[str], index: int) -> str:
-    return prompts[index % len(prompts)]

@@ -1,4 +1,4 @@
-"""Sources of pictures and captions: opened through the `datasets` library, and read row by row."""
+"""Sources of pictures and captions, opened with the `datasets` library and read row by row."""
 
 import codecs
 import glob
@@ -20,46 +20,38 @@ PICTURE_FEATURES = (
     datasets.Value("large_binary"),
     {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
 )
-"""What a column may hold beside ``datasets.Image`` and still be read as pictures."""
+"""The features, apart from ``datasets.Image``, of columns that are read as pictures."""
 
 CAPTION_FEATURES = (datasets.Value("string"), datasets.Value("large_string"))
-"""What a column of captions may hold."""
+"""The features of columns that are read as captions."""
 
 TEXT_SUFFIXES = (".csv", ".jsonl")
-"""The kinds of metadata files that are text."""
+"""The suffixes of metadata files that are text."""
 
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError)
-"""What ``datasets`` raises where a source is missing, malformed or out of reach."""
+"""The errors of ``datasets`` if a source is missing, malformed or out of reach."""
 
 
 def load_captions(data: Data, cache_dir: Path) -> list[str]:
-    """The captions that :func:`load_pictures` gives, without reading a picture."""
+    """The captions of :func:`finetune.data.pictures.load_pictures`, without reading a picture."""
     return read_captions(data, open_source(data, cache_dir))
 
 
 def has_captions(folder: Path) -> bool:
-    """Whether a folder of pictures brings captions of its own."""
-    pictures = _pictures_in(folder) if folder.is_dir() else []
+    """Tell whether a folder of pictures has captions of its own."""
+    pictures = _list_pictures(folder) if folder.is_dir() else []
     beside = any(picture.with_suffix(".txt").is_file() for picture in pictures)
-    return beside or _metadata(folder) is not None
+    return beside or _find_metadata(folder) is not None
 
 
 def open_source(data: Data, cache_dir: Path) -> datasets.Dataset:
-    """The dataset that a recipe names; pictures are not decoded.
+    """Open the dataset that a recipe names, without decoding its pictures.
 
     Pictures or a metadata file directly in a folder make it one split, ``train``, whatever the
-    files' names; all else is left to ``datasets`` to find out.
+    files' names; ``datasets`` interprets all else.
     """
-    folder = Path(data.source).expanduser()
-    load = _load_dataset
-    if (folder / datasets.config.DATASET_STATE_JSON_FILENAME).is_file():
-        load = _load_saved
-    elif (folder / datasets.config.DATASETDICT_JSON_FILENAME).is_file():
-        load = _load_saved_splits
-    elif folder.is_dir() and (_metadata(folder) or _pictures_in(folder)):
-        load = _load_picture_folder
     try:
-        table = load(data, folder, cache_dir)
+        table = _load(data, Path(data.source).expanduser(), cache_dir)
     except LOADING_ERRORS as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -72,55 +64,32 @@ def open_source(data: Data, cache_dir: Path) -> datasets.Dataset:
     return table
 
 
-def read_captions(data: Data, table: datasets.Dataset) -> list[str]:
-    """The caption of each row, with white space around it removed."""
-    if data.prompt is not None:
-        return [data.prompt] * len(table)
-    _check_column(data, table, "caption_column", CAPTION_FEATURES)
-    captions = [(caption or "").strip() for caption in table[data.caption_column]]
-    for row, caption in enumerate(captions):
-        invisible = find_invisible(caption)
-        if not caption or invisible:
-            kind = f"invisible caption ({invisible})" if invisible else "empty caption"
-            raise UserError(
-                f"data.source {data.source!r}: row {row} has an {kind} in column"
-                f" {data.caption_column!r}; write one, or give data.prompt for all pictures"
-                " (pictures for the empty caption come from data.caption_dropout)."
-            )
-    return captions
-
-
-def _load_dataset(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
+def _load(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
+    if (folder / datasets.config.DATASET_STATE_JSON_FILENAME).is_file():
+        return datasets.load_from_disk(folder)
+    if (folder / datasets.config.DATASETDICT_JSON_FILENAME).is_file():
+        splits = datasets.load_from_disk(folder)
+        if data.split not in splits:
+            raise LookupError(f"its splits are {', '.join(splits)}")
+        return splits[data.split]
+    if folder.is_dir() and (_find_metadata(folder) or _list_pictures(folder)):
+        return _load_picture_folder(data, folder, cache_dir)
     if folder.is_dir() and not any(folder.iterdir()):
         raise FileNotFoundError("the folder is empty")
-    if not folder.exists() and _names_a_folder(data.source):
+    # no hub name is written like these, so the hub need not be asked
+    remote = data.source.startswith(("hf://", "buckets/"))
+    is_path = data.source.startswith((".", "/", "~")) or (data.source.count("/") > 1 and not remote)
+    if is_path and not folder.exists():
         raise FileNotFoundError("there is no such folder")
     source = str(folder) if folder.exists() else data.source
     return datasets.load_dataset(source, data.config, split=data.split, revision=data.revision)
 
 
-def _names_a_folder(source: str) -> bool:
-    """Whether a source is written as no hub name can be, so that the hub need not be asked."""
-    remote = source.startswith(("hf://", "buckets/"))
-    return source.startswith((".", "/", "~")) or (source.count("/") > 1 and not remote)
-
-
-def _load_saved(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
-    return datasets.load_from_disk(folder)
-
-
-def _load_saved_splits(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
-    splits = datasets.load_from_disk(folder)
-    if data.split not in splits:
-        raise LookupError(f"its splits are {', '.join(splits)}")
-    return splits[data.split]
-
-
 def _load_picture_folder(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
-    metadata = _metadata(folder)
+    metadata = _find_metadata(folder)
     if metadata and metadata.suffix in TEXT_SUFFIXES:
-        read_text(metadata)  # says what datasets would not
-    files = [metadata] if metadata else _pictures_in(folder)
+        read_text(metadata)  # datasets does not say which encoding it found
+    files = [metadata] if metadata else _list_pictures(folder)
     table = datasets.load_dataset(
         "imagefolder",
         data_files={"train": [glob.escape(str(file.resolve())) for file in files]},
@@ -131,11 +100,11 @@ def _load_picture_folder(data: Data, folder: Path, cache_dir: Path) -> datasets.
     if metadata or data.prompt is not None:
         return table
     undecoded = table.cast_column("image", datasets.Image(decode=False))
-    captions = [_text_beside(Path(row["image"]["path"])) for row in undecoded]
+    captions = [_read_text_beside(Path(row["image"]["path"])) for row in undecoded]
     return table.add_column(data.caption_column, captions)
 
 
-def _text_beside(picture: Path) -> str:
+def _read_text_beside(picture: Path) -> str:
     text = picture.with_suffix(".txt")
     if not text.is_file():
         raise UserError(
@@ -150,10 +119,10 @@ def _text_beside(picture: Path) -> str:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file in UTF-8, without a byte-order mark.
+    """Read a file in UTF-8, without a byte-order mark.
 
     Raises:
-        UserError: where it is in another encoding.
+        UserError: if it is in another encoding.
     """
     content = file.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
@@ -167,12 +136,30 @@ def read_text(file: Path) -> str:
     raise UserError(f"{file} must be text in UTF-8 (found {found}); save it as UTF-8.")
 
 
-def _metadata(folder: Path) -> Path | None:
+def read_captions(data: Data, table: datasets.Dataset) -> list[str]:
+    """Read the caption of each row, with white space around it removed."""
+    if data.prompt is not None:
+        return [data.prompt] * len(table)
+    _check_column(data, table, "caption_column", CAPTION_FEATURES)
+    captions = [(caption or "").strip() for caption in table[data.caption_column]]
+    for row, caption in enumerate(captions):
+        invisible = find_invisible(caption)
+        if not caption or invisible:
+            kind = f"invisible caption ({invisible})" if invisible else "empty caption"
+            raise UserError(
+                f"data.source {data.source!r}: row {row} has an {kind} in column"
+                f" {data.caption_column!r}; write one, or give data.prompt for all pictures"
+                " (data.caption_dropout trains the empty caption)."
+            )
+    return captions
+
+
+def _find_metadata(folder: Path) -> Path | None:
     files = (folder / name for name in ImageFolder.METADATA_FILENAMES)
     return next((file for file in files if file.is_file()), None)
 
 
-def _pictures_in(folder: Path) -> list[Path]:
+def _list_pictures(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
@@ -181,10 +168,10 @@ def _pictures_in(folder: Path) -> list[Path]:
 
 
 def select_pictures(data: Data, table: datasets.Dataset) -> datasets.Dataset:
-    """The column of pictures alone, undecoded.
+    """Select the column of pictures alone, undecoded.
 
     Raises:
-        UserError: where there is no such column, or it holds something else.
+        UserError: if there is no such column, or it holds something else.
     """
     _check_column(data, table, "image_column", PICTURE_FEATURES)
     images = table.select_columns([data.image_column])
@@ -208,7 +195,7 @@ def _check_column(data: Data, table: datasets.Dataset, field: str, features: Seq
 
 
 def read_content(image: dict[str, Any] | None, row: str) -> tuple[str, bytes]:
-    """Where an undecoded picture came from, and the bytes of its file."""
+    """Read an undecoded picture: its path, or the row's name, and the bytes of its file."""
     if image is None:
         raise UserError(f"There is no picture in {row}.")
     source, content = image["path"] or row, image["bytes"]

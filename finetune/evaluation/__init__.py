@@ -1,1 +1,1 @@
-"""Scores of what was learnt, and the picture of before and after."""
+"""Scores of what a run learnt, and pictures of the base and the fine-tuned cascade."""

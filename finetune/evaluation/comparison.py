@@ -1,9 +1,7 @@
-"""The base beside the fine-tuned cascade: one picture to look at, and its CLIP scores.
-
-python -m finetune.compare RECIPE [key=value …]
-"""
+"""The base beside the fine-tuned cascade: one picture to look at, and its CLIP scores."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -18,7 +16,8 @@ from adapters.cascade.load import Parts
 from adapters.cascade.results import CascadeImages
 from adapters.errors import UserError
 from adapters.pictures.contact_sheet import contact_sheet
-from finetune.data.captions import embed_captions, written_captions
+from adapters.tables import format_facts, format_table
+from finetune.data.captions import CaptionCache, collect_prompts, embed_captions
 from finetune.data.pictures import crop, load_pictures
 from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
 from finetune.recipe.schema import Comparison, Expected, Recipe
@@ -35,14 +34,17 @@ TITLES = {
 }
 
 FAR = 3
-"""A score so many spreads below what is expected is no chance: something is broken."""
+"""A score this many spreads below the expected one is no accident: something is broken."""
 
 
 def compare(recipe: Recipe) -> tuple[str, Scores]:
-    """Write ``before_after.png`` and ``.json`` into the run's folder; a table to print and scores.
+    """Write ``before_after.png`` and ``.json`` into the run's folder.
+
+    Returns:
+        The scores as a table to print, and by name.
 
     Raises:
-        UserError: where the recipe has no ``comparison`` section, or the run no adapters.
+        UserError: if the recipe has no ``comparison`` section, or the run no adapters.
     """
     comparison, folders = recipe.comparison, Folders(recipe.folder)
     if comparison is None:
@@ -50,32 +52,41 @@ def compare(recipe: Recipe) -> tuple[str, Scores]:
     if not folders.adapters.is_dir():
         raise UserError(f"There are no adapters in {folders.adapters}: train the recipe first.")
     prompts = comparison.prompts + comparison.other_prompts
-    before, after = sample_both(recipe, comparison, prompts, folders.adapters)
-    photos = real_pictures(recipe)
-    columns = len(prompts)
+    base, fine_tuned = sample_both(recipe, comparison, prompts, folders.adapters)
+    last = STAGES[2 if recipe.base.stage_2 else 1]
+    size_px, rng = recipe.source(last).picture_size_px, np.random.default_rng(0)
+    photos = [
+        crop(picture, size_px, rng, center_shift=0.0, horizontal_flip=False)
+        for picture in load_pictures(recipe.data, recipe.cache, size_px)
+    ]
     sheet = contact_sheet(
-        [photos[:columns], list(before), list(after)],
-        row_captions=["your pictures", "before", "after"],
+        [photos[: len(prompts)], base, fine_tuned],
+        row_captions=["your pictures", "base", "fine-tuned"],
         column_captions=prompts,
-        title=f"{recipe.name}: what the cascade knew, and what it has learned",
+        title=f"{recipe.name}: the base, and the fine-tuned cascade",
     )
-    scores = score(comparison, photos, before, after)
+    scores = score(comparison, photos, base, fine_tuned)
     picture = folders.run / "before_after.png"
     sheet.save(picture)
     write_text(folders.run / "before_after.json", json.dumps(scores, indent=2) + "\n")
-    return table(scores, picture, folders), scores
+    facts = [
+        ("Look at", str(picture)),
+        ("Adapters", str(folders.adapters)),
+        ("Curves", f".venv/bin/tensorboard --logdir {folders.run / 'logs'}"),
+    ]
+    return f"{tabulate(scores)}\n\n{format_facts(facts)}\n", scores
 
 
 def sample_both(
     recipe: Recipe, comparison: Comparison, prompts: Sequence[str], adapters: Path
-) -> tuple[Sequence[Image.Image], Sequence[Image.Image]]:
-    """The final stage's pictures of each prompt, of the base and with the adapters merged."""
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Sample the final stage's picture of each prompt, without and with the adapters."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = comparison.stage_2_prompts
     stage_2_prompts = None if own is None else own + comparison.other_prompts
-    written = written_captions(recipe)
+    written = collect_prompts(recipe)
     captions = {text: written[text] for text in [*prompts, *(own or ()), ""]}
-    embeds = embed_captions(captions, recipe, device)
+    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
     cascade = load_cascade(
         recipe.base.stage_1,
         recipe.base.stage_2,
@@ -94,27 +105,18 @@ def sample_both(
             sampling=comparison.sampling or recipe.validation.sampling,
         )
 
-    before = sample()
+    base = sample()
     cascade.add_adapter(adapters)
-    return before.final, sample().final
-
-
-def real_pictures(recipe: Recipe) -> list[Image.Image]:
-    """The recipe's own pictures, cropped at their centre to the size of the last stage."""
-    last = STAGES[2 if recipe.base.stage_2 else 1]
-    size_px = recipe.source(last).picture_size_px
-    pictures = load_pictures(recipe.data, recipe.cache, size_px)
-    rng = np.random.default_rng(0)
-    return [crop(p, size_px, rng, center_shift=0.0, horizontal_flip=False) for p in pictures]
+    return list(base.final), list(sample().final)
 
 
 def score(
     comparison: Comparison,
     photos: Sequence[Image.Image],
-    before: Sequence[Image.Image],
-    after: Sequence[Image.Image],
+    base: Sequence[Image.Image],
+    fine_tuned: Sequence[Image.Image],
 ) -> Scores:
-    """CLIP-I and CLIP-T of the subject's prompts and of the others, base and fine-tuned."""
+    """Compute CLIP-I and CLIP-T of the subject's prompts and of the others."""
     scorer = ClipScorer(comparison.clip)
     real, subjects = scorer.images(photos), len(comparison.prompts)
     texts = scorer.texts(
@@ -124,7 +126,7 @@ def score(
         ]
     )
     scores: Scores = {"clip_i/real_to_real": clip_i_ceiling(real)}
-    for name, pictures in (("base", before), ("fine_tuned", after)):
+    for name, pictures in (("base", base), ("fine_tuned", fine_tuned)):
         vectors = scorer.images(pictures)
         scores[f"clip_i/{name}"] = clip_i(vectors[:subjects], real)
         scores[f"clip_t/{name}"] = clip_t(vectors[:subjects], texts[:subjects])
@@ -133,51 +135,42 @@ def score(
     return scores
 
 
-def table(scores: Mapping[str, float | None], picture: Path, folders: Folders) -> str:
-    """The scores and what to open next, as text."""
-    lines = [f"{'':36}{'base':>8}{'tuned':>8}{'ceiling':>9}"]
-    for key, title in TITLES.items():
-        if f"{key}/base" in scores:
-            ceiling = _number(scores["clip_i/real_to_real"]) if key == "clip_i" else ""
-            base, tuned = (_number(scores[f"{key}/{name}"]) for name in ("base", "fine_tuned"))
-            lines.append(f"{title:36}{base:>8}{tuned:>8}{ceiling:>9}".rstrip())
-    lines += [
-        "",
-        f"Look at     {picture}",
-        f"Adapters    {folders.adapters}",
-        f"Curves      .venv/bin/tensorboard --logdir {folders.run / 'logs'}",
+def tabulate(scores: Mapping[str, float | None]) -> str:
+    """Set scores out as a table."""
+    columns = {"base": "base", "fine-tuned": "fine_tuned", "ceiling": "real_to_real"}
+    rows = [
+        (title, *(_format(scores, f"{key}/{name}") for name in columns.values()))
+        for key, title in TITLES.items()
+        if f"{key}/base" in scores
     ]
-    return "\n".join(lines) + "\n"
+    return format_table([("", *columns), *rows])
+
+
+def _format(scores: Mapping[str, float | None], key: str) -> str:
+    score = scores.get(key)
+    return f"{score:.3f}" if score is not None else "-" if key in scores else ""
 
 
 def judge(scores: Scores, expected: Expected) -> str:
     """Say whether scores are where they should be.
 
     Raises:
-        UserError: where one is far below.
+        UserError: if one is far below.
     """
     known = {key for key in TITLES if f"{key}/fine_tuned" in scores}  # others may not be asked for
-    wanted = expected.model_dump(include=known, exclude_none=True)
-    given = {key: scores[f"{key}/fine_tuned"] for key in wanted}
-    # a score that is not defined, or not a number, is as far off as can be
-    found = {
-        key: -1.0 if score is None or score != score else score for key, score in given.items()
-    }
-    short = {key: wanted[key] - found[key] for key in wanted}
-    sentences = [
-        f"{TITLES[key]} is {found[key]:.3f}, expected {wanted[key]:.3f}"
-        for key in wanted
-        if short[key] > expected.spread
-    ]
+    shortfalls, sentences = [], []
+    for key, wanted in expected.model_dump(include=known, exclude_none=True).items():
+        score = scores[f"{key}/fine_tuned"]
+        # a score that is not defined, or not a number, is as far off as can be
+        found = -1.0 if score is None or math.isnan(score) else score
+        shortfalls.append(wanted - found)
+        if wanted - found > expected.spread:
+            sentences.append(f"{TITLES[key]} is {found:.3f}, expected {wanted:.3f}")
     if not sentences:
         return f"As expected, to within {expected.spread}: the subject is learnt.\n"
-    if max(short.values()) > FAR * expected.spread:
+    if max(shortfalls) > FAR * expected.spread:
         raise UserError(
             f"The run did not learn what it should: {'; '.join(sentences)}. Compare its recipe with"
             " the one that these figures are of, and look at its curves."
         )
     return f"Lower than expected: {'; '.join(sentences)}. Another seed may do better.\n"
-
-
-def _number(score: float | None) -> str:
-    return "-" if score is None else f"{score:.3f}"

@@ -1,4 +1,4 @@
-"""How like the subject, and how true to the prompt, pictures are: CLIP-I and CLIP-T.
+"""CLIP-I, likeness to the subject, and CLIP-T, likeness to the prompt.
 
 As DreamBooth measures them (arXiv 2208.12242, section 4.2).
 """
@@ -15,13 +15,13 @@ from adapters.errors import UserError
 
 
 class ClipScorer:
-    """Compares pictures and texts in a CLIP model's joint space."""
+    """A CLIP model, in whose joint space pictures and texts are compared."""
 
     def __init__(self, clip: str, device: torch.device | str = "cpu") -> None:
         """Load a CLIP model from a folder or hub name.
 
         Raises:
-            UserError: where there is none, or none in safetensors.
+            UserError: if there is none, or none in safetensors.
         """
         try:
             self.model = CLIPModel.from_pretrained(clip, use_safetensors=True).eval().to(device)
@@ -56,9 +56,9 @@ def clip_i(generated: Tensor, real: Tensor) -> float:
 
 
 def clip_i_ceiling(real: Tensor) -> float | None:
-    """Mean pairwise cosine of different real pictures of the subject: what CLIP-I can reach.
+    """Mean pairwise cosine of different real pictures of the subject: the most CLIP-I can reach.
 
-    ``None`` where there is but one picture.
+    ``None`` if there is only one picture.
     """
     count = len(real)
     if count == 1:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from finetune.recipe.schema import Recipe
 from finetune.run.trainee import Trainee
+from finetune.step.inputs import Batch, unet_inputs
 from finetune.step.optimizers import OPTIMIZERS
-from finetune.step.stages import STAGES, Batch, Stage
+from finetune.step.stages import STAGES, Stage
 from unets.loading import blank_unet
 from unets.tally import META, Tally, reserved, total_bytes
 
@@ -82,7 +83,7 @@ class Rehearsal:
         name = training.optimizer.name
         # its state is counted by the algorithm's own figure, and not all can be made without a GPU
         plain = training.optimizer.model_copy(update={"name": "adamw_8bit"})
-        trainee = Trainee.of(
+        trainee = Trainee(
             stage,
             training.model_copy(update={"optimizer": plain}),
             blank_unet(source.unet_config, training.precision_on(device), device),
@@ -148,7 +149,7 @@ class Rehearsal:
     def _draw(self, pictures: int) -> int:
         batch, trainee = self.batch(2 * pictures), self.trainee
         noisy = torch.empty_like(batch.pixels)
-        inputs = trainee.stage.unet_inputs(batch, noisy, trainee.schedulers, trainee.unet.dtype)
+        inputs = unet_inputs(trainee.stage, batch, noisy, trainee.schedulers, trainee.unet.dtype)
         resident = [*self._resident(batch), *inputs.values()]
         with trainee.final_weights() as unet, torch.no_grad(), Tally(resident) as tally:
             unet(**inputs)

@@ -1,15 +1,14 @@
 """Recipes: one YAML file says all there is to say about a run, checked before anything is loaded.
 
-Every section below is a pydantic model: its fields, their types and ranges are the schema, and the
-text under each field is its documentation.
+Every section is a pydantic model: its fields, their types and ranges are the schema, and the text
+under each field is its documentation.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-import torch
 import yaml
 from pydantic import (
     AfterValidator,
@@ -17,42 +16,45 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
-    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from adapters.base.source import Source
 from adapters.cascade.sampling import Sampling
 from adapters.errors import name_in
 from adapters.weights.kinds import KINDS, AdapterSpec
 from finetune.recipe.yaml12 import Dumper
-from finetune.step.optimizers import OPTIMIZERS, SCHEDULES, Algorithm
+from finetune.step.optimizers import OPTIMIZERS, SCHEDULES
 from finetune.step.stages import STAGES, Stage
 from finetune.step.timesteps import DENSITIES
-from unets.loading import Precision, automatic_precision
+from unets.precision import Precision, automatic_precision
 
-LARGEST_SHAPE = 1e6
-"""The largest parameter of a density: beyond it all timesteps are one, and arithmetic gives out."""
+if TYPE_CHECKING:  # a mistyped recipe is answered before these are imported
+    import torch
 
-LEAST_SCALE = 0.1
-"""The least learning rate that makes sense where the optimizer finds its own step size."""
+    from adapters.base.source import Source
 
 KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
 """The kinds of adapter that have no B matrices, which LoRA+ is about."""
 
+LARGEST_SHAPE = 1e6
+"""The largest parameter of a density: beyond it all timesteps are one, and arithmetic fails."""
 
-def _ascending(levels: tuple[int, int]) -> tuple[int, int]:
+LEAST_SCALE = 0.1
+"""The least sensible learning rate of an optimizer that finds its own step size."""
+
+
+def _check_ascending(levels: tuple[int, int]) -> tuple[int, int]:
     if levels[0] > levels[1]:
         raise ValueError(f"must be [low, high] with low <= high (got {list(levels)})")
     return levels
 
 
-def _one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-    others = info.data.get("prompts", prompts)  # a mistake of their own is said by itself
+def _check_one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    others = info.data.get("prompts", prompts)  # absent where they are a mistake themselves
     if len(prompts) != len(others):
         raise ValueError(f"must be one for each of the {len(others)} prompts (got {len(prompts)})")
     return prompts
@@ -62,10 +64,17 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Levels = Annotated[tuple[NonNegative, NonNegative], Field(strict=False), AfterValidator(_ascending)]
+Levels = Annotated[
+    tuple[NonNegative, NonNegative], Field(strict=False), AfterValidator(_check_ascending)
+]
 Prompts = Annotated[tuple[str, ...], Field(strict=False)]
-StagePrompts = Annotated[Prompts, AfterValidator(_one_for_each)]
+StagePrompts = Annotated[Prompts, AfterValidator(_check_one_for_each)]
+ChosenPrecision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 Place = tuple[int | str, ...]
+
+
+def _resolve(precision: ChosenPrecision, device: "torch.device") -> Precision:
+    return automatic_precision(device) if precision == "auto" else precision
 
 
 class Section(BaseModel):
@@ -82,22 +91,30 @@ class Section(BaseModel):
 
 
 class Base(Section):
-    """The cascade to teach: folders or hub names (``owner/name@revision``) in diffusers' layout."""
+    """The cascade to fine-tune: folders or hub names (``owner/name@revision``) for diffusers."""
 
     stage_1: str
     """Stage I; its text encoder and tokenizer are those of the whole cascade."""
     stage_2: str | None = None
-    """Stage II; needed to train it, and shown in validation pictures where given."""
+    """Stage II; needed to train it, and used for validation pictures if given."""
     stage_3: str | None = None
     """The x4 upscaler, for pictures only."""
     revision: str | None = None
-    """The hub revision of Stage I and II where their names have none; ``None``: the newest."""
+    """The hub revision of Stage I and II if their names have none; ``None``: the newest."""
     variant: str | None = None
     """The weights' variant, such as ``fp16``, of components that have it; ``None``: plain files."""
 
+    def source(self, stage: Stage) -> "Source":
+        """The files of a stage's model."""
+        from adapters.base.source import Source
+
+        name = {1: self.stage_1, 2: self.stage_2}[stage.number]
+        assert name is not None
+        return Source(name, stage.number, self.revision, self.variant)
+
 
 class Data(Section):
-    """Where the pictures and captions come from, and how they are cropped."""
+    """The pictures and captions to train on, and the cropping of the pictures."""
 
     source: str
     """A folder of pictures (with ``metadata.jsonl`` or ``.txt`` captions, or none), or whatever
@@ -113,46 +130,50 @@ class Data(Section):
     image_column: str = "image"
     """The column that holds the pictures."""
     caption_column: str = "text"
-    """The column that holds the captions; not read where ``prompt`` is given."""
+    """The column that holds the captions; not read if ``prompt`` is given."""
     center_shift: Fraction = 0.1
-    """How far the square crop's centre may shift, as a fraction of the crop's side."""
+    """The largest shift of the square crop's centre, as a fraction of the crop's side."""
     horizontal_flip: bool = False
     """Mirror every other picture at random."""
     caption_dropout: Fraction = 0.1
-    """The share of captions replaced by the empty one, which guidance is taken against."""
+    """The share of captions replaced by the empty one, which guidance leads away from."""
 
 
 class Prior(Section):
     """Prior preservation: pictures of the subject's class, so that the class is not forgotten."""
 
     prompts: Annotated[Prompts, Field(min_length=1)]
-    """What class pictures show, in turn; also their captions."""
+    """Prompts of the class pictures, in turn; also their captions."""
     count: Positive = 100
-    """How many class pictures."""
+    """The number of class pictures."""
     folder: str | None = None
-    """A folder of class pictures to take instead of sampling them from the base cascade."""
+    """A folder of class pictures to use instead of sampling them from the base cascade."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """The share of class pictures in each optimizer step, on all processes and accumulated batches
-    together: at least one, and never all."""
+    together: at least one, never all."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """The weight of the class pictures' mean loss beside that of the subject's."""
     caption_dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
     """The share of class pictures whose caption is replaced by the empty one, whatever
-    ``data.caption_dropout`` is: what guidance is taken against is preserved too."""
+    ``data.caption_dropout`` is: what guidance leads away from is preserved too."""
     sampling: Sampling = Sampling()
-    """How class pictures are sampled."""
+    """Steps, guidance and noise level of the class pictures, by stage."""
 
 
 class Text(Section):
-    """The text encoder: its precision, its place, and what it is given."""
+    """The text encoder: its precision, its device, and the cleaning of its captions."""
 
-    precision: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"
+    precision: ChosenPrecision = "auto"
     """The text encoder's weights; ``auto``: bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu"] = "auto"
-    """Where captions are encoded; ``auto``: on the training device."""
+    """The device that encodes captions; ``auto``: the training device."""
     clean_caption: bool = True
     """Clean captions as IF's pipelines do by default: HTML, links and odd punctuation go, but so
     do words such as ``<sks>``, ``j0hn``, ``#3``, ``@mydog``, and all Chinese."""
+
+    def precision_on(self, device: "torch.device") -> Precision:
+        """The precision of the text encoder on the device that encodes."""
+        return _resolve(self.precision, device)
 
 
 class Optimizer(Section):
@@ -172,43 +193,30 @@ class Optimizer(Section):
     """One of the names in ``finetune.step.optimizers.SCHEDULES``."""
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from zero, fewer than the stage's ``steps``;
-    ``one_cycle`` rises from 1/25, and over 0.3 of the steps where this is 0."""
+    ``one_cycle`` rises from 1/25, and over 0.3 of the steps if this is 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this norm; ``None``: never."""
 
-    @field_validator("learning_rate")
+    @field_validator("learning_rate", "betas", "lora_plus_ratio")
     @classmethod
-    def _is_a_scale(cls, rate: float, info: ValidationInfo) -> float:
-        if rate < LEAST_SCALE and (found := _algorithm(info)) and found.finds_scale:
+    def _check_optimizer_takes(cls, value: Any, info: ValidationInfo) -> Any:
+        name, field = info.data.get("name"), info.field_name
+        if name is None:  # a mistake that is reported by itself
+            return value
+        algorithm = OPTIMIZERS[name]
+        if field == "betas" and value is not None and algorithm.betas is None:
+            raise ValueError(f"{name} has no betas: leave them out")
+        if algorithm.finds_scale and field == "learning_rate" and value < LEAST_SCALE:
             raise ValueError(
-                f"{info.data['name']} finds its own step size, which the learning rate multiplies:"
-                f" give 1, or at least {LEAST_SCALE} (got {rate})"
+                f"{name} finds its own step size, which the learning rate multiplies: give 1, or"
+                f" at least {LEAST_SCALE} (got {value})"
             )
-        return rate
-
-    @field_validator("betas")
-    @classmethod
-    def _has_betas(
-        cls, betas: tuple[float, float] | None, info: ValidationInfo
-    ) -> tuple[float, float] | None:
-        if betas is not None and (found := _algorithm(info)) and found.betas is None:
-            raise ValueError(f"{info.data['name']} has no betas: leave them out")
-        return betas
-
-    @field_validator("lora_plus_ratio")
-    @classmethod
-    def _has_groups(cls, ratio: float, info: ValidationInfo) -> float:
-        if ratio != 1 and (found := _algorithm(info)) and found.finds_scale:
+        if algorithm.finds_scale and field == "lora_plus_ratio" and value != 1:
             raise ValueError(
-                f"{info.data['name']} takes one learning rate for all parameters: leave the ratio"
-                f" at 1 (got {ratio})"
+                f"{name} takes one learning rate for all parameters: leave the ratio at 1"
+                f" (got {value})"
             )
-        return ratio
-
-
-def _algorithm(info: ValidationInfo) -> Algorithm | None:
-    """The optimizer that a section names, unless the name is itself a mistake."""
-    return OPTIMIZERS.get(info.data.get("name", ""))
+        return value
 
 
 class Timesteps(Section):
@@ -219,7 +227,7 @@ class Timesteps(Section):
     high: NonNegative | None = None
     """The last timestep that is drawn; ``None``: the last of the base's schedule."""
     density: Annotated[str, name_in(DENSITIES)] = "uniform"
-    """How they lie between: one of the names in ``finetune.step.timesteps.DENSITIES``."""
+    """Their density in between: one of the names in ``finetune.step.timesteps.DENSITIES``."""
     shape: Annotated[tuple[float, float], Field(strict=False)] | None = None
     """The parameters of ``beta``, [a, b], or of ``logit_normal``, [mean, std]: for ``beta``, [1, 2]
     is more of the low timesteps (detail), [2, 1] of the high ones (composition) and [2, 2] of those
@@ -227,7 +235,7 @@ class Timesteps(Section):
 
     @field_validator("high")
     @classmethod
-    def _is_not_below(cls, high: int | None, info: ValidationInfo) -> int | None:
+    def _check_not_below(cls, high: int | None, info: ValidationInfo) -> int | None:
         low = info.data.get("low", 0)
         if high is not None and high < low:
             raise ValueError(f"must be at least low, {low} (got {high})")
@@ -235,7 +243,7 @@ class Timesteps(Section):
 
     @field_validator("shape")
     @classmethod
-    def _fits_its_density(
+    def _check_shape(
         cls, shape: tuple[float, float] | None, info: ValidationInfo
     ) -> tuple[float, float] | None:
         if (name := info.data.get("density")) is None:  # a mistake that is reported by itself
@@ -253,37 +261,37 @@ class Timesteps(Section):
         return shape
 
     def draw(self, rng: np.random.Generator, count: int) -> int:
-        """A timestep of a schedule of ``count``; each has an equal part of 0 to 1."""
+        """Draw a timestep of a schedule of ``count``; each has an equal part of 0 to 1."""
         high = count - 1 if self.high is None else self.high
         place = DENSITIES[self.density].draw(rng, *self.shape or ())
         return min(self.low + int(place * (high + 1 - self.low)), high)  # a place may round to 1
 
 
 class Training(Section):
-    """What is trained in one stage, and for how long."""
+    """The training of one stage: adapter, optimizer, length and precision."""
 
     steps: Positive
     """Optimizer steps."""
     batch_size: Positive = 4
     """Pictures at a time on each GPU, class pictures included."""
     accumulation: Positive = 1
-    """Batches whose gradients are averaged into one optimizer step: 2 batches of 2 train as one of
-    4 does."""
+    """Batches whose gradients are averaged into one optimizer step: 2 batches of 2 train the same
+    as one of 4."""
     adapter: AdapterSpec = AdapterSpec()
     """The adapter: kind, rank, targets."""
     optimizer: Optimizer = Optimizer()
     """The optimizer and its schedule."""
-    precision: Literal["auto", "fp32", "bf16", "int8", "nf4"] = "auto"
+    precision: ChosenPrecision = "auto"
     """The frozen UNet's weights; ``auto``: bf16 on a GPU, fp32 on a CPU. An adapter's weights and
     optimizer are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cuda_graph: bool = True
     """On a GPU, record the step as one CUDA graph and replay it."""
-    compile: Literal["auto"] | bool = "auto"
-    """Compile the UNet; ``auto``: where the run is long enough to win back the minutes it takes."""
+    compile: bool = False
+    """Compile the UNet, on a GPU: a step takes about 3 % less time, and the first takes minutes."""
     timesteps: Timesteps = Timesteps()
-    """The timesteps that each picture's own is drawn from."""
+    """The distribution that each picture's timestep is drawn from."""
     noise_level: Levels | None = None
     """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
     ``None``: all levels of the model's schedule."""
@@ -295,20 +303,20 @@ class Training(Section):
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
-    """How many of the newest checkpoints to keep."""
+    """The number of newest checkpoints to keep."""
 
-    def precision_on(self, device: torch.device) -> Precision:
+    def precision_on(self, device: "torch.device") -> Precision:
         """The precision of the frozen UNet on a device."""
-        return automatic_precision(device) if self.precision == "auto" else self.precision
+        return _resolve(self.precision, device)
 
 
 class Validation(Section):
     """Pictures sampled while training, for TensorBoard."""
 
     prompts: Prompts = ()
-    """What to sample; none: no validation."""
+    """Prompts to sample; none: no validation."""
     stage_2_prompts: StagePrompts | None = None
-    """What Stage II is told instead, one for each of ``prompts``: often these without the
+    """Prompts of Stage II instead, one for each of ``prompts``: often these without the
     subject's identifier; ``None``: the same."""
     every: Positive = 500
     """Steps between validations; one is always made at the end."""
@@ -319,8 +327,10 @@ class Validation(Section):
 
 
 class Expected(Section):
-    """Scores at which a run should end, those of a finished run on another machine."""
+    """Scores at which a run on certain data should end, those of a run on another machine."""
 
+    data: str
+    """The ``data.source`` of that run; runs on other data are not judged."""
     clip_i: Annotated[float, Field(gt=-1, le=1)]
     """CLIP-I, the subject's pictures to the real ones."""
     clip_t: Annotated[float, Field(gt=-1, le=1)]
@@ -328,7 +338,7 @@ class Expected(Section):
     clip_t_others: Annotated[float, Field(gt=-1, le=1)] | None = None
     """CLIP-T of the other prompts; ``None``: there are none."""
     spread: Annotated[float, Field(gt=0)]
-    """How far runs with other seeds or on other processors end from these."""
+    """The distance from these at which runs with other seeds or on other processors end."""
 
 
 class Comparison(Section):
@@ -337,11 +347,11 @@ class Comparison(Section):
     prompts: Annotated[Prompts, Field(min_length=1)]
     """Prompts that should show the subject."""
     stage_2_prompts: StagePrompts | None = None
-    """What Stage II is told instead, one for each of ``prompts``; ``None``: the same."""
+    """Prompts of Stage II instead, one for each of ``prompts``; ``None``: the same."""
     other_prompts: Prompts = ()
     """Prompts of other things, which should not have changed."""
     subject: str
-    """The subject in plain words, which the text score (CLIP-T) puts in place of ``identifier``."""
+    """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
     identifier: str
     """The words of the prompts that name the subject, such as ``sks octopus``."""
     clip: str
@@ -363,43 +373,43 @@ class Recipe(Section):
     """All randomness of the run derives from it and from each picture's position in the run: a
     global batch (of all processes and accumulated batches) is the same however it is divided."""
     base: Base
-    """The cascade to teach."""
+    """The cascade to fine-tune."""
     data: Data
-    """The pictures to teach it."""
+    """The pictures to train on."""
     prior: Prior | None = None
     """Prior preservation; ``None``: without."""
     text: Text = Text()
-    """How captions are encoded."""
+    """The text encoder and its captions."""
     stage_1: Training | None = None
-    """How to train Stage I; ``None``: not at all."""
+    """The training of Stage I; ``None``: it is not trained."""
     stage_2: Training | None = None
-    """How to train Stage II, after Stage I where both are given; ``None``: not at all."""
+    """The training of Stage II, after Stage I if both are given; ``None``: it is not trained."""
     validation: Validation = Validation()
-    """What to sample while training."""
+    """The pictures sampled while training."""
     comparison: Comparison | None = None
     """The picture and scores of base and fine-tuned cascade; ``None``: none."""
     log_every: Positive = 10
     """Steps between TensorBoard points."""
     runs_dir: str = "runs"
-    """Where runs are written."""
+    """The folder of all runs."""
     cache_dir: str = ".cache/finetune"
-    """Where decoded pictures, text embeddings and class pictures are kept between runs."""
+    """The folder that keeps decoded pictures, text encodings and class pictures between runs."""
 
     @model_validator(mode="wrap")
     @classmethod
-    def _consistent(cls, tree: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """All mistakes together: those within sections, and those between them."""
-        mistakes: list[InitErrorDetails] = []
+    def _check_sections_together(cls, tree: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Report mistakes between sections along with those within them."""
+        mistakes: list[Any] = []
         try:
             recipe = handler(tree)
         except ValidationError as error:
-            mistakes = [_again(mistake) for mistake in error.errors(include_url=False)]
-        places = {mistake.get("loc") for mistake in mistakes}
-        for path, message in _between_sections(tree):
+            mistakes += error.errors(include_url=False)
+        places = {mistake["loc"] for mistake in mistakes}
+        for path, message in _mistakes_between_sections(tree):
+            kind = PydanticCustomError("value_error", "{message}", {"message": message})
             place = tuple(path.split("."))
             if place not in places:
-                custom = PydanticCustomError("value_error", "{message}", {"message": message})
-                mistakes.append(InitErrorDetails(type=custom, loc=place, input=None))
+                mistakes.append({"type": kind, "loc": place, "input": None})
         if mistakes:
             raise ValidationError.from_exception_data(cls.__name__, mistakes)
         return recipe
@@ -416,33 +426,18 @@ class Recipe(Section):
         assert section is not None
         return section
 
-    def base_of(self, stage: Stage) -> str:
-        """The base model of a stage."""
-        name = {1: self.base.stage_1, 2: self.base.stage_2}[stage.number]
-        assert name is not None
-        return name
+    def source(self, stage: Stage) -> "Source":
+        """The files of a stage's base model."""
+        return self.base.source(stage)
 
-    def precisions(self, device: torch.device) -> dict[int, Precision]:
-        """The precision of each stage's UNet on a device: an untrained stage's is another's."""
+    def precisions_on(self, device: "torch.device") -> dict[int, Precision]:
+        """The precision of each stage's UNet on a device; an untrained stage has the other's."""
         trained = {s.number: self.training(s).precision_on(device) for s in self.trained}
         return {number: trained.get(number, next(iter(trained.values()))) for number in STAGES}
 
-    def source(self, stage: Stage) -> Source:
-        """Where the base model of a stage is."""
-        return Source(self.base_of(stage), stage.number, self.base.revision, self.base.variant)
-
     @property
-    def crop_px(self) -> int:
-        """The side of the largest crop that a stage is taught, in pixels."""
-        return self._crops_px[-1]
-
-    @property
-    def smaller_crops_px(self) -> list[int]:
-        """The sides of the other crops that stages are taught, in pixels."""
-        return self._crops_px[:-1]
-
-    @property
-    def _crops_px(self) -> list[int]:
+    def crops_px(self) -> list[int]:
+        """The sides of the crops that the stages are trained on, in pixels, ascending."""
         return sorted({self.source(stage).picture_size_px for stage in self.trained})
 
     @property
@@ -452,42 +447,32 @@ class Recipe(Section):
 
     @property
     def cache(self) -> Path:
-        """Where what is costly to make is kept between runs."""
+        """``cache_dir`` as a path."""
         return Path(self.cache_dir)
 
     def to_yaml(self) -> str:
         """The resolved recipe, defaults included; loading it gives the same recipe."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=100)
+        tree = self.model_dump(mode="json")
+        return yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=100, allow_unicode=True)
 
 
-def _again(mistake: ErrorDetails) -> InitErrorDetails:
-    """A mistake that pydantic found, to be raised once more."""
-    return InitErrorDetails(
-        type=mistake["type"],
-        loc=mistake["loc"],
-        input=mistake["input"],
-        ctx=mistake.get("ctx", {}),
-    )
+def _mistakes_between_sections(tree: Any) -> Iterator[tuple[str, str]]:
+    """Path and message of each mistake that no section shows alone.
 
-
-def _between_sections(tree: Any) -> Iterator[tuple[str, str]]:
-    """Path and message of the mistakes that no section shows alone.
-
-    They are looked for in the tree as it was given, whatever else is wrong with it.
+    They are found in the tree as it was given, as its sections may have mistakes of their own.
     """
-    tree = TypeAdapter(Any).dump_python(tree)
 
     def given(path: str) -> Any:
         node = tree
         for part in path.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
+            node = dict(node).get(part) if isinstance(node, dict | BaseModel) else None
         return node
 
     trained = [stage.name for stage in STAGES.values() if given(stage.name) is not None]
     if not trained:
         yield "stage_1", "nothing to train: give a stage_1 section, a stage_2 section or both"
     if "stage_2" in trained and given("base.stage_2") is None:
-        yield "base.stage_2", "must name a Stage II model where stage_2 is trained"
+        yield "base.stage_2", "must name a Stage II model if stage_2 is trained"
     if given("stage_1.noise_level") is not None:
         yield "stage_1.noise_level", "is for stage_2 alone: Stage I has no augmentation to draw"
     for stage in trained:

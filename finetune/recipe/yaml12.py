@@ -1,6 +1,6 @@
 """YAML 1.2 as people write it: 1e-4 is a number, 0100 a hundred, 12:30 a text, and keys are unique.
 
-PyYAML reads YAML 1.1, where these are a text, 64 and 750.
+In the YAML 1.1 of PyYAML these are a text, 64 and 750.
 """
 
 import re
@@ -15,17 +15,17 @@ NUMBERS = {
         r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
     ),
 }
-"""What a plain scalar must match to be a number (YAML 1.2.2, section 10.3.2); whole ones first."""
+"""Patterns of plain scalars that are numbers (YAML 1.2.2, section 10.3.2), whole ones first."""
 
 YAML_1_1_ONLY = (*NUMBERS, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
-"""What PyYAML recognises in ways that YAML 1.2 does not."""
+"""Tags that PyYAML recognises in ways that YAML 1.2 does not."""
 
 
 class Loader(yaml.SafeLoader):
     """Safe YAML in which a key given twice is an error."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """PyYAML's own, and a look at the keys."""
+        """Compose as PyYAML does, and check the keys."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -39,13 +39,13 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
-        """A whole number; leading zeros mean nothing."""
+        """Read a whole number, whatever its leading zeros."""
         text = str(self.construct_scalar(node))
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
 class Dumper(yaml.SafeDumper):
-    """Safe YAML that :class:`Loader`, and any reader of YAML 1.1, reads as it was meant."""
+    """Safe YAML that means the same to :class:`Loader` and to readers of YAML 1.1."""
 
 
 Loader.yaml_implicit_resolvers = {

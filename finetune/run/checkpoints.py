@@ -1,19 +1,18 @@
 """Checkpoints: a tree of tensors and plain values, as one safetensors and one JSON file.
 
 A checkpoint is written beside its place and renamed into it, and renamed out of it before it is
-deleted, so that one which has its final name is whole. Nothing is ever unpickled.
+deleted, so that one with its final name is whole. Nothing is ever unpickled.
 """
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from adapters.atomic import replace_folder, writing_to
 from adapters.errors import UserError
@@ -21,44 +20,40 @@ from adapters.errors import UserError
 FORMAT = 2
 """The version of a checkpoint's contents. 2: tensors start blocks of their own in the optimizer."""
 
-STEP_FOLDER = re.compile(r"step-(\d+)")
-
 
 def save_checkpoint(root: Path, step: int, tree: dict[str, Any], keep: int) -> Path:
     """Write ``root/step-NNNNNN``, then delete all but the newest ``keep`` checkpoints.
 
     Raises:
-        UserError: where the disk refuses.
+        UserError: if the disk refuses.
     """
     folder, partial = root / f"step-{step:06d}", root / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     new = partial / "new"
     with writing_to(folder):
         new.mkdir(parents=True)
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         document = json.dumps({"format": FORMAT, "tree": _encode(tree, tensors)})
         save_file(tensors, new / "state.safetensors")
         (new / "state.json").write_text(document, encoding="utf-8")
         replace_folder(new, folder)
-        for _, old in checkpoints(root)[:-keep]:
+        for old in list_checkpoints(root)[:-keep]:
             os.replace(old, partial / old.name)
         shutil.rmtree(partial)
     return folder
 
 
-def checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """The whole checkpoints below ``root`` as (step, folder), oldest first."""
-    if not root.is_dir():
-        return []
-    matches = ((STEP_FOLDER.fullmatch(folder.name), folder) for folder in root.iterdir())
-    return sorted((int(match[1]), folder) for match, folder in matches if match)
+def list_checkpoints(root: Path) -> list[Path]:
+    """List the folders of the whole checkpoints below ``root``, oldest first."""
+    steps = {folder: folder.name.removeprefix("step-") for folder in root.glob("step-*")}
+    return sorted((f for f in steps if steps[f].isdecimal()), key=lambda f: int(steps[f]))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The tree that was saved, with its tensors on the CPU.
+    """Read the tree that was saved, with its tensors on the CPU.
 
     Raises:
-        UserError: where the files are damaged.
+        UserError: if the files are damaged, or of a version that stored other contents.
     """
     try:
         tensors = load_file(folder / "state.safetensors")
@@ -72,21 +67,21 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         ) from error
     if tree is None:
         raise UserError(
-            f"The checkpoint {folder} has the format {found}, and this version continues from the"
-            f" format {FORMAT} alone; finish the run with the version that began it, or delete its"
+            f"The checkpoint {folder} has format {found}, but this version continues from format"
+            f" {FORMAT} alone; finish the run with the version that began it, or delete its"
             " checkpoints to start over."
         )
     assert isinstance(tree, dict)
     return tree
 
 
-def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     """A JSON value in which each tensor, tuple and mapping is marked; fills ``tensors``."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().cpu().clone().contiguous()
         return {"tensor": key}
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # as pairs, since keys may be numbers
         return {"mapping": [[key, _encode(item, tensors)] for key, item in value.items()]}
     if isinstance(value, tuple):
         return {"tuple": [_encode(item, tensors) for item in value]}
@@ -95,7 +90,7 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return value
 
 
-def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
     if isinstance(value, dict):

@@ -1,39 +1,44 @@
-"""A run on disk: where it writes, what it continues from, and what would stop it later on."""
+"""A run on disk, and the checks that precede it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from diffusers import DDPMScheduler
 from pydantic import ValidationError
-from torch import nn
 
+from adapters.base.source import Source
 from adapters.cascade.checks import check_steps
+from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError
 from adapters.files.info import read_info
 from adapters.weights.kinds import peft_config
-from finetune.data.captions import check_cleaning, written_captions
+from finetune.data.captions import check_cleaning, collect_prompts
 from finetune.data.prior import own_folder
-from finetune.recipe.schema import Recipe, Timesteps, Training
-from finetune.run.checkpoints import checkpoints, load_checkpoint
-from finetune.run.trainee import Trainee, optimizer_of
-from finetune.step.flat_weights import FlatWeights
+from finetune.recipe.schema import Recipe, Training
+from finetune.run.checkpoints import list_checkpoints, load_checkpoint
+from finetune.step.optimizers import OPTIMIZERS
 from finetune.step.stages import Stage
 from unets.loading import empty_unet
+
+SHARED = ("seed", "base", "data", "prior", "text")
+"""The parts of a recipe that every stage depends on."""
+
+FREE = ("steps", "checkpoint_every", "keep_checkpoints", "cuda_graph", "compile")
+"""The settings of a stage that may change before its run continues."""
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a run writes."""
+    """The folders that a run writes."""
 
     run: Path
 
     @property
     def adapters(self) -> Path:
-        """The exported adapters, what the user keeps."""
+        """The exported adapters, which the user keeps."""
         return self.run / "adapters"
 
     def checkpoints(self, stage: Stage) -> Path:
@@ -45,113 +50,108 @@ class Folders:
         return self.run / "logs" / stage.name
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Find what would stop a run after hours before it begins: without weights, in seconds.
+def check_recipe(recipe: Recipe, device: torch.device) -> None:
+    """Find in seconds, without weights, the mistakes that would stop a run after hours.
 
     Raises:
-        UserError: where a base is missing or of another stage, a target matches nothing, the
-            optimizer does not run here, noise levels, timesteps to draw or timesteps to sample
-            are not the schedule's, there is no folder of class pictures where one is named, or
-            cleaning empties a prompt.
+        UserError: if cleaning empties a prompt, the folder of class pictures is missing, or a stage
+            cannot be trained as :func:`check_stage` says.
     """
-    check_cleaning(written_captions(recipe), recipe)
+    check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
     if recipe.prior:
         own_folder(recipe.prior)
     sections = (recipe.prior, recipe.validation, recipe.comparison)
     samplings = [section.sampling for section in sections if section and section.sampling]
     for stage in recipe.trained:
-        source, training = recipe.source(stage), recipe.training(stage)
-        assert source.picture_size_px > 0
-        unet = empty_unet(source.unet_config, "fp32", torch.device("cpu"))
-        peft_config(unet, training.adapter)
-        optimizer_of(
-            training.optimizer, FlatWeights({"": nn.Parameter(torch.zeros(1))}, unet.dtype)
-        )
-        noise_levels(training, source.scheduler(stage.schedulers[-1]))
-        timesteps_of(training, stage, source.scheduler(stage.schedulers[0]))
-        for sampling in samplings:
-            check_steps(stage.number, source.scheduler(stage.schedulers[0]), sampling)
+        check_stage(stage, recipe.training(stage), recipe.source(stage), samplings, device)
 
 
-def noise_levels(training: Training, scheduler: DDPMScheduler) -> tuple[int, int]:
-    """The range of Stage II's augmentation levels, inclusive.
+def check_stage(
+    stage: Stage,
+    training: Training,
+    source: Source,
+    samplings: Collection[Sampling],
+    device: torch.device,
+) -> None:
+    """Check a stage's settings against its base and the device.
 
     Raises:
-        UserError: where the recipe's range goes beyond the low-res picture's schedule.
+        UserError: if the base is missing or of another stage, a target matches no module, a setting
+            needs a GPU, or noise levels or timesteps are not those of the base's schedule.
     """
-    last = scheduler.config.num_train_timesteps - 1
-    low, high = training.noise_level or (0, last)
-    if high > last:
-        raise UserError(
-            f"stage_2.noise_level must be within 0 and {last}, the levels of the base's"
-            f" image_noising_scheduler (got [{low}, {high}])."
-        )
-    return low, high
-
-
-def timesteps_of(training: Training, stage: Stage, scheduler: DDPMScheduler) -> Timesteps:
-    """The distribution of a stage's timesteps.
-
-    Raises:
-        UserError: where the recipe's range goes beyond the base's schedule.
-    """
-    last = scheduler.config.num_train_timesteps - 1
-    timesteps = training.timesteps
-    for end, timestep in (("low", timesteps.low), ("high", timesteps.high or 0)):
-        if timestep > last:
+    unet = empty_unet(source.unet_config, "fp32", torch.device("cpu"))
+    peft_config(unet, training.adapter)
+    optimizer = training.optimizer.name
+    for setting, needs_gpu, advice in (
+        ("compile: true", training.compile, "leave it out"),
+        (f"optimizer.name: {optimizer}", OPTIMIZERS[optimizer].needs_gpu, "use adamw_8bit"),
+    ):
+        if needs_gpu and device.type == "cpu":
             raise UserError(
-                f"{stage.name}.timesteps.{end} must be at most {last}, the last timestep of the"
-                f" base's scheduler (got {timestep})."
+                f"{stage.name}.{setting} needs a GPU, and this run uses none: {advice}."
             )
-    return timesteps
+    timesteps, levels = training.timesteps, training.noise_level or (0, 0)
+    for setting, given, largest, name in (
+        ("timesteps.low", timesteps.low, timesteps.low, stage.schedulers[0]),
+        ("timesteps.high", timesteps.high, timesteps.high or 0, stage.schedulers[0]),
+        ("noise_level", list(levels), max(levels), stage.schedulers[-1]),
+    ):
+        last = source.scheduler(name).config.num_train_timesteps - 1
+        if largest > last:
+            raise UserError(
+                f"{stage.name}.{setting} must be within 0 and {last}, the timesteps of the base's"
+                f" {name} (got {given})."
+            )
+    for sampling in samplings:
+        check_steps(stage.number, source.scheduler(stage.schedulers[0]), sampling)
 
 
-def identity(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """What must stay the same for a run to be continued."""
-    free = {"steps", "checkpoint_every", "keep_checkpoints", "cuda_graph", "compile"}
-    parts = recipe.model_dump(mode="json", include={"seed", "base", "data", "prior", "text"})
-    return parts | {stage.name: recipe.training(stage).model_dump(mode="json", exclude=free)}
+def select_identity(recipe: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+    """The settings of a dumped recipe that must stay the same for a stage's run to continue."""
+    section = recipe[stage.name] or {}
+    own = {name: value for name, value in section.items() if name not in FREE}
+    return {name: recipe[name] for name in SHARED} | {stage.name: own}
 
 
-def check_same(recipe: Recipe, stage: Stage, saved: Mapping[str, Any], where: Path) -> None:
-    """Raise a UserError where what was saved is of another recipe."""
-    changed = [key for key, value in identity(recipe, stage).items() if saved.get(key) != value]
+def check_same(
+    identity: Mapping[str, Any], saved: Mapping[str, Any], place: Path, run: Path
+) -> None:
+    """Raise a UserError if the identity saved at a place in a run is that of another recipe."""
+    changed = [key for key, value in identity.items() if saved.get(key) != value]
     if changed:
         raise UserError(
-            f"{where} was made with another recipe ({', '.join(changed)} differ): give the recipe"
-            f" a new name, or delete {recipe.folder} to start over."
+            f"{place} was made with another recipe ({', '.join(changed)} differ): give the recipe"
+            f" a new name, or delete {run} to start over."
         )
 
 
-def finished(recipe: Recipe, stage: Stage) -> bool:
-    """Whether a stage has been trained to its last step and exported.
+def is_finished(stage: Stage, steps: int, identity: Mapping[str, Any], folders: Folders) -> bool:
+    """Tell whether a stage has been trained to its last step and exported.
 
     Raises:
-        UserError: where the exported adapter, or the newest checkpoint, is of another recipe, or
-            where the checkpoints to continue from are gone.
+        UserError: if the exported adapter or the newest checkpoint is of another recipe, or the
+            checkpoints to continue from are gone.
     """
-    folders = Folders(recipe.folder)
-    adapter, saved = folders.adapters / stage.name, checkpoints(folders.checkpoints(stage))
+    adapter = folders.adapters / stage.name
+    saved = list_checkpoints(folders.checkpoints(stage))
     if saved:
-        check_same(recipe, stage, load_checkpoint(saved[-1][1])["recipe"], saved[-1][1])
+        check_same(identity, load_checkpoint(saved[-1])["recipe"], saved[-1], folders.run)
     if not adapter.is_dir():
         return False
     info = read_info(adapter)
-    try:
-        exported = identity(Recipe.model_validate(yaml.safe_load(info.recipe)), stage)
-    except (ValidationError, AssertionError):
-        exported = {}
-    check_same(recipe, stage, exported, adapter)
-    steps = recipe.training(stage).steps
+    check_same(identity, _read_identity(info.recipe, stage), adapter, folders.run)
     if info.step < steps and not saved:
         raise UserError(
             f"{adapter} was trained for {info.step} of {steps} steps and its checkpoints are gone:"
-            f" give the recipe a new name, or delete {recipe.folder} to start over."
+            f" give the recipe a new name, or delete {folders.run} to start over."
         )
     return info.step >= steps
 
 
-def resume(trainee: Trainee, root: Path) -> None:
-    """Continue from the newest checkpoint below ``root``, if there is one."""
-    if saved := checkpoints(root):
-        trainee.load_state(load_checkpoint(saved[-1][1]))
+def _read_identity(text: str, stage: Stage) -> dict[str, Any]:
+    """The identity in an exported recipe; empty if this version cannot read it."""
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError):
+        return {}
+    return select_identity(recipe.model_dump(mode="json"), stage)

@@ -1,15 +1,19 @@
 """The training loop: one for both stages."""
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from adapters.base.source import Source
 from adapters.errors import UserError
 from adapters.files.export import export_adapter
 from adapters.files.info import AdapterInfo, read_info
@@ -19,20 +23,24 @@ from adapters.pictures.contact_sheet import contact_sheet
 from finetune import __version__
 from finetune.data.batches import Batches, derived_seed, prefetch
 from finetune.data.pictures import Picture
-from finetune.recipe.schema import Recipe
-from finetune.run.checkpoints import save_checkpoint
-from finetune.run.compiling import Compiling
-from finetune.run.folders import Folders, identity, noise_levels, resume, timesteps_of
+from finetune.recipe.schema import Data, Prior, Recipe, Training
+from finetune.run.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from finetune.run.folders import Folders, select_identity
 from finetune.run.tracking import Meter, Tracker
 from finetune.run.trainee import Trainee
 from finetune.run.update_size import UpdateSize
-from finetune.run.validation import Validation, prepare_validation
-from finetune.step.optimizers import learning_rate_factor, set_learning_rate
+from finetune.run.validation import (
+    PromptRow,
+    Validator,
+    row_from_photos,
+    row_from_stage_1,
+)
+from finetune.step.optimizers import SCHEDULES, set_learning_rate
 from finetune.step.stages import STAGES, Stage
 from unets.memory import forget_peak_memory, free_memory
 
 CARD_PROMPTS = 8
-"""How many captions an adapter names where the recipe has no validation prompts."""
+"""The number of captions that an adapter names if the recipe has no validation prompts."""
 
 SIZE_POINTS = 25
 """At most so many points of a run measure the size of the update, which changes slowly."""
@@ -40,7 +48,7 @@ SIZE_POINTS = 25
 
 @dataclass(frozen=True)
 class Material:
-    """What a run teaches: pictures, and the encodings of all its captions."""
+    """Everything that a run teaches: pictures, and the encodings of all their captions."""
 
     pictures: Sequence[Picture]
     class_pictures: Sequence[Picture]
@@ -49,33 +57,61 @@ class Material:
 
 def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: Accelerator) -> None:
     """Teach one stage and export its adapter; continues from the newest checkpoint, if any."""
-    folders = Folders(recipe.folder)
-    training = recipe.training(stage)
-    free_memory(accelerator.device)  # of the stage before
-    trainee = load_trainee(recipe, stage, accelerator.device)
-    resume(trainee, folders.checkpoints(stage))
-    batches = batches_of(recipe, stage, trainee, material, accelerator)
+    folders, device = Folders(recipe.folder), accelerator.device
+    training, source = recipe.training(stage), recipe.source(stage)
+    settings, base, embeds = recipe.validation, recipe.base, material.prompt_embeds
+    seed = derived_seed(recipe.seed, stage.number)
+    low_res_px = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
+    free_memory(device)  # of the stage before
+    trainee = load_trainee(stage, training, source, seed, device)
+    if saved := list_checkpoints(folders.checkpoints(stage)):
+        trainee.load_state(load_checkpoint(saved[-1]))
+    if training.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((recipe.cache / "compiled").resolve()))
+        trainee.compile()
+    batches = build_batches(
+        trainee, material, recipe.data, recipe.prior, low_res_px, seed, accelerator
+    )
     tracker = Tracker(
         accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
     )
     tracker.text("recipe", recipe.to_yaml())
-    validate = None
-    if accelerator.is_main_process:
-        validate = prepare_validation(
-            recipe,
-            stage,
-            trainee.unet,
-            material.prompt_embeds,
-            material.pictures,
-            batches.low_res_px,
-            folders.adapters,
-        )
-    run_steps(recipe, trainee, batches, tracker, validate, accelerator)
+    validator = None
+    if accelerator.is_main_process and settings.prompts:
+        rows = [PromptRow("samples", settings.prompts)]
+        if low_res_px is not None:
+            adapters = [folders.adapters] if recipe.stage_1 else []
+            precisions = recipe.precisions_on(device)
+            rows = [
+                row_from_stage_1(settings, base, embeds, precisions, device, adapters),
+                row_from_photos(material.pictures, trainee.unet.config.sample_size, low_res_px),
+            ]
+        validator = Validator(settings, base, stage, trainee.unet, embeds, rows)
+    run_steps(
+        trainee,
+        batches,
+        tracker,
+        validator,
+        accelerator,
+        log_every=recipe.log_every,
+        checkpoints=folders.checkpoints(stage),
+        identity=select_identity(recipe.model_dump(mode="json"), stage),
+    )
     if accelerator.is_main_process:
         trainee.watch.check()
         with trainee.final_weights() as unet:
-            samples = show(validate, tracker, trainee.step)
-            info = adapter_info(recipe, trainee, material)
+            samples = show(validator, tracker, trainee.step)
+            captions = dict.fromkeys(picture.caption for picture in material.pictures)
+            info = AdapterInfo(
+                base_model=source.name,
+                base_revision=source.revision,
+                stage=stage.number,
+                spec=training.adapter,
+                prompts=settings.prompts or tuple(captions)[:CARD_PROMPTS],
+                step=trainee.step,
+                recipe=recipe.to_yaml(),
+                version=__version__,
+            )
             tracker.bar.write(export_adapter(unet, folders.adapters, info).message)
         infos = [read_info(folder) for folder in stage_folders(folders.adapters)]
         write_card(folders.adapters, infos, samples)
@@ -84,26 +120,30 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
 
 
 def run_steps(
-    recipe: Recipe,
     trainee: Trainee,
     batches: Batches,
     tracker: Tracker,
-    validate: Validation | None,
+    validator: Validator | None,
     accelerator: Accelerator,
+    *,
+    log_every: int,
+    checkpoints: Path,
+    identity: Mapping[str, Any],
 ) -> None:
-    """Take every step that is left, reporting, validating and saving on the way."""
-    training, first = trainee.training, trainee.step
+    """Take every step that is left, and log, validate and save on the way.
+
+    Checkpoints hold the ``identity`` of the recipe, so that no other recipe continues from them.
+    """
+    training, options, first = trainee.training, trainee.training.optimizer, trainee.step
     gradient = trainee.weights.gradient
-    compiling = Compiling.of(recipe, trainee, accelerator.num_processes)
     meter = Meter(batches.num_train_timesteps, accelerator.device)
     update_size = UpdateSize(trainee.unet)
-    size_every = math.ceil(training.steps / recipe.log_every / SIZE_POINTS) * recipe.log_every
+    size_every = math.ceil(training.steps / log_every / SIZE_POINTS) * log_every
     forget_peak_memory(accelerator.device)
     indices = range(first * training.accumulation, training.steps * training.accumulation)
     feed = prefetch(batches, indices, accelerator.device)
     for step in range(first, training.steps):
-        options = training.optimizer
-        factor = learning_rate_factor(options.schedule, step, training.steps, options.warmup_steps)
+        factor = SCHEDULES[options.schedule](step, training.steps, options.warmup_steps)
         set_learning_rate(trainee.optimizer, factor)
         for _ in range(training.accumulation):
             batch = next(feed)
@@ -115,41 +155,35 @@ def run_steps(
         tracker.bar.update()
 
         done, last = trainee.step, trainee.step == training.steps
-        if done % recipe.log_every == 0 or last:
+        if done % log_every == 0 or last:
             points = meter.read(accelerator, training.accumulation)
-            check_finite(points["loss"], done)
+            check_loss(points["loss"], done)
             trainee.watch.check()
             if accelerator.is_main_process and (done % size_every == 0 or last):
                 points |= {f"update/{block}": size for block, size in update_size().items()}
             tracker.points(points | {"learning_rate": options.learning_rate * factor}, done)
-            if reason := compiling.consider(points["pictures_per_second"]):
-                tracker.bar.write(reason)
         started = time.perf_counter()
-        if validate and done % recipe.validation.every == 0 and not last:
+        if validator and done % validator.settings.every == 0 and not last:
             with trainee.final_weights():
-                show(validate, tracker, done)
+                show(validator, tracker, done)
         if accelerator.is_main_process and (done % training.checkpoint_every == 0 or last):
-            save_checkpoint(
-                Folders(recipe.folder).checkpoints(trainee.stage),
-                done,
-                trainee.state() | {"recipe": identity(recipe, trainee.stage)},
-                training.keep_checkpoints,
-            )
+            state = trainee.state() | {"recipe": identity}
+            save_checkpoint(checkpoints, done, state, training.keep_checkpoints)
         meter.skip_time(time.perf_counter() - started)
 
 
-def show(validate: Validation | None, tracker: Tracker, step: int) -> dict[str, Image.Image]:
-    """Sample, show what was sampled, and return the first source's pictures by prompt."""
-    samples = validate() if validate else {}
+def show(validator: Validator | None, tracker: Tracker, step: int) -> dict[str, Image.Image]:
+    """Sample and track pictures, and return those of the first row by prompt."""
+    samples = validator.sample() if validator else {}
     for title, row in samples.items():
         prompts, pictures = zip(*row, strict=True)
         tracker.picture(title, contact_sheet([pictures], column_captions=prompts), step)
     return dict(next(iter(samples.values()), []))
 
 
-def check_finite(loss: float, step: int) -> None:
-    """Raise a UserError where training has diverged."""
-    if not abs(loss) < float("inf"):
+def check_loss(loss: float, step: int) -> None:
+    """Raise a UserError if training has diverged."""
+    if not math.isfinite(loss):
         raise UserError(
             f"The loss is {loss} at step {step}: training has diverged; lower"
             " optimizer.learning_rate, or set optimizer.max_grad_norm, and delete the checkpoints"
@@ -157,52 +191,41 @@ def check_finite(loss: float, step: int) -> None:
         )
 
 
-def load_trainee(recipe: Recipe, stage: Stage, device: torch.device) -> Trainee:
+def load_trainee(
+    stage: Stage, training: Training, source: Source, seed: int, device: torch.device
+) -> Trainee:
     """Load a stage's UNet and schedulers and attach a fresh adapter."""
-    training = recipe.training(stage)
-    source = recipe.source(stage)
     unet = source.unet(training.precision_on(device), device)
     schedulers = tuple(source.scheduler(name) for name in stage.schedulers)
-    return Trainee.of(
-        stage, training, unet, schedulers, seed=derived_seed(recipe.seed, stage.number)
-    )
+    return Trainee(stage, training, unet, schedulers, seed=seed)
 
 
-def batches_of(
-    recipe: Recipe, stage: Stage, trainee: Trainee, material: Material, accelerator: Accelerator
+def build_batches(
+    trainee: Trainee,
+    material: Material,
+    data: Data,
+    prior: Prior | None,
+    low_res_px: int | None,
+    seed: int,
+    accelerator: Accelerator,
 ) -> Batches:
-    """The batches of one stage on this process."""
+    """Build the batches that this process trains a stage with; see :class:`Batches`."""
+    training, schedulers = trainee.training, trainee.schedulers
+    levels = (0, schedulers[-1].config.num_train_timesteps - 1)
     return Batches(
-        data=recipe.data,
+        data=data,
         pictures=material.pictures,
         class_pictures=material.class_pictures,
-        prior=recipe.prior,
+        prior=prior,
         prompt_embeds=material.prompt_embeds,
-        batch_size=trainee.training.batch_size,
+        batch_size=training.batch_size,
         size_px=trainee.unet.config.sample_size,
-        low_res_px=recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None,
-        noise_level=noise_levels(trainee.training, trainee.schedulers[-1]),
-        num_train_timesteps=trainee.schedulers[0].config.num_train_timesteps,
-        seed=derived_seed(recipe.seed, stage.number),
-        timesteps=timesteps_of(trainee.training, stage, trainee.schedulers[0]),
-        accumulation=trainee.training.accumulation,
+        low_res_px=low_res_px,
+        noise_level=training.noise_level or levels,
+        num_train_timesteps=schedulers[0].config.num_train_timesteps,
+        seed=seed,
+        timesteps=training.timesteps,
+        accumulation=training.accumulation,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-    )
-
-
-def adapter_info(recipe: Recipe, trainee: Trainee, material: Material) -> AdapterInfo:
-    """What an exported adapter says of itself."""
-    captions = dict.fromkeys(picture.caption for picture in material.pictures)
-    prompts = recipe.validation.prompts or tuple(captions)[:CARD_PROMPTS]
-    base = recipe.source(trainee.stage)
-    return AdapterInfo(
-        base_model=base.name,
-        base_revision=base.revision,
-        stage=trainee.stage.number,
-        spec=trainee.training.adapter,
-        prompts=prompts,
-        step=trainee.step,
-        recipe=recipe.to_yaml(),
-        version=__version__,
     )

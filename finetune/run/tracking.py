@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar, and TensorBoard."""
+"""The view of a run: a progress bar, and TensorBoard."""
 
 import time
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from unets.memory import peak_memory_gib
 
 
 class Meter:
-    """Sums of what a step reports, kept on the device so that no step waits to read them."""
+    """Sums of what steps report, kept on the device so that no step waits to read them."""
 
     QUARTERS = 4
 
@@ -43,7 +43,7 @@ class Meter:
         self.steps += 1
 
     def read(self, accelerator: Accelerator, batches_a_step: int) -> dict[str, float]:
-        """The means since the last reading, over all processes; waits for the device once."""
+        """Return the means over all processes since the last reading; waits for the device once."""
         sums = accelerator.reduce(self.sums, "mean")
         assert isinstance(sums, Tensor)
         total, mse, bound, norm, *quarters = sums.tolist()
@@ -71,13 +71,13 @@ class Meter:
 
 
 class Tracker:
-    """TensorBoard and the progress bar of one stage; silent on all but the main process."""
+    """TensorBoard and the progress bar of one stage, on the main process alone."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, title: str, first: int, steps: int):
         main = accelerator.is_main_process
-        self.writer = (
-            SummaryWriter(str(folder), purge_step=first + 1 if first else None) if main else None
-        )
+        # a run that continues hides the points after its checkpoint
+        purge_step = first + 1 if first else None
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step) if main else None
         self.bar = tqdm(
             desc=title,
             total=steps,
@@ -88,19 +88,19 @@ class Tracker:
         )
 
     def text(self, tag: str, text: str) -> None:
-        """A text panel, shown as it is written."""
+        """Add a text panel that keeps the text's lines."""
         if self.writer:
             self.writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()))
 
     def points(self, points: Mapping[str, float], step: int) -> None:
-        """A point on each curve."""
+        """Add a point to each curve."""
         self.bar.set_postfix({"loss": f"{points['loss']:.4f}"}, refresh=False)
         if self.writer:
             for tag, value in points.items():
                 self.writer.add_scalar(tag, value, step)
 
     def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        """A picture panel."""
+        """Add a picture panel."""
         if self.writer:
             self.writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
             self.writer.flush()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,117 +12,77 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from adapters.weights.kinds import KINDS, attach
-from finetune.recipe.schema import Optimizer, Training
+from finetune.recipe.schema import Training
 from finetune.step.flat_weights import FlatWeights
 from finetune.step.gradients import GradientWatch
+from finetune.step.inputs import Batch, add_noise, unet_inputs
 from finetune.step.losses import Losses, NoiseTables, hybrid_loss
 from finetune.step.optimizers import OPTIMIZERS, averaged_weights, build_optimizer
-from finetune.step.stages import Batch, Stage, noised
-from unets.dropout import DropoutKeys, key_dropout
+from finetune.step.stages import Stage
+from unets.dropout import key_dropout
 from unets.graphs import Replayed
 from unets.lora_layers import fuse_adapters
 
 
-def optimizer_of(options: Optimizer, weights: FlatWeights) -> torch.optim.Optimizer:
-    """The optimizer that a recipe asks for."""
-    return build_optimizer(
-        options.name,
-        weights.slices(whole_tensors=OPTIMIZERS[options.name].whole_tensors),
-        learning_rate=options.learning_rate,
-        betas=options.betas,
-        weight_decay=options.weight_decay,
-        lora_plus_ratio=options.lora_plus_ratio,
-    )
-
-
-def warmed_up_decay(decay: float, updates: int) -> float:
-    """The average's decay after a number of updates.
-
-    It starts low, so that the average of a short run is not that of its first weights; as in
-    diffusers' ``EMAModel`` but for its first update.
-    """
-    return min(decay, (1 + updates) / (10 + updates))
-
-
-@dataclass
 class Trainee:
-    """A frozen UNet with an adapter, the adapter's optimizer, and how far training has come.
+    """A frozen UNet with a fresh adapter, the adapter's optimizer, and the progress of training.
 
-    ``state`` and ``load_state`` are all that a checkpoint needs; ``accumulate`` and ``update``
-    are all that a step does. Both are functions of tensors with fixed shapes and never wait for
-    the device, so that on a GPU ``accumulate`` is one CUDA graph.
+    A checkpoint is ``state``, and a step is ``accumulate`` and ``update``. Both are functions of
+    tensors with fixed shapes that never wait for the device, so that on a GPU ``accumulate`` is
+    one CUDA graph.
     """
 
-    stage: Stage
-    training: Training
-    unet: UNet2DConditionModel
-    schedulers: tuple[DDPMScheduler, ...]
-    tables: NoiseTables
-    weights: FlatWeights
-    """The adapter's parameters: the only ones that train."""
-    optimizer: torch.optim.Optimizer
-    average: Tensor | None
-    """The exponential moving average of the weights, where the recipe keeps one."""
-    watch: GradientWatch
-    """Whether all of the weights have received a gradient."""
-    dropout_keys: DropoutKeys
-    """What the adapter's dropout derives from in each forward pass."""
-    step: int = field(default=0)
-    recorded: Replayed[Losses] = field(init=False)
-    """The forward and backward pass."""
-    predict: Callable[..., Any] = field(init=False)
-    """The UNet's forward pass, as it is or compiled."""
-
-    def __post_init__(self) -> None:
-        self.predict = self.unet
-        self.recorded = Replayed(
-            self._forward_backward, "The training step", enabled=self.training.cuda_graph
-        )
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         stage: Stage,
         training: Training,
         unet: UNet2DConditionModel,
         schedulers: tuple[DDPMScheduler, ...],
         *,
         seed: int,
-    ) -> "Trainee":
-        """Attach a fresh adapter to a UNet and make its optimizer."""
+    ) -> None:
+        self.stage, self.training, self.unet, self.schedulers = stage, training, unet, schedulers
+        self.step = 0
         parameters = attach(unet, training.adapter, seed=seed)
         if unet.device.type != "cpu":
             fuse_adapters(unet)
-        dropout_keys = key_dropout(unet, training.adapter.dropout)
-        if training.gradient_checkpointing:  # nothing draws, so there is no random state to keep
+        self.dropout_keys = key_dropout(unet, training.adapter.dropout)
+        if training.gradient_checkpointing:  # nothing draws: there is no random state to keep
             unet.enable_gradient_checkpointing(
                 partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             )
         unet.train()
-        own = KINDS[training.adapter.kind].trains_in_unet_precision
-        weights = FlatWeights(parameters, unet.dtype if own else torch.float32)
-        return cls(
-            stage=stage,
-            training=training,
-            unet=unet,
-            schedulers=schedulers,
-            tables=NoiseTables.of(schedulers[0], unet.device),
-            weights=weights,
-            optimizer=optimizer_of(training.optimizer, weights),
-            average=None if training.ema_decay is None else weights.values.clone(),
-            watch=GradientWatch(weights, training.adapter.dropout),
-            dropout_keys=dropout_keys,
+        as_unet = KINDS[training.adapter.kind].trains_in_unet_precision
+        self.weights = FlatWeights(parameters, unet.dtype if as_unet else torch.float32)
+        """The adapter's parameters: the only ones that train."""
+        options = training.optimizer
+        self.optimizer = build_optimizer(
+            options.name,
+            self.weights.slices(whole_tensors=OPTIMIZERS[options.name].whole_tensors),
+            learning_rate=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            lora_plus_ratio=options.lora_plus_ratio,
+        )
+        self.average = None if training.ema_decay is None else self.weights.values.clone()
+        """The exponential moving average of the weights, if the recipe keeps one."""
+        self.watch = GradientWatch(self.weights, training.adapter.dropout)
+        self.tables = NoiseTables.of(schedulers[0], unet.device)
+        self.predict: Callable[..., Any] = unet
+        """The UNet's forward pass, compiled if the recipe says so."""
+        self.recorded = Replayed(
+            self._forward_backward, "The training step", enabled=training.cuda_graph
         )
 
     def accumulate(self, batch: Batch) -> Losses:
-        """Add a batch's gradients, and return its losses; the next call may overwrite them."""
+        """Add a batch's gradients and return its losses, which the next call may overwrite."""
         return self.recorded(**batch.tensors())
 
     def _forward_backward(self, **tensors: Tensor) -> Losses:
         batch = Batch(**tensors)
         self.dropout_keys.values = batch.dropout_keys
-        noisy = noised(batch, self.schedulers[0])
-        inputs = self.stage.unet_inputs(batch, noisy, self.schedulers, self.unet.dtype)
+        noisy = add_noise(batch, self.schedulers[0])
+        inputs = unet_inputs(self.stage, batch, noisy, self.schedulers, self.unet.dtype)
         prediction = self.predict(**inputs, return_dict=False)[0]
         losses = hybrid_loss(
             prediction,
@@ -138,12 +98,12 @@ class Trainee:
         return replace(losses, total=losses.total.detach())
 
     def compile(self) -> None:
-        """Compile the UNet, which takes minutes when the next batch comes."""
+        """Compile the UNet, which takes minutes at the next batch."""
         self.recorded.forget()
         self.predict = torch.compile(self.unet, dynamic=False)
 
     def update(self) -> Tensor:
-        """Take an optimizer step with the gradients so far, and return their norm."""
+        """Take an optimizer step with the gradients so far and return their norm."""
         gradient = self.weights.gradient
         self.watch.observe(gradient, self.optimizer.param_groups[0]["lr"])
         norm = gradient.norm()
@@ -153,21 +113,23 @@ class Trainee:
         gradient.zero_()
         self.weights.publish()
         if self.average is not None and self.training.ema_decay is not None:
-            decay = warmed_up_decay(self.training.ema_decay, self.step)
+            # low at first, or the average of a short run would be that of its first weights; as
+            # in diffusers' EMAModel but for its first update
+            decay = min(self.training.ema_decay, (1 + self.step) / (10 + self.step))
             self.average.lerp_(self.weights.values, 1 - decay)
         self.step += 1
         return norm
 
     @contextmanager
     def final_weights(self) -> Iterator[UNet2DConditionModel]:
-        """The UNet as it would be exported now: evaluating, with averaged weights where kept."""
+        """The UNet as it would be exported now: evaluating, with averaged weights if kept."""
         self.recorded.forget()  # its memory is for sampling
         values = self.weights.values
-        trained = values.clone()
+        trained = values.clone()  # a schedule-free average is undone but for rounding
         self.unet.eval()
         with (
-            averaged_weights(self.optimizer),
-            self.weights.shown(values if self.average is None else self.average),
+            averaged_weights(self.training.optimizer.name, self.optimizer),
+            self.weights.use(values if self.average is None else self.average),
         ):
             yield self.unet
         values.copy_(trained)

@@ -1,4 +1,4 @@
-"""How much an adapter in training adds to its UNet's weights, by block."""
+"""The size of what an adapter in training adds to its UNet's weights, by block."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,9 +13,9 @@ from adapters.weights.updates import as_matrix, delta, low_rank
 
 
 class UpdateSize:
-    """Measures ‖ΔW‖ / ‖W‖ (Frobenius) over the adapted modules of each block of a UNet.
+    """‖ΔW‖ / ‖W‖ (Frobenius) over the adapted modules of each block of a UNet.
 
-    It says where the adapter acts: a block whose figure stays at zero learns nothing.
+    It shows where the adapter acts: a block whose figure stays at zero learns nothing.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:

@@ -1,4 +1,4 @@
-"""Pictures sampled while training, so that a person sees what the curves do not say."""
+"""Pictures sampled during training: a person sees in them what the curves do not show."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,126 +11,99 @@ from PIL import Image
 from torch import Tensor
 
 from adapters import load_cascade
-from adapters.cascade.cascade import Cascade
 from adapters.cascade.load import Parts
 from finetune.data.batches import shrink
 from finetune.data.pictures import Picture, crop, to_tensor
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Base, Validation
 from finetune.step.stages import Stage
+from unets.loading import Precision
 
 Samples = list[tuple[str, Image.Image]]
 """Prompts, each with its picture."""
 
 PHOTOS = 4
-"""How many of the training pictures Stage II is shown downsampled."""
+"""The number of training pictures that Stage II is shown downsampled."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """What one row of validation pictures is sampled from."""
+class PromptRow:
+    """A row of validation pictures: its prompts, and the pictures that Stage II upsamples."""
 
     title: str
     prompts: tuple[str, ...]
-    low_res: Tensor | None
+    low_res: Tensor | None = None
     """[N, 3, s, s] in [-1, 1], Stage II only."""
     stage_2_prompts: tuple[str, ...] | None = None
-    """What Stage II is told instead of the prompts."""
+    """The prompts of Stage II; ``None``: the same."""
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Samples the recipe's prompts from the UNet in training, always with the same seeds."""
+class Validator:
+    """The cascade of the UNet in training, sampled with the same prompts and seeds each time."""
 
-    cascade: Cascade
-    stage: Stage
-    recipe: Recipe
-    embeds: Mapping[str, Tensor]
-    sources: tuple[Source, ...]
+    def __init__(
+        self,
+        settings: Validation,
+        base: Base,
+        stage: Stage,
+        unet: UNet2DConditionModel,
+        embeds: Mapping[str, Tensor],
+        rows: Sequence[PromptRow],
+    ) -> None:
+        self.settings, self.embeds, self.rows = settings, embeds, rows
+        self.cascade = load_cascade(
+            base.stage_1 if stage.number == 1 else None,
+            base.stage_2 if stage.number == 2 else None,
+            revision=base.revision,
+            variant=base.variant,
+            device=unet.device,
+            parts=Parts(text_encoder=False, unets={stage.number: unet}),
+        )
 
-    def __call__(self) -> dict[str, Samples]:
-        """The prompts of each source and their pictures, by the source's title."""
-        samples = {source.title: self._sample(source) for source in self.sources}
+    def sample(self) -> dict[str, Samples]:
+        """Sample each row; returns its prompts and pictures by its title."""
+        samples = {}
+        for row in self.rows:
+            pictures = self.cascade(
+                row.prompts,
+                stage_2_prompt=row.stage_2_prompts,
+                embeds=self.embeds,
+                seed=self.settings.seed,
+                sampling=self.settings.sampling,
+                low_res=row.low_res,
+            )
+            samples[row.title] = list(zip(row.prompts, pictures.final, strict=True))
         self.cascade.free_graphs()  # their memory is the training step's
         return samples
 
-    def _sample(self, source: Source) -> Samples:
-        images = self.cascade(
-            source.prompts,
-            stage_2_prompt=source.stage_2_prompts,
-            embeds=self.embeds,
-            seed=self.recipe.validation.seed,
-            sampling=self.recipe.validation.sampling,
-            low_res=source.low_res,
-        )
-        return list(zip(source.prompts, images.final, strict=True))
 
-
-def prepare_validation(
-    recipe: Recipe,
-    stage: Stage,
-    unet: UNet2DConditionModel,
+def row_from_stage_1(
+    settings: Validation,
+    base: Base,
     embeds: Mapping[str, Tensor],
-    pictures: Sequence[Picture],
-    low_res_px: int | None,
-    adapters: Path,
-) -> Validation | None:
-    """The validation of one stage; ``None`` where the recipe names no prompts.
-
-    Stage II upsamples samples of Stage I (fine-tuned, where this run has done so), made once, and
-    downsampled training pictures.
-    """
-    prompts = recipe.validation.prompts
-    if not prompts:
-        return None
-    sources = [Source("samples", prompts, None)]
-    if low_res_px is not None:
-        low_res = stage_1_samples(recipe, embeds, unet.device, adapters)
-        sources = [
-            Source("from_stage_1", prompts, low_res, recipe.validation.stage_2_prompts),
-            photo_source(recipe, pictures[:PHOTOS], unet.config.sample_size, low_res_px),
-        ]
+    precisions: Mapping[int, Precision],
+    device: torch.device,
+    adapters: Sequence[Path],
+) -> PromptRow:
+    """The validation prompts sampled once from Stage I with its adapters, for Stage II."""
+    prompts = settings.prompts
     cascade = load_cascade(
-        recipe.base.stage_1 if stage.number == 1 else None,
-        recipe.base.stage_2 if stage.number == 2 else None,
-        revision=recipe.base.revision,
-        variant=recipe.base.variant,
-        device=unet.device,
-        parts=Parts(text_encoder=False, unets={stage.number: unet}),
-    )
-    return Validation(cascade, stage, recipe, embeds, tuple(sources))
-
-
-def stage_1_samples(
-    recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device, adapters: Path
-) -> Tensor:
-    """The validation prompts sampled from Stage I, [N, 3, s, s] in [-1, 1]."""
-    cascade = load_cascade(
-        recipe.base.stage_1,
-        adapters=[adapters] if recipe.stage_1 else [],
-        revision=recipe.base.revision,
-        variant=recipe.base.variant,
+        base.stage_1,
+        adapters=adapters,
+        revision=base.revision,
+        variant=base.variant,
         device=device,
-        dtype=recipe.precisions(device),
-        parts=Parts(text_encoder=False, originals="cpu"),
+        dtype=precisions,
+        parts=Parts(text_encoder=False, originals="cpu"),  # the adapter stays
     )
-    prompts = recipe.validation.prompts
-    return cascade(
-        prompts,
-        embeds=embeds,
-        seed=recipe.validation.seed,
-        sampling=recipe.validation.sampling,
-    ).low_res
+    pictures = cascade(prompts, embeds=embeds, seed=settings.seed, sampling=settings.sampling)
+    return PromptRow("from_stage_1", prompts, pictures.low_res, settings.stage_2_prompts)
 
 
-def photo_source(
-    recipe: Recipe, pictures: Sequence[Picture], size_px: int, low_res_px: int
-) -> Source:
-    """Training pictures, cropped at their centre and downsampled."""
-    rng = np.random.default_rng(0)
-    crops = [
-        crop(picture, size_px, rng, center_shift=0.0, horizontal_flip=False) for picture in pictures
-    ]
-    return Source(
+def row_from_photos(pictures: Sequence[Picture], size_px: int, low_res_px: int) -> PromptRow:
+    """Training pictures, cropped at their centre and downsampled, for Stage II."""
+    pictures, rng = pictures[:PHOTOS], np.random.default_rng(0)
+    crops = [crop(each, size_px, rng, center_shift=0.0, horizontal_flip=False) for each in pictures]
+    return PromptRow(
         "from_photos",
         tuple(picture.caption for picture in pictures),
         torch.stack([to_tensor(shrink(image, low_res_px)) for image in crops]),

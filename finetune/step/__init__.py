@@ -1,1 +1,1 @@
-"""One training step: what the UNet is shown, its loss, its optimizer."""
+"""One training step: the UNet's input, its loss, its optimizer."""

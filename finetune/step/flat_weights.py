@@ -2,46 +2,23 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 2**8
-"""Values that share a scale in bitsandbytes' 8-bit states. Every tensor starts a block of its own:
-in a block of two tensors, the larger gradients of one would drown those of the other."""
-
-SMALL = 2**12
-"""Tensors of fewer values keep their state in 32 bits, as bitsandbytes keeps it by default."""
-
-
-class Kind(NamedTuple):
-    """What an optimizer must know of a tensor."""
-
-    fast: bool
-    """Whether LoRA+ teaches it faster: it is one of the B matrices."""
-    small: bool
-    """Whether it is too small for a state in 8 bits."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A part of the flat vector that an optimizer updates as one tensor."""
-
-    parameter: nn.Parameter
-    """A view of the values; its gradient is the same view of the gradient."""
-    kind: Kind
-    """The kind of all tensors in it."""
+from finetune.step.optimizers import BLOCK, SMALL, Slice
 
 
 class FlatWeights:
     """An adapter's weights and their gradient, each one float32 vector.
 
-    The UNet's parameters are views: of ``values`` themselves, or, in training with another
-    precision, of a copy that :meth:`publish` brings up to date. Small updates are then not lost to
-    rounding, as they add up in float32 (Mixed Precision Training, arXiv 1710.03740).
+    The UNet's parameters are views of ``values`` or, in training with another precision, of a copy
+    that :meth:`publish` brings up to date: updates add up in float32, where small ones are not lost
+    to rounding (Mixed Precision Training, arXiv 1710.03740).
+
+    Every tensor starts a :data:`BLOCK` of its own: in a block of two tensors, the larger gradients
+    of one would drown those of the other.
 
     Args:
         parameters: by name; kept in an order in which every :class:`Slice` is one piece.
@@ -49,10 +26,10 @@ class FlatWeights:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        self.parameters = dict(sorted(parameters.items(), key=_kind_of))
+        self.parameters = dict(sorted(parameters.items(), key=lambda item: _kind(*item)))
         sizes = [parameter.numel() for parameter in self.parameters.values()]
         self.lengths = [-(-size // BLOCK) * BLOCK for size in sizes]
-        """Values of each tensor, those that fill up its last block included."""
+        """Values of each tensor, including those that fill up its last block."""
         self.values = torch.cat(
             [
                 F.pad(parameter.detach().float().flatten(), (0, length - parameter.numel()))
@@ -78,20 +55,27 @@ class FlatWeights:
         }
 
     def slices(self, *, whole_tensors: bool) -> list[Slice]:
-        """Divide the values for an optimizer, in as few pieces as it can treat alike.
+        """Divide the values into as few pieces as an optimizer can treat alike.
 
         Args:
-            whole_tensors: whether the optimizer needs every tensor by itself.
+            whole_tensors: whether it needs every tensor by itself.
         """
+        kinds = [_kind(*item) for item in self.parameters.items()]
         if whole_tensors:
             values, gradients = self.views(self.values), self.views(self.gradient)
-            kinds = map(_kind_of, self.parameters.items())
-            return list(map(_slice, values.values(), gradients.values(), kinds))
-        lengths: dict[Kind, int] = {}
-        for item, length in zip(self.parameters.items(), self.lengths, strict=True):
-            lengths[_kind_of(item)] = lengths.get(_kind_of(item), 0) + length
-        pieces = (flat.split(list(lengths.values())) for flat in (self.values, self.gradient))
-        return list(map(_slice, *pieces, lengths))
+            pieces = zip(values.values(), gradients.values(), kinds, strict=True)
+        else:
+            lengths = dict.fromkeys(kinds, 0)
+            for kind, length in zip(kinds, self.lengths, strict=True):
+                lengths[kind] += length
+            sizes = list(lengths.values())
+            pieces = zip(self.values.split(sizes), self.gradient.split(sizes), lengths, strict=True)
+        slices = []
+        for part, gradient, (fast, small) in pieces:
+            parameter = nn.Parameter(part)
+            parameter.grad = gradient
+            slices.append(Slice(parameter, fast, small))
+        return slices
 
     def collect(self) -> None:
         """Add the gradients of the UNet's parameters to ``gradient``."""
@@ -105,8 +89,8 @@ class FlatWeights:
             self.working.copy_(self.values)
 
     @contextmanager
-    def shown(self, values: Tensor) -> Iterator[None]:
-        """The UNet with these values, in float32."""
+    def use(self, values: Tensor) -> Iterator[None]:
+        """Give the UNet these values, in float32, while the block runs."""
         self._point_at(values)
         yield
         self._point_at(self.working)
@@ -116,12 +100,6 @@ class FlatWeights:
             self.parameters[name].data = view
 
 
-def _kind_of(item: tuple[str, nn.Parameter]) -> Kind:
-    name, parameter = item
-    return Kind(fast=".lora_B." in name, small=parameter.numel() < SMALL)
-
-
-def _slice(values: Tensor, gradient: Tensor, kind: Kind) -> Slice:
-    parameter = nn.Parameter(values)
-    parameter.grad = gradient
-    return Slice(parameter, kind)
+def _kind(name: str, parameter: nn.Parameter) -> tuple[bool, bool]:
+    """``fast`` and ``small`` of a :class:`Slice`; B matrices have PEFT's name."""
+    return ".lora_B." in name, parameter.numel() < SMALL

@@ -1,4 +1,4 @@
-"""Whether every trainable tensor learns: what has no gradient stays as it began."""
+"""A check that every trainable tensor receives a gradient: without one it stays as it began."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from adapters.errors import UserError, listed
-from finetune.step.flat_weights import BLOCK, FlatWeights
+from finetune.step.flat_weights import FlatWeights
+from finetune.step.optimizers import BLOCK
 
 CHANCES = 2
 """Steps in which every tensor could have had a gradient, before one without is an error."""
@@ -18,7 +19,7 @@ UNLUCKY = 1e-9
 
 
 class GradientWatch:
-    """Notes on the device which tensors have received a gradient that is finite and not zero.
+    """A note on the device of the tensors that have received a finite gradient that is not zero.
 
     No step waits for it; :meth:`check` does, until all have received one. LoRA's A has no gradient
     as long as B is zero, so a tensor's chances count from the first update at a rate above zero.
@@ -38,9 +39,9 @@ class GradientWatch:
         self.needed = max(CHANCES, math.ceil(math.log(UNLUCKY, dropout)) if dropout else 0)
         self.chances = 0
         self.moved = False
-        """Whether an update has moved the weights yet."""
+        """True once an update has moved the weights."""
         self.complete = False
-        """Whether every tensor is known to have received a gradient."""
+        """True once every tensor is known to have received a gradient."""
 
     def observe(self, gradient: Tensor, rate: float) -> None:
         """Note the tensors that a step's gradient reaches, before the update.
@@ -58,26 +59,26 @@ class GradientWatch:
         self.received |= self._count(some).bool() & ~self._count(~finite).bool()
 
     def _count(self, blocks: Tensor) -> Tensor:
-        """How many of each tensor's blocks are true."""
+        """Count each tensor's blocks that are true."""
         counts = torch.zeros(len(self.names), dtype=torch.int32, device=blocks.device)
         return counts.index_add_(0, self._owners, blocks.int())
 
     def check(self) -> None:
-        """Raise a UserError that names the tensors which have had their chances in vain."""
+        """Raise a UserError that names the tensors without a gradient after all their chances."""
         if self.complete or self.chances < self.needed:
             return
-        deaf = [n for n, got in zip(self.names, self.received.tolist(), strict=True) if not got]
-        self.complete = not deaf
-        if deaf:
+        without = [n for n, got in zip(self.names, self.received.tolist(), strict=True) if not got]
+        self.complete = not without
+        if without:
             raise UserError(
-                f"{len(deaf)} of {len(self.names)} trainable tensors have received no finite"
-                f" gradient in {self.chances} steps: {listed(deaf)}. They would be exported as they"
-                " began, so the run stops; leave their modules out of adapter.targets, and please"
-                " report the base and the recipe."
+                f"{len(without)} of {len(self.names)} trainable tensors have received no finite"
+                f" gradient in {self.chances} steps: {listed(without)}. They would be exported as"
+                " they began, so the run stops; leave their modules out of adapter.targets, and"
+                " please report the base and the recipe."
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The part of a checkpoint that it needs to continue."""
         return {"received": self.received, "chances": self.chances, "moved": self.moved}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -28,13 +28,13 @@ class NoiseTables:
     posterior_mean_x0: Tensor
     posterior_mean_xt: Tensor
     posterior_log_variance: Tensor
-    """The lower bound of the log variance; t = 0 has none, and takes that of t = 1."""
+    """The lower bound of the log variance; t = 0 has none and takes that of t = 1."""
     log_betas: Tensor
     """The upper bound of the log variance."""
 
     @classmethod
     def of(cls, scheduler: DDPMScheduler, device: torch.device | str = "cpu") -> "NoiseTables":
-        """The tables of a published scheduler."""
+        """Compute the tables of a published scheduler."""
         betas = scheduler.betas.double().cpu()
         alphas = 1 - betas
         alphas_cumprod = alphas.cumprod(0)
@@ -73,7 +73,7 @@ def hybrid_loss(
     *,
     min_snr_gamma: float | None = None,
 ) -> Losses:
-    """L_hybrid of each picture.
+    """Compute L_hybrid of each picture.
 
     Args:
         prediction: [B, 6, S, S], the UNet's output: epsilon, then v in [-1, 1].
@@ -103,8 +103,8 @@ def variational_bound(
 ) -> Tensor:
     """The term L_t of the variational bound in bits a dimension, [B] (Improved DDPM, section 3.1).
 
-    The KL divergence of the predicted reverse step from the true posterior; at t = 0 the negative
-    log likelihood of the 8-bit picture under a discretised Gaussian.
+    It is the KL divergence of the predicted reverse step from the true posterior; at t = 0 the
+    negative log likelihood of the 8-bit picture under a discretised Gaussian.
     """
 
     def at(table: Tensor) -> Tensor:

@@ -1,108 +1,103 @@
-"""Optimizers and learning-rate schedules by name."""
+"""Optimizers and learning-rate schedules by name.
+
+Recipes are checked against these tables, so torch and the optimizers' libraries are imported only
+when an optimizer is built.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import bitsandbytes as bnb
-import prodigyopt
-import schedulefree
-import torch
-from transformers.optimization import Adafactor
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
 
-from adapters.errors import UserError
-from finetune.step.flat_weights import BLOCK, Slice
-
-Groups = list[dict[str, Any]]
 Betas = tuple[float, float]
 
 ADAM_BETAS = (0.9, 0.999)
 LION_BETAS = (0.9, 0.99)
 
-FULL_BITS = torch.finfo(torch.float32).bits
+BLOCK = 2**8
+"""Values that share a float32 scale in bitsandbytes' 8-bit states."""
 
-EIGHT_BIT = 1 + 4 / BLOCK
-"""Bytes of an 8-bit moment: bitsandbytes keeps one float32 scale a block."""
+SMALL = 2**12
+"""Tensors of fewer values keep their state in 32 bits, as bitsandbytes keeps it by default."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the weights that an optimizer updates as one tensor."""
+
+    parameter: "nn.Parameter"
+    fast: bool
+    """True for B matrices, which LoRA+ gives a higher rate."""
+    small: bool
+    """True for tensors that are too small for a state in 8 bits."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An optimizer: how it is built, and what it makes of the recipe's settings."""
+    """An optimizer: its class, and how it treats a recipe's settings."""
 
-    build: Callable[..., torch.optim.Optimizer]
-    """Takes the parameter groups, ``weight_decay``, and ``betas`` where it has any."""
+    optimizer: str
+    """``module:class``; takes parameter groups, ``weight_decay``, and ``betas`` if it has any."""
     betas: Betas | None
     """Its own betas, for recipes that give none; ``None``: it has no betas."""
     moments: int
-    """How many values it keeps on the device for each value that it updates."""
+    """The number of values kept on the device for each value that is updated."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the class."""
     eight_bit: bool = False
-    """Whether it keeps them in 8 bits, except those of small tensors."""
+    """Its moments are kept in 8 bits, except those of small tensors."""
     whole_tensors: bool = False
-    """Whether it treats a matrix as more than its elements, so that it needs each by itself."""
+    """It needs each matrix by itself, because it treats one as more than its elements."""
     finds_scale: bool = False
-    """Whether it finds its own step size, which the learning rate only multiplies."""
+    """It finds its own step size, which the learning rate only multiplies."""
+    needs_gpu: bool = False
+    """It runs on a GPU alone."""
+    averages: bool = False
+    """The weights to use are an average, kept beside those that train."""
 
     def state_bytes(self, slices: Iterable[Slice]) -> int:
         """Bytes of the device's memory that its state takes for what it updates."""
+        eight_bit = 1 + 4 / BLOCK
         return sum(
             int(
                 each.parameter.numel()
                 * self.moments
-                * (EIGHT_BIT if self.eight_bit and not each.kind.small else 4)
+                * (eight_bit if self.eight_bit and not each.small else 4)
             )
             for each in slices
         )
 
 
-class _BitsByGroup:
-    """An 8-bit optimizer that keeps each group's state in the group's ``optim_bits``."""
-
-    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-        """Settings of one parameter, as bitsandbytes asks for them."""
-        config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[misc]
-        return config | {"optim_bits": group["optim_bits"], "min_8bit_size": 0}
-
-
-class AdamW8bit(_BitsByGroup, bnb.optim.AdamW8bit):  # type: ignore[misc]  # untyped
-    """AdamW."""
-
-
-class PagedAdamW8bit(_BitsByGroup, bnb.optim.PagedAdamW8bit):  # type: ignore[misc]
-    """AdamW whose state is paged out to main memory where a GPU runs short."""
-
-    def __init__(self, groups: Groups, **options: Any) -> None:
-        if not torch.cuda.is_available():
-            raise UserError(
-                "optimizer.name: paged_adamw_8bit needs a GPU, to page its state out of; this"
-                " machine has none: use adamw_8bit."
-            )
-        super().__init__(groups, **options)
-
-
-class Lion8bit(_BitsByGroup, bnb.optim.Lion8bit):  # type: ignore[misc]
-    """Lion."""
-
-
 OPTIMIZERS: Mapping[str, Algorithm] = MappingProxyType(
     {
-        "adamw_8bit": Algorithm(AdamW8bit, ADAM_BETAS, 2, eight_bit=True),
-        "paged_adamw_8bit": Algorithm(PagedAdamW8bit, ADAM_BETAS, 0, eight_bit=True),
-        "adamw": Algorithm(torch.optim.AdamW, ADAM_BETAS, 2),
-        "lion_8bit": Algorithm(Lion8bit, LION_BETAS, 1, eight_bit=True),
+        "adamw_8bit": Algorithm("finetune.step.eight_bit:AdamW8bit", ADAM_BETAS, 2, eight_bit=True),
+        "paged_adamw_8bit": Algorithm(
+            "finetune.step.eight_bit:PagedAdamW8bit",
+            ADAM_BETAS,
+            0,
+            eight_bit=True,
+            needs_gpu=True,
+        ),
+        "adamw": Algorithm("torch.optim:AdamW", ADAM_BETAS, 2),
+        "lion_8bit": Algorithm("finetune.step.eight_bit:Lion8bit", LION_BETAS, 1, eight_bit=True),
         "adafactor": Algorithm(
-            partial(Adafactor, beta1=None, scale_parameter=False, relative_step=False),
-            betas=None,
-            moments=0,
+            "transformers.optimization:Adafactor",
+            None,
+            0,
+            {"beta1": None, "scale_parameter": False, "relative_step": False},
             whole_tensors=True,
         ),
         "prodigy": Algorithm(
-            partial(prodigyopt.Prodigy, safeguard_warmup=True), ADAM_BETAS, 4, finds_scale=True
+            "prodigyopt:Prodigy", ADAM_BETAS, 4, {"safeguard_warmup": True}, finds_scale=True
         ),
-        "schedule_free": Algorithm(schedulefree.AdamWScheduleFree, ADAM_BETAS, 2),
+        "schedule_free": Algorithm("schedulefree:AdamWScheduleFree", ADAM_BETAS, 2, averages=True),
     }
 )
 """Optimizers by name."""
@@ -110,13 +105,13 @@ OPTIMIZERS: Mapping[str, Algorithm] = MappingProxyType(
 
 def build_optimizer(
     name: str,
-    slices: Sequence[Slice],
+    slices: Iterable[Slice],
     *,
     learning_rate: float,
     betas: Betas | None = None,
     weight_decay: float,
     lora_plus_ratio: float = 1.0,
-) -> torch.optim.Optimizer:
+) -> "Optimizer":
     """Build the optimizer of an adapter's parameters.
 
     With ``lora_plus_ratio`` above 1 the B matrices, which start at zero, learn that much faster
@@ -126,19 +121,22 @@ def build_optimizer(
     assert betas is None or algorithm.betas is not None, f"{name} has no betas"
     groups: dict[tuple[float, int], dict[str, Any]] = {}
     for each in slices:
-        rate = learning_rate * (lora_plus_ratio if each.kind.fast else 1.0)
-        bits = 8 if algorithm.eight_bit and not each.kind.small else FULL_BITS
+        rate = learning_rate * (lora_plus_ratio if each.fast else 1.0)
+        bits = 8 if algorithm.eight_bit and not each.small else 32
         new = {"params": [], "lr": rate, "base_lr": rate, "optim_bits": bits}
         groups.setdefault((rate, bits), new)["params"].append(each.parameter)
     decay = {} if algorithm.betas is None else {"betas": betas or algorithm.betas}
-    optimizer = algorithm.build(list(groups.values()), weight_decay=weight_decay, **decay)
-    if isinstance(optimizer, schedulefree.AdamWScheduleFree):
+    optimizer: Any = resolve_name(algorithm.optimizer)(
+        list(groups.values()), weight_decay=weight_decay, **decay, **algorithm.options
+    )
+    if algorithm.averages:
         optimizer.train()
     return optimizer
 
 
 Schedule = Callable[[int, int, int], float]
-"""The learning rate over its peak, of a step (from 0), the steps of the run, and its warm-up."""
+"""Takes a step (from 0), the steps of the run and those of its warm-up; returns the learning rate
+over its peak."""
 
 
 def _cosine(progress: float) -> float:
@@ -147,7 +145,7 @@ def _cosine(progress: float) -> float:
 
 
 def _after_warmup(fall: Callable[[float], float]) -> Schedule:
-    """Rise linearly from zero in the warm-up, then fall: as ``transformers.get_scheduler`` does."""
+    """Rise linearly from zero in the warm-up, then fall, as ``transformers.get_scheduler`` does."""
 
     def factor(step: int, steps: int, warmup_steps: int) -> float:
         if step < warmup_steps:
@@ -158,7 +156,7 @@ def _after_warmup(fall: Callable[[float], float]) -> Schedule:
 
 
 ONE_CYCLE_ENDS = 1 / 25, 1e-4
-"""Where one-cycle starts and ends: upstream's 4e-6 and 1e-8 for a peak of 1e-4."""
+"""The first and last factor of one-cycle: upstream's 4e-6 and 1e-8 for a peak of 1e-4."""
 
 ONE_CYCLE_WARMUP = 0.3
 """The share of one-cycle's steps that is warm-up where the recipe gives none."""
@@ -167,7 +165,7 @@ ONE_CYCLE_WARMUP = 0.3
 def _one_cycle(step: int, steps: int, warmup_steps: int) -> float:
     """Torch's ``OneCycleLR``, whose warm-up ends with its last step at the peak.
 
-    In runs of less than four steps 0.3 of them are no step: these start at the peak.
+    Runs of fewer than four steps, 0.3 of which are no step, start at the peak.
     """
     start, end = ONE_CYCLE_ENDS
     peak = max((warmup_steps or ONE_CYCLE_WARMUP * steps) - 1, 0)
@@ -187,23 +185,17 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
 """Schedules by name."""
 
 
-def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int = 0) -> float:
-    """The learning rate of a step (from 0) over its peak: a function of the step alone."""
-    return SCHEDULES[schedule](step, steps, warmup_steps)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_learning_rate(optimizer: "Optimizer", factor: float) -> None:
     """Set every group's learning rate to ``factor`` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 @contextmanager
-def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """The parameters as they are to be used: schedule-free training keeps them as an average."""
-    if not isinstance(optimizer, schedulefree.AdamWScheduleFree):
-        yield
-        return
-    optimizer.eval()
+def averaged_weights(name: str, optimizer: Any) -> Iterator[None]:
+    """Give the parameters the values to use, where the optimizer keeps these as an average."""
+    if OPTIMIZERS[name].averages:
+        optimizer.eval()
     yield
-    optimizer.train()
+    if OPTIMIZERS[name].averages:
+        optimizer.train()

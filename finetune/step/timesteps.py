@@ -1,4 +1,4 @@
-"""Densities that training's timesteps may be drawn from, by name."""
+"""Densities that the timesteps of training may be drawn from, by name."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,12 +10,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Density:
-    """A distribution on 0 to 1: from the least noise to the most."""
+    """A distribution on 0 to 1, from the least noise to the most."""
 
     draw: Callable[..., float]
-    """Takes a generator and the parameters."""
+    """Takes a generator and the values of the parameters."""
     parameters: Mapping[str, float]
-    """The names of the parameters, and what each must be above."""
+    """The names of the parameters, and the bound that each must be above."""
 
 
 def _logit_normal(rng: np.random.Generator, mean: float, std: float) -> float:

@@ -27,7 +27,7 @@ from adapters.encode import main as encode
 from adapters.generate import main as generate
 from adapters.texts import check_captions, check_vocabulary, clean, find_invisible, find_lost_words
 from finetune import precompute
-from finetune.data.captions import captions_of, embed_captions
+from finetune.data.captions import CaptionCache, collect_captions, embed_captions
 from finetune.data.pictures import Picture
 from finetune.evaluation.comparison import compare
 from finetune.recipe.file import load_recipe
@@ -339,7 +339,7 @@ def test_no_caption_of_a_recipe_is_emptied(
     with pytest.raises(UserError, match=sentence):
         check_recipe(with_text("#3"))
     with pytest.raises(UserError, match=sentence):
-        embed_captions(captions_of(with_text("#3"), ()), with_text("#3"), CPU)
+        embed_captions(collect_captions(with_text("#3"), ()), CaptionCache.of(with_text("#3"), CPU))
     check_recipe(with_text("a dog #3"))
     assert f"{field} 'a dog #3'" in caplog.messages[0]
     if section == "comparison":
@@ -359,7 +359,7 @@ def test_a_pictures_caption_is_refused_by_its_name(
     recipe = Recipe.model_validate(tree)
     pictures = [Picture(tmp_path / "0.npy", "j0hn", "photos/0.png")]
     with pytest.raises(UserError, match=r"no word of the caption of photos/0.png 'j0hn'"):
-        embed_captions(captions_of(recipe, pictures), recipe, CPU)
+        embed_captions(collect_captions(recipe, pictures), CaptionCache.of(recipe, CPU))
     folder = Path(recipe.data.source)
     folder.mkdir()
     Image.new("RGB", (20, 20)).save(folder / "0.png")
@@ -379,7 +379,7 @@ def test_unknown_words_of_a_recipe_are_said_before_they_are_encoded(
     file.write_text(yaml.safe_dump(tree))
     recipe = load_recipe(file, ["data.prompt=一只猫 #3"])
     with caplog.at_level(logging.WARNING):
-        embeds = embed_captions(captions_of(recipe, ()), recipe, CPU)
+        embeds = embed_captions(collect_captions(recipe, ()), CaptionCache.of(recipe, CPU))
     assert "does not know '一只猫' in 1 of " in caplog.messages[0]
     assert "data.prompt '一只猫 #3'" in caplog.messages[0]
     assert not torch.equal(embeds["一只猫 #3"], embeds[""])

@@ -1,6 +1,14 @@
-"""Recipes: strict, and every mistake reported at once."""
+"""Small recipes, and what they encode."""
 
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
+
+from finetune.data.captions import CaptionCache, PromptEmbeds, embed_captions
+from finetune.recipe.schema import Recipe
+
+CPU = torch.device("cpu")
 
 SMALL = """
 name: small
@@ -14,3 +22,7 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(text)
     return path
+
+
+def embed(captions: Iterable[str], recipe: Recipe, device: torch.device = CPU) -> PromptEmbeds:
+    return embed_captions(captions, CaptionCache.of(recipe, device))

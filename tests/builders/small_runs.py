@@ -17,12 +17,12 @@ from torch import Tensor
 
 from adapters.files.places import PEFT_WEIGHTS
 from adapters.weights.kinds import adapter_state
-from finetune.data.batches import Batches
+from finetune.data.batches import Batches, derived_seed
 from finetune.data.pictures import Picture
 from finetune.recipe.schema import Recipe
-from finetune.run.checkpoints import checkpoints, load_checkpoint
+from finetune.run.checkpoints import list_checkpoints, load_checkpoint
 from finetune.run.folders import Folders
-from finetune.run.loop import Material, batches_of, load_trainee, train_stage
+from finetune.run.loop import Material, build_batches, load_trainee, train_stage
 from finetune.run.trainee import Trainee
 from finetune.step.stages import STAGES
 from tests.builders.random_cascade import TEXT_WIDTH, RandomCascade
@@ -118,20 +118,31 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def trainee_of(recipe: Recipe, number: int = 1) -> Trainee:
-    """What a run begins with."""
-    return load_trainee(recipe, STAGES[number], CPU)
+    """The trainee that a run begins with."""
+    stage = STAGES[number]
+    seed = derived_seed(recipe.seed, number)
+    return load_trainee(stage, recipe.training(stage), recipe.source(stage), seed, CPU)
 
 
 def made_batches(recipe: Recipe, number: int = 1) -> Batches:
     """The batches of a run."""
-    trainee, accelerator = trainee_of(recipe, number), Accelerator(cpu=True)
-    return batches_of(recipe, STAGES[number], trainee, material_of(recipe), accelerator)
+    return batches_for(recipe, material_of(recipe), number)
+
+
+def batches_for(recipe: Recipe, material: Material, number: int = 1) -> Batches:
+    """The batches of a run on given material."""
+    trainee = trainee_of(recipe, number)
+    low_res_px = recipe.source(STAGES[1]).picture_size_px if number == 2 else None
+    seed = derived_seed(recipe.seed, number)
+    return build_batches(
+        *(trainee, material, recipe.data, recipe.prior, low_res_px, seed), Accelerator(cpu=True)
+    )
 
 
 def saved_weights(recipe: Recipe, number: int = 1) -> Tensor:
     """The weights in training before the first step and after each, [steps + 1, values]."""
-    saved = checkpoints(Folders(recipe.folder).checkpoints(STAGES[number]))
-    trained = [flat(load_checkpoint(folder)["parameters"]) for _, folder in saved]
+    saved = list_checkpoints(Folders(recipe.folder).checkpoints(STAGES[number]))
+    trained = [flat(load_checkpoint(folder)["parameters"]) for folder in saved]
     return torch.stack([flat(adapter_state(trainee_of(recipe, number).unet)), *trained])
 
 

@@ -8,7 +8,8 @@ from diffusers import DDPMScheduler
 from adapters.base.source import Source
 from finetune.recipe.schema import Optimizer, Training
 from finetune.run.trainee import Trainee
-from finetune.step.stages import STAGES, Batch
+from finetune.step.inputs import Batch
+from finetune.step.stages import STAGES
 from unets.loading import Precision
 
 
@@ -34,7 +35,7 @@ def trainee_of(
     schedulers = tuple(
         DDPMScheduler.from_pretrained(base, subfolder=name) for name in STAGES[stage].schedulers
     )
-    return Trainee.of(STAGES[stage], training, unet, schedulers, seed=0)
+    return Trainee(STAGES[stage], training, unet, schedulers, seed=0)
 
 
 def batch_of(

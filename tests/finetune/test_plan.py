@@ -17,10 +17,11 @@ from finetune.memory.fit import fit, fitting_settings, out_of_memory, plan
 from finetune.memory.footprint import Rehearsal
 from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.run.loop import load_trainee
 from finetune.run.trainee import Trainee
-from finetune.step.stages import STAGES, Batch
+from finetune.step.inputs import Batch
+from finetune.step.stages import STAGES
 from tests.builders.random_cascade import RandomCascade
+from tests.builders.small_runs import trainee_of
 from unets import tally
 from unets.tally import GIB, Tally, reserved, total_bytes
 
@@ -91,7 +92,7 @@ def test_a_rehearsal_takes_what_the_real_step_takes(
     recipe = changed(recipe, stage, precision=precision)
     rehearsal = Rehearsal.of(recipe, STAGES[stage], CPU, 7)
     foreseen = rehearsal.footprint()
-    trainee = load_trainee(recipe, STAGES[stage], CPU)
+    trainee = trainee_of(recipe, stage)
     batch = real(rehearsal.batch(trainee.training.batch_size))
     weights = trainee.weights
     resident = [
@@ -258,7 +259,9 @@ def test_a_run_that_is_out_of_memory_says_what_fits(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(Trainee, "update", full)
-    monkeypatch.setattr(train, "out_of_memory", lambda recipe, device: UserError("give overrides"))
+    monkeypatch.setattr(
+        "finetune.memory.fit.out_of_memory", lambda recipe, device: UserError("give overrides")
+    )
     planned = tree(random_cascade, tmp_path)
     planned |= {"prior": None, "validation": {}, "stage_2": None}
     file = tmp_path / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""What quantisation leaves of a base: which layers it touches, and how far it moves a weight."""
+"""Quantisation of a base: the layers it touches, and how far it moves a weight."""
 
 import pytest
 import torch

@@ -21,9 +21,9 @@ from finetune.data.batches import Batches
 from finetune.data.pictures import to_tensor
 from finetune.recipe.schema import Recipe
 from finetune.run.trainee import Trainee
-from finetune.run.validation import Validation
+from finetune.run.validation import Validator
+from finetune.step.inputs import Batch
 from finetune.step.optimizers import OPTIMIZERS
-from finetune.step.stages import Batch
 from tests.builders.random_cascade import TEXT_WIDTH, RandomCascade
 from tests.builders.small_runs import (
     PROMPTS,
@@ -57,7 +57,7 @@ def make(random_cascade: RandomCascade, tmp_path: Path) -> Recipes:
 
 
 def gradient(trainee: Trainee, *batches: Batch) -> Tensor:
-    """What some batches add to a trainee's gradient, which was zero."""
+    """The gradient of some batches, added to a trainee's, which was zero."""
     for batch in batches:
         trainee.accumulate(batch)
     return trainee.weights.gradient.clone()
@@ -71,7 +71,7 @@ def relative(difference: Tensor, to: Tensor) -> float:
 
 
 def rates(recipe: Recipe) -> list[float]:
-    """How far weights move at each step."""
+    """The largest move of a weight at each step."""
     weights = saved_weights(recipe)
     return (weights[1:] - weights[:-1]).abs().amax(1).tolist()
 
@@ -209,7 +209,7 @@ def test_a_gradient_below_the_clip_stays_as_it_is(make: Recipes) -> None:
 
 
 def ages(recipe: Recipe) -> float:
-    """How many steps old the exported weights are on average, as a mean of those of each step."""
+    """The average age in steps of the exported weights, as a mean of those of each step."""
     weights, average = saved_weights(recipe), flat(exported(recipe))
     shares = torch.linalg.lstsq(weights.T, average[:, None]).solution[:, 0]
     assert relative(weights.T @ shares - average, average) < 1e-5
@@ -245,7 +245,7 @@ def test_schedule_free_weights_are_exported_averaged(make: Recipes) -> None:
 def test_pictures_on_the_way_change_nothing(
     make: Recipes, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Validation, "__call__", lambda self: {})
+    monkeypatch.setattr(Validator, "sample", lambda self: {})
     ends = []
     for prompts in ((), [PROMPTS[3]]):
         recipe = make(
@@ -263,13 +263,13 @@ def test_pictures_on_the_way_are_those_of_the_average(
 ) -> None:
     shown: dict[int, Tensor] = {}
 
-    def look(self: Validation) -> dict[str, Any]:
+    def look(self: Validator) -> dict[str, Any]:
         unet = self.cascade.stages[1].unet
         shown[len(shown)] = flat(adapter_state(unet))
         assert not unet.training
         return {}
 
-    monkeypatch.setattr(Validation, "__call__", look)
+    monkeypatch.setattr(Validator, "sample", look)
     for steps in (2, 5):
         shown.clear()
         recipe = make(
@@ -299,7 +299,7 @@ def test_min_snr_weighs_the_loss_that_trains(make: Recipes, number: int) -> None
     batch = replace(batch, timesteps=torch.tensor([100, 800]))
     base, ours = (trainee.accumulate(batch) for trainee in (plain, weighted))
     scheduler = DDPMScheduler.from_pretrained(
-        make(stages=(number,)).base_of(plain.stage), subfolder="scheduler"
+        make(stages=(number,)).source(plain.stage).name, subfolder="scheduler"
     )
     bars = scheduler.alphas_cumprod.double()[batch.timesteps]
     snr = bars / (1 - bars)

@@ -25,11 +25,11 @@ from finetune.compare import main as compare
 from finetune.data.pictures import load_pictures
 from finetune.recipe.file import load_recipe
 from finetune.run import loop
-from finetune.run.loop import batches_of, load_trainee
-from finetune.step.stages import STAGES, Batch
+from finetune.step.inputs import Batch
 from finetune.train import gather, main
 from tests.builders import ROOT
 from tests.builders.random_cascade import RandomCascade
+from tests.builders.small_runs import batches_for
 
 NAMES = ("stage_1", "stage_2")
 
@@ -303,10 +303,9 @@ def test_what_a_recipe_says_of_draws_reaches_the_batches(
 
     def batch(*overrides: str) -> Batch:
         recipe = load_recipe(path, [f"cache_dir={tmp_path / 'cache'}", *overrides])
-        loaded = load_pictures(recipe.data, recipe.cache, recipe.crop_px)
+        loaded = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
         material = gather(recipe, loaded, Accelerator(cpu=True))
-        trainee = load_trainee(recipe, STAGES[2], torch.device("cpu"))
-        return batches_of(recipe, STAGES[2], trainee, material, Accelerator(cpu=True))(0)
+        return batches_for(recipe, material, 2)(0)
 
     drawn, other = batch("stage_2.batch_size=20"), batch("stage_2.batch_size=20", "seed=1")
     assert (drawn.timesteps >= 990).all()
@@ -381,8 +380,8 @@ def test_stage_2s_mistakes_are_found_before_stage_1_trains(
     path = save_recipe(tmp_path, recipe_of(random_cascade, pictures, validation={}, prior=None))
     for override, message in (
         ("stage_2.adapter.targets=[to_x]", "'to_x' matches no"),
-        ("stage_1.timesteps.high=1000", "stage_1.timesteps.high must be at most 999"),
-        ("stage_2.timesteps.low=1000", "stage_2.timesteps.low must be at most 999"),
+        ("stage_1.timesteps.high=1000", "stage_1.timesteps.high must be within 0 and 999"),
+        ("stage_2.timesteps.low=1000", "stage_2.timesteps.low must be within 0 and 999"),
         ("stage_2.noise_level=[0, 5000]", "stage_2.noise_level must be within 0 and 999"),
         (f"base.stage_2={random_cascade.stage_1}", "IFSuperResolutionPipeline"),
         (f"base.stage_1={random_cascade.stage_2}", "IFPipeline"),

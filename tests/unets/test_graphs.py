@@ -90,7 +90,7 @@ def test_200_fast_steps_are_the_plain_ones_within_the_noise_of_bf16(
     def losses(unet: UNet2DConditionModel, *, recorded: bool) -> torch.Tensor:
         schedulers = tuple(source.scheduler(name) for name in STAGES[stage].schedulers)
         training = Training(steps=200, cuda_graph=recorded)
-        trainee = Trainee.of(STAGES[stage], training, unet, schedulers, seed=0)
+        trainee = Trainee(STAGES[stage], training, unet, schedulers, seed=0)
         curve = []
         for step in range(200):
             batch = batch_of(trainee, step % 20).to(cuda)

@@ -28,15 +28,14 @@ from adapters.errors import UserError
 from adapters.files.export import AdapterInfo, export_adapter
 from adapters.merge import main as merge
 from adapters.weights.kinds import AdapterSpec, adapter_state, attach
-from finetune.data.captions import embed_captions
+from finetune.data.captions import CaptionCache, embed_captions
 from finetune.memory.fit import plan
 from finetune.plan import downloads_text, main
 from finetune.recipe.schema import Recipe
-from finetune.run.loop import load_trainee
-from finetune.step.stages import STAGES
 from tests.builders.hub_stand_in import HubStandIn, hub_stand_in
 from tests.builders.published_layouts import Layout, files_of, rewrite
 from tests.builders.random_cascade import RandomCascade
+from tests.builders.small_runs import trainee_of
 
 CPU = torch.device("cpu")
 TWO = Sampling(stage_1=StageSampling(steps=2), stage_2=StageSampling(steps=2))
@@ -322,8 +321,8 @@ def test_training_starts_from_it(
 ) -> None:
     name, case = published
     recipe, base = recipe_of(name, tmp_path), guarded_cascade.stage_1
-    embed_captions(["a cat"], recipe, CPU)
-    trained = load_trainee(recipe, STAGES[1], CPU).unet.state_dict()
+    embed_captions(["a cat"], CaptionCache.of(recipe, CPU))
+    trained = trainee_of(recipe).unet.state_dict()
     unet = {key.replace(".base_layer.", "."): value for key, value in trained.items()}
     for key, value in expected(base, "unet", case.read).items():
         assert torch.equal(unet[key], value)
@@ -383,8 +382,8 @@ def test_a_plan_says_what_is_downloaded(
     monkeypatch.setattr("finetune.plan.GIB", 1)  # bytes
     foreseen = planned(recipe)
     assert hub.downloaded(name) == before
-    embed_captions(["a cat"], recipe, CPU)
-    load_trainee(recipe, STAGES[1], CPU)
+    embed_captions(["a cat"], CaptionCache.of(recipe, CPU))
+    trainee_of(recipe)
     if drawing:
         load_cascade(name, variant="fp16", device="cpu", parts=Parts(text_encoder=False))
     sizes: dict[str, list[int]] = {}

@@ -89,12 +89,17 @@ def test_each_epoch_shows_every_picture_once() -> None:
     assert first != second
 
 
+def shown(batches: Batches, index: int) -> list[str]:
+    """The captions of the pictures of a batch."""
+    return [batches.picture(*place)[0].caption for place in batches.places(index)]
+
+
 def test_ranks_share_an_epoch(batches: Batches) -> None:
     """Two processes show disjoint pictures of one sequence, the sequence one process shows."""
     alone = replace(batches, batch_size=4)
     pair = [replace(batches, batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
-    together = [picture.caption for one in pair for picture in one.chosen(3)]
-    assert sorted(together) == sorted(picture.caption for picture in alone.chosen(3))
+    together = [caption for one in pair for caption in shown(one, 3)]
+    assert sorted(together) == sorted(shown(alone, 3))
 
 
 def global_batch(
@@ -149,7 +154,7 @@ def test_what_is_drawn_belongs_to_the_position(batches: Batches) -> None:
 def test_parts_differ_by_one_class_picture_at_most(batches: Batches) -> None:
     four = [replace(batches, batch_size=3, rank=rank, world_size=4) for rank in range(4)]
     for index in range(3):
-        kinds = [[p.caption.split()[0] for p in one.chosen(index)] for one in four]
+        kinds = [[caption.split()[0] for caption in shown(one, index)] for one in four]
         classes = [kind.count("class") for kind in kinds]
         assert sum(classes) == 5
         assert max(classes) - min(classes) == 1
@@ -207,7 +212,7 @@ def test_class_pictures_take_their_share(batches: Batches, share: float, classes
 
 
 def test_the_prior_is_preserved_beside_the_subject(batches: Batches) -> None:
-    captions = [picture.caption.split()[0] for picture in batches.chosen(0)]
+    captions = [caption.split()[0] for caption in shown(batches, 0)]
     assert captions == ["subject"] * 3 + ["class"] * 2
     assert torch.allclose(batches(0).weight, torch.tensor([1 / 3] * 3 + [0.5 / 2] * 2))
     alone = replace(batches, class_pictures=[], prior=None)

@@ -17,17 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from adapters.base.source import Source
 from adapters.errors import UserError
 from finetune import precompute
 from finetune.data import captions as text
-from finetune.data.captions import captions_of, embed_captions, model_identity
+from finetune.data.captions import CaptionCache, collect_captions, model_identity
 from finetune.data.pictures import load_pictures
 from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.train import gather
 from tests.builders.random_cascade import RandomCascade
+from tests.builders.recipes import CPU, embed
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUDA = torch.device("cuda")
 PROMPT = "  A <b>Photo</b> of  sks CAT,  on a   blue background &amp; more  "
 
 MakeRecipe = Callable[..., Recipe]
@@ -80,7 +82,7 @@ def test_encodings_are_those_the_pipeline_feeds_its_unet(
     clean_caption: bool, make_recipe: MakeRecipe
 ) -> None:
     recipe = make_recipe(text={"clean_caption": clean_caption})
-    embeds = embed_captions([PROMPT, "", "a dog"], recipe, CPU)
+    embeds = embed([PROMPT, "", "a dog"], recipe)
     empty, encoding = shown_to_the_unet(Path(recipe.base.stage_1), PROMPT, clean_caption)
     assert torch.equal(embeds[PROMPT], encoding)
     assert torch.equal(embeds[""], empty)
@@ -88,27 +90,27 @@ def test_encodings_are_those_the_pipeline_feeds_its_unet(
 
 
 def test_cleaning_matters_and_is_part_of_the_key(make_recipe: MakeRecipe) -> None:
-    cleaned = embed_captions([PROMPT], make_recipe(), CPU)
-    raw = embed_captions([PROMPT], make_recipe(text={"clean_caption": False}), CPU)
+    cleaned = embed([PROMPT], make_recipe())
+    raw = embed([PROMPT], make_recipe(text={"clean_caption": False}))
     assert not torch.equal(cleaned[PROMPT], raw[PROMPT])
 
 
 def test_a_caption_is_encoded_the_same_alone_and_in_company(make_recipe: MakeRecipe) -> None:
     captions = ["a cat", "a much longer caption of a dog on a blue background", ""]
-    together = embed_captions(captions, make_recipe(), CPU)
+    together = embed(captions, make_recipe())
     assert list(together) == sorted(captions)
     for caption in captions:
         alone = make_recipe(cache_dir=f"{make_recipe().cache_dir}/{len(caption)}")
-        assert torch.equal(embed_captions([caption], alone, CPU)[caption], together[caption])
+        assert torch.equal(embed([caption], alone)[caption], together[caption])
 
 
 def test_what_is_cached_needs_no_text_encoder(
     make_recipe: MakeRecipe, request: pytest.FixtureRequest
 ) -> None:
-    first = embed_captions(["a cat", ""], make_recipe(), CPU)
+    first = embed(["a cat", ""], make_recipe())
     request.getfixturevalue("no_text_encoder")
     other_run = make_recipe(name="other", stage_1={"steps": 7}, seed=3)
-    again = embed_captions(["", "a cat", "a cat"], other_run, CPU)
+    again = embed(["", "a cat", "a cat"], other_run)
     assert all(torch.equal(first[caption], again[caption]) for caption in ("", "a cat"))
 
 
@@ -116,9 +118,9 @@ def test_an_explicit_precision_is_the_same_on_every_device(
     make_recipe: MakeRecipe, request: pytest.FixtureRequest
 ) -> None:
     recipe = make_recipe(text={"precision": "bf16"})
-    first = embed_captions(["a cat"], recipe, CPU)
+    first = embed(["a cat"], recipe)
     request.getfixturevalue("no_text_encoder")
-    assert torch.equal(embed_captions(["a cat"], recipe, CUDA)["a cat"], first["a cat"])
+    assert torch.equal(embed(["a cat"], recipe, CUDA)["a cat"], first["a cat"])
 
 
 def test_encodings_are_read_when_they_are_asked_for_and_few_are_kept(
@@ -133,8 +135,8 @@ def test_encodings_are_read_when_they_are_asked_for_and_few_are_kept(
     monkeypatch.setattr(text, "load_file", recording)
     monkeypatch.setattr(text, "KEPT_ENCODINGS", 2)
     captions = ["", "a cat", "a dog"]
-    embed_captions(captions, make_recipe(), CPU)
-    embeds = embed_captions(captions, make_recipe(), CPU)
+    embed(captions, make_recipe())
+    embeds = embed(captions, make_recipe())
     assert (len(embeds), list(embeds), "a cat" in embeds) == (3, captions, True)
     assert reads == []
     for caption in captions:
@@ -145,8 +147,8 @@ def test_encodings_are_read_when_they_are_asked_for_and_few_are_kept(
 
 
 def test_only_the_captions_asked_for_are_there(make_recipe: MakeRecipe) -> None:
-    embed_captions(["a dog"], make_recipe(), CPU)
-    embeds = embed_captions(["a cat"], make_recipe(), CPU)
+    embed(["a dog"], make_recipe())
+    embeds = embed(["a cat"], make_recipe())
     assert "a dog" not in embeds
     with pytest.raises(KeyError, match="a dog"):
         embeds["a dog"]
@@ -154,7 +156,7 @@ def test_only_the_captions_asked_for_are_there(make_recipe: MakeRecipe) -> None:
 
 def test_an_encoding_that_has_gone_is_said(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
-    embeds = embed_captions(["a cat"], recipe, CPU)
+    embeds = embed(["a cat"], recipe)
     (file,) = (recipe.cache / "prompt_embeds").iterdir()
     file.unlink()
     with pytest.raises(UserError, match=r"encoding of 'a cat', .* is missing or damaged"):
@@ -164,7 +166,7 @@ def test_an_encoding_that_has_gone_is_said(make_recipe: MakeRecipe) -> None:
 def test_only_what_is_missing_is_encoded(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed_captions(["a cat"], make_recipe(), CPU)
+    embed(["a cat"], make_recipe())
     encoded = []
 
     def recording(pipeline: IFPipeline, prompt: str, **options: Any) -> object:
@@ -173,25 +175,33 @@ def test_only_what_is_missing_is_encoded(
 
     original = IFPipeline.encode_prompt
     monkeypatch.setattr(IFPipeline, "encode_prompt", recording)
-    embed_captions(["a cat", "a dog"], make_recipe(), CPU)
+    embed(["a cat", "a dog"], make_recipe())
     assert encoded == ["a dog"]
 
 
-def test_the_text_encoder_is_gone_afterwards(make_recipe: MakeRecipe) -> None:
-    with text.text_pipeline(make_recipe(), "fp32", CPU) as pipeline:
-        text_encoder = weakref.ref(pipeline.text_encoder)
-        assert text_encoder() is not None
-    assert text_encoder() is None
+def test_the_text_encoder_is_gone_afterwards(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders = []
+
+    def recording(pipeline: IFPipeline, prompt: str, **options: Any) -> object:
+        encoders.append(weakref.ref(pipeline.text_encoder))
+        return original(pipeline, prompt, **options)
+
+    original = IFPipeline.encode_prompt
+    monkeypatch.setattr(IFPipeline, "encode_prompt", recording)
+    embed(["a cat"], make_recipe())
+    assert [encoder() for encoder in encoders] == [None]
 
 
-def test_a_damaged_file_is_made_anew(make_recipe: MakeRecipe) -> None:
+def test_a_damaged_file_is_made_again(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
-    first = embed_captions(["a cat"], recipe, CPU)["a cat"].clone()
+    first = embed(["a cat"], recipe)["a cat"].clone()
     (file,) = (recipe.cache / "prompt_embeds").iterdir()
     for content in (b"", file.read_bytes()[:100], b"\xff" * 64):
         file.unlink()
         file.write_bytes(content)
-        assert torch.equal(embed_captions(["a cat"], recipe, CPU)["a cat"], first)
+        assert torch.equal(embed(["a cat"], recipe)["a cat"], first)
     assert len(list((recipe.cache / "prompt_embeds").iterdir())) == 1
 
 
@@ -199,9 +209,9 @@ def test_a_damaged_file_is_made_anew(make_recipe: MakeRecipe) -> None:
 def test_each_precision_is_close_to_fp32_and_kept_apart(
     precision: str, make_recipe: MakeRecipe
 ) -> None:
-    exact = embed_captions(["a cat"], make_recipe(), CPU)["a cat"]
+    exact = embed(["a cat"], make_recipe())["a cat"]
     recipe = make_recipe(text={"precision": precision})
-    close = embed_captions(["a cat"], recipe, CPU)["a cat"]
+    close = embed(["a cat"], recipe)["a cat"]
     assert (exact.dtype, close.dtype) == (torch.float32, torch.bfloat16)
     assert close.shape == exact.shape
     similarity = torch.cosine_similarity(exact.flatten(), close.float().flatten(), dim=0)
@@ -210,48 +220,46 @@ def test_each_precision_is_close_to_fp32_and_kept_apart(
 
 
 def test_automatic_precision_follows_the_device(make_recipe: MakeRecipe) -> None:
-    assert text.CaptionCache(make_recipe(), CPU).precision == "fp32"
-    assert text.CaptionCache(make_recipe(), CUDA).precision == "bf16"
-    on_cpu = text.CaptionCache(make_recipe(text={"device": "cpu"}), CUDA)
+    assert CaptionCache.of(make_recipe(), CPU).precision == "fp32"
+    assert CaptionCache.of(make_recipe(), CUDA).precision == "bf16"
+    on_cpu = CaptionCache.of(make_recipe(text={"device": "cpu"}), CUDA)
     assert (on_cpu.precision, on_cpu.device) == ("fp32", CPU)
 
 
-def test_a_models_identity_is_its_content(
-    make_recipe: MakeRecipe, random_cascade: RandomCascade, tmp_path: Path
-) -> None:
-    base = make_recipe().base
+def test_a_models_identity_is_its_content(random_cascade: RandomCascade, tmp_path: Path) -> None:
+    source = Source(str(tmp_path / "copy"), 1)
     copy = tmp_path / "copy"
     shutil.copytree(random_cascade.stage_1, copy)
-    known = model_identity(str(random_cascade.stage_1), base, text.TEXT_PARTS)
-    everything = model_identity(str(copy), base)
-    assert model_identity(str(copy), base, text.TEXT_PARTS) == known
+    known = model_identity(Source(str(random_cascade.stage_1), 1), text.TEXT_PARTS)
+    everything = model_identity(source)
+    assert model_identity(source, text.TEXT_PARTS) == known
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert model_identity(str(copy), base, text.TEXT_PARTS) == known
-    assert model_identity(str(copy), base) != everything
+    assert model_identity(source, text.TEXT_PARTS) == known
+    assert model_identity(source) != everything
     weights = copy / "text_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert model_identity(str(copy), base, text.TEXT_PARTS) != known
+    assert model_identity(source, text.TEXT_PARTS) != known
 
 
 @pytest.mark.parametrize("whole_bytes", [0, 2**20])
 def test_a_merge_anywhere_in_a_file_is_another_model(
-    whole_bytes: int, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "WHOLE_BYTES", whole_bytes)
     monkeypatch.setattr(text, "BLOCK_BYTES", 16)
-    base, size = make_recipe().base, 100_000
+    source, size = Source(str(tmp_path / "model"), 1), 100_000
     layer = size // 50
     weights = tmp_path / "model" / "unet" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
     identities = set()
     for start in range(0, size, layer):
         weights.write_bytes(bytes(start) + b"\x01" * layer + bytes(size - start - layer))
-        identities.add(model_identity(str(tmp_path / "model"), base))
+        identities.add(model_identity(source))
     assert len(identities) == 50
     for end in (b"\x01" + bytes(size - 1), bytes(size - 1) + b"\x01", bytes(size)):
         weights.write_bytes(end)
-        identities.add(model_identity(str(tmp_path / "model"), base))
+        identities.add(model_identity(source))
     assert len(identities) == 53
 
 
@@ -259,19 +267,19 @@ def test_a_changed_text_encoder_encodes_anew(
     make_recipe: MakeRecipe, random_cascade: RandomCascade, tmp_path: Path
 ) -> None:
     recipe = make_recipe()
-    first = embed_captions(["a cat"], recipe, CPU)
+    first = embed(["a cat"], recipe)
     copy = tmp_path / "copy"
     shutil.copytree(random_cascade.stage_1, copy)
     file = copy / "text_encoder" / "model.safetensors"
     weights = {name: tensor * 2 for name, tensor in load_file(file).items()}
     file.unlink()
     save_file(weights, file, metadata={"format": "pt"})
-    changed = embed_captions(["a cat"], make_recipe(base={"stage_1": str(copy)}), CPU)
+    changed = embed(["a cat"], make_recipe(base={"stage_1": str(copy)}))
     assert not torch.equal(first["a cat"], changed["a cat"])
 
 
 def test_a_hub_models_identity_is_its_commit(
-    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     revisions = []
 
@@ -281,19 +289,19 @@ def test_a_hub_models_identity_is_its_commit(
 
     monkeypatch.setattr(text, "hf_hub_download", download)
     for name in ("DeepFloyd/IF-I-XL-v1.0", "DeepFloyd/IF-I-XL-v1.0@v2"):
-        base = make_recipe(base={"stage_1": name, "revision": "refs/pr/1"}).base
-        assert model_identity(base.stage_1, base) == "DeepFloyd/IF-I-XL-v1.0@abc123:None"
+        source = Source(name, 1, "refs/pr/1")
+        assert model_identity(source) == "DeepFloyd/IF-I-XL-v1.0@abc123:None"
     assert revisions == ["refs/pr/1", "v2"]
 
 
 def test_a_missing_base_is_said(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     nowhere = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"nowhere' is neither a folder nor"):
-        embed_captions(["a cat"], make_recipe(base={"stage_1": nowhere}), CPU)
+        embed(["a cat"], make_recipe(base={"stage_1": nowhere}))
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
     with pytest.raises(UserError, match=r"empty' cannot be loaded"):
-        embed_captions(["a cat"], make_recipe(base={"stage_1": empty}), CPU)
+        embed(["a cat"], make_recipe(base={"stage_1": empty}))
 
 
 def save_picture(folder: Path, caption: str | None = None) -> None:
@@ -303,7 +311,7 @@ def save_picture(folder: Path, caption: str | None = None) -> None:
         (folder / "0.txt").write_text(caption)
 
 
-def test_all_captions_of_a_run_are_found(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_all_collect_captions_a_run_are_found(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     save_picture(tmp_path / "pictures")
     save_picture(tmp_path / "class", "a cat of the class")
     recipe = make_recipe(
@@ -322,7 +330,7 @@ def test_all_captions_of_a_run_are_found(make_recipe: MakeRecipe, tmp_path: Path
         },
     )
     pictures = load_pictures(recipe.data, recipe.cache, 16)
-    captions = captions_of(recipe, pictures)
+    captions = collect_captions(recipe, pictures)
     assert list(captions) == [
         "",
         "a cat",
@@ -372,7 +380,7 @@ def test_precompute_leaves_nothing_to_encode(
     request.getfixturevalue("no_text_encoder")
     precompute.main([str(file)])
     assert capsys.readouterr().out.startswith("0 captions encoded in fp32 on cpu, 3 were in ")
-    embed_captions(captions_of(recipe, load_pictures(recipe.data, recipe.cache, 16)), recipe, CPU)
+    embed(collect_captions(recipe, load_pictures(recipe.data, recipe.cache, 16)), recipe)
 
 
 def test_precompute_says_how_a_trainer_on_another_device_reuses_its_work(
@@ -388,7 +396,7 @@ def test_precompute_says_how_a_trainer_on_another_device_reuses_its_work(
     override = capsys.readouterr().out.splitlines()[-1]
     assert override == "text.precision=fp32"
     request.getfixturevalue("no_text_encoder")
-    assert "a sks cat" in embed_captions(["a sks cat", ""], load_recipe(file, [override]), CUDA)
+    assert "a sks cat" in embed(["a sks cat", ""], load_recipe(file, [override]), CUDA)
 
 
 def test_precompute_exits_with_one_sentence(

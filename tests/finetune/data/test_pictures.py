@@ -235,9 +235,7 @@ def test_a_stages_pixels_do_not_depend_on_the_other_stage(
                 **{stage: {"steps": 1} for stage in stages},
             }
         )
-        (picture,) = load_pictures(
-            recipe.data, recipe.cache, recipe.crop_px, smaller_px=recipe.smaller_crops_px
-        )
+        (picture,) = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
         sides = {"stage_1": 16, "stage_2": 64}
         rng = np.random.default_rng(0)
         return [
@@ -558,7 +556,7 @@ def test_no_more_pictures_are_read_than_asked_for(tmp_path: Path) -> None:
     data = with_prompt(tmp_path / "source")
     everything = load_pictures(data, tmp_path / "cache", SIZE_PX)
     (tmp_path / "source" / "2 [test].png").write_bytes(b"damaged")
-    assert load_pictures(data, tmp_path / "cache", SIZE_PX, 2) == everything[:2]
+    assert load_pictures(data, tmp_path / "cache", SIZE_PX, limit=2) == everything[:2]
 
 
 def test_a_hub_out_of_reach_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

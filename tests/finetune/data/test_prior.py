@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
 from PIL import Image
 
@@ -17,13 +16,13 @@ from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError
 from finetune.data import prior
 from finetune.data.batches import CLASS, derived_seed
-from finetune.data.captions import captions_of, embed_captions
+from finetune.data.captions import collect_captions
 from finetune.data.pictures import Picture, crop
-from finetune.data.prior import class_pictures
+from finetune.data.prior import ClassPictures
 from finetune.recipe.schema import Recipe
 from tests.builders.random_cascade import RandomCascade
+from tests.builders.recipes import CPU, embed
 
-CPU = torch.device("cpu")
 PROMPTS = ("a cat", " a Dog")
 SAMPLING = {"stage_1": {"steps": 2}, "stage_2": {"steps": 2}}
 PRIOR = {"prompts": PROMPTS, "count": 3, "sampling": SAMPLING}
@@ -51,8 +50,8 @@ def make_recipe(random_cascade: RandomCascade, tmp_path: Path) -> MakeRecipe:
 
 
 def made(recipe: Recipe) -> list[Picture]:
-    embeds = embed_captions(captions_of(recipe, ()), recipe, CPU)
-    return class_pictures(recipe, embeds, CPU)
+    embeds = embed(collect_captions(recipe, ()), recipe)
+    return ClassPictures.of(recipe, embeds, CPU).load()
 
 
 def pixels(pictures: list[Picture]) -> list[np.ndarray]:
@@ -73,7 +72,7 @@ def test_class_pictures_are_the_base_cascades(
     recipe = make_recipe(**training)
     pictures = made(recipe)
     assert [picture.caption for picture in pictures] == ["a cat", " a Dog", "a cat"]
-    embeds = embed_captions([*PROMPTS, ""], recipe, CPU)
+    embeds = embed([*PROMPTS, ""], recipe)
     models = (random_cascade.stage_1, random_cascade.stage_2)[: 1 + ("stage_2" in stages)]
     cascade = load_cascade(*map(str, models), device="cpu", parts=Parts(text_encoder=False))
     expected = cascade(
@@ -129,7 +128,7 @@ def test_runs_that_start_together_sample_once(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe()
-    embeds = embed_captions(captions_of(recipe, ()), recipe, CPU)
+    embed(collect_captions(recipe, ()), recipe)
     loads = []
 
     def recording(*models: str, **options: Any) -> Any:
@@ -138,7 +137,7 @@ def test_runs_that_start_together_sample_once(
 
     monkeypatch.setattr(prior, "load_cascade", recording)
     with ThreadPoolExecutor() as pool:
-        runs = [pool.submit(class_pictures, recipe, embeds, CPU) for _ in range(3)]
+        runs = [pool.submit(made, recipe) for _ in range(3)]
         first, *others = (run.result() for run in runs)
     assert all(other == first for other in others)
     assert len(loads) == 1
@@ -179,10 +178,10 @@ def test_interrupted_sampling_goes_on_to_the_same_pictures(
         sampled.extend(images)
         return images
 
-    original = prior._sample
+    original = ClassPictures._sample
     recipe = make_recipe(prior=two)
     with monkeypatch.context() as patch:
-        patch.setattr(prior, "_sample", interrupted)
+        patch.setattr(ClassPictures, "_sample", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made(recipe)
     assert sampled == [0, 1]
@@ -193,7 +192,7 @@ def test_interrupted_sampling_goes_on_to_the_same_pictures(
         sampled.extend(images)
         return images
 
-    monkeypatch.setattr(prior, "_sample", recording)
+    monkeypatch.setattr(ClassPictures, "_sample", recording)
     np.testing.assert_array_equal(pixels(made(recipe)), pixels(whole))
     assert sampled == [0, 1, 2]
     assert folders(recipe) == [""]
@@ -269,7 +268,7 @@ def test_a_folder_takes_the_place_of_sampling(
     pictures = made(recipe)
     assert [picture.caption for picture in pictures] == expected
     assert [int(picture.pixels[0, 0, 0]) for picture in pictures] == [0, 1, 2]
-    assert set(expected) <= set(captions_of(recipe, ()))
+    assert set(expected) <= set(collect_captions(recipe, ()))
 
 
 def test_a_folder_may_start_at_home_and_hold_more_than_is_read(
@@ -280,7 +279,7 @@ def test_a_folder_may_start_at_home_and_hold_more_than_is_read(
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = make_recipe(prior=PRIOR | {"folder": "~/class"})
     assert [picture.caption for picture in made(recipe)] == ["one", "two", "three"]
-    assert "four" not in captions_of(recipe, ())
+    assert "four" not in collect_captions(recipe, ())
 
 
 def test_a_missing_folder_is_said(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Recipes: strict, and every mistake reported at once."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from finetune.recipe.yaml12 import Loader
 from tests.builders import ROOT
 from tests.builders.recipes import SMALL, write
 
+HEAVY = {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "datasets", "accelerate"}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -25,14 +28,26 @@ def test_shipped_recipes_are_valid_and_say_how_to_run(path: Path) -> None:
         assert re.search(rf"^# {measured}: +[0-9]", header, re.MULTILINE), measured
 
 
+def test_reading_a_recipe_imports_nothing_heavy() -> None:
+    """Mistakes, and the resolved recipe, are shown within a second or two."""
+    code = (
+        "import sys; from finetune.recipe.file import load_recipe\n"
+        f"load_recipe({str(RECIPES[-1])!r}, ['stage_1.steps=3']).to_yaml()\n"
+        f"print(*{HEAVY!r} & sys.modules.keys())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("\n", "")
+
+
 def test_the_shipped_set() -> None:
     stages = "dreambooth_stage_1 dreambooth_stage_2 dreambooth_cascade captions_stage_1"
     assert {*stages.split(), "captions_stage_2", "quickstart"} <= {path.stem for path in RECIPES}
 
 
 def test_resolving_is_idempotent(tmp_path: Path) -> None:
-    recipe = load_recipe(RECIPES[-1])
+    recipe = load_recipe(RECIPES[-1], ["data.prompt=a 猫 🐙"])
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert "prompt: a 猫 🐙\n" in recipe.to_yaml()
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -102,7 +117,7 @@ stage_2:
         "stage_1.optimizer.learning_rat": "unknown key; did you mean learning_rate?",
         "stage_1.optimizer.betas.1": "Input should be less than 1 (got 1.0)",
         "stage_1.adapter.rnak": "unknown key; did you mean rank?",
-        "stage_1.adapter.targets": "Input should be a valid string or a valid tuple (got 3)",
+        "stage_1.adapter.targets": "Input should be a valid string or a valid list (got 3)",
         "base.stage_2": "must name a Stage II model",
         "stage_2.batch_size": "must be at least 2 with prior preservation",
         "stage_2.timesteps.shape": "must be left out with uniform (got [1.0, 1.0])",
@@ -132,6 +147,25 @@ def test_settings_that_an_optimizer_cannot_take(
     found = mistakes(tmp_path, text)
     assert list(found) == [f"stage_1.optimizer.{field}"]
     assert message in found[f"stage_1.optimizer.{field}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("validation=null", "validation: Input should be a section of keys and values (got null)"),
+        ("stage_1=5", "stage_1: Input should be a section of keys and values (got 5)"),
+        ("validation.prompts=5", "validation.prompts: Input should be a valid list (got 5)"),
+        ("stage_2.noise_level=[1, 2, 3]", "stage_2.noise_level: List should have at most 2 items"),
+        ("stage_1.compile=auto", "stage_1.compile: Input should be true or false (got 'auto')"),
+        ("seed=null", "seed: Input should be a valid integer (got null)"),
+    ],
+)
+def test_mistakes_are_in_words_of_yaml(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write(tmp_path, SMALL), [override])
+    assert f"  {message}" in str(error.value)
+    assert "uple" not in str(error.value)
+    assert "after" not in str(error.value)
 
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
@@ -288,5 +322,5 @@ comparison: {prompts: [a sks cat], subject: cat, identifier: sks cat, clip: c, s
 
 
 def test_an_override_deeper_than_any_key_is_a_sentence() -> None:
-    with pytest.raises(UserError, match="No key of a recipe lies so deep"):
+    with pytest.raises(UserError, match="unknown key"):
         load_recipe("recipes/quickstart.yaml", [".".join("a" * 3000) + "=1"])

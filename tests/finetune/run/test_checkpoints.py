@@ -11,7 +11,7 @@ import torch
 
 from adapters.errors import UserError
 from finetune.run import checkpoints as module
-from finetune.run.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from finetune.run.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 
 TREE = {
     "step": 3,
@@ -56,14 +56,15 @@ def test_tensors_that_share_memory_are_saved_apart(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 100, 20, 1000):
         save_checkpoint(tmp_path, step, TREE, keep=2)
-    assert [step for step, _ in checkpoints(tmp_path)] == [100, 1000]
+    kept = ["step-000100", "step-001000"]
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == kept
 
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(
     tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the newest step is saved anew, and where the next one is."""
+    """Both when the newest step is saved again, and when the next one is."""
     left = always = 1000
 
     def mortal(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,16 +88,16 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(
         with suppress(KeyboardInterrupt):
             save_checkpoint(root, step, TREE, keep=2)
         survived, left = left >= 0, always
-        whole = checkpoints(root)
+        whole = list_checkpoints(root)
         assert len(whole) >= 2
-        for _, folder in whole:
+        for folder in whole:
             assert_same(load_checkpoint(folder), TREE)
         save_checkpoint(root, 9, TREE, keep=1)
         assert [folder.name for folder in root.iterdir()] == ["step-000009"]
         if survived:
             break
     assert survived
-    assert [saved for saved, _ in whole] == [step - 1, step]
+    assert [folder.name for folder in whole] == [f"step-{each:06d}" for each in (step - 1, step)]
 
 
 def test_a_disk_that_refuses_is_said(tmp_path: Path) -> None:

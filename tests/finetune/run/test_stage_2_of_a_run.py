@@ -11,8 +11,7 @@ from adapters import Parts, Sampling, load_cascade
 from finetune.data.pictures import load_pictures
 from finetune.recipe.schema import Data
 from finetune.run.folders import Folders
-from finetune.run.validation import prepare_validation
-from finetune.step.stages import STAGES
+from finetune.run.validation import Validator
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import PROMPTS, made_batches, material_of, recipe_of, train
 
@@ -24,7 +23,10 @@ SAMPLING = {
 
 @pytest.mark.parametrize("stages", [(1, 2), (2,)])
 def test_stage_2_enlarges_what_the_runs_own_stage_1_draws(
-    random_cascade: RandomCascade, tmp_path: Path, stages: tuple[int, ...]
+    random_cascade: RandomCascade,
+    tmp_path: Path,
+    stages: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = list(PROMPTS[1:3])
     recipe = recipe_of(
@@ -39,23 +41,17 @@ def test_stage_2_enlarges_what_the_runs_own_stage_1_draws(
     if 1 in stages:
         train(recipe)
         adapters = [Folders(recipe.folder).adapters]
-    material = material_of(recipe)
-    second = load_cascade(
-        None, random_cascade.stage_2, device="cpu", parts=Parts(text_encoder=False)
-    )
-    unet = second.stages[2].unet
-    validation = prepare_validation(
-        recipe,
-        STAGES[2],
-        unet,
-        material.prompt_embeds,
-        material.pictures,
-        16,
-        Folders(recipe.folder).adapters,
-    )
-    assert validation is not None
-    shown = validation.sources[0]
+    material, validators = material_of(recipe), []
+
+    def look(validator: Validator) -> dict[str, object]:
+        validators.append(validator)
+        return {}
+
+    monkeypatch.setattr(Validator, "sample", look)
+    train(recipe, 2)
+    shown, photos = validators[0].rows
     assert shown.low_res is not None
+    assert photos.prompts == tuple(picture.caption for picture in material.pictures)
 
     def drawn(adapters: list[Path]) -> torch.Tensor:
         first = load_cascade(

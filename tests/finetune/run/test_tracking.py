@@ -1,4 +1,4 @@
-"""What is summed on the device is what was seen."""
+"""Sums on the device are those of the losses seen."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from finetune.run.tracking import Meter, Tracker
 from finetune.step.losses import Losses
 
 
-def test_the_meter_reads_means_and_starts_anew() -> None:
+def test_the_meter_reads_means_and_starts_again() -> None:
     meter = Meter(1000, torch.device("cpu"))
     for scale in (1.0, 3.0):
         mse = scale * torch.tensor([1.0, 2.0, 4.0])

@@ -11,8 +11,8 @@ from adapters.weights.kinds import KINDS, AdapterSpec
 from finetune.recipe.schema import Optimizer
 from finetune.run.checkpoints import load_checkpoint, save_checkpoint
 from finetune.run.trainee import Trainee
+from finetune.step.inputs import Batch
 from finetune.step.optimizers import OPTIMIZERS
-from finetune.step.stages import Batch
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.trainees import batch_of, take_steps, trainee_of
 from unets.loading import Precision

@@ -1,15 +1,13 @@
-"""Validation pictures: of the UNet in training, from what each stage is told."""
+"""Validation pictures are those of the UNet in training, from each stage's own prompts."""
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from adapters import Sampling, load_cascade
-from finetune.data.captions import captions_of, embed_captions
-from finetune.data.pictures import Picture
+from finetune.data.captions import CaptionCache, collect_captions, embed_captions
 from finetune.recipe.schema import Recipe
-from finetune.run.validation import prepare_validation
+from finetune.run.validation import Validator, row_from_stage_1
 from finetune.step.stages import STAGES
 from tests.builders.drawing import largest_difference
 from tests.builders.random_cascade import RandomCascade
@@ -18,7 +16,7 @@ PROMPTS = ["a sks cat", "a sks dog"]
 SAMPLING = {"stage_1": {"timesteps": "fast27"}, "stage_2": {"steps": 2}}
 
 
-def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path: Path) -> None:
+def test_stage_2_has_its_own_prompts(random_cascade: RandomCascade, tmp_path: Path) -> None:
     folders = (str(random_cascade.stage_1), str(random_cascade.stage_2))
     own = {"prompts": PROMPTS, "stage_2_prompts": ["a cat", "a dog"]}
     recipe = Recipe.model_validate(
@@ -32,14 +30,12 @@ def test_stage_2_is_told_its_own_prompts(random_cascade: RandomCascade, tmp_path
         }
     )
     cpu = torch.device("cpu")
-    embeds = embed_captions(captions_of(recipe, ()), recipe, cpu)
+    embeds = embed_captions(collect_captions(recipe, ()), CaptionCache.of(recipe, cpu))
     cascade = load_cascade(*folders, device="cpu")
     unet = cascade.stages[2].unet
-    photo = Picture(tmp_path / "photo.npy", "a sks cat", "a photo")
-    np.save(photo.file, np.zeros((80, 80, 3), np.uint8))
-    validation = prepare_validation(recipe, STAGES[2], unet, embeds, [photo], 16, tmp_path)
-    assert validation is not None
-    shown = validation()["from_stage_1"]
+    settings, base = recipe.validation, recipe.base
+    row = row_from_stage_1(settings, base, embeds, recipe.precisions_on(cpu), cpu, [])
+    shown = Validator(settings, base, STAGES[2], unet, embeds, [row]).sample()[row.title]
     options = {"seed": 3, "sampling": Sampling(**SAMPLING), "progress": False}
     expected = cascade(PROMPTS, stage_2_prompt=["a cat", "a dog"], **options)
     without = cascade(PROMPTS, **options)

@@ -12,7 +12,8 @@ from torch import Tensor
 from adapters.weights.kinds import KINDS, adapter_parameters
 from finetune.run.folders import Folders
 from finetune.run.trainee import Trainee
-from finetune.step.stages import STAGES, Batch, noised
+from finetune.step.inputs import Batch, add_noise, unet_inputs
+from finetune.step.stages import STAGES
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import (
     flat,
@@ -89,8 +90,12 @@ def test_training_starts_from_what_the_base_predicts(
     batch = made_batches(recipe_of(random_cascade, tmp_path))(0)
     trainee.unet.disable_adapters()
     with torch.no_grad():
-        inputs = trainee.stage.unet_inputs(
-            batch, noised(batch, trainee.schedulers[0]), trainee.schedulers, trainee.unet.dtype
+        inputs = unet_inputs(
+            trainee.stage,
+            batch,
+            add_noise(batch, trainee.schedulers[0]),
+            trainee.schedulers,
+            trainee.unet.dtype,
         )
         base = trainee.unet(**inputs).sample
         trainee.unet.enable_adapters()
@@ -107,7 +112,7 @@ KILLED: Mapping[str, dict[str, Any]] = {
     "average": {"ema_decay": 0.7},
     "schedule": {"optimizer": {"name": "adamw_8bit", "schedule": "cosine", "learning_rate": 0.01}},
 }
-"""What a killed run's stage says of itself."""
+"""Settings of a killed run's stage."""
 
 
 @pytest.mark.parametrize("name", KILLED)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters.weights.kinds import ADAPTER_NAME, KINDS, PRESETS, AdapterSpec, adapter_parameters
 from finetune.run.trainee import Trainee
-from finetune.step.stages import Batch
+from finetune.step.inputs import Batch
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.trainees import batch_of, trainee_of
 from unets.frozen import Quantised

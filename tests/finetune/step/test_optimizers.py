@@ -14,9 +14,9 @@ from finetune.run.checkpoints import load_checkpoint, save_checkpoint
 from finetune.step.flat_weights import FlatWeights
 from finetune.step.optimizers import (
     OPTIMIZERS,
+    SCHEDULES,
     averaged_weights,
     build_optimizer,
-    learning_rate_factor,
     set_learning_rate,
 )
 
@@ -25,7 +25,7 @@ RATES = {"prodigy": 1.0, "lion_8bit": 3e-3}
 
 
 def parameters() -> dict[str, nn.Parameter]:
-    """As an adapter's: two matrices large enough for 8-bit states."""
+    """Two matrices of an adapter, large enough for 8-bit states."""
     draw = torch.Generator().manual_seed(0)
     return {
         "x.lora_A.default.weight": nn.Parameter(torch.randn(64, 64, generator=draw)),
@@ -166,14 +166,14 @@ def test_schedule_free_is_used_averaged_and_trained_as_before() -> None:
             p.grad.copy_(p.detach())
         optimizer.step()
     training = [p.detach().clone() for p in values.values()]
-    with averaged_weights(optimizer):
+    with averaged_weights("schedule_free", optimizer):
         assert not any(torch.equal(p, t) for p, t in zip(values.values(), training, strict=True))
     for p, tensor in zip(values.values(), training, strict=True):
         assert torch.allclose(p, tensor, atol=1e-6)
 
 
 def library_factors(schedule: LRScheduler, steps: int) -> list[float]:
-    """What a library's schedule makes of a learning rate of 1, step by step."""
+    """A library's schedule of a learning rate of 1, step by step."""
     factors = []
     for _ in range(steps):
         factors += schedule.get_last_lr()
@@ -195,7 +195,7 @@ def test_schedules_with_warm_up_are_those_of_transformers(name: str, warmup_step
         num_warmup_steps=warmup_steps,
         num_training_steps=20,
     )
-    ours = [learning_rate_factor(name, step, 20, warmup_steps) for step in range(20)]
+    ours = [SCHEDULES[name](step, 20, warmup_steps) for step in range(20)]
     assert ours == pytest.approx(library_factors(theirs, 20), abs=1e-12)
     assert max(ours) == ours[warmup_steps] == 1
 
@@ -215,20 +215,20 @@ def one_cycle(steps: int, share: float) -> LRScheduler:
 
 @pytest.mark.parametrize("steps", [*range(4, 61), 100, 1000])
 def test_one_cycle_is_torchs_at_every_length(steps: int) -> None:
-    ours = [learning_rate_factor("one_cycle", step, steps) for step in range(steps)]
+    ours = [SCHEDULES["one_cycle"](step, steps, 0) for step in range(steps)]
     assert ours == pytest.approx(library_factors(one_cycle(steps, 0.3), steps), rel=1e-9)
 
 
 @pytest.mark.parametrize("warmup_steps", [2, 5, 19])
 def test_one_cycles_warm_up_is_torchs_share(warmup_steps: int) -> None:
-    ours = [learning_rate_factor("one_cycle", step, 20, warmup_steps) for step in range(20)]
+    ours = [SCHEDULES["one_cycle"](step, 20, warmup_steps) for step in range(20)]
     theirs = library_factors(one_cycle(20, warmup_steps / 20), 20)
     assert ours == pytest.approx(theirs, rel=1e-9)
 
 
 def test_runs_too_short_for_one_cycles_warm_up_start_at_the_peak() -> None:
     for steps in (1, 2, 3):
-        factors = [learning_rate_factor("one_cycle", step, steps) for step in range(steps)]
+        factors = [SCHEDULES["one_cycle"](step, steps, 0) for step in range(steps)]
         assert factors[0] == 1
         assert factors == sorted(factors, reverse=True)
         assert steps == 1 or factors[-1] == pytest.approx(1e-4)

@@ -1,4 +1,4 @@
-"""What the UNets are shown in training is, bit for bit, what the published pipelines show them."""
+"""The UNets' inputs in training are, bit for bit, those of the published pipelines."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,8 @@ from diffusers import (
     IFSuperResolutionPipeline,
 )
 
-from finetune.step.stages import STAGES, Batch, noised
+from finetune.step.inputs import Batch, add_noise, unet_inputs
+from finetune.step.stages import STAGES
 from tests.builders.random_cascade import RandomCascade
 
 COUNT, TEXT = 2, (77, 32)
@@ -88,7 +89,7 @@ def test_stage_1_is_shown_what_img2img_shows(
         generator=torch.Generator().manual_seed(0),
     )
     schedulers = schedulers_of(published, 1)
-    ours = STAGES[1].unet_inputs(batch, noised(batch, schedulers[0]), schedulers, torch.float32)
+    ours = unet_inputs(STAGES[1], batch, add_noise(batch, schedulers[0]), schedulers, torch.float32)
     assert_same(ours, shown)
 
 
@@ -113,7 +114,7 @@ def test_stage_2_is_shown_what_img2img_shows(
         generator=torch.Generator().manual_seed(0),
     )
     schedulers = schedulers_of(published, 2)
-    ours = STAGES[2].unet_inputs(batch, noised(batch, schedulers[0]), schedulers, torch.float32)
+    ours = unet_inputs(STAGES[2], batch, add_noise(batch, schedulers[0]), schedulers, torch.float32)
     assert_same(ours, shown)
 
 
@@ -129,15 +130,15 @@ def test_stage_2_low_res_half_is_that_of_plain_sampling(random_cascade: RandomCa
         noise_level=250,
         generator=torch.Generator().manual_seed(0),
     )
-    ours = STAGES[2].unet_inputs(batch, batch.noise, schedulers, torch.float32)
+    ours = unet_inputs(STAGES[2], batch, batch.noise, schedulers, torch.float32)
     assert_same(ours, shown)
 
 
 def test_only_what_the_unet_sees_is_cast(random_cascade: RandomCascade) -> None:
     published = IFPipeline.from_pretrained(random_cascade.stage_1)
     batch = random_batch(published.unet.config.sample_size, None, 500, 0)
-    noisy = noised(batch, published.scheduler)
-    inputs = STAGES[1].unet_inputs(batch, noisy, (published.scheduler,), torch.bfloat16)
+    noisy = add_noise(batch, published.scheduler)
+    inputs = unet_inputs(STAGES[1], batch, noisy, (published.scheduler,), torch.bfloat16)
     assert inputs["sample"].dtype == inputs["encoder_hidden_states"].dtype == torch.bfloat16
     assert inputs["timestep"].dtype == torch.int64
     assert torch.equal(inputs["sample"], noisy.bfloat16())
