@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from tqdm.auto import tqdm
 
@@ -16,7 +15,7 @@ from adapters.base.stored_unet import StoredUNet
 from adapters.errors import command_line, listed
 from adapters.files.for_diffusers import list_arriving
 from adapters.files.info import AdapterInfo
-from adapters.files.places import find_weights
+from adapters.files.places import DIFFUSERS_WEIGHTS, find_weights
 from adapters.files.reading import alpha_of, kind_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import by_block, inner, update
@@ -104,7 +103,7 @@ def files_of(adapter: StageAdapter, file: Path) -> list[Path]:
 
 def for_diffusers(adapter: StageAdapter, file: Path) -> dict[str, Any]:
     """What ``load_lora_weights`` makes of an adapter: how many tensors arrive, or in what stead."""
-    stand_in = adapter.folder / LORA_WEIGHT_NAME_SAFE
+    stand_in = adapter.folder / DIFFUSERS_WEIGHTS
     own = stand_in if stand_in.is_file() else file
     if isinstance(adapter.config, LoraConfig):
         arrived = len(list_arriving(own, adapter.config, adapter.state))

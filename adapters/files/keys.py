@@ -79,11 +79,7 @@ _PART = re.compile(rf"(?:{'|'.join(_UNDERSCORED)})(?=_|$)|[^_]+")
 
 
 def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Return tensors of any key style under PEFT's names, or LyCORIS' where PEFT has none.
-
-    Args:
-        tensors: by the keys of the file.
-        file: for messages.
+    """Return tensors, by the keys of a file, under PEFT's names, or LyCORIS' where PEFT has none.
 
     Raises:
         UserError: listing the keys that are unknown or spelled twice, and why each is unusable.

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+# the hub's client matches case by case
 NAMES = tuple(f"{name}*" for name in ("LICENSE", "LICENCE", "License", "license", "NOTICE"))
 
 DEEPFLOYD = "DeepFloyd/"
@@ -36,7 +37,7 @@ def licence_files(base_model: str, revision: str | None = None) -> tuple[Path, .
 
 
 def is_deepfloyd(base_model: str, revision: str | None = None) -> bool:
-    """Whether a base is under the DeepFloyd licence: by its hub name or its licence file."""
+    """Tell by a base's hub name or licence file whether it is under the DeepFloyd licence."""
     return base_model.startswith(DEEPFLOYD) or any(
         "DeepFloyd" in path.read_text(encoding="utf-8", errors="replace")
         for path in licence_files(base_model, revision)

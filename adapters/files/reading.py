@@ -93,13 +93,10 @@ def read_adapter(
 
 
 def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
-    """Read the configuration beside or in a file.
+    """Read the configuration beside a file, or in its header.
 
-    Returns:
-        ``None``: there is none, or it is that of a LoRA with each module's rank as alpha.
-
-    Raises:
-        UserError: where it is damaged.
+    ``None``: there is none, or it is that of a LoRA with each module's rank as alpha. A UserError
+    says that it is damaged.
     """
     beside, metadata = file.parent / PEFT_CONFIG, header.get(LORA_ADAPTER_METADATA_KEY)
     own = file.name == PEFT_WEIGHTS and beside.exists()
@@ -148,7 +145,7 @@ def _unet_settings(metadata: Any) -> dict[str, Any]:
 
 
 def _is_lycoris(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> bool:
-    """Whether tensors without a configuration mean all that they do by LyCORIS' formulas alone."""
+    """Tell whether LyCORIS' formulas apply to tensors without a configuration."""
     algorithms = {name: algorithm_of(own) for name, own in modules.items()}
     if all(
         algorithms[name] is ALGORITHMS["lora_"] and "dora_scale" not in own
@@ -167,11 +164,7 @@ def _join(modules: Mapping[str, Tensors]) -> dict[str, Tensor]:
 
 
 def _check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path) -> None:
-    """Check that a LoHa or LoKr has the ranks that its configuration states, as it scales by them.
-
-    Raises:
-        UserError: naming the first module whose tensors have another.
-    """
+    """Check that a LoHa or LoKr has the ranks that its configuration states and scales by."""
     for name, tensors in modules.items():
         algorithm = algorithm_of(tensors)
         if algorithm is None or tensors.keys() >= WHOLE_MATRICES:
@@ -185,12 +178,7 @@ def _check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path)
 
 
 def _lycoris_config(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> LycorisConfig:
-    """Gather the configuration of a file of LyCORIS.
-
-    Args:
-        modules: the tensors of each module.
-        alphas: alpha of some modules; the others' is their rank (OFT: no constraint).
-    """
+    """Gather the settings of a file of LyCORIS; alpha is the rank by default (OFT: 0)."""
     algorithms = {n: found for n, own in modules.items() if (found := algorithm_of(own))}
     ranks = {name: algorithm.rank(modules[name]) for name, algorithm in algorithms.items()}
     scaled = {
@@ -214,7 +202,7 @@ def lora_config(
     Args:
         state: the tensors under PEFT's names.
         alphas: alpha of some modules; the others' are those of ``stored``.
-        stored: a configuration to complete; ``None``: alpha is the rank where ``alphas`` lacks it.
+        stored: a configuration to complete; ``None``: the others' alphas are their ranks.
     """
     config = LoraConfig() if stored is None else copy(stored)
     ranks = {name: len(own["lora_A.weight"]) for name, own in by_module(state).items()}

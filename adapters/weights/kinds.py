@@ -74,15 +74,15 @@ class Kind:
     fields: Callable[[AdapterSpec], dict[str, Any]]
     """The configuration's fields, from the spec; ``target_modules`` excepted."""
     has_b: bool = False
-    """Whether it has the matrices B of a LoRA; ``load_lora_weights`` of the diffusers pipelines
-    loads these kinds and no others."""
+    """It has the matrices B of a LoRA; ``load_lora_weights`` of the diffusers pipelines loads these
+    kinds and no others."""
     alone: bool = False
-    """Whether these pipelines load it alone only, without ``set_adapters`` and ``hotswap``."""
+    """These pipelines load it alone only, without ``set_adapters`` and ``hotswap``."""
     convolutions: bool = True
-    """Whether it adapts ``Conv2d`` modules beside ``Linear`` ones."""
+    """It adapts ``Conv2d`` modules beside ``Linear`` ones."""
     trains_in_unet_precision: bool = False
-    """Whether it trains well where its forward and backward passes are in the UNet's precision;
-    otherwise they are in float32, as its weights and optimizer always are."""
+    """It trains well with forward and backward passes in the UNet's precision; those of other kinds
+    are in float32, as weights and optimizer always are."""
 
     def peft_config(self, spec: AdapterSpec) -> "PeftConfig":
         """Build the PEFT configuration of a spec, without targets."""

@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters import load_cascade
 from adapters.errors import UserError
 from adapters.files.keys import peft_name
+from adapters.files.places import STAGE_FILES
 from adapters.files.reading import read_adapter, scaling
 from adapters.files.stage_adapter import StageAdapter
 from adapters.weights.kinds import ROOTS, AdapterSpec
@@ -47,6 +50,10 @@ def test_every_tensor_is_found(
     modules = {name.rsplit(".lora_", 1)[0] for name in expected}
     assert set(config.target_modules) == modules
     assert {scaling(config, state, name) for name in modules} == {attached.lora_alpha / attached.r}
+
+
+def test_our_files_have_the_names_that_peft_and_diffusers_look_for() -> None:
+    assert STAGE_FILES == (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, LORA_WEIGHT_NAME_SAFE)
 
 
 ALL = AdapterSpec(rank=2, targets="all")  # as only these tell the random stages apart
