@@ -100,8 +100,8 @@ def find_weights(path: Path) -> Path:
     """Find the safetensors file of a single adapter: itself, or in a folder.
 
     Raises:
-        UserError: where there is none, or several of which none has a name that tells, or only
-            pickled ones.
+        UserError: where there is none, there are only pickled ones, or several and no name that
+            tells which.
     """
     file = weights_file(path)
     if file is not None:
@@ -120,7 +120,7 @@ def find_weights(path: Path) -> Path:
             " files to .safetensors with the tool that wrote them"
         )
     elif path.is_file():
-        problem = f"{path} is no adapter, which is a .safetensors file; correct the path"
+        problem = f"{path} is not an adapter: adapters are .safetensors files; correct the path"
     else:
         problem = (
             f"{path} has no exported adapter (no stage_1, stage_2 or .safetensors file in it);"

@@ -60,7 +60,7 @@ def read_adapter(
 
     Raises:
         UserError: where the file cannot be read, has keys that are unknown or lack their other
-            half, values that are no finite numbers, or not all that its configuration speaks of.
+            half, values that are not finite, or not all that its configuration names.
     """
     file = find_weights(path)
     try:
@@ -119,14 +119,14 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
     except (*PEFT_ERRORS, OSError) as error:
         where = beside if own else f"{LORA_ADAPTER_METADATA_KEY} of {file}"
         raise UserError(
-            f"{where} is no PEFT configuration of a UNet's adapter ({error}); correct it, or"
-            " export again."
+            f"{where} is not a PEFT configuration of a UNet's adapter ({error}); correct it,"
+            " or export again."
         ) from error
     return config
 
 
 def _check_type(settings: Any) -> None:
-    """Raise a ValueError where JSON is no configuration of a kind that a UNet takes here."""
+    """Raise a ValueError unless JSON is a configuration of a kind that a UNet takes here."""
     found = settings.get("peft_type") if isinstance(settings, dict) else settings
     if found not in PEFT_TYPES:
         raise ValueError(f"its peft_type should be one of {', '.join(PEFT_TYPES)}, not {found!r}")
@@ -138,7 +138,7 @@ def _unet_settings(metadata: Any) -> dict[str, Any]:
     Pipelines write ``unet.r``, ``UNet2DConditionModel.save_lora_adapter`` writes ``r``.
     """
     if not isinstance(metadata, dict):
-        raise ValueError(f"it should be settings by name, not {metadata!r}")
+        raise ValueError(f"it should be a mapping of settings, not {metadata!r}")
     own = {key.removeprefix("unet."): v for key, v in metadata.items() if key.startswith("unet.")}
     own = own or {key: value for key, value in metadata.items() if "." not in key}
     return own and {"peft_type": "LORA"} | own

@@ -114,8 +114,8 @@ class StageAdapter:
         """Find the stage it belongs to: the one it names, or the only one whose UNet it fits.
 
         Raises:
-            UserError: where it names none and fits none of the configurations of UNets, listing
-                what does not fit, or fits both.
+            UserError: where it names none and fits no UNet of these configurations, listing what
+                does not fit, or fits both.
         """
         if self.info is not None:
             return self.info.stage
@@ -123,7 +123,7 @@ class StageAdapter:
         fitting = [stage for stage, names in misfits.items() if not names]
         if len(fitting) > 1:
             raise UserError(
-                f"{self.folder} does not say which stage it belongs to, and fits those of Stage"
+                f"{self.folder} does not say which stage it belongs to, and fits both Stage"
                 f" {' and '.join(map(str, fitting))}; load it where only its own stage is loaded."
             )
         if not fitting:
@@ -275,8 +275,8 @@ class StageAdapter:
         if missing:
             names = [key.replace(f".{ADAPTER_NAME}", "") for key in missing]
             raise UserError(
-                f"{self.folder} is not whole: of {name} it lacks {listed(names)}; fetch or export"
-                " it again."
+                f"{self.folder} is incomplete: {name} lacks {listed(names)}; fetch or export it"
+                " again."
             )
         if result.unexpected_keys:
             raise self._misfit(name, weight)

@@ -112,7 +112,7 @@ def check_settings(config: PeftConfig) -> None:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
-                    f"its {name} has {pattern!r}, which is no regular expression: {error}"
+                    f"its {name} has {pattern!r}, which is not a regular expression: {error}"
                 ) from error
 
 
@@ -141,7 +141,7 @@ def check_modules(
             misfits.append(f"{name}: {shapes}")
     if lacking:
         raise UserError(
-            f"{file} is not whole: it lacks tensors of {len(lacking)} modules ({listed(lacking)});"
+            f"{file} is incomplete: it lacks tensors of {len(lacking)} modules ({listed(lacking)});"
             " fetch or export it again."
         )
     if misfits:
@@ -153,7 +153,7 @@ def check_modules(
 
 
 def check_whole(config: PeftConfig | None, modules: Mapping[str, Tensors], file: Path) -> None:
-    """Check that an adapter has the tensors, and the modules, that its configuration speaks of.
+    """Check that an adapter has the tensors, and the modules, that its configuration names.
 
     Modules are known to be missing where the configuration has their full names; endings and
     regular expressions may mean modules that the UNet does not have. LoRAs need no configuration.

@@ -135,29 +135,22 @@ def match_targets(unet: "nn.Module", targets: str | Iterable[str]) -> tuple[str,
     from torch import nn
 
     names = [n for n, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
-    preset = isinstance(targets, str) and targets in PRESETS
-    if preset:
-        patterns = PRESETS[patterns[0]]
+    preset = PRESETS.get(targets) if isinstance(targets, str) else None
+    patterns = preset or ((targets,) if isinstance(targets, str) else tuple(targets))
     found: set[str] = set()
     for pattern in patterns:
         globs = (pattern, f"*.{pattern}")
         matching = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
         if not (matching or preset):
+            dots = pattern.count(".")  # as many as in the endings of names to compare with
+            endings = dict.fromkeys(".".join(name.split(".")[-dots - 1 :]) for name in names)
+            closest = difflib.get_close_matches(pattern, endings, n=3, cutoff=0)
             raise UserError(
                 f"The target {pattern!r} matches no Linear or Conv2d module of the UNet; the"
-                f" closest are {', '.join(_closest(pattern, names))}, and the presets are"
-                f" {', '.join(PRESETS)}."
+                f" closest are {', '.join(closest)}, and the presets are {', '.join(PRESETS)}."
             )
         found.update(matching)
     return tuple(name for name in names if name in found)
-
-
-def _closest(pattern: str, names: Iterable[str]) -> list[str]:
-    """Endings of names, as long in dots as the pattern, that look most like it."""
-    length = pattern.count(".") + 1
-    endings = dict.fromkeys(".".join(name.split(".")[-length:]) for name in names)
-    return difflib.get_close_matches(pattern, endings, n=3, cutoff=0)
 
 
 def peft_config(unet: "nn.Module", spec: AdapterSpec) -> "PeftConfig":
