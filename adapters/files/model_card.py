@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.constants import ENDPOINT
@@ -28,6 +27,8 @@ from adapters.weights.kinds import KINDS
 CARD = "README.md"
 
 SAMPLES = "samples"
+
+TAGS = ["deepfloyd-if", "text-to-image"]
 
 SAMPLE_LINE = re.compile(rf"^!\[(.+)\]\(({SAMPLES}/\d+\.png)\)", re.MULTILINE)
 """A prompt and its picture, as the card shows them."""
@@ -59,15 +60,11 @@ def write_card(
         _link_licence(f" to the Stage {info.stage} adapter", info.base_model, licences[info.stage])
         for info in infos
     ]
-    metadata = _metadata(
-        bases=hub_bases(infos),
-        relation="adapter",
-        deepfloyd=bool(notices),
-        licences=[name for names in licences.values() for name in names],
-        tags=["peft", *sorted({info.spec.kind for info in infos})],
-        prompts=_prompts(infos),
-        samples=samples,
-    )
+    files = [name for names in licences.values() for name in names]
+    metadata = _metadata(infos, hub_bases(infos), "adapter", bool(notices), files)
+    metadata.tags = [*TAGS, "peft", *sorted({info.spec.kind for info in infos})]
+    if samples:
+        metadata["widget"] = [{"text": t, "output": {"url": url}} for url, t in samples.items()]
     sections = {
         "Use": "\n\n".join([_use_here(infos), *map(_use_diffusers, infos)]),
         "Prompts": _list_prompts(infos),
@@ -95,13 +92,8 @@ def merged_card(
     licences = [path.name for path in licence_files(source.name, source.revision)]
     pipeline = PIPELINES[source.stage].__name__
     options = f', variant="{variant}"' if variant else ""
-    metadata = _metadata(
-        bases=[source.name] if is_hub_name(source.name) else [],
-        relation="merge",
-        deepfloyd=deepfloyd,
-        licences=licences,
-        prompts=_prompts(infos),
-    )
+    bases = [source.name] if is_hub_name(source.name) else []
+    metadata = _metadata(infos, bases, "merge", deepfloyd, licences)
     sections = {
         "Use": "The folder of this file is a complete model:\n\n"
         f"```python\nfrom diffusers import {pipeline}\n\n"
@@ -128,29 +120,24 @@ def hub_bases(infos: Sequence[AdapterInfo]) -> list[str]:
 
 
 def _metadata(
-    *,
-    bases: Sequence[str],
+    infos: Sequence[AdapterInfo],
+    bases: list[str],
     relation: str,
     deepfloyd: bool,
     licences: Sequence[str],
-    tags: Sequence[str] = (),
-    prompts: Sequence[str] = (),
-    samples: Mapping[str, str] = MappingProxyType({}),
 ) -> ModelCardData:
     """Build a card's metadata, in the Hugging Face hub's terms."""
     link = None if deepfloyd else next(iter([*licences, *map(_base_page, bases)]), None)
-    widget = [{"text": text, "output": {"url": url}} for url, text in samples.items()]
     return ModelCardData(
         license="deepfloyd-if-license" if deepfloyd else "other",  # the hub's name for it
         license_name="license-of-the-base-model" if link else None,
         license_link=link,
-        base_model=list(bases) or None,
+        base_model=bases or None,
         base_model_relation=relation if bases else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["deepfloyd-if", "text-to-image", *tags],
-        instance_prompt=next(iter(prompts), None),
-        widget=widget or None,
+        tags=TAGS,
+        instance_prompt=next(iter(_prompts(infos)), None),
     )
 
 
