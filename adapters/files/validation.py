@@ -17,7 +17,7 @@ from adapters.files.places import PEFT_CONFIG
 from adapters.weights.kinds import ROOTS
 from adapters.weights.lycoris import Tensors, check_shapes, missing_tensors, simplify
 
-DTYPES = {
+FLOATS = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
@@ -52,17 +52,17 @@ def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Check that tensors, by the keys of a file, hold numbers that can be computed with.
 
     Raises:
-        UserError: where one is empty, of a type other than :data:`DTYPES` (alphas may be integers),
+        UserError: where one is empty, of a type other than :data:`FLOATS` (alphas may be integers),
             not finite in float32, or an alpha of several values.
     """
     alphas = {key for key in tensors if key.endswith((".alpha", ".on_input"))}
     factors = {key: tensor for key, tensor in tensors.items() if key not in alphas}
-    other = {key: tensor.dtype for key, tensor in factors.items() if tensor.dtype not in DTYPES}
+    other = {key: tensor.dtype for key, tensor in factors.items() if tensor.dtype not in FLOATS}
     if other:
         found = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in other.values()}))
         raise UserError(
             f"{file} has tensors of the type {found} ({listed(other, 4)}), and adapters are read in"
-            f" {', '.join(DTYPES.values())}; convert it to fp16, bf16 or fp32."
+            f" {', '.join(FLOATS.values())}; convert it to fp16, bf16 or fp32."
         )
     problems = {
         "without any value, of rank 0": [key for key, t in factors.items() if not t.numel()],

@@ -4,11 +4,11 @@ Recipes are checked by these names, so that torch, diffusers and PEFT are import
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -71,8 +71,10 @@ class Kind:
 
     peft_type: str
     """PEFT's name of it, by which PEFT has its configuration."""
-    fields: Callable[[AdapterSpec], dict[str, Any]]
-    """The configuration's fields, from the spec; ``target_modules`` excepted."""
+    fields: Mapping[str, str]
+    """The configuration's fields that an :class:`AdapterSpec` decides, and the spec's."""
+    settings: Mapping[str, int] = field(default_factory=dict)
+    """The configuration's fields that make it this kind."""
     has_b: bool = False
     """It has the matrices B of a LoRA; ``load_lora_weights`` of the diffusers pipelines loads these
     kinds and no others."""
@@ -88,35 +90,25 @@ class Kind:
         """Build the PEFT configuration of a spec, without targets."""
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        return PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**self.fields(spec))
+        own = spec.model_dump() | {"alpha": spec.alpha or spec.rank}
+        fields = {theirs: own[ours] for theirs, ours in self.fields.items()}
+        return PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**fields, **self.settings)
 
 
-def _lora(**switch: bool) -> Callable[[AdapterSpec], dict[str, Any]]:
-    return lambda spec: {
-        "r": spec.rank,
-        "lora_alpha": spec.alpha or spec.rank,
-        "lora_dropout": spec.dropout,
-        **switch,
-    }
-
-
-def _lycoris(spec: AdapterSpec) -> dict[str, Any]:
-    return {"r": spec.rank, "alpha": spec.alpha or spec.rank, "rank_dropout": spec.dropout}
-
-
-def _oft(spec: AdapterSpec) -> dict[str, Any]:
-    return {"r": spec.rank, "oft_block_size": 0}
-
+_LORA = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+_LYCORIS = {"r": "rank", "alpha": "alpha", "rank_dropout": "dropout"}
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "lora": Kind("LORA", _lora(), has_b=True, trains_in_unet_precision=True),
-        "rslora": Kind("LORA", _lora(use_rslora=True), has_b=True, trains_in_unet_precision=True),
-        "dora": Kind("LORA", _lora(use_dora=True), has_b=True, alone=True),
-        "loha": Kind("LOHA", _lycoris),
-        "lokr": Kind("LOKR", _lycoris),
+        "lora": Kind("LORA", _LORA, has_b=True, trains_in_unet_precision=True),
+        "rslora": Kind(
+            "LORA", _LORA, {"use_rslora": True}, has_b=True, trains_in_unet_precision=True
+        ),
+        "dora": Kind("LORA", _LORA, {"use_dora": True}, has_b=True, alone=True),
+        "loha": Kind("LOHA", _LYCORIS),
+        "lokr": Kind("LOKR", _LYCORIS),
         # PEFT rotates the patches of a convolution without its padding: no identity to start from
-        "oft": Kind("OFT", _oft, convolutions=False),
+        "oft": Kind("OFT", {"r": "rank"}, {"oft_block_size": 0}, convolutions=False),
     }
 )
 
