@@ -194,7 +194,7 @@ def save_adapters(adapters: Mapping[int, StageAdapter], folder: Path) -> None:
         folder: a new or empty folder; it appears whole.
 
     Raises:
-        UserError: where there is something in it already, the disk refuses, or one is no LoRA.
+        UserError: where the folder is not empty or cannot be written, or one is not a LoRA.
     """
     for adapter in adapters.values():
         if not isinstance(adapter.config, LoraConfig):

@@ -63,8 +63,8 @@ FOREIGN = {
     " algorithm than full",
     r".*\.([pq]_layer\.weight|lambda_layer)$": "are of T-LoRA, whose rank changes"
     " with the timestep, so that it cannot be merged: train another algorithm",
-    r".*(lora|hada|lokr|oft|alpha|dora|vera|ia3|boft|hra)": "are of no module and no kind of"
-    " adapter that an IF UNet takes: load it with its own model",
+    r".*(lora|hada|lokr|oft|alpha|dora|vera|ia3|boft|hra)": "belong to no module, or no kind of"
+    " adapter, of an IF UNet: load it with its own model",
     r".*\.(weight|bias)$": "are weights of a model itself: make an adapter of a whole model with"
     " `python -m adapters.extract`",
 }
@@ -79,11 +79,7 @@ _PART = re.compile(rf"(?:{'|'.join(_UNDERSCORED)})(?=_|$)|[^_]+")
 
 
 def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Return tensors of any key style under PEFT's names, or LyCORIS' where PEFT has none.
-
-    Args:
-        tensors: by the keys of the file.
-        file: for messages.
+    """Return tensors, by the keys of a file, under PEFT's names, or LyCORIS' where PEFT has none.
 
     Raises:
         UserError: listing the keys that are unknown or spelled twice, and why each is unusable.
@@ -96,7 +92,7 @@ def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tenso
         # a vector of IA3 is called weight, as are weights of models: its on_input tells
         if name is None or (part == "weight" and f"{module}.on_input" not in count):
             known = (problem for pattern, problem in FOREIGN.items() if re.match(pattern, key))
-            problem = next(known, "are of no kind of adapter that is known here: remove them")
+            problem = next(known, "belong to no known kind of adapter: remove them")
         elif count[name] > 1:
             problem = "are two spellings, or two adapters, of one tensor: keep one of them"
         else:
@@ -106,7 +102,7 @@ def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tenso
         found = [f"{len(keys)} {problem} ({listed(keys)})" for problem, keys in problems.items()]
         raise UserError(
             f"{file} should hold an adapter of one IF UNet and nothing else, but of its"
-            f" {len(tensors)} keys {'; '.join(found) or 'none is there: name another file'}."
+            f" {len(tensors)} keys {'; '.join(found) or 'there are none: name another file'}."
         )
     return {name: tensors[key] for key, name in names.items() if name is not None}
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from adapters.base.hub import STAGE_FOLDERS
+
+# the hub's client matches case by case
 NAMES = tuple(f"{name}*" for name in ("LICENSE", "LICENCE", "License", "license", "NOTICE"))
 
 DEEPFLOYD = "DeepFloyd/"
 """The beginning of the hub names of DeepFloyd's models."""
-
-STAGE_NAMES = ("stage_1", "stage_2", "stage_3")
-"""The folders of a cascade, whose licence may lie beside them."""
 
 
 def licence_files(base_model: str, revision: str | None = None) -> tuple[Path, ...]:
@@ -30,13 +30,14 @@ def licence_files(base_model: str, revision: str | None = None) -> tuple[Path, .
         except (OSError, HFValidationError):  # no connection, no access, or not a hub name
             return ()
         folder = Path(snapshot)
-    places = [folder, folder.parent] if folder.name in STAGE_NAMES else [folder]
+    of_cascade = folder.name in (*STAGE_FOLDERS, "stage_3")
+    places = [folder, folder.parent] if of_cascade else [folder]
     found = ([path for name in NAMES for path in sorted(place.glob(name))] for place in places)
     return tuple(next(filter(None, found), ()))
 
 
 def is_deepfloyd(base_model: str, revision: str | None = None) -> bool:
-    """Whether a base is under the DeepFloyd licence: by its hub name or its licence file."""
+    """Tell by a base's hub name or licence file whether it is under the DeepFloyd licence."""
     return base_model.startswith(DEEPFLOYD) or any(
         "DeepFloyd" in path.read_text(encoding="utf-8", errors="replace")
         for path in licence_files(base_model, revision)

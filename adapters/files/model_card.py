@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.constants import ENDPOINT
@@ -28,6 +27,8 @@ from adapters.weights.kinds import KINDS
 CARD = "README.md"
 
 SAMPLES = "samples"
+
+TAGS = ["deepfloyd-if", "text-to-image"]
 
 SAMPLE_LINE = re.compile(rf"^!\[(.+)\]\(({SAMPLES}/\d+\.png)\)", re.MULTILINE)
 """A prompt and its picture, as the card shows them."""
@@ -50,27 +51,28 @@ def write_card(
     """
     folder = Path(folder)
     samples = save_samples(folder, sample_pictures or {})
+    licences = {}
     for info in infos:
         copy_licences(info.base_model, info.base_revision, folder, info.stage)
-    licences = [[path.name for path in find_copies(folder, info.stage)] for info in infos]
+        licences[info.stage] = [path.name for path in find_copies(folder, info.stage)]
     notices = dict.fromkeys(info.licence_notice for info in infos if info.licence_notice)
+    links = [
+        _link_licence(f" to the Stage {info.stage} adapter", info.base_model, licences[info.stage])
+        for info in infos
+    ]
+    files = [name for names in licences.values() for name in names]
+    metadata = _metadata(infos, hub_bases(infos), "adapter", bool(notices), files)
+    metadata.tags = [*TAGS, "peft", *sorted({info.spec.kind for info in infos})]
+    if samples:
+        metadata["widget"] = [{"text": t, "output": {"url": url}} for url, t in samples.items()]
     sections = {
         "Use": "\n\n".join([_use_here(infos), *map(_use_diffusers, infos)]),
         "Prompts": _list_prompts(infos),
         "Samples": "\n\n".join(f"![{text}]({name}) {text}" for name, text in samples.items()),
-        "Licence": "\n\n".join(
-            [
-                *notices,
-                *(
-                    _link_licence(f" to the Stage {info.stage} adapter", info.base_model, names)
-                    for info, names in zip(infos, licences, strict=True)
-                ),
-            ]
-        ),
+        "Licence": "\n\n".join([*notices, *links]),
     }
     title = f"{' and '.join(f'Stage {info.stage}' for info in infos)} adapter for DeepFloyd IF"
     card = folder / CARD
-    metadata = front_matter(infos, [name for names in licences for name in names], samples)
     write_text(card, _compose(metadata, title, [_table_of_stages(infos)], sections))
     return card
 
@@ -78,7 +80,7 @@ def write_card(
 def merged_card(
     source: Source, adapters: Sequence[tuple[StageAdapter, float]], variant: str | None
 ) -> str:
-    """Write the text of a merged model's card: its base and adapters, its use, its licence.
+    """Compose the card of a merged model: its base and adapters, its use, its licence.
 
     Args:
         source: the base.
@@ -87,21 +89,17 @@ def merged_card(
     """
     infos = [adapter.info for adapter, _ in adapters if adapter.info is not None]
     deepfloyd = is_deepfloyd(source.name, source.revision)
-    files = [path.name for path in licence_files(source.name, source.revision)]
-    metadata = _metadata(
-        source.name if is_hub_name(source.name) else None,
-        "merge",
-        deepfloyd,
-        [*files, *_base_pages([source.name])],
-    )
+    licences = [path.name for path in licence_files(source.name, source.revision)]
     pipeline = PIPELINES[source.stage].__name__
     options = f', variant="{variant}"' if variant else ""
+    bases = [source.name] if is_hub_name(source.name) else []
+    metadata = _metadata(infos, bases, "merge", deepfloyd, licences)
     sections = {
         "Use": "The folder of this file is a complete model:\n\n"
         f"```python\nfrom diffusers import {pipeline}\n\n"
         f'pipe = {pipeline}.from_pretrained("."{options})\n```',
         "Prompts": _list_prompts(infos),
-        "Licence": f"{NOTICE}\n\n" * deepfloyd + _link_licence("", source.name, files),
+        "Licence": f"{NOTICE}\n\n" * deepfloyd + _link_licence("", source.name, licences),
     }
     intro = [f"{_name_base(source.name, source.revision)} and:", _table_of_merged(adapters)]
     title = f"Stage {source.stage} of DeepFloyd IF with adapters merged"
@@ -116,50 +114,30 @@ def _compose(
     return "\n\n".join([f"---\n{metadata}\n---", f"# {title}", *intro, *texts]) + "\n"
 
 
-def front_matter(
-    infos: Sequence[AdapterInfo],
-    licences: Sequence[str] = (),
-    samples: Mapping[str, str] | None = None,
-) -> ModelCardData:
-    """Build the metadata of adapters' card, in the Hugging Face hub's terms.
-
-    Args:
-        infos: the descriptions of the adapters.
-        licences: their licence files.
-        samples: the prompts of sample pictures, by file.
-    """
-    bases = list(dict.fromkeys(i.base_model for i in infos if is_hub_name(i.base_model)))
-    widget = [{"text": text, "output": {"url": url}} for url, text in (samples or {}).items()]
-    return _metadata(
-        bases,
-        "adapter",
-        any(info.licence_notice for info in infos),
-        [*licences, *_base_pages(bases)],
-        ["peft", *sorted({info.spec.kind for info in infos})],
-        instance_prompt=next(iter(_prompts(infos)), None),
-        widget=widget or None,
-    )
+def hub_bases(infos: Sequence[AdapterInfo]) -> list[str]:
+    """The bases of adapters that are on the hub, each once: the ``base_model`` of their card."""
+    return list(dict.fromkeys(i.base_model for i in infos if is_hub_name(i.base_model)))
 
 
 def _metadata(
-    base_model: str | list[str] | None,
+    infos: Sequence[AdapterInfo],
+    bases: list[str],
     relation: str,
     deepfloyd: bool,
     licences: Sequence[str],
-    tags: Sequence[str] = (),
-    **others: Any,
 ) -> ModelCardData:
-    link = None if deepfloyd else next(iter(licences), None)
+    """Build a card's metadata, in the Hugging Face hub's terms."""
+    link = None if deepfloyd else next(iter([*licences, *map(_base_page, bases)]), None)
     return ModelCardData(
         license="deepfloyd-if-license" if deepfloyd else "other",  # the hub's name for it
         license_name="license-of-the-base-model" if link else None,
         license_link=link,
-        base_model=base_model or None,
-        base_model_relation=relation if base_model else None,
+        base_model=bases or None,
+        base_model_relation=relation if bases else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["deepfloyd-if", "text-to-image", *tags],
-        **others,
+        tags=TAGS,
+        instance_prompt=next(iter(_prompts(infos)), None),
     )
 
 
@@ -248,15 +226,15 @@ def _use_diffusers(info: AdapterInfo) -> str:
 
 def _link_licence(subject: str, base_model: str, files: Sequence[str]) -> str:
     """Link to the licence of a base: its files, or else the base's page."""
-    links = [f"[{name}]({name})" for name in files]
-    links = links or [f"[{base_model}]({page})" for page in _base_pages([base_model])]
-    links = links or [f"`{base_model}`"]
-    return f"The licence of its base model applies{subject}: {', '.join(links)}"
+    base = f"`{base_model}`"
+    if is_hub_name(base_model):
+        base = f"[{base_model}]({_base_page(base_model)})"
+    links = ", ".join(f"[{name}]({name})" for name in files)
+    return f"The licence of its base model applies{subject}: {links or base}"
 
 
-def _base_pages(base_models: Sequence[str]) -> list[str]:
-    """The pages of bases on the hub, of those that are there."""
-    return [f"{ENDPOINT}/{name}" for name in base_models if is_hub_name(name)]
+def _base_page(base_model: str) -> str:
+    return f"{ENDPOINT}/{base_model}"
 
 
 def save_samples(folder: Path, pictures: Mapping[str, Image.Image]) -> dict[str, str]:

@@ -22,7 +22,7 @@ ADAPTER_FILES = (
     *(f"{stage}/{name}" for stage in STAGE_FOLDERS for name in (PEFT_WEIGHTS, PEFT_CONFIG)),
     *STAGE_FILES,
 )
-"""What is downloaded of a repository: our own exports, PEFT's adapters, those of diffusers."""
+"""The files to download of a repository: our own exports, PEFT's adapters, diffusers'."""
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """The endings of files that only Python's pickle reads."""
@@ -100,8 +100,8 @@ def find_weights(path: Path) -> Path:
     """Find the safetensors file of a single adapter: itself, or in a folder.
 
     Raises:
-        UserError: where there is none, or several of which none has a name that tells, or only
-            pickled ones.
+        UserError: where there is none, there are only pickled ones, or several and no name that
+            tells which.
     """
     file = weights_file(path)
     if file is not None:
@@ -110,21 +110,23 @@ def find_weights(path: Path) -> Path:
     several = [each.name for each in inside if each.suffix == ".safetensors"]
     pickled = [str(each) for each in inside if each.suffix in PICKLED and each.is_file()]
     if several and path.is_dir():
-        raise UserError(
+        problem = (
             f"{path} has {len(several)} .safetensors files ({listed(several, 4)}), and none of"
-            " their names says which is the adapter; name the one that you mean."
+            " their names says which is the adapter; name the one that you mean"
         )
-    if pickled:
-        raise UserError(
+    elif pickled:
+        problem = (
             f"{listed(pickled, 4)} cannot be read, as pickled files may run code; convert pickled"
-            " files to .safetensors with the tool that wrote them."
+            " files to .safetensors with the tool that wrote them"
         )
-    if path.is_file():
-        raise UserError(f"{path} is no adapter, which is a .safetensors file; correct the path.")
-    raise UserError(
-        f"{path} has no exported adapter (no stage_1, stage_2 or .safetensors file in it); name"
-        " the adapters folder of a finished run, or another tool's adapter."
-    )
+    elif path.is_file():
+        problem = f"{path} is not an adapter: adapters are .safetensors files; correct the path"
+    else:
+        problem = (
+            f"{path} has no exported adapter (no stage_1, stage_2 or .safetensors file in it);"
+            " name the adapters folder of a finished run, or another tool's adapter"
+        )
+    raise UserError(f"{problem}.")
 
 
 def weights_file(path: Path) -> Path | None:

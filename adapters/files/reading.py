@@ -60,7 +60,7 @@ def read_adapter(
 
     Raises:
         UserError: where the file cannot be read, has keys that are unknown or lack their other
-            half, values that are no finite numbers, or not all that its configuration speaks of.
+            half, values that are not finite, or not all that its configuration names.
     """
     file = find_weights(path)
     try:
@@ -93,13 +93,10 @@ def read_adapter(
 
 
 def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
-    """Read the configuration beside or in a file.
+    """Read the configuration beside a file, or in its header.
 
-    Returns:
-        ``None``: there is none, or it is that of a LoRA with each module's rank as alpha.
-
-    Raises:
-        UserError: where it is damaged.
+    ``None``: there is none, or it is that of a LoRA with each module's rank as alpha. A UserError
+    says that it is damaged.
     """
     beside, metadata = file.parent / PEFT_CONFIG, header.get(LORA_ADAPTER_METADATA_KEY)
     own = file.name == PEFT_WEIGHTS and beside.exists()
@@ -122,14 +119,14 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
     except (*PEFT_ERRORS, OSError) as error:
         where = beside if own else f"{LORA_ADAPTER_METADATA_KEY} of {file}"
         raise UserError(
-            f"{where} is no PEFT configuration of a UNet's adapter ({error}); correct it, or"
-            " export again."
+            f"{where} is not a PEFT configuration of a UNet's adapter ({error}); correct it,"
+            " or export again."
         ) from error
     return config
 
 
 def _check_type(settings: Any) -> None:
-    """Raise a ValueError where JSON is no configuration of a kind that a UNet takes here."""
+    """Raise a ValueError unless JSON is a configuration of a kind that a UNet takes here."""
     found = settings.get("peft_type") if isinstance(settings, dict) else settings
     if found not in PEFT_TYPES:
         raise ValueError(f"its peft_type should be one of {', '.join(PEFT_TYPES)}, not {found!r}")
@@ -141,14 +138,14 @@ def _unet_settings(metadata: Any) -> dict[str, Any]:
     Pipelines write ``unet.r``, ``UNet2DConditionModel.save_lora_adapter`` writes ``r``.
     """
     if not isinstance(metadata, dict):
-        raise ValueError(f"it should be settings by name, not {metadata!r}")
+        raise ValueError(f"it should be a mapping of settings, not {metadata!r}")
     own = {key.removeprefix("unet."): v for key, v in metadata.items() if key.startswith("unet.")}
     own = own or {key: value for key, value in metadata.items() if "." not in key}
     return own and {"peft_type": "LORA"} | own
 
 
 def _is_lycoris(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> bool:
-    """Whether tensors without a configuration mean all that they do by LyCORIS' formulas alone."""
+    """Tell whether LyCORIS' formulas apply to tensors without a configuration."""
     algorithms = {name: algorithm_of(own) for name, own in modules.items()}
     if all(
         algorithms[name] is ALGORITHMS["lora_"] and "dora_scale" not in own
@@ -167,11 +164,7 @@ def _join(modules: Mapping[str, Tensors]) -> dict[str, Tensor]:
 
 
 def _check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path) -> None:
-    """Check that a LoHa or LoKr has the ranks that its configuration states, as it scales by them.
-
-    Raises:
-        UserError: naming the first module whose tensors have another.
-    """
+    """Check that a LoHa or LoKr has the ranks that its configuration states and scales by."""
     for name, tensors in modules.items():
         algorithm = algorithm_of(tensors)
         if algorithm is None or tensors.keys() >= WHOLE_MATRICES:
@@ -185,12 +178,7 @@ def _check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path)
 
 
 def _lycoris_config(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> LycorisConfig:
-    """Gather the configuration of a file of LyCORIS.
-
-    Args:
-        modules: the tensors of each module.
-        alphas: alpha of some modules; the others' is their rank (OFT: no constraint).
-    """
+    """Gather the settings of a file of LyCORIS; alpha is the rank by default (OFT: 0)."""
     algorithms = {n: found for n, own in modules.items() if (found := algorithm_of(own))}
     ranks = {name: algorithm.rank(modules[name]) for name, algorithm in algorithms.items()}
     scaled = {
@@ -214,7 +202,7 @@ def lora_config(
     Args:
         state: the tensors under PEFT's names.
         alphas: alpha of some modules; the others' are those of ``stored``.
-        stored: a configuration to complete; ``None``: alpha is the rank where ``alphas`` lacks it.
+        stored: a configuration to complete; ``None``: the others' alphas are their ranks.
     """
     config = LoraConfig() if stored is None else copy(stored)
     ranks = {name: len(own["lora_A.weight"]) for name, own in by_module(state).items()}

@@ -73,7 +73,7 @@ class StageAdapter:
         """Load a stage's folder, or a file of any style that :mod:`adapters.files.reading` knows.
 
         Raises:
-            UserError: where it holds no adapter, or one with keys that are unknown or unpaired.
+            UserError: as :func:`adapters.files.reading.read_adapter`.
         """
         config, state, header = read_adapter(folder)
         info = parse_info(header, folder) if HEADER_KEY in header else None
@@ -113,12 +113,9 @@ class StageAdapter:
     def stage_among(self, configs: Mapping[int, Mapping[str, Any]]) -> int:
         """Find the stage it belongs to: the one it names, or the only one whose UNet it fits.
 
-        Args:
-            configs: the configurations of UNets, by stage.
-
         Raises:
-            UserError: where it names none and fits none of these, listing what does not fit, or
-                fits both.
+            UserError: where it names none and fits no UNet of these configurations, listing what
+                does not fit, or fits both.
         """
         if self.info is not None:
             return self.info.stage
@@ -126,7 +123,7 @@ class StageAdapter:
         fitting = [stage for stage, names in misfits.items() if not names]
         if len(fitting) > 1:
             raise UserError(
-                f"{self.folder} does not say which stage it belongs to, and fits those of Stage"
+                f"{self.folder} does not say which stage it belongs to, and fits both Stage"
                 f" {' and '.join(map(str, fitting))}; load it where only its own stage is loaded."
             )
         if not fitting:
@@ -140,11 +137,7 @@ class StageAdapter:
         return fitting[0]
 
     def misfits(self, config: Mapping[str, Any]) -> list[str]:
-        """List the tensors that PEFT would not load into a UNet of a configuration, or would miss.
-
-        Args:
-            config: the UNet's configuration.
-        """
+        """List the tensors that PEFT would not load into a configuration's UNet, or would miss."""
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
             present = dict(unet.named_modules())
@@ -164,11 +157,7 @@ class StageAdapter:
         return [n for n in names if n not in both or self.state[n].shape != needed[n].shape]
 
     def check_base(self, base: BaseSignature, name: str) -> None:
-        """Check that it was trained on a base; warn where it does not say on which.
-
-        Args:
-            base: the signature of the base's UNet.
-            name: the base's name, for messages.
+        """Check that it was trained on a base of a name; warn where it does not say on which.
 
         Raises:
             UserError: where it was trained on another.
@@ -200,7 +189,7 @@ class StageAdapter:
 
     @cached_property
     def has_factors(self) -> bool:
-        """Whether :class:`adapters.weights.updates.LowRank` is all that it does to a weight."""
+        """True if a :class:`adapters.weights.updates.LowRank` is all that it does to a weight."""
         biases = any(name.endswith(".bias") for name in self.state)
         if biases or not isinstance(self.config, LoraConfig):
             return False
@@ -246,7 +235,7 @@ class StageAdapter:
         }
 
     def _fits(self, name: str, module: nn.Module | None) -> bool:
-        """Whether LyCORIS' tensors fit a module, by their shapes."""
+        """Tell by their shapes whether LyCORIS' tensors fit a module."""
         if not isinstance(module, nn.Linear | nn.Conv2d):
             return False
         try:
@@ -286,8 +275,8 @@ class StageAdapter:
         if missing:
             names = [key.replace(f".{ADAPTER_NAME}", "") for key in missing]
             raise UserError(
-                f"{self.folder} is not whole: of {name} it lacks {listed(names)}; fetch or export"
-                " it again."
+                f"{self.folder} is incomplete: {name} lacks {listed(names)}; fetch or export it"
+                " again."
             )
         if result.unexpected_keys:
             raise self._misfit(name, weight)

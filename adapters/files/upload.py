@@ -4,22 +4,17 @@ from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
-from peft.utils import CONFIG_NAME
 from yaml import YAMLError
 
 from adapters.base.hub import STAGE_FOLDERS, asking_the_hub
 from adapters.errors import UserError
 from adapters.files.info import NOTICE, AdapterInfo
 from adapters.files.licence import DEEPFLOYD, find_copies
-from adapters.files.model_card import CARD, SAMPLES, front_matter, parse_samples
-from adapters.files.places import PEFT_WEIGHTS, export_stages
+from adapters.files.model_card import CARD, SAMPLES, hub_bases, parse_samples
+from adapters.files.places import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, STAGE_FILES, export_stages
 from adapters.files.stage_adapter import StageAdapter
-
-STAGE_FILES = (PEFT_WEIGHTS, CONFIG_NAME, LORA_WEIGHT_NAME_SAFE)
-"""The files that export writes into a stage's folder."""
 
 REPLACED = (*(f"{stage}/*" for stage in STAGE_FOLDERS), "stage_?-*", f"{SAMPLES}/*")
 """The files of an earlier export that a new one replaces in the repository; all others stay."""
@@ -84,9 +79,7 @@ def _check_stage(folder: Path) -> AdapterInfo:
     for name in STAGE_FILES:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; export the adapter again.")
-    adapter, _ = (
-        StageAdapter.load(folder / name) for name in (PEFT_WEIGHTS, LORA_WEIGHT_NAME_SAFE)
-    )
+    adapter, _ = (StageAdapter.load(folder / name) for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
     info = adapter.info
     if info is None or folder.name != f"stage_{info.stage}":
         found = "no adapter of this toolkit" if info is None else f"one of Stage {info.stage}"
@@ -104,7 +97,7 @@ def _check_card(folder: Path, infos: Sequence[AdapterInfo]) -> list[str]:
     except (OSError, ValueError, TypeError, YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{card} is no model card ({reason}); {advice}.") from error
-    found, wanted = data.get("base_model"), front_matter(infos).base_model
+    found, wanted = data.get("base_model"), hub_bases(infos) or None
     samples = list(parse_samples(text))
     noticed = NOTICE in text or not any(map(_is_deepfloyd, infos))
     for problem, holds in {

@@ -15,15 +15,9 @@ from adapters.arguments import is_factor
 from adapters.errors import UserError, listed
 from adapters.files.places import PEFT_CONFIG
 from adapters.weights.kinds import ROOTS
-from adapters.weights.lycoris import (
-    Tensors,
-    algorithm_of,
-    fit_together,
-    missing_tensors,
-    simplify,
-)
+from adapters.weights.lycoris import Tensors, check_shapes, missing_tensors, simplify
 
-DTYPES = {
+FLOATS = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
@@ -55,24 +49,20 @@ def explain_peft_errors(place: Path) -> Iterator[None]:
 
 
 def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Check that an adapter's tensors hold numbers that can be computed with.
-
-    Args:
-        tensors: by the keys of the file; alphas may be integers.
-        file: for messages.
+    """Check that tensors, by the keys of a file, hold numbers that can be computed with.
 
     Raises:
-        UserError: where one is empty, of a type other than :data:`DTYPES`, not finite in float32,
-            or an alpha of several values.
+        UserError: where one is empty, of a type other than :data:`FLOATS` (alphas may be integers),
+            not finite in float32, or an alpha of several values.
     """
     alphas = {key for key in tensors if key.endswith((".alpha", ".on_input"))}
     factors = {key: tensor for key, tensor in tensors.items() if key not in alphas}
-    other = {key: tensor.dtype for key, tensor in factors.items() if tensor.dtype not in DTYPES}
+    other = {key: tensor.dtype for key, tensor in factors.items() if tensor.dtype not in FLOATS}
     if other:
         found = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in other.values()}))
         raise UserError(
             f"{file} has tensors of the type {found} ({listed(other, 4)}), and adapters are read in"
-            f" {', '.join(DTYPES.values())}; convert it to fp16, bf16 or fp32."
+            f" {', '.join(FLOATS.values())}; convert it to fp16, bf16 or fp32."
         )
     problems = {
         "without any value, of rank 0": [key for key, t in factors.items() if not t.numel()],
@@ -122,7 +112,7 @@ def check_settings(config: PeftConfig) -> None:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
-                    f"its {name} has {pattern!r}, which is no regular expression: {error}"
+                    f"its {name} has {pattern!r}, which is not a regular expression: {error}"
                 ) from error
 
 
@@ -131,36 +121,27 @@ def check_modules(
 ) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each module, checked and simplified (``lycoris.simplify``).
 
-    Args:
-        modules: the tensors of each module.
-        alphas: the modules that have an alpha.
-        file: for messages.
-
     Raises:
-        UserError: where a module lacks tensors that its others need, or has some that cannot be
-            multiplied, naming them.
+        UserError: where a module lacks tensors that its others, or an alpha, need, or has some
+            that cannot be multiplied.
     """
     whole: dict[str, dict[str, Tensor]] = {}
     lacking, misfits = [f"{name}.alpha alone" for name in alphas if name not in modules], []
     for name, tensors in modules.items():
-        fit = True
+        own = tensors
         try:
-            whole[name] = own = simplify(tensors)
-        except RuntimeError:
-            own, fit = dict(tensors), False
-        algorithm = algorithm_of(own)
-        if fit and algorithm is not None:
-            if missing := missing_tensors(algorithm, own):
+            own = whole[name] = simplify(tensors)
+            if missing := missing_tensors(own):
                 has = listed([part for part in own if part not in missing], 4)
                 lacking.append(f"{' and '.join(f'{name}.{part}' for part in missing)} beside {has}")
-                continue
-            fit = fit_together(algorithm, own)
-        if not fit:
+            else:
+                check_shapes(own)
+        except RuntimeError:
             shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in own.items())
             misfits.append(f"{name}: {shapes}")
     if lacking:
         raise UserError(
-            f"{file} is not whole: it lacks tensors of {len(lacking)} modules ({listed(lacking)});"
+            f"{file} is incomplete: it lacks tensors of {len(lacking)} modules ({listed(lacking)});"
             " fetch or export it again."
         )
     if misfits:
@@ -172,15 +153,10 @@ def check_modules(
 
 
 def check_whole(config: PeftConfig | None, modules: Mapping[str, Tensors], file: Path) -> None:
-    """Check that an adapter has the tensors, and the modules, that its configuration speaks of.
+    """Check that an adapter has the tensors, and the modules, that its configuration names.
 
     Modules are known to be missing where the configuration has their full names; endings and
-    regular expressions may mean modules that the UNet does not have.
-
-    Args:
-        config: the configuration as it was stored; ``None``: there was none, which LoRAs need not.
-        modules: the tensors of each module.
-        file: for messages.
+    regular expressions may mean modules that the UNet does not have. LoRAs need no configuration.
 
     Raises:
         UserError: listing what is missing, or of another kind.

@@ -36,7 +36,7 @@ class Approximation:
             UserError: where both are missing, or one is out of range.
         """
         if rank is None and error is None:
-            raise UserError("There is no rank to choose; give --rank, --error or both.")
+            raise UserError("Nothing limits the rank; give --rank, --error or both.")
         if rank is not None and rank < 1:
             raise UserError(f"--rank must be at least 1 (got {rank}).")
         if error is not None and not 0 <= error < 1:
@@ -50,7 +50,7 @@ class Approximation:
         eigenvectors of its smaller Gram matrix.
         """
         if isinstance(update, LowRank):
-            assert update.gain is None, "the gain of a DoRA is no part of B A"
+            assert update.gain is None, "B A is not the whole update of a DoRA"
             q_b, r_b = torch.linalg.qr(update.b.double() * update.scaling)
             q_a, r_a = torch.linalg.qr(update.a.flatten(1).double().T)
             u, values, vh = torch.linalg.svd(r_b @ r_a.T)

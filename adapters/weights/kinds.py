@@ -4,11 +4,11 @@ Recipes are checked by these names, so that torch, diffusers and PEFT are import
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -71,52 +71,44 @@ class Kind:
 
     peft_type: str
     """PEFT's name of it, by which PEFT has its configuration."""
-    fields: Callable[[AdapterSpec], dict[str, Any]]
-    """The configuration's fields, from the spec; ``target_modules`` excepted."""
+    fields: Mapping[str, str]
+    """The configuration's fields that an :class:`AdapterSpec` decides, and the spec's."""
+    settings: Mapping[str, int] = field(default_factory=dict)
+    """The configuration's fields that make it this kind."""
     has_b: bool = False
-    """Whether it has the matrices B of a LoRA; ``load_lora_weights`` of the diffusers pipelines
-    loads these kinds and no others."""
+    """It has the matrices B of a LoRA; ``load_lora_weights`` of the diffusers pipelines loads these
+    kinds and no others."""
     alone: bool = False
-    """Whether these pipelines load it alone only, without ``set_adapters`` and ``hotswap``."""
+    """These pipelines load it alone only, without ``set_adapters`` and ``hotswap``."""
     convolutions: bool = True
-    """Whether it adapts ``Conv2d`` modules beside ``Linear`` ones."""
+    """It adapts ``Conv2d`` modules beside ``Linear`` ones."""
     trains_in_unet_precision: bool = False
-    """Whether it trains well where its forward and backward passes are in the UNet's precision;
-    otherwise they are in float32, as its weights and optimizer always are."""
+    """It trains well with forward and backward passes in the UNet's precision; those of other kinds
+    are in float32, as weights and optimizer always are."""
 
     def peft_config(self, spec: AdapterSpec) -> "PeftConfig":
         """Build the PEFT configuration of a spec, without targets."""
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        return PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**self.fields(spec))
+        own = spec.model_dump() | {"alpha": spec.alpha or spec.rank}
+        fields = {theirs: own[ours] for theirs, ours in self.fields.items()}
+        return PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**fields, **self.settings)
 
 
-def _lora(**switch: bool) -> Callable[[AdapterSpec], dict[str, Any]]:
-    return lambda spec: {
-        "r": spec.rank,
-        "lora_alpha": spec.alpha or spec.rank,
-        "lora_dropout": spec.dropout,
-        **switch,
-    }
-
-
-def _lycoris(spec: AdapterSpec) -> dict[str, Any]:
-    return {"r": spec.rank, "alpha": spec.alpha or spec.rank, "rank_dropout": spec.dropout}
-
-
-def _oft(spec: AdapterSpec) -> dict[str, Any]:
-    return {"r": spec.rank, "oft_block_size": 0}
-
+_LORA = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+_LYCORIS = {"r": "rank", "alpha": "alpha", "rank_dropout": "dropout"}
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "lora": Kind("LORA", _lora(), has_b=True, trains_in_unet_precision=True),
-        "rslora": Kind("LORA", _lora(use_rslora=True), has_b=True, trains_in_unet_precision=True),
-        "dora": Kind("LORA", _lora(use_dora=True), has_b=True, alone=True),
-        "loha": Kind("LOHA", _lycoris),
-        "lokr": Kind("LOKR", _lycoris),
+        "lora": Kind("LORA", _LORA, has_b=True, trains_in_unet_precision=True),
+        "rslora": Kind(
+            "LORA", _LORA, {"use_rslora": True}, has_b=True, trains_in_unet_precision=True
+        ),
+        "dora": Kind("LORA", _LORA, {"use_dora": True}, has_b=True, alone=True),
+        "loha": Kind("LOHA", _LYCORIS),
+        "lokr": Kind("LOKR", _LYCORIS),
         # PEFT rotates the patches of a convolution without its padding: no identity to start from
-        "oft": Kind("OFT", _oft, convolutions=False),
+        "oft": Kind("OFT", {"r": "rank"}, {"oft_block_size": 0}, convolutions=False),
     }
 )
 
@@ -135,29 +127,22 @@ def match_targets(unet: "nn.Module", targets: str | Iterable[str]) -> tuple[str,
     from torch import nn
 
     names = [n for n, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
-    preset = isinstance(targets, str) and targets in PRESETS
-    if preset:
-        patterns = PRESETS[patterns[0]]
+    preset = PRESETS.get(targets) if isinstance(targets, str) else None
+    patterns = preset or ((targets,) if isinstance(targets, str) else tuple(targets))
     found: set[str] = set()
     for pattern in patterns:
         globs = (pattern, f"*.{pattern}")
         matching = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
         if not (matching or preset):
+            dots = pattern.count(".")  # as many as in the endings of names to compare with
+            endings = dict.fromkeys(".".join(name.split(".")[-dots - 1 :]) for name in names)
+            closest = difflib.get_close_matches(pattern, endings, n=3, cutoff=0)
             raise UserError(
                 f"The target {pattern!r} matches no Linear or Conv2d module of the UNet; the"
-                f" closest are {', '.join(_closest(pattern, names))}, and the presets are"
-                f" {', '.join(PRESETS)}."
+                f" closest are {', '.join(closest)}, and the presets are {', '.join(PRESETS)}."
             )
         found.update(matching)
     return tuple(name for name in names if name in found)
-
-
-def _closest(pattern: str, names: Iterable[str]) -> list[str]:
-    """Endings of names, as long in dots as the pattern, that look most like it."""
-    length = pattern.count(".") + 1
-    endings = dict.fromkeys(".".join(name.split(".")[-length:]) for name in names)
-    return difflib.get_close_matches(pattern, endings, n=3, cutoff=0)
 
 
 def peft_config(unet: "nn.Module", spec: AdapterSpec) -> "PeftConfig":

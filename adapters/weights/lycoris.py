@@ -40,17 +40,18 @@ class LycorisConfig:
 
 
 class Algorithm(NamedTuple):
-    """An algorithm: the tensors it needs, its rank by them, and its formula."""
+    """An algorithm: the tensors it needs, its formula, and its rank by the tensors."""
 
     kind: str
     needs: Sequence[Sequence[Sequence[str]]]
-    """Of each of these, one of the alternatives has to be there, all of its tensors."""
-    rank: Callable[[Tensors], int]
-    """0: it has none."""
+    """Alternatives: of each need, all tensors of one of them have to be there."""
     change: Callable[[Tensors, Tensor, float], Tensor]
-    """Computes what is added to W from the tensors, W and ``scale`` (of OFT: alpha itself)."""
+    """Computes what is added to W, [out, in, ...] or [out, in * ...], from the tensors, W and
+    ``scale`` (of OFT: alpha itself)."""
+    rank: Callable[[Tensors], int] = lambda tensors: 0
+    """0: it has none."""
     alpha: bool = False
-    """Whether its files always have an alpha, which scales the change."""
+    """Its files always have an alpha, which scales the change."""
 
 
 def _rank_of_lokr(t: Tensors) -> int:
@@ -66,7 +67,7 @@ def _rank_of_lokr(t: Tensors) -> int:
 
 
 def _lora(t: Tensors, weight: Tensor, scale: float) -> Tensor:
-    return _shaped(t["lora_B.weight"].flatten(1) @ t["lora_A.weight"].flatten(1) * scale, weight)
+    return t["lora_B.weight"].flatten(1) @ t["lora_A.weight"].flatten(1) * scale
 
 
 def _loha(t: Tensors, weight: Tensor, scale: float) -> Tensor:
@@ -75,7 +76,7 @@ def _loha(t: Tensors, weight: Tensor, scale: float) -> Tensor:
         _product(t.get(f"hada_t{side}"), t[f"hada_w{side}_a"], t[f"hada_w{side}_b"])
         for side in (1, 2)
     )
-    return _shaped(one * two * scale, weight)
+    return one * two * scale
 
 
 def _lokr(t: Tensors, weight: Tensor, scale: float) -> Tensor:
@@ -87,18 +88,7 @@ def _lokr(t: Tensors, weight: Tensor, scale: float) -> Tensor:
         else _product(t.get("lokr_t2"), t["lokr_w2_a"], t["lokr_w2_b"])
     )
     one = one.view(*one.shape, *[1] * (two.ndim - 2))
-    return _shaped(torch.kron(one, two.contiguous()) * scale, weight)
-
-
-def _shaped(change: Tensor, weight: Tensor) -> Tensor:
-    """Give a change [out, in, ...] or [out, in * ...] the shape of its weight.
-
-    Raises:
-        RuntimeError: where it is of a weight with other inputs or outputs.
-    """
-    if change.flatten(1).shape != weight.flatten(1).shape:
-        raise RuntimeError(f"a change of {list(change.shape)} for {list(weight.shape)}")
-    return change.reshape(weight.shape)
+    return torch.kron(one, two.contiguous()) * scale
 
 
 def _product(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -109,7 +99,7 @@ def _product(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 def _glora(t: Tensors, weight: Tensor, scale: float) -> Tensor:
     """W A + B, with the low-rank A = a1 a2 and B = b1 b2."""
     a1, a2, b1, b2 = (t[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
-    return (torch.einsum("oi...,ij->oj...", weight, a1 @ a2) + _shaped(b1 @ b2, weight)) * scale
+    return (torch.einsum("oi...,ij->oj...", weight, a1 @ a2).flatten(1) + b1 @ b2) * scale
 
 
 def _ia3(t: Tensors, weight: Tensor, scale: float) -> Tensor:
@@ -138,11 +128,9 @@ def _boft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 
 
 def _rotations(blocks: Tensor, constraint: float) -> Tensor:
-    """Compute orthogonal blocks, by Cayley's transform of the skew-symmetric part.
+    """Compute orthogonal blocks [..., size, size], by Cayley's transform of a skew-symmetric part.
 
-    Args:
-        blocks: [..., size, size].
-        constraint: the largest norm of the skew-symmetric part; 0: any.
+    The constraint is the largest norm of that part; 0: any.
     """
     skew = blocks - blocks.mT
     if constraint:
@@ -157,7 +145,7 @@ def _rescaled(t: Tensors, weight: Tensor) -> Tensor:
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "lora_": Algorithm(
-        "lora", [[["lora_A.weight", "lora_B.weight"]]], lambda t: len(t["lora_A.weight"]), _lora
+        "lora", [[["lora_A.weight", "lora_B.weight"]]], _lora, lambda t: len(t["lora_A.weight"])
     ),
     "hada_": Algorithm(
         "loha",
@@ -165,28 +153,28 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             [["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]],
             [[], ["hada_t1", "hada_t2"]],  # cores on a convolution: both or none
         ],
-        lambda t: len(t["hada_w1_b"]),
         _loha,
+        lambda t: len(t["hada_w1_b"]),
         alpha=True,
     ),
     "lokr_": Algorithm(
         "lokr",
         [[[w], [f"{w}_a", f"{w}_b"]] for w in ("lokr_w1", "lokr_w2")],
-        _rank_of_lokr,
         _lokr,
+        _rank_of_lokr,
         alpha=True,
     ),
     "a1": Algorithm(
         "glora",
         [[["a1.weight", "a2.weight", "b1.weight", "b2.weight"]]],
-        lambda t: len(t["a2.weight"]),
         _glora,
+        lambda t: len(t["a2.weight"]),
         alpha=True,
     ),
-    "diff": Algorithm("full", [[["diff"]]], lambda t: 0, lambda t, weight, scale: t["diff"]),
-    "ia3_scale": Algorithm("ia3", [[["ia3_scale"]]], lambda t: 0, _ia3),
-    "oft_blocks": Algorithm("diag-oft", [[["oft_blocks"]]], lambda t: 0, _oft),
-    "boft": Algorithm("boft", [[["oft_blocks"]]], lambda t: 0, _boft),
+    "diff": Algorithm("full", [[["diff"]]], lambda t, weight, scale: t["diff"]),
+    "ia3_scale": Algorithm("ia3", [[["ia3_scale"]]], _ia3),
+    "oft_blocks": Algorithm("diag-oft", [[["oft_blocks"]]], _oft),
+    "boft": Algorithm("boft", [[["oft_blocks"]]], _boft),
 }
 """The algorithms by the beginning of a tensor's name that only they have (``boft``: its shape)."""
 
@@ -199,22 +187,30 @@ def algorithm_of(tensors: Tensors) -> Algorithm | None:
     return next((ALGORITHMS[mark] for mark in marks), None)
 
 
-def missing_tensors(algorithm: Algorithm, tensors: Tensors) -> list[str]:
-    """The names of the tensors that a module lacks of those that its algorithm needs."""
-    missing: list[str] = []
-    for alternatives in algorithm.needs:
+def missing_tensors(tensors: Tensors) -> list[str]:
+    """List the names of the tensors that a module's algorithm needs and that are not there."""
+    algorithm, missing = algorithm_of(tensors), list[str]()
+    for alternatives in algorithm.needs if algorithm else ():
         begun = (names for names in alternatives if not tensors.keys().isdisjoint(names))
         missing += [name for name in next(begun, alternatives[0]) if name not in tensors]
     return missing
 
 
-def fit_together(algorithm: Algorithm, tensors: Tensors) -> bool:
-    """Whether a module's tensors are matrices, or more, and those of a LoRA have one rank."""
-    matrices = {name for need in algorithm.needs for names in need for name in names}
-    if any(tensors[name].ndim < 2 for name in tensors.keys() & (matrices | {"dora_scale"})):
-        return False
-    a, b = (tensors.get(f"lora_{side}.weight") for side in "AB")
-    return a is None or b is None or len(a) == b.shape[1]
+def check_shapes(tensors: Tensors) -> None:
+    """Check that a whole module's tensors are matrices, or more, and those of a LoRA of one rank.
+
+    Raises:
+        RuntimeError: where they are not.
+    """
+    algorithm = algorithm_of(tensors)
+    needs = algorithm.needs if algorithm else ()
+    matrices = {"dora_scale", *(name for need in needs for names in need for name in names)}
+    if any(tensors[name].ndim < 2 for name in tensors.keys() & matrices):
+        raise RuntimeError("a tensor of fewer than two dimensions")
+    if algorithm is ALGORITHMS["lora_"]:
+        a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        if len(a) != b.shape[1]:
+            raise RuntimeError(f"ranks of {len(a)} and {b.shape[1]}")
 
 
 def simplify(tensors: Tensors) -> dict[str, Tensor]:
@@ -270,12 +266,13 @@ def weight_change(tensors: Tensors, weight: Tensor, scale: float) -> Tensor:
     algorithm, base = algorithm_of(own), weight.to(torch.float32)
     assert algorithm is not None
     change = algorithm.change(own, base, scale)
-    if "dora_scale" in own:
-        merged, magnitude = base + change, own["dora_scale"]
-        magnitude = magnitude.view(*magnitude.shape, *[1] * (weight.ndim - magnitude.ndim))
-        others = [dim for dim, size in enumerate(magnitude.shape) if size == 1]
-        norm = torch.linalg.vector_norm(merged, dim=others, keepdim=True)
-        change = merged * (magnitude / norm) - base
-    if change.shape != weight.shape:
+    if change.flatten(1).shape != weight.flatten(1).shape:
         raise RuntimeError(f"a change of {list(change.shape)} for {list(weight.shape)}")
-    return change
+    change = change.reshape(weight.shape)
+    if "dora_scale" not in own:
+        return change
+    merged, magnitude = base + change, own["dora_scale"]
+    magnitude = magnitude.view(*magnitude.shape, *[1] * (weight.ndim - magnitude.ndim))
+    others = [dim for dim, size in enumerate(magnitude.shape) if size == 1]
+    norm = torch.linalg.vector_norm(merged, dim=others, keepdim=True)
+    return merged * (magnitude / norm) - base

@@ -249,7 +249,7 @@ def test_a_base_on_the_hub_is_taken_at_the_adapters_revision(
     assert same(plain(1, tmp_path / "merged"), expected)
     assert (tmp_path / "merged" / "LICENSE").read_text() == "of the hub"
     assert not any(path.is_symlink() for path in (tmp_path / "merged").rglob("*"))
-    assert "base_model: owner/base" in (tmp_path / "merged" / "README.md").read_text()
+    assert "base_model:\n- owner/base" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def snapshot_of(folder: Path) -> dict[Path, bytes]:

@@ -1,4 +1,4 @@
-"""Adapters that other tools wrote load whole; what is unknown or missing is named."""
+"""Adapter files as other tools write them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +8,7 @@ from diffusers import IFPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import (
-    LoraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from adapters.weights.kinds import AdapterSpec

@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters import Parts, load_cascade
 from adapters.errors import UserError
 from adapters.files.keys import peft_name
+from adapters.files.places import STAGE_FILES
 from adapters.files.reading import read_adapter, scaling
 from adapters.files.stage_adapter import StageAdapter
 from adapters.weights.kinds import ROOTS, AdapterSpec
@@ -47,6 +50,10 @@ def test_every_tensor_is_found(
     modules = {name.rsplit(".lora_", 1)[0] for name in expected}
     assert set(config.target_modules) == modules
     assert {scaling(config, state, name) for name in modules} == {attached.lora_alpha / attached.r}
+
+
+def test_our_files_have_the_names_that_peft_and_diffusers_look_for() -> None:
+    assert STAGE_FILES == (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, LORA_WEIGHT_NAME_SAFE)
 
 
 ALL = AdapterSpec(rank=2, targets="all")  # as only these tell the random stages apart
@@ -122,12 +129,12 @@ UNUSABLE = {
     "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "adapt a text encoder",
     "transformer.blocks.0.attn.to_q.lora_A.weight": "adapt a transformer, and IF has none",
     "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": "names of the original Stable Diffusion",
-    "mid_block.attentions.0.to_q.vera_lambda_b": "no kind of adapter that an IF UNet takes",
-    "unet.lower_blocks.0.to_q.lora_A.weight": "are of no module",
+    "mid_block.attentions.0.to_q.vera_lambda_b": "no kind of adapter, of an IF UNet",
+    "unet.lower_blocks.0.to_q.lora_A.weight": "belong to no module",
     "mid_block.attentions.0.to_q.base_layer.weight": "weights of a model itself: make an adapter",
     "mid_block.resnets.0.conv1.bias": "weights of a model itself",
     "lycoris_mid_block_resnets_0_norm1.w_norm": "change normalisation layers",
-    "emb_params": "of no kind of adapter that is known here",
+    "emb_params": "belong to no known kind of adapter",
     f"unet.{FIRST}.lora.down.weight": "two spellings, or two adapters, of one tensor",
     f"{FIRST}.lora_A.other.weight": "two spellings, or two adapters, of one tensor",
 }
@@ -261,7 +268,7 @@ def test_which_file_a_folder_means_is_said(random_cascade: RandomCascade, tmp_pa
             with pytest.raises(UserError, match=f"{other} cannot be read, as pickled files"):
                 load_cascade(random_cascade.stage_1, adapters=[named])
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(UserError, match=r"notes.txt is no adapter, which is a .safetensors file"):
+    with pytest.raises(UserError, match=r"notes.txt is not an adapter: adapters are .safetensors"):
         read_adapter(tmp_path / "notes.txt")
 
 
@@ -310,7 +317,7 @@ def test_an_adapter_that_fits_both_stages_is_not_guessed_at(
     spec = AdapterSpec(targets=("mid_block.*.to_q",))
     path = kohya(trained_unet(random_cascade.stage_1, spec), tmp_path)
     folders = (random_cascade.stage_1, random_cascade.stage_2)
-    with pytest.raises(UserError, match="fits those of Stage 1 and 2"):
+    with pytest.raises(UserError, match="fits both Stage 1 and 2"):
         load_cascade(*folders, adapters=[path])
     load_cascade(folders[0], adapters=[path])
 
@@ -325,7 +332,7 @@ def test_damaged_and_pickled_files(random_cascade: RandomCascade, tmp_path: Path
     path, tensors = a_file(random_cascade, tmp_path)
     for metadata in ("{", '{"unet.no_such_setting": 1}'):
         save_file(tensors, path, metadata={"lora_adapter_metadata": metadata})
-        with pytest.raises(UserError, match=r"lora_adapter_metadata of .* is no PEFT config"):
+        with pytest.raises(UserError, match=r"lora_adapter_metadata of .* is not a PEFT config"):
             read_adapter(path)
 
 

@@ -235,10 +235,13 @@ def test_other_kinds_need_their_own_configuration(
         ({"peft_type": "LOHA", "target_modules": 1}, "its target_modules are 1"),
         (
             {"peft_type": "LORA", "target_modules": "(to_q"},
-            r"its target_modules has '\(to_q'.*no reg",
+            r"its target_modules has '\(to_q'.*not a reg",
         ),
         ({"peft_type": "LOKR", "exclude_modules": "*"}, r"its exclude_modules has '\*'.*repeat"),
-        ({"peft_type": "LORA", "rank_pattern": {"[": 1}}, r"its rank_pattern has '\['.*no regular"),
+        (
+            {"peft_type": "LORA", "rank_pattern": {"[": 1}},
+            r"its rank_pattern has '\['.*not a regular",
+        ),
         ({"peft_type": "LOHA", "alpha_pattern": {"a{9" + "9" * 30 + "}": 1}}, "alpha_pattern has"),
         ({"peft_type": "LORA", "r": 10**30}, f"its r is {10**30}"),
     ],
@@ -248,7 +251,7 @@ def test_a_configuration_of_nothing_we_know_is_refused(
 ) -> None:
     folder = Path(shutil.copytree(exports["lora"], tmp_path / "stage_1"))
     (folder / CONFIG).write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=f"{CONFIG} is no PEFT configuration .*{sentence}"):
+    with pytest.raises(UserError, match=f"{CONFIG} is not a PEFT configuration .*{sentence}"):
         read_adapter(folder)
 
 
@@ -260,7 +263,7 @@ def test_json_that_cannot_be_parsed_is_said(
 ) -> None:
     folder = Path(shutil.copytree(exports["lora"], tmp_path / "stage_1"))
     (folder / CONFIG).write_text(text)
-    assert f"{CONFIG} is no PEFT configuration" in refused(folder)
+    assert f"{CONFIG} is not a PEFT configuration" in refused(folder)
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
