@@ -1,15 +1,14 @@
-"""What the whole cascade takes of a GPU when it is told how much there is, at full size.
+"""Measure the GPU memory and time of the whole cascade at given ``memory`` limits, at full size.
 
     python -m benchmarks.cascade_memory [--model FOLDER] [--memory 6GB 14GB] [--out FOLDER]
 
-T5-XXL, Stage I XL, Stage II L and the x4 upscaler with random weights, made in ``--model`` where
-they are not there. Each memory is a process of its own, which draws two pictures through all
-stages, twice, with few steps: how many steps there are does not change what is held at once. Told
-are the settings that were chosen, what was foreseen, and PyTorch's peaks. Writes
-``cascade_memory.md``.
+T5-XXL, Stage I XL, Stage II L and the x4 upscaler with random weights are made in ``--model`` if
+they are missing. Each limit is measured in a process of its own, which draws two pictures through
+all stages, twice, with few steps: their number does not change how much is held at once. Prints the
+settings that were chosen, the memory that was predicted, and PyTorch's peaks. Writes
+``cascade_memory.txt``.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,9 +19,8 @@ from pathlib import Path
 import torch
 
 from adapters import Sampling, StageSampling, load_cascade
-from benchmarks.against_peer import UNETS
-from benchmarks.machine import ROOT, machine
-from benchmarks.random_model import UPSCALER
+from adapters.tables import format_table
+from benchmarks.machine import ROOT, SIZES, parser, prepare_models, write_report
 from unets.tally import GIB
 
 FEW = Sampling(
@@ -31,59 +29,41 @@ FEW = Sampling(
     stage_3=StageSampling(steps=10),
 )
 PROMPTS = ["a photo of a dog on a beach", "a photo of a cat"]
+HEADER = ("memory", "GiB reserved", "allocated", "load, s", "first two pictures, s", "next two, s")
 
 
-def draw(model: Path, memory: str) -> dict[str, float]:
-    """Load, draw, and look."""
+def draw(model: Path, memory: str) -> list[float]:
+    """Load and draw; the figures of :data:`HEADER`."""
     start = time.perf_counter()
-    cascade = load_cascade(*(model / f"stage_{number}" for number in (1, 2, 3)), memory=memory)
+    cascade = load_cascade(*(model / f"stage_{number}" for number in SIZES), memory=memory)
     loaded = time.perf_counter()
     cascade(PROMPTS, sampling=FEW)
     first = time.perf_counter()
     cascade(PROMPTS, sampling=FEW)
-    return {
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-        "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-        "load_s": loaded - start,
-        "first_s": first - loaded,
-        "again_s": time.perf_counter() - first,
-    }
+    again = time.perf_counter()
+    peaks = (torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated())
+    return [*(peak / GIB for peak in peaks), loaded - start, first - loaded, again - first]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache/memory/model")
-    parser.add_argument("--memory", nargs="+", default=["6GB", "14GB"])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/cascade_memory")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.one:
-        sys.stdout.write(json.dumps(draw(options.model, options.one)))
+    """Run from the command line."""
+    options = parser(__doc__, ".cache/memory/model", "runs/cascade_memory")
+    options.add_argument("--memory", nargs="+", default=["6GB", "14GB"])
+    options.add_argument("--one", help="measure this limit in this very process")
+    given = options.parse_args(arguments)
+    if given.one:
+        sys.stdout.write(json.dumps(draw(given.model, given.one)))
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    for number, name in (UNETS | {3: UPSCALER}).items():
-        folder = options.model / f"stage_{number}"
-        if not (folder / "model_index.json").exists():
-            command = [sys.executable, "-m", "benchmarks.random_model", str(folder)]
-            whole = ["--guarded", *(["--t5-xxl"] if number == 1 else [])]
-            subprocess.run([*command, "--unet", name, *whole], cwd=ROOT, check=True)
-    lines = [
-        ", ".join(f"{key} {value}" for key, value in machine().items()),
-        "",
-        "| memory | GiB reserved | allocated | load, s | first two pictures, s | next two, s |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for memory in options.memory:
-        own = ["--model", str(options.model), "--one", memory]
-        command = [sys.executable, "-m", "benchmarks.cascade_memory", *own]
+    prepare_models(given.model, SIZES, whole=True)
+    rows: list[list[str]] = []
+    for memory in given.memory:
+        command = [sys.executable, "-m", "benchmarks.cascade_memory"]
+        command += ["--model", str(given.model), "--one", memory]
         run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        row = json.loads(run.stdout.splitlines()[-1])
-        lines.append(f"| {memory} | {' | '.join(f'{value:.2f}' for value in row.values())} |")
-        (options.out / "cascade_memory.md").write_text("\n".join(lines) + "\n")
-    sys.stdout.write("\n".join(lines) + "\n")
+        figures = json.loads(run.stdout.splitlines()[-1])
+        rows.append([memory, *(f"{figure:.2f}" for figure in figures)])
+        text = write_report(given.out / "cascade_memory.txt", format_table([HEADER, *rows]))
+    sys.stdout.write(text)
 
 
 if __name__ == "__main__":

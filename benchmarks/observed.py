@@ -1,25 +1,25 @@
-"""Run a training program unchanged, and write down when its steps ended and what memory it took.
+"""Run a training program unchanged, and record when its steps ended and how much memory it took.
 
     python -m benchmarks.observed OUT.json script.py [argument …]
     python -m benchmarks.observed OUT.json -m module [argument …]
 
-The program runs in this very process, as ``python`` would run it. A step is a call of a torch
-optimizer's ``step``, of bitsandbytes' as well; one that is captured in a CUDA graph and replayed is
-not seen, so whoever reads OUT.json compares ``steps`` with the number asked for.
+The program runs in this process, as ``python`` would run it. A step is a call of a torch
+optimizer's ``step``, bitsandbytes' included. A step that a CUDA graph replays is not seen, so
+compare ``steps`` in OUT.json with the number that the program was told to take.
 
-A GPU is launched asynchronously, so the end of a step on the host proves nothing. The device is
-waited for after the first step and after every tenth, at times called ``synchronized``; the steps
-between are left alone, as waiting for each would slow down a program that does not.
+A GPU works asynchronously, so a step that has ended on the host may still be running. The device is
+waited for after the first step and after every tenth (``synchronized``); the steps in between are
+left alone, since waiting for each would slow the program down.
 
 OUT.json holds:
-    launched: whether LAUNCHED_AT gave the start; without it times count from this file's own.
-    steps: how many steps were taken.
-    host_s: when each ended on the host; seconds since the launch, as all times.
-    synchronized: for the first step and each tenth its ``step``, ``at_s``, and the peaks so far.
+    launched: true if LAUNCHED_AT gave the start; otherwise times count from this file's own start.
+    steps: the number of steps.
+    host_s: when each ended on the host; like all times, in seconds since the launch.
+    synchronized: for the first step and every tenth its ``step``, ``at_s``, and the peaks so far.
     ended_s: when the program ended.
-    peaks: GiB over the whole process, whatever the program did to torch's own count: torch's
+    peaks: GiB over the whole process, even if the program resets torch's own count: torch's
         ``reserved_gib`` and ``allocated_gib`` (``null`` without a GPU), and ``resident_gib``, the
-        most main memory.
+        peak of main memory.
 """
 
 import argparse
@@ -36,17 +36,17 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 LAUNCHED_AT = "OBSERVED_LAUNCHED_AT"
-"""The environment variable with ``time.monotonic()`` at the launch, by the one who launches.
+"""The environment variable in which the launcher gives its ``time.monotonic()``.
 
-The clock is the whole machine's on Linux, so the launcher's own start-up counts.
+On Linux all processes share this clock, so the launcher's own start-up counts.
 """
 
 SYNCHRONIZE_EVERY = 10
-GIB = 2**30
+GIB = 2**30  # importing unets.tally would change PyTorch's allocator for the observed program
 
 
 class Observer:
-    """What there is to know of the program; ``step`` is called after each of its steps."""
+    """The record of a program; ``step`` is called after each of its steps."""
 
     def __init__(self) -> None:
         given = os.environ.get(LAUNCHED_AT)
@@ -70,7 +70,7 @@ class Observer:
             self.synchronized.append({"step": step, "at_s": self.now_s(), "peaks": self.peaks()})
 
     def look_at_memory(self) -> None:
-        """Take up torch's peaks; called before the program resets them."""
+        """Note torch's peaks; called before the program resets them."""
         if torch.cuda.is_initialized():
             self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
             self.allocated = max(self.allocated, torch.cuda.max_memory_allocated())
@@ -86,7 +86,7 @@ class Observer:
         }
 
     def report(self) -> dict[str, Any]:
-        """All of it, as OUT.json has it."""
+        """The whole record, as in OUT.json."""
         return {
             "launched": self.launched,
             "steps": len(self.host_s),
@@ -98,7 +98,7 @@ class Observer:
 
 
 def observe(observer: Observer) -> None:
-    """Have every optimizer's steps, and every reset of torch's memory peaks, seen."""
+    """Observe every optimizer's steps, and every reset of torch's memory peaks."""
     register_optimizer_step_post_hook(observer.step)
     reset = torch.cuda.reset_peak_memory_stats
 
@@ -111,7 +111,7 @@ def observe(observer: Observer) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("out", type=Path)
     parser.add_argument("program", nargs=argparse.REMAINDER, help="[-m module | script] argument …")

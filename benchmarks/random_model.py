@@ -2,14 +2,16 @@
 
     python -m benchmarks.random_model FOLDER --unet IF-I-XL
 
-Sizes: ``if_unets.json``. The text encoder has T5-XXL's width but a single layer, as measurements
-of training read cached encodings, unless ``--t5-xxl`` asks for all of it; its tokenizer is the
-embedded cascade's. ``--guarded`` adds a safety checker of the published size, which flags no
-picture, and the watermarker.
+The sizes are in ``if_unets.json``. The text encoder has T5-XXL's width but a single layer, since
+measurements of training read cached encodings; ``--t5-xxl`` makes all of it. Its tokenizer is the
+embedded cascade's. ``--guarded`` adds the watermarker and a safety checker of the published size,
+which flags no picture.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,10 @@ from transformers import (
 )
 
 from adapters.base.guards import GUARDS
-from tests.builders.random_cascade import clip_tokenizer
+from benchmarks.machine import ROOT, SIZES
+from tests.builders.random_cascade import clip_tokenizer, scheduler
 
-ROOT = Path(__file__).parent.parent
 UNETS = json.loads((Path(__file__).parent / "if_unets.json").read_text())
-UPSCALER = "x4-upscaler"
-"""The size of Stage III, which :func:`save_random_upscaler` makes."""
 
 T5_XXL = {"vocab_size": 32128, "d_ff": 10240, "num_heads": 64, "num_layers": 24}
 """T5 v1.1 XXL's encoder; its width is the UNets' ``encoder_hid_dim``."""
@@ -55,46 +55,26 @@ CLIP_VISION = {
 }
 """The safety checker's ViT-L/14."""
 
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "squaredcos_cap_v2",
-    "variance_type": "learned_range",
-    "thresholding": True,
-    "dynamic_thresholding_ratio": 0.95,
-}
 
-
-def random_unet(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:
-    """A UNet of a published size with random weights."""
-    torch.manual_seed(seed)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            unet = UNet2DConditionModel(**UNETS[name], encoder_hid_dim_type="text_proj")
-    finally:
-        torch.set_default_dtype(default)
-    return unet.to(device, dtype)
-
-
-def random_text_encoder(config: T5Config, device: str, dtype: torch.dtype) -> T5EncoderModel:
-    """A T5 encoder with random weights."""
+@contextmanager
+def random_weights(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Have models that are built within drawn on a device, in a dtype, always the same."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(dtype)  # a float32 copy of T5-XXL would not fit everywhere
     try:
         with torch.device(device):
-            return T5EncoderModel(config)
+            yield
     finally:
         torch.set_default_dtype(default)
 
 
 def random_guards(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """A safety checker with random weights, what it needs, and the watermarker."""
+    """A safety checker with random weights, its preprocessor, and the watermarker."""
     with torch.device(device):
         checker = IFSafetyChecker(CLIPConfig(vision_config=CLIP_VISION))
         for head in (checker.p_head, checker.w_head):
-            torch.nn.init.constant_(head.bias, -1e4)
+            torch.nn.init.constant_(head.bias, -1e4)  # below the threshold for any picture
     watermarker = IFWatermarker()
     watermarker.watermark_image.fill_(255)
     return {
@@ -123,24 +103,25 @@ def save_random_model(
         feed_forward_proj="gated-gelu",
         **(T5_XXL if t5_xxl else small),
     )
-    text_encoder = random_text_encoder(text, device, dtype)
+    with random_weights(device, dtype):
+        text_encoder = T5EncoderModel(text)
+    with random_weights(device, dtype):
+        unet = UNet2DConditionModel(**config, encoder_hid_dim_type="text_proj")
     shared = {
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
-        "unet": random_unet(name, device, dtype),
+        "unet": unet.to(device, dtype),
         **(random_guards(device, dtype) if guarded else dict.fromkeys(GUARDS)),
         "requires_safety_checker": guarded,
     }
     if "class_embed_type" in config:
-        IFSuperResolutionPipeline(
-            **shared,
-            scheduler=DDPMScheduler(**SCHEDULER, sample_max_value=1.0),
-            image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-        ).save_pretrained(folder)
+        noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        pipeline = IFSuperResolutionPipeline(
+            **shared, scheduler=scheduler(1.0), image_noising_scheduler=noising
+        )
     else:
-        IFPipeline(
-            **shared, scheduler=DDPMScheduler(**SCHEDULER, sample_max_value=1.5)
-        ).save_pretrained(folder)
+        pipeline = IFPipeline(**shared, scheduler=scheduler(1.5))
+    pipeline.save_pretrained(folder)
 
 
 def save_random_upscaler(
@@ -195,16 +176,16 @@ def save_random_upscaler(
 
 
 def main() -> None:
-    """The command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    sizes = [UPSCALER, *(name for name in UNETS if name[0] != "_")]
+    sizes = [SIZES[3], *(name for name in UNETS if name[0] != "_")]
     parser.add_argument("--unet", required=True, choices=sizes)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--t5-xxl", action="store_true", help="with the whole text encoder")
     parser.add_argument("--guarded", action="store_true", help="with safety checker and watermark")
     options = parser.parse_args()
-    if options.unet == UPSCALER:
+    if options.unet == SIZES[3]:
         save_random_upscaler(options.folder, device=options.device)
         return
     save_random_model(

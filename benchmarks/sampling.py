@@ -1,14 +1,14 @@
-"""Stage I's pictures a second: the cascade beside diffusers' own pipeline, on the same model.
+"""Compare the pictures a second of the cascade's Stage I with diffusers' own pipeline.
 
     python -m benchmarks.sampling [--model FOLDER] [--batch 1 4] [--steps 50] [--dtype fp16]
 
-Random weights of the published size, made in ``--model`` where they are not there. Both draw the
-same pictures from the same embeddings and generators, with guidance; each is run once beforehand.
-How far the pictures are apart is told beside how far the pipeline's own are from those of the same
-pipeline in float32 (``--exact``), as the mean difference in grey levels. Writes ``sampling.md``.
+Random weights of the published size are made in ``--model`` if they are missing. Both draw the same
+pictures from the same embeddings and generators, with guidance, once to warm up and once timed. The
+distance between their pictures, as the mean difference in grey levels, is printed beside the
+distance of the pipeline's from those of the same pipeline in float32 (``--exact``). Writes
+``sampling.txt``.
 """
 
-import argparse
 import gc
 import sys
 import time
@@ -23,15 +23,19 @@ from PIL import Image
 from adapters import Parts, load_cascade
 from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.cascade.tokens import prompt_tokens
-from benchmarks.against_peer import UNETS
-from benchmarks.machine import ROOT, machine
-from benchmarks.random_model import save_random_model
-from unets.loading import PRECISIONS
+from adapters.tables import format_table
+from benchmarks.machine import parser, prepare_models, write_report
+from unets.precision import PRECISIONS, dtype_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+HEADER = (
+    *("pictures at once", "pipeline, pictures/s", "cascade", "ratio"),
+    *("grey levels apart", "pipeline from float32"),
+)
+
 Draw = Callable[[int], Sequence[Image.Image]]
-"""Draws so many pictures, always the same."""
+"""Draws a number of pictures, always the same."""
 
 
 def embeddings(count: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +46,7 @@ def embeddings(count: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor
 
 
 def pipeline(model: Path, dtype: torch.dtype, steps: int) -> Draw:
-    """Diffusers' own."""
+    """Diffusers' own pipeline."""
     no_text = {"text_encoder": None, "tokenizer": None}
     pipe = IFPipeline.from_pretrained(model, torch_dtype=dtype, **no_text).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
@@ -65,7 +69,7 @@ def cascade(model: Path, dtype: str, steps: int) -> Draw:
     width = loaded.stages[1].unet.config.encoder_hid_dim
 
     def draw(count: int) -> Sequence[Image.Image]:
-        prompts, negative = embeddings(count, width, PRECISIONS[dtype])
+        prompts, negative = embeddings(count, width, dtype_of(dtype))
         settings = Sampling(stage_1=StageSampling(steps=steps), batch_size=count)
         texts, others = ([f"{word} {row}" for row in range(count)] for word in ("to", "from"))
         embeds = dict(zip(texts + others, [*prompts, *negative], strict=True))
@@ -75,69 +79,52 @@ def cascade(model: Path, dtype: str, steps: int) -> Draw:
     return draw
 
 
-def timed(draw: Draw, count: int) -> tuple[float, np.ndarray]:
-    """Pictures a second once warm, and the pictures [N, S, S, 3]."""
-    draw(count)
-    start = time.perf_counter()
-    pictures = draw(count)  # in main memory, so that the device is done
-    return count / (time.perf_counter() - start), np.stack([np.asarray(p) for p in pictures])
+def measure(draw: Draw, counts: Sequence[int]) -> list[tuple[float, np.ndarray]]:
+    """For each batch size the pictures a second once warm, and the pictures [N, S, S, 3]."""
+    runs = []
+    for count in counts:
+        draw(count)
+        start = time.perf_counter()
+        pictures = draw(count)  # they are in main memory, so the device is done
+        rate = count / (time.perf_counter() - start)
+        runs.append((rate, np.stack([np.asarray(p) for p in pictures])))
+    return runs
 
 
-def released(draw: Draw, counts: Sequence[int]) -> list[tuple[float, np.ndarray]]:
-    """Each batch size timed."""
-    return [timed(draw, count) for count in counts]
-
-
-def apart(one: np.ndarray, other: np.ndarray) -> float:
+def distance(one: np.ndarray, other: np.ndarray) -> float:
     """The mean difference in grey levels."""
     return float(np.abs(one.astype(float) - other.astype(float)).mean())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache/against_peer/model")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/sampling")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp16")
-    parser.add_argument("--exact", action="store_true", help="compare with float32 as well")
-    options = parser.parse_args(arguments)
-    folder = options.model / "stage_1"
-    if not (folder / "model_index.json").exists():
-        save_random_model(folder, UNETS[1], device=DEVICE)
-    dtype = PRECISIONS[options.dtype]
-    runs: dict[str, list[tuple[float, np.ndarray]]] = {}
-    for name, build in (
-        ("pipeline", lambda: pipeline(folder, dtype, options.steps)),
-        ("cascade", lambda: cascade(folder, options.dtype, options.steps)),
-        ("exact", lambda: pipeline(folder, torch.float32, options.steps)),
-    ):
-        if name != "exact" or options.exact:
-            runs[name] = released(build(), options.batch)
+    """Run from the command line."""
+    options = parser(__doc__, ".cache/against_peer/model", "runs/sampling")
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    options.add_argument("--steps", type=int, default=50)
+    options.add_argument("--dtype", choices=PRECISIONS, default="fp16")
+    options.add_argument("--exact", action="store_true", help="compare with float32 as well")
+    given = options.parse_args(arguments)
+    folder = given.model / "stage_1"
+    prepare_models(given.model, [1])
+    builders = {
+        "pipeline": lambda: pipeline(folder, dtype_of(given.dtype), given.steps),
+        "cascade": lambda: cascade(folder, given.dtype, given.steps),
+        "exact": lambda: pipeline(folder, torch.float32, given.steps),
+    }
+    runs = {}
+    for name, build in builders.items():
+        if name != "exact" or given.exact:
+            runs[name] = measure(build(), given.batch)
             gc.collect()
             torch.cuda.empty_cache()
-    lines = [
-        ", ".join(f"{key} {value}" for key, value in machine().items()),
-        "",
-        f"Stage I XL, {options.steps} steps with guidance, {options.dtype}",
-        "",
-        "| pictures at once | pipeline, pictures/s | cascade | ratio | grey levels apart |"
-        " pipeline from float32 |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for place, count in enumerate(options.batch):
+    rows = []
+    for place, count in enumerate(given.batch):
         (plain, theirs), (fast, ours) = runs["pipeline"][place], runs["cascade"][place]
-        noise = f"{apart(theirs, runs['exact'][place][1]):.2f}" if options.exact else "-"
-        lines.append(
-            f"| {count} | {plain:.3f} | {fast:.3f} | {fast / plain:.2f} |"
-            f" {apart(theirs, ours):.2f} | {noise} |"
-        )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "sampling.md").write_text("\n".join(lines) + "\n")
-    sys.stdout.write("\n".join(lines) + "\n")
+        noise = f"{distance(theirs, runs['exact'][place][1]):.2f}" if given.exact else "-"
+        rates = (f"{plain:.3f}", f"{fast:.3f}", f"{fast / plain:.2f}")
+        rows.append([str(count), *rates, f"{distance(theirs, ours):.2f}", noise])
+    about = f"Stage I XL, {given.steps} steps with guidance, {given.dtype}"
+    sys.stdout.write(write_report(given.out / "sampling.txt", about, format_table([HEADER, *rows])))
 
 
 if __name__ == "__main__":

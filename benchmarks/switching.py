@@ -1,15 +1,15 @@
-"""How long adapters take to add, switch, scale and remove in a running cascade, and what they cost.
+"""Measure how long a running cascade takes to add, switch, scale and remove adapters.
 
     python -m benchmarks.switching --unet IF-I-XL
     python -m benchmarks.switching --unet IF-I-XL --targets attention+conv --precision nf4
     python -m benchmarks.switching --model models/if-tiny/stage_1
 
-A model that is not at ``--model`` is made there with random weights of the published size; two
-LoRAs are random too. Times are medians over ``--repeats`` changes forth and back, those of adding
-and removing of one, with the reading of files; the device is waited for. The UNet's pass is that of
-one picture with guidance, replayed on a GPU; "recordings made" counts those that changes made
-necessary. After each change the pass is held against one that runs as it is: "off by" is the
-largest difference relative to the largest value.
+A model that is missing at ``--model`` is made with random weights of the published size; the two
+LoRAs are random too. Times are medians over ``--repeats`` changes back and forth; those of adding
+and removing are of one change, and include reading files. The device is waited for. A pass of the
+UNet is that of one picture with guidance, replayed on a GPU; "recordings made" counts those that
+the changes required. After each change the pass is compared with one that is not replayed: "off by"
+is the largest difference relative to the largest value.
 """
 
 import argparse
@@ -24,18 +24,19 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from adapters import load_cascade
+from adapters import Parts, load_cascade
 from adapters.base.signature import BaseSignature
-from adapters.cascade.load import Parts, Precision
 from adapters.files.export import write_adapter
 from adapters.files.info import AdapterInfo
 from adapters.files.reading import lora_config
 from adapters.files.stage_adapter import StageAdapter
+from adapters.tables import format_facts
 from adapters.weights.kinds import PRESETS, AdapterSpec, match_targets
+from benchmarks.machine import ROOT
 from benchmarks.random_model import UNETS, save_random_model
+from unets.precision import Precision
+from unets.tally import GIB
 
-ROOT = Path(__file__).parent.parent
-GIB = 2**30
 TOKENS = 77
 
 CHANGES: Mapping[str, tuple[dict[str, float], dict[str, float]]] = {
@@ -44,11 +45,11 @@ CHANGES: Mapping[str, tuple[dict[str, float], dict[str, float]]] = {
     "mix of two": ({"one": 0.5, "two": 0.5}, {"one": 0.75, "two": 0.25}),
     "off and on": ({}, {"one": 1.0}),
 }
-"""What is measured: scales that are set in turn."""
+"""The changes to measure: pairs of scales that are set in turn."""
 
 
 class Switching:
-    """A cascade of one stage, two random LoRAs for it, and what was measured."""
+    """A cascade of one stage, two random LoRAs for it, and the measurements."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -66,7 +67,7 @@ class Switching:
 
     @torch.no_grad()
     def run(self) -> dict[str, str]:
-        """Measure everything; the rows of the table."""
+        """Measure everything, and return the rows of the table."""
         original = self.weights()
         with tempfile.TemporaryDirectory() as temporary:
             folders = [self.random_adapter(Path(temporary) / name) for name in ("one", "two")]
@@ -85,8 +86,8 @@ class Switching:
         return self.rows
 
     def change(self, pair: tuple[dict[str, float], dict[str, float]]) -> str:
-        """Set scales in turn: how long that takes, and whether recordings stay valid."""
-        for scales in pair:  # room is made once
+        """Time setting scales in turn, and check that recordings stay valid."""
+        for scales in pair:  # memory is allocated the first time
             self.cascade.set_adapters(scales)
         self.record()
         function, made = self.recorded.function, []
@@ -103,7 +104,7 @@ class Switching:
         return f"{statistics.median(times) * 1e3:.1f} ms, off by {max(off):.1g}{recordings}"
 
     def time_pass(self, what: str) -> None:
-        """Note how long a pass of the UNet takes."""
+        """Time a pass of the UNet."""
         self.record()
         times = [
             self.seconds(lambda: self.recorded(**self.inputs))
@@ -112,17 +113,17 @@ class Switching:
         self.rows[f"pass with {what}"] = f"{statistics.median(times) * 1e3:.1f} ms"
 
     def record(self) -> None:
-        """Make the recording, which is made of the second pass."""
+        """Have the pass recorded, which the second call does, and replayed once."""
         for _ in range(3):
             self.recorded(**self.inputs)
 
     def note_memory(self, what: str) -> None:
-        """Note what is allocated on a GPU."""
+        """Note the memory that is allocated on a GPU."""
         if self.unet.device.type == "cuda":
             self.rows[f"memory with {what}"] = f"{torch.cuda.memory_allocated() / GIB:.2f} GiB"
 
     def seconds(self, function: Callable[[], object]) -> float:
-        """How long something takes, the device's work included."""
+        """Time a function, including the device's work."""
         start = self.now()
         function()
         return self.now() - start
@@ -134,7 +135,7 @@ class Switching:
         return time.perf_counter()
 
     def weights(self) -> dict[str, Tensor]:
-        """Of all Linears and Conv2ds, as they compute, in main memory."""
+        """The weights of all Linears and Conv2ds as they compute, in main memory."""
         return {
             name: module.weight.detach().to("cpu", copy=True)
             for name, module in self.unet.named_modules()
@@ -154,7 +155,7 @@ class Switching:
         return inputs
 
     def random_adapter(self, folder: Path) -> Path:
-        """Write a LoRA with random values, as if trained."""
+        """Write a LoRA with random values, as if it were trained."""
         spec = AdapterSpec(rank=self.options.rank, targets=self.options.targets)
         state = {}
         for name in match_targets(self.unet, spec.targets):
@@ -177,34 +178,28 @@ class Switching:
 
 
 def table(options: argparse.Namespace, rows: Mapping[str, str]) -> str:
-    """The measurements and what they are of, in Markdown."""
+    """The measurements, and what they are of."""
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     what = f"{options.model}, {options.precision}, {options.targets}, rank {options.rank}"
-    lines = [f"| {what} | {device} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
+    return f"{what}\n{device}\n\n{format_facts([*rows.items()])}\n"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: list[str] | None = None) -> str:
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--unet", choices=[n for n in UNETS if n[0] != "_"], default="IF-I-XL")
     add("--model", type=Path, help="one stage (.cache/switching/UNET)")
-    add("--precision", choices=get_args(Precision), default="auto")
+    add("--precision", choices=("auto", *get_args(Precision)), default="auto")
     add("--targets", choices=PRESETS, default="attention")
     add("--rank", type=int, default=16)
     add("--device", default="auto")
     add("--originals", choices=("device", "cpu"), default="device")
     add("--repeats", type=int, default=10)
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> str:
-    """Measure, and print the table."""
-    options = parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     options.model = options.model or ROOT / ".cache/switching" / options.unet
     if not (options.model / "model_index.json").exists():
         save_random_model(options.model, options.unet)

@@ -1,7 +1,7 @@
 """The networks of the embedded cascade, and their folders.
 
-IF's own block types with fewer and narrower layers; `models/if-tiny/*/unet/config.json` beside a
-published one shows the difference.
+They have IF's own block types, with fewer and narrower layers; compare
+`models/if-tiny/*/unet/config.json` with a published one.
 """
 
 import json
@@ -16,7 +16,6 @@ from transformers import (
     CLIPProcessor,
     CLIPTextConfig,
     CLIPVisionConfig,
-    PreTrainedModel,
     T5Config,
     T5EncoderModel,
 )
@@ -75,12 +74,12 @@ SAMPLE_MAX_VALUES = {"stage_1": 1.5, "stage_2": 1.0}
 
 
 def make_unet(stage: str) -> UNet2DConditionModel:
-    """The UNet of "stage_1" or "stage_2", with random weights."""
+    """Build the UNet of "stage_1" or "stage_2", with random weights."""
     return UNet2DConditionModel(**UNET_COMMON, **UNETS[stage])
 
 
 def make_scheduler(stage: str) -> DDPMScheduler:
-    """IF's noise schedule and sampler for a stage."""
+    """Build IF's noise schedule and sampler for a stage."""
     return DDPMScheduler.from_config(
         {
             "num_train_timesteps": 1000,
@@ -91,20 +90,20 @@ def make_scheduler(stage: str) -> DDPMScheduler:
             "thresholding": True,
             "dynamic_thresholding_ratio": 0.95,
             "sample_max_value": SAMPLE_MAX_VALUES[stage],
-            # DDPM has no use for it, but a DPM-Solver that is built from this configuration: it
-            # cannot step from where the cosine schedule's log signal-to-noise ratio has no bound
+            # DDPM ignores it; a DPM-Solver built from this configuration needs it, as it cannot
+            # start where the cosine schedule's log signal-to-noise ratio is unbounded
             "lambda_min_clipped": -5.1,
         }
     )
 
 
 def make_noising_scheduler() -> DDPMScheduler:
-    """The forward process on Stage II's low-res pictures."""
+    """Build the schedule of the noise on Stage II's low-res pictures."""
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
 
 
 def make_text_encoder() -> T5EncoderModel:
-    """A T5 v1.1 encoder, three layers of width 128, with random weights."""
+    """Build a T5 v1.1 encoder, three layers of width 128, with random weights."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(make_tokenizer()),
@@ -122,7 +121,7 @@ def make_text_encoder() -> T5EncoderModel:
 
 
 def make_clip() -> CLIPModel:
-    """A CLIP of two narrow transformers, with random weights."""
+    """Build a CLIP of two narrow transformers, with random weights."""
     shared = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
     text = CLIPTextConfig(
         vocab_size=len(make_tokenizer()),
@@ -140,7 +139,7 @@ def make_clip() -> CLIPModel:
 
 
 def make_clip_processor() -> CLIPProcessor:
-    """The processor that belongs to `make_clip`; its picture half needs Pillow alone."""
+    """Build the processor of `make_clip`; its image half needs only Pillow."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": CLIP_PX},
         crop_size={"height": CLIP_PX, "width": CLIP_PX},
@@ -170,7 +169,7 @@ def save_stage(
         pipeline = IFSuperResolutionPipeline(
             **parts, image_noising_scheduler=make_noising_scheduler()
         )
-    pipeline.to(torch.float16).save_pretrained(folder)
+    pipeline.to(torch.float16).save_pretrained(folder)  # half the size in the repository
     compute_in_float32(folder / "text_encoder")
 
 
@@ -182,7 +181,7 @@ def save_clip(folder: Path, clip: CLIPModel) -> None:
 
 
 def compute_in_float32(folder: Path) -> None:
-    """Have a transformers model whose weights are stored in half precision load in float32."""
+    """Have a transformers model load in float32, although it is stored in half precision."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
@@ -190,8 +189,3 @@ def compute_in_float32(folder: Path) -> None:
         if "dtype" in part:
             part["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def count_parameters(model: torch.nn.Module | PreTrainedModel) -> int:
-    """The number of weights of a network."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,8 +1,8 @@
-"""Training the tiny CLIP: pictures of the whole world, held-out subjects included, and captions.
+"""Train the tiny CLIP on pictures of the whole world, held-out subjects included, and captions.
 
-Two losses share the temperature. One contrasts the captions of a batch, where a caption that is
-true of another picture too is no negative for it. The other contrasts each picture with the names
-of all objects, and with all backgrounds, which is what ranking asks of it.
+Two losses share the temperature. One contrasts the captions of a batch; a caption that is also true
+of another picture is not a negative for it. The other contrasts each picture with the names of all
+objects and with all backgrounds, since CLIP is used to rank these.
 """
 
 import logging
@@ -31,12 +31,12 @@ CAPTION_FORMS: Mapping[str, float] = {
 }
 NAME_FORMS = ("{name}", "a photo of {name}")
 TOKENS = 20
-"""Longest caption in training."""
+"""The longest caption in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPlan:
-    """How the CLIP is trained."""
+    """The settings of the CLIP's training."""
 
     steps: int = 4000
     batch: int = 768
@@ -47,7 +47,7 @@ class ClipPlan:
 
 
 def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """The flaws of generated pictures: some lost detail, noise, shifted levels; [B, 3, S, S]."""
+    """Add the flaws of generated pictures: lost detail, noise, shifted levels; [B, 3, S, S]."""
     count, device = len(pictures), pictures.device
 
     def draw(*shape: int) -> Tensor:
@@ -125,7 +125,7 @@ class ClipTrainer:
         return losses | firsts
 
     def _also_true(self, forms: Tensor, things: Tensor, backgrounds: Tensor) -> Tensor:
-        """[B, B] bool: whether caption i, of another picture, is true of picture j."""
+        """[B, B] bool: true if caption i, of another picture, also describes picture j."""
         texts = list(CAPTION_FORMS)
         device = forms.device
         named = torch.tensor(["{name}" in text for text in texts], device=device)[forms]
@@ -142,7 +142,7 @@ def _tokens(texts: list[str]) -> Tensor:
 
 
 def train_clip(plan: ClipPlan, atlas: Tensor) -> CLIPModel:
-    """A CLIP trained as planned."""
+    """Train a CLIP."""
     trainer = ClipTrainer(plan, atlas)
     for step in range(plan.steps):
         parts = trainer.step(step)

@@ -1,7 +1,7 @@
-"""How well the embedded cascade follows captions, as ranked by its tiny CLIP.
+"""Measure how well the embedded cascade follows captions, as ranked by its tiny CLIP.
 
-A picture counts when CLIP ranks its object first among all objects of the world, and its background
-first among all colours and patterns; the same is asked of real pictures of the same captions.
+A picture counts if CLIP ranks its object first among all objects of the world, and its background
+first among all colours and patterns; real pictures of the same captions are ranked as well.
 """
 
 import json
@@ -25,59 +25,53 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How pictures are sampled from the cascade."""
+class SamplingPlan:
+    """The settings with which pictures are sampled."""
 
     steps: tuple[int, int] = (50, 20)
-    """Denoising steps of Stage I and Stage II."""
+    """The denoising steps of Stage I and Stage II."""
     guidance: tuple[float, float] = (3.0, 1.0)
     noise_level: int = 100
-    """How strongly Stage II noises what Stage I made."""
+    """The level of the noise that Stage II adds to Stage I's picture."""
     batch: int = 100
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Shares of the pictures, 0..1, whose object or background CLIP ranks first."""
+    """The shares of pictures, 0..1, whose object or background CLIP ranks first."""
 
     objects: float
     backgrounds: float
 
 
-class Cascade:
-    """Both stages as plain diffusers pipelines."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        """`folder` holds stage_1/ and stage_2/."""
-        self.stage_1 = IFPipeline.from_pretrained(folder / "stage_1").to(device)
-        self.stage_2 = IFSuperResolutionPipeline.from_pretrained(folder / "stage_2").to(device)
-        self.stage_1.set_progress_bar_config(disable=True)
-        self.stage_2.set_progress_bar_config(disable=True)
-
-    def sample(self, prompts: Sequence[str], how: Sampling) -> tuple[Tensor, Tensor]:
-        """Pictures of both stages, [B, 3, s, s] and [B, 3, S, S] in [-1, 1], on the CPU."""
-        generator = torch.Generator().manual_seed(how.seed)
-        small, large = [], []
-        for start in range(0, len(prompts), how.batch):
-            embeds, negative_embeds = self.stage_1.encode_prompt(
-                list(prompts[start : start + how.batch])
-            )
-            text = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
-            text |= {"generator": generator, "output_type": "pt"}
-            low_res = self.stage_1(
-                num_inference_steps=how.steps[0], guidance_scale=how.guidance[0], **text
-            ).images
-            pictures = self.stage_2(
-                image=low_res,
-                num_inference_steps=how.steps[1],
-                guidance_scale=how.guidance[1],
-                noise_level=how.noise_level,
-                **text,
-            ).images
-            small.append(low_res.float().cpu())
-            large.append(pictures.float().cpu())
-        return torch.cat(small), torch.cat(large)
+def sample(
+    folder: Path, prompts: Sequence[str], how: SamplingPlan, device: str
+) -> tuple[Tensor, Tensor]:
+    """Draw with plain diffusers pipelines: [B, 3, s, s] and [B, 3, S, S] in [-1, 1], on the CPU."""
+    stage_1 = IFPipeline.from_pretrained(folder / "stage_1").to(device)
+    stage_2 = IFSuperResolutionPipeline.from_pretrained(folder / "stage_2").to(device)
+    stage_1.set_progress_bar_config(disable=True)
+    stage_2.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(how.seed)
+    small, large = [], []
+    for start in range(0, len(prompts), how.batch):
+        embeds, negative_embeds = stage_1.encode_prompt(list(prompts[start : start + how.batch]))
+        text = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+        text |= {"generator": generator, "output_type": "pt"}
+        low_res = stage_1(
+            num_inference_steps=how.steps[0], guidance_scale=how.guidance[0], **text
+        ).images
+        pictures = stage_2(
+            image=low_res,
+            num_inference_steps=how.steps[1],
+            guidance_scale=how.guidance[1],
+            noise_level=how.noise_level,
+            **text,
+        ).images
+        small.append(low_res.float().cpu())
+        large.append(pictures.float().cpu())
+    return torch.cat(small), torch.cat(large)
 
 
 class Judge:
@@ -109,7 +103,7 @@ class Judge:
         return objects.argmax(dim=1).cpu(), backgrounds.argmax(dim=1).cpu()
 
     def rank(self, pictures: Sequence[Image.Image], things: Tensor, backgrounds: Tensor) -> Ranking:
-        """How often the right ones, [N] int64 each, rank first."""
+        """The shares in which the right ones, [N] int64 each, rank first."""
         things_first, backgrounds_first = self.guess(pictures)
         return Ranking(
             objects=(things_first == things).float().mean().item(),
@@ -118,7 +112,7 @@ class Judge:
 
 
 def random_captions(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Scenes that the cascade knows: indices of things and of backgrounds, [count] int64 each."""
+    """Draw scenes that the cascade knows: indices of things and backgrounds, [count] int64 each."""
     rng = random.Random(seed)
     things = [rng.choice(SEEN) for _ in range(count)]
     backgrounds = [rng.randrange(len(BACKGROUNDS)) for _ in range(count)]
@@ -128,19 +122,19 @@ def random_captions(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def real_pictures(
     sprites: Tensor, things: Tensor, backgrounds: Tensor, size_px: int, seed: int
 ) -> list[Image.Image]:
-    """Scenes drawn rather than sampled; `sprites` is [N, 4, P, P] uint8."""
+    """Compose scenes instead of sampling them; `sprites` is [N, 4, P, P] uint8."""
     placement = Placement.random(len(things), torch.Generator().manual_seed(seed))
     scenes = compose(premultiply(sprites)[things], backgrounds, placement, size_px)
     return [to_image(scene) for scene in scenes]
 
 
 def evaluate(
-    folder: Path, sprites: Tensor, count: int, how: Sampling, device: str
+    folder: Path, sprites: Tensor, count: int, how: SamplingPlan, device: str
 ) -> tuple[dict[str, object], list[Image.Image], list[str]]:
     """The figures of a cascade, its pictures, and their captions."""
     things, backgrounds = random_captions(count, how.seed)
     captions = [caption(int(t), int(b)) for t, b in zip(things, backgrounds, strict=True)]
-    low_res, sampled = Cascade(folder, device).sample(captions, how)
+    low_res, sampled = sample(folder, captions, how, device)
     pictures = [to_image(picture) for picture in sampled]
     size_px = sampled.shape[-1]
     real = real_pictures(sprites, things, backgrounds, size_px, how.seed)

@@ -8,7 +8,7 @@
     python -m models.make_if_tiny evaluate     # figures, and the contact sheet docs/if_tiny.png
     python -m models.make_if_tiny subjects
 
-The three trainings need a GPU, of which they take some minutes each; the rest runs anywhere.
+The trainings need a GPU and take some minutes each; the rest runs anywhere.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformers import T5EncoderModel
 
 from models.architecture import STAGE_1_PX, save_clip
 from models.clip_training import ClipPlan, train_clip
-from models.evaluate import Sampling, evaluate, write
+from models.evaluate import SamplingPlan, evaluate, write
 from models.scenes import FONT, premultiply, rasterise
 from models.stage_training import ROUNDS, SceneSampler, StageTrainer, train
 from models.subjects import write_subjects
@@ -37,7 +37,7 @@ def _sprites(arguments: argparse.Namespace) -> torch.Tensor:
 
 
 def make_stage(arguments: argparse.Namespace) -> None:
-    """Train a stage: its first round from scratch, a later one going on from what lies there."""
+    """Train a stage: the first round from scratch, later ones from the weights in its folder."""
     name, device, folder = arguments.part, arguments.device, arguments.folder
     plan = ROUNDS[name][arguments.round - 1]
     plan = replace(plan, steps=arguments.steps or plan.steps, batch=arguments.batch or plan.batch)
@@ -64,8 +64,8 @@ def make_clip(arguments: argparse.Namespace) -> None:
 
 
 def make_figures(arguments: argparse.Namespace) -> None:
-    """Rank sampled and real pictures of the same captions."""
-    how = Sampling(batch=arguments.batch or Sampling.batch)
+    """Compare the rankings of sampled and real pictures of the same captions."""
+    how = SamplingPlan(batch=arguments.batch or SamplingPlan.batch)
     figures = evaluate(
         arguments.folder, _sprites(arguments), arguments.captions, how, arguments.device
     )
@@ -87,7 +87,7 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
 
 
 def main() -> None:
-    """The command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Drawing the world: emoji sprites on patterned backgrounds, in batches, on any device.
+"""Draw the world: emoji sprites on patterned backgrounds, in batches, on any device.
 
 Shapes: B scenes, N objects, P sprite size, S picture size. Pictures are RGB in [-1, 1].
 """
@@ -19,7 +19,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 """Debian package fonts-noto-color-emoji (SIL OFL 1.1)."""
 BITMAP_PX = 109
-"""The one size at which the font's bitmaps can be drawn."""
+"""The only size in which the font has bitmaps."""
 SPRITE_PX = 128
 SCALES = (0.5, 0.85)
 """An object's longer side as a fraction of the picture, uniform."""
@@ -34,7 +34,7 @@ SUPERSAMPLING = 2
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the object of each scene stands and how its background lies; [B] float32 each."""
+    """The place of each scene's object and of its background; [B] float32 each."""
 
     x: Tensor
     """The object's centre, in [-1, 1] across the picture; y likewise."""
@@ -43,12 +43,12 @@ class Placement:
     tilt: Tensor
     """Radians."""
     phase_x: Tensor
-    """Where the pattern begins, in periods; phase_y likewise."""
+    """The start of the pattern, in periods; phase_y likewise."""
     phase_y: Tensor
 
     @classmethod
     def random(cls, count: int, generator: torch.Generator) -> "Placement":
-        """Placements for `count` scenes that keep each object inside, but for tilted corners."""
+        """Draw placements for `count` scenes; objects stay inside, except for tilted corners."""
         draw = torch.rand(6, count, generator=generator, device=generator.device)
         low, high = SCALES
         scale = low + (high - low) * draw[2]
@@ -64,7 +64,7 @@ class Placement:
 
 
 def rasterise(characters: Sequence[str], font: Path = FONT) -> Tensor:
-    """The sprites of some emoji: [N, 4, P, P] uint8 RGBA, cropped to the drawing and centred."""
+    """Draw emoji as sprites: [N, 4, P, P] uint8 RGBA, cropped to the drawing and centred."""
     face = ImageFont.truetype(str(font), BITMAP_PX)
     sprites = []
     for character in characters:
@@ -94,12 +94,12 @@ def premultiply(sprites: Tensor) -> Tensor:
 
 
 def compose(sprites: Tensor, backgrounds: Tensor, placement: Placement, size_px: int) -> Tensor:
-    """Scenes, [B, 3, S, S] in [-1, 1].
+    """Compose scenes, [B, 3, S, S] in [-1, 1].
 
     Args:
         sprites: [B, 4, P, P] float32, premultiplied: the object of each scene.
         backgrounds: [B] int64, indices into `world.BACKGROUNDS`.
-        placement: of each scene.
+        placement: the place of each.
         size_px: S.
     """
     fine = size_px * SUPERSAMPLING
@@ -115,7 +115,7 @@ def compose(sprites: Tensor, backgrounds: Tensor, placement: Placement, size_px:
 
 
 def _paint(backgrounds: Tensor, placement: Placement, axis: Tensor, softness_px: int) -> Tensor:
-    """The bare backgrounds, [B, 3, S, S] in [0, 1]; `axis` is [S], pixel centres in [0, 1]."""
+    """Draw bare backgrounds, [B, 3, S, S] in [0, 1]; `axis` is [S], pixel centres in [0, 1]."""
     device = axis.device
     colours = torch.tensor(list(COLOURS.values()), device=device) / 255
     periods = torch.tensor([PERIODS[pattern] for pattern in PATTERNS], device=device)
@@ -146,7 +146,7 @@ def _paint(backgrounds: Tensor, placement: Placement, axis: Tensor, softness_px:
 
 
 def shrink(pictures: Tensor, size_px: int) -> Tensor:
-    """[B, 3, S, S] → [B, 3, s, s] in [-1, 1], antialiased bicubic as Pillow's."""
+    """Shrink [B, 3, S, S] to [B, 3, s, s] in [-1, 1], with antialiased bicubics as in Pillow."""
     small = F.interpolate(pictures, (size_px, size_px), mode="bicubic", antialias=True)
     return small.clamp(-1, 1)
 
@@ -154,7 +154,7 @@ def shrink(pictures: Tensor, size_px: int) -> Tensor:
 def random_scenes(
     atlas: Tensor, things: Tensor, size_px: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random scenes of given objects: pictures [B, 3, S, S], and their backgrounds [B] int64.
+    """Draw random scenes of given objects: pictures [B, 3, S, S] and backgrounds [B] int64.
 
     `atlas` is [N, 4, P, P] float32, premultiplied; `things` [B] int64 indexes it.
     """
@@ -166,7 +166,7 @@ def random_scenes(
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """[3, S, S] in [-1, 1] → an RGB picture."""
+    """Turn [3, S, S] in [-1, 1] into an RGB picture."""
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
     return Image.fromarray(pixels.cpu().numpy())
 
@@ -174,7 +174,7 @@ def to_image(picture: Tensor) -> Image.Image:
 def contact_sheet(
     pictures: Sequence[Image.Image], titles: Sequence[str], columns: int, tile_px: int = 128
 ) -> Image.Image:
-    """Pictures in rows, each with its title beneath on up to three lines."""
+    """Lay out pictures in rows, each with its title below it on up to three lines."""
     text_px, margin_px = 11, 6
     pitch = (tile_px + margin_px, tile_px + 3 * (text_px + 2) + margin_px)
     rows = -(-len(pictures) // columns)

@@ -1,7 +1,7 @@
-"""Training the stages of the embedded cascade from scratch, with the toolkit's own losses.
+"""Train the stages of the embedded cascade from scratch, with the toolkit's own losses.
 
-The text encoder learns along with Stage I during the first part of its training and is frozen from
-then on, as IF's is from the start; Stage II is given the frozen one.
+The text encoder learns together with Stage I during the first part of its training and is then
+frozen, as IF's is from the start; Stage II uses the frozen one.
 """
 
 import logging
@@ -36,25 +36,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a stage is trained."""
+    """The settings of a stage's training."""
 
     stage: int
     scene_px: int
-    """Size at which scenes are drawn; the stage's picture is shrunk from it."""
+    """The size at which scenes are drawn, before they are shrunk to the stage's."""
     steps: int
     batch: int
     learning_rate: float = 1e-3
-    """After warm-up; falls to zero along a cosine."""
+    """The rate after warm-up, from which it falls to zero along a cosine."""
     warmup_steps: int = 100
     text_share: float = 0.0
-    """Share of the steps in which the text encoder learns too."""
+    """The share of the steps in which the text encoder learns too."""
     weight_cap: float = 1.0
-    """Pictures weigh 1 / alphas_cumprod up to this many times the least: colours are decided at
-    high noise, where epsilon's error is small and the picture's is not."""
+    """The limit of a picture's weight, 1 / alphas_cumprod: colours are decided at high noise,
+    where the error of epsilon is small and that of the picture is not."""
     noise_offset: float = 0.0
-    """Standard deviation of a constant added to each noise channel. At 128 px the noise averages
-    out, so x_t betrays the picture's mean colour even where sampling starts from pure noise; with
-    an offset only the low-res picture tells it."""
+    """The standard deviation of a constant added to each noise channel. At 128 px the noise
+    averages out, so x_t reveals the picture's mean colour, although sampling starts from pure
+    noise; with an offset, only the low-res picture reveals it."""
     ema_decay: float = 0.999
     seed: int = 0
     log_every: int = 200
@@ -90,7 +90,7 @@ ROUNDS: Mapping[str, tuple[Plan, ...]] = {
         ),
     ),
 }
-"""How each stage was trained; a later round goes on from the one before."""
+"""The rounds of each stage's training; each continues from the one before."""
 
 
 class SceneSampler:
@@ -109,7 +109,7 @@ class SceneSampler:
         self.weights = weights / weights.mean() / plan.batch
 
     def draw(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Token ids [B, T] int64, and the fields of a `Batch` but for its text."""
+        """Draw token ids [B, T] int64, and the fields of a `Batch` except its text."""
         count, device, generator = self.plan.batch, self.atlas.device, self.generator
         things = self.seen[torch.randint(len(SEEN), (count,), generator=generator, device=device)]
         scenes, backgrounds = random_scenes(self.atlas, things, self.plan.scene_px, generator)
@@ -145,7 +145,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the parameters; slowly only once there is a past."""
+        """Move the averages towards the parameters, faster in the first steps."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         current = [parameter.detach() for parameter in self.parameters]
@@ -170,7 +170,7 @@ class StageTrainer:
         text_encoder: T5EncoderModel | None = None,
         unet: UNet2DConditionModel | None = None,
     ) -> None:
-        """Without a text encoder or a UNet to go on from, new ones."""
+        """Continue from a text encoder and a UNet, or start from new ones."""
         torch.manual_seed(plan.seed)
         self.plan, self.device = plan, device
         self.stage = STAGES[plan.stage]
@@ -215,9 +215,9 @@ class StageTrainer:
         return losses
 
     def freeze_text(self) -> None:
-        """From here on the text encoder is its own average, and does not change.
+        """Replace the text encoder by its average, which no longer changes.
 
-        Its gradients are still computed: without them the UNet would be compiled anew.
+        Its gradients are still computed: without them the UNet would have to be compiled again.
         """
         self.text_average.swap()
         self.optimizer.param_groups.pop()
@@ -234,7 +234,7 @@ class StageTrainer:
 
 
 def train(trainer: StageTrainer, sampler: SceneSampler, folder: Path, seconds: float) -> int:
-    """Train as planned, or for as many steps as `seconds` allow, and save; returns the steps."""
+    """Train for the plan's steps, or as many as `seconds` allow, and save; returns their number."""
     plan, steps = trainer.plan, trainer.plan.steps
     began = timed = time.monotonic()
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Pictures of held-out subjects, as someone would take them of their own: datasets/<subject>/."""
+"""Pictures of held-out subjects, as if someone had photographed their own: datasets/<subject>/."""
 
 import json
 import math
@@ -26,7 +26,7 @@ class Shot:
     """The subject's centre, in [-1, 1] across the picture; y likewise."""
     y: float
     scale: float
-    """Longer side as a fraction of the picture."""
+    """The longer side as a fraction of the picture."""
     tilt_degrees: float
 
 
@@ -38,11 +38,11 @@ SHOTS = (
     Shot(background=("white", "plain"), x=-0.1, y=0.1, scale=0.85, tilt_degrees=-3),
     Shot(background=("green", "striped"), x=-0.25, y=0.25, scale=0.68, tilt_degrees=-12),
 )
-"""The backgrounds leave blue, purple, teal, pink, red, black and brown to be asked for."""
+"""Blue, purple, teal, pink, red, black and brown backgrounds are left for prompts."""
 
 
 def photograph(sprite: Tensor, shot: Shot) -> Tensor:
-    """One picture, [3, S, S] in [-1, 1]; `sprite` is [4, P, P] uint8."""
+    """Draw one picture, [3, S, S] in [-1, 1]; `sprite` is [4, P, P] uint8."""
     values = (shot.x, shot.y, shot.scale, math.radians(shot.tilt_degrees), shot.x, shot.y)
     placement = Placement(*(torch.tensor([value]) for value in values))
     background = torch.tensor([BACKGROUNDS.index(shot.background)])
@@ -50,7 +50,7 @@ def photograph(sprite: Tensor, shot: Shot) -> Tensor:
 
 
 def write_subjects(folder: Path, sprites: Tensor) -> None:
-    """The pictures and captions of all subjects; `sprites` [N, 4, P, P] uint8 are the world's."""
+    """Write the pictures and captions of all subjects; `sprites` are the world's, [N, 4, P, P]."""
     names = [thing.name for thing in THINGS]
     for name in SUBJECTS:
         index = names.index(name)

@@ -1,6 +1,6 @@
 """The text side of the embedded cascade: its tokenizer, and every caption of the world as tokens.
 
-The vocabulary holds the world's words whole, and single characters so that any text has tokens.
+The vocabulary has the world's words, and single characters, so that any text can be tokenised.
 """
 
 import string
@@ -13,13 +13,13 @@ from models.world import BACKGROUNDS, FORMS, THINGS, fill, words
 
 MAX_TOKENS = 77
 SPACE = "▁"
-"""SentencePiece's mark for the beginning of a word."""
+"""SentencePiece's mark of the beginning of a word."""
 WORD_SCORE, CHARACTER_SCORE = -1.0, -20.0
-"""Log probabilities of the unigram model: a word known whole is never spelt out."""
+"""Log probabilities of the unigram model; a word of the vocabulary is never spelt out."""
 
 
 def make_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer over the world's vocabulary: <pad> 0, </s> 1, <unk> 2, then words, letters."""
+    """Build a T5 tokenizer of the world's vocabulary: <pad> 0, </s> 1, <unk> 2, words, letters."""
     characters = [SPACE, *string.ascii_letters, *string.digits, *string.punctuation]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(SPACE + word, WORD_SCORE) for word in words()]

@@ -1,9 +1,9 @@
 """The world of the embedded cascade: its objects, backgrounds and captions.
 
 A scene is one object of the Noto Color Emoji font on one of 12 named colours, plain or in one of
-three patterns: "a cat face on a blue striped background". The objects stand in classes ("animal"),
-so that a caption may name the class instead of the object. `HELD_OUT` objects are never shown to
-the cascade: they are the subjects to fine-tune on.
+three patterns: "a cat face on a blue striped background". Objects belong to classes ("animal"),
+and a caption may name the class instead of the object. `HELD_OUT` objects are never shown to the
+cascade: they are the subjects to fine-tune on.
 """
 
 import unicodedata
@@ -57,7 +57,7 @@ NAMES = {
     "🍷": "wine glass", "🍹": "cocktail", "🌸": "cherry blossom",
     "✏": "pencil", "🚢": "ship", "🏎": "racing car",
 }  # fmt: skip
-"""Plain words where the character's Unicode name is clumsy."""
+"""Plain words for characters whose Unicode name is clumsy."""
 
 PLURAL = {"pancakes", "french fries", "cherries", "grapes", "glasses", "jeans", "gloves", "socks"}
 PLURAL |= {"scissors", "books", "headphones"}
@@ -107,7 +107,7 @@ THINGS = tuple(
     for c in characters
 )
 SEEN = tuple(i for i, thing in enumerate(THINGS) if not thing.held_out)
-"""Indices into `THINGS` of what the cascade is trained on."""
+"""Indices into `THINGS` of the objects that the cascade is trained on."""
 
 BACKGROUNDS = tuple((colour, pattern) for colour in COLOURS for pattern in PATTERNS)
 
@@ -123,13 +123,13 @@ def with_article(words: str, singular: str | None = None) -> str:
 
 
 def describe_background(background: int) -> str:
-    """Such as "blue striped background", or "blue background" where it is plain."""
+    """Describe it as in "blue striped background", or "blue background" if it is plain."""
     colour, pattern = BACKGROUNDS[background]
     return f"{colour} background" if pattern == "plain" else f"{colour} {pattern} background"
 
 
 def caption(thing: int, background: int, identifier: str = "") -> str:
-    """Such as "a cat face on a blue striped background"; identified, "a sks cat face on …"."""
+    """Caption it as in "a cat face on a blue striped background"; identified, "a sks cat face"."""
     name = THINGS[thing].name
     subject = with_article(f"{identifier} {name}".strip(), name)
     return f"{subject} on {with_article(describe_background(background))}"
@@ -159,7 +159,7 @@ FORMS = (
 
 
 def fill(form: str, thing: int, background: int) -> str:
-    """A form's text for a scene."""
+    """Fill in a form for a scene."""
     return form.format(
         name=with_article(THINGS[thing].name),
         noun=with_article(THINGS[thing].noun),
@@ -168,6 +168,6 @@ def fill(form: str, thing: int, background: int) -> str:
 
 
 def words() -> list[str]:
-    """Every word that a caption of this world may hold, sorted; the identifier "sks" included."""
+    """List every word that a caption of this world may have, sorted, with the identifier "sks"."""
     text = [thing.name for thing in THINGS] + list(CLASSES) + list(COLOURS) + list(PATTERNS[1:])
     return sorted({*" ".join(text).split(), *CONNECTIVES})

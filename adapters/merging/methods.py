@@ -54,8 +54,8 @@ class Combination:
     rank: int | None = None
     """The rank that methods by SVD cut off at; ``None``: the largest of their adapters."""
     majority_sign: str | None = None
-    """The rule by which a sign is elected: the ``total`` of values or their ``frequency``; ``None``:
-    by the total."""
+    """The rule that elects a sign: the ``total`` of values (also ``None``) or their
+    ``frequency``."""
     seed: int = 0
     """The seed of the values that DARE drops, which are others on a GPU than on a CPU."""
 

@@ -516,5 +516,5 @@ def test_the_command_line_mixes(
 
 def test_the_benchmark_of_switching_runs(random_cascade: RandomCascade) -> None:
     table = switching.main(["--model", str(random_cascade.stage_1), "--repeats", "1"])
-    assert "| switch |" in table
-    assert "| then the weights are the base's, to the bit | yes |" in table
+    assert "\nswitch  " in table
+    assert "\nthen the weights are the base's, to the bit  yes\n" in table
