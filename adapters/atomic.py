@@ -58,6 +58,7 @@ def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None
                 raise UserError(f"{path} must be a {kind}, but is a {found}; name another.")
         places = [path] * (kind == "folder") + [*path.absolute().parents]
         there = next(place for place in places if place.exists())
+        # only writing shows whether the disk lets us: permissions, quotas, read-only mounts
         with tempfile.TemporaryDirectory(dir=there, prefix=".check-"):
             pass
 

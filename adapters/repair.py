@@ -39,7 +39,7 @@ def repair(path: Path, out: Path | None = None) -> str:
         out: the new file; ``None``: beside the old one, where that is not whole.
 
     Returns:
-        What was wrong and where the new file is, for people.
+        A sentence about what was lost, and the new file.
 
     Raises:
         UserError: where the file is no LoRA, has keys that are unknown or unpaired, or is ``out``.

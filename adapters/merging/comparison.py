@@ -28,7 +28,7 @@ Read: TypeAlias = Callable[[str], LowRank | Tensor | None]
 """Reads the update of a module by name, or a weight."""
 
 SETTINGS = {"rank": rank_of, "alpha": alpha_of}
-"""What two adapters of one module may differ in, beside its values."""
+"""The settings in which two adapters of one module may differ."""
 
 
 def is_model(path: Path) -> bool:

@@ -62,7 +62,7 @@ class FullPrecisionLayer:
         """Merge terms into the base's own weight; without any it is that, to the bit.
 
         Returns:
-            Whether recordings that read the weight are no longer valid: they read it where it is.
+            ``False``: recordings of the layer stay valid, as they read the weight where it is.
         """
         weight = self.module.weight.detach()
         assert weight.is_contiguous() == self.own.is_contiguous(), "the order of columns changed"

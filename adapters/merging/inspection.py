@@ -20,7 +20,7 @@ from adapters.tables import format_facts, format_range, format_table
 from adapters.weights.kinds import KINDS
 
 BAR = 24
-"""How many characters the bar of the largest norm has."""
+"""The width in characters of the bar of the largest norm."""
 
 
 def inspect_adapter(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def format_inspection(found: Mapping[str, Any]) -> str:
 
 
 def _format_targets(info: AdapterInfo | None, modules: Mapping[str, int]) -> str:
-    """The targets as they were asked for, or else the endings of the modules' names."""
+    """Name the targets as they were asked for, or else the endings of the modules' names."""
     endings = dict.fromkeys(name.removesuffix(".0").rpartition(".")[2] for name in modules)
     asked = info.spec.targets if info else tuple(endings)
     names = asked if isinstance(asked, str) else listed(asked)
@@ -149,7 +149,7 @@ def _format_error(error: float) -> str:
 
 
 def _format_loading(found: Mapping[str, Any]) -> str:
-    """What plain diffusers loads, and what to do where that is not all."""
+    """Say what plain diffusers loads, and what to do if that is not all."""
     loads, count = found["for_diffusers"], found["tensors"]
     lost, error = count - loads["arriving"], loads["approximation_error"]
     if not lost:

@@ -43,7 +43,7 @@ class Storage:
     max_shard_size: str = "5GB"
     """The size of the largest file."""
     link: bool = False
-    """Whether files that do not change are hard links to the base's, which takes no space."""
+    """Make hard links to the base's files that do not change, which takes no space."""
 
 
 def merge(

@@ -54,18 +54,13 @@ class Combination:
     rank: int | None = None
     """The rank that methods by SVD cut off at; ``None``: the largest of their adapters."""
     majority_sign: str | None = None
-    """Whether a sign is elected by the ``total`` of values or their ``frequency``; ``None``: by
-    the total."""
+    """The rule that elects a sign: the ``total`` of values (also ``None``) or their
+    ``frequency``."""
     seed: int = 0
     """The seed of the values that DARE drops, which are others on a GPU than on a CPU."""
 
     def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            UserError: where the method is unknown, lacks a setting, or would ignore one, or the
-                seed is not valid.
-        """
+        """Raise a UserError where a setting is missing, not valid, or one the method ignores."""
         check_seeds([self.seed])
         if self.method not in METHODS:
             raise UserError(f"method must be one of {', '.join(METHODS)} (got {self.method!r}).")
@@ -88,5 +83,5 @@ class Combination:
 
     @property
     def asks(self) -> Method:
-        """What the method asks for."""
+        """The demands of the method."""
         return METHODS[self.method]

@@ -18,6 +18,7 @@ def cascade_of(
     cascade: RandomCascade,
     precision: str = "fp32",
     stages: tuple[int, ...] = (1,),
+    parts: Parts | None = None,
     **options: object,
 ) -> Cascade:
     places = {1: cascade.stage_1, 2: cascade.stage_2}
@@ -26,7 +27,7 @@ def cascade_of(
         dtype=precision,
         device="cpu",
         **options,
-        parts=Parts(text_encoder=False),
+        parts=parts or Parts(text_encoder=False),
     )
 
 

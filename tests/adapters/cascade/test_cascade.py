@@ -517,8 +517,8 @@ def test_a_damaged_configuration_is_said(
     [
         (None, {}, r"A prompt must be a text \(got None\)"),
         (["a cat", 3], {}, r"A prompt must be a text \(got 3\)"),
-        ("a \udcff", {}, "byte in it that is no UTF-8"),
-        ("a cat", {"negative_prompt": "\udcff"}, "byte in it that is no UTF-8"),
+        ("a \udcff", {}, "byte that is not UTF-8"),
+        ("a cat", {"negative_prompt": "\udcff"}, "byte that is not UTF-8"),
         ("a cat", {"sampling": {}}, r"sampling must be a Sampling\(...\) \(got {}\)"),
         ("a cat", {"seed": -1}, r"A seed must be a whole number from 0 .* \(got -1\)"),
         ("a cat", {"seed": "1"}, r"A seed must be a whole number from 0 .* \(got '1'\)"),

@@ -211,7 +211,7 @@ def test_mistakes_of_the_command_lines(
         (encode, [str(no_text), *out], "has no text encoder of its own; name Stage I"),
         (encode, [*model, *out[:2], "--out", str(tmp_path)], "must be a file, but is a folder"),
         (encode, [*model, *out[:2], "--out", "/proc/x"], "/proc/x cannot be written ("),
-        (encode, [*model, "--prompt", "a\udcff", *out[2:]], "has a byte in it that is no UTF-8"),
+        (encode, [*model, "--prompt", "a\udcff", *out[2:]], "has a byte that is not UTF-8"),
         (encode, [*model, *out, "--device", "meta"], "device 'meta' cannot be used"),
         (generate, [*base, *out, "--embeds", "nowhere"], "nowhere cannot be read"),
         (generate, [*base, *out, "--embeds", str(file)], "no encoding of 'a dog'"),

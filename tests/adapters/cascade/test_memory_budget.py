@@ -120,7 +120,7 @@ def test_what_adapters_keep_on_the_device_is_counted(
     for kind in ("lora", "dora", "loha"):
         spec = AdapterSpec(kind=kind, rank=3, targets=("to_q", "mid_block.*.to_v"))
         places.append(export(trained_unet(base, spec), tmp_path / kind, base, 1, spec).folder)
-    options = {"device": "cpu", "text_encoder": False}
+    options = {"device": "cpu", "parts": Parts(text_encoder=False)}
     cascade = load_cascade(base, adapters=places, dtype="nf4", **options)
     updates = [u for own in cascade.merged[1]._updates.values() for u in own.values()]
     overlays = [m.overlay for m in cascade.stages[1].unet.modules() if isinstance(m, Quantised)]

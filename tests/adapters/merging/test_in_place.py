@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import Cascade, load_cascade
+from adapters import Cascade, Parts, load_cascade
 from adapters.arguments import parse_scaled
 from adapters.errors import UserError
 from adapters.files.places import PEFT_WEIGHTS
@@ -176,7 +176,7 @@ def test_removing_one_leaves_the_others_and_removing_all_leaves_the_base(
     assert same(bits(weights(cascade)), bits(before))
     assert cascade.adapters == {}
     merged = cascade.merged[1]
-    for kept in (merged.adapters, merged._layers, merged._updates, merged._written):
+    for kept in (merged.adapters, merged._layers, merged._updates):
         assert not kept
 
 
@@ -185,7 +185,7 @@ def test_originals_in_main_memory_give_the_same_bits(
 ) -> None:
     results = []
     for originals in ("device", "cpu"):
-        cascade = cascade_of(random_cascade, "bf16", originals=originals)
+        cascade = cascade_of(random_cascade, "bf16", parts=Parts(False, originals=originals))
         before = weights(cascade)
         cascade.add_adapter(folders["dog"])
         results.append(weights(cascade))
@@ -200,7 +200,7 @@ def test_weights_in_another_order_of_memory_are_merged_alike(
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         unet = load_unet(random_cascade.stage_1).to(memory_format=layout)
-        cascade = cascade_of(random_cascade, unets={1: unet})
+        cascade = cascade_of(random_cascade, parts=Parts(False, {1: unet}))
         before = weights(cascade)
         for name in ("dog", "style", "ink"):
             cascade.add_adapter(folders[name], 0.5)
