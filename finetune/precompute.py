@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from adapters.errors import command_line
+from adapters.errors import command_line, quiet_libraries
 from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
 
@@ -21,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. text.precision=nf4")
     options = parser.parse_args(arguments)
     with command_line():
-        sys.stdout.write(precompute(load_recipe(options.recipe, options.overrides)))
+        recipe = load_recipe(options.recipe, options.overrides)
+        quiet_libraries()
+        sys.stdout.write(precompute(recipe))
 
 
 def precompute(recipe: Recipe) -> str:

@@ -24,19 +24,11 @@ from finetune.data.pictures import Picture
 from finetune.data.sources import has_captions, load_captions
 from finetune.recipe.schema import Data, Recipe
 from finetune.step.stages import STAGES
-from unets.loading import Precision
 from unets.memory import free_memory
+from unets.precision import Precision, dtype_of
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """The subfolders of a model that its text encodings depend on."""
-
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "int8": torch.bfloat16,
-    "nf4": torch.bfloat16,
-}
-"""The precision of what is not quantised, and of the encodings."""
 
 WHOLE_BYTES = 2**28
 """Up to this size, a model's file is hashed whole; a larger one in blocks."""
@@ -105,7 +97,7 @@ class CaptionCache:
     device: torch.device
     """The device that encodes."""
     clean_caption: bool
-    """Whether captions are cleaned as IF's pipelines do."""
+    """Clean captions as IF's pipelines do."""
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device) -> "CaptionCache":
@@ -160,7 +152,7 @@ class CaptionCache:
 
     def encode(self, captions: Iterable[str]) -> None:
         """Encode captions into the cache; the text encoder is gone from memory afterwards."""
-        pipeline = self.source.text_pipeline(self.precision, DTYPES[self.precision], self.device)
+        pipeline = self.source.text_pipeline(self.precision, dtype_of(self.precision), self.device)
         try:
             for caption in tqdm(captions, "Encoding captions", delay=2):
                 encoding, _ = pipeline.encode_prompt(

@@ -25,8 +25,8 @@ from finetune.data.pictures import Picture, load_pictures
 from finetune.data.sources import has_captions
 from finetune.recipe.schema import Base, Data, Prior, Recipe
 from finetune.step.stages import STAGES, Stage
-from unets.loading import Precision
 from unets.memory import free_memory
+from unets.precision import Precision
 
 ATTEMPTS = 10
 """The number of seeds a picture gets before its prompt is given up."""
@@ -64,7 +64,7 @@ class ClassPictures:
     embeds: Mapping[str, Tensor]
     """Text encodings [T, D] of the class prompts and the empty caption."""
     clean_caption: bool
-    """Whether the encoded prompts were cleaned."""
+    """The encoded prompts were cleaned."""
     seed: int
 
     @classmethod

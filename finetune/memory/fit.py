@@ -10,10 +10,10 @@ from tqdm import tqdm
 from adapters.cascade.tokens import prompt_tokens
 from adapters.errors import UserError
 from adapters.weights.kinds import AdapterSpec
-from finetune.data.captions import DTYPES
 from finetune.memory.footprint import Footprint, Rehearsal
 from finetune.recipe.schema import Recipe
 from finetune.step.stages import STAGES, Stage
+from unets.precision import dtype_of
 from unets.tally import GIB, reserved, total_bytes
 
 GPU = torch.device("cuda")
@@ -114,11 +114,10 @@ def _untrained(
 
 def _text_encoder_bytes(recipe: Recipe, device: torch.device) -> int:
     """The encoder's weights, and the largest of them restored."""
-    automatic = "fp32" if device.type == "cpu" else "bf16"
-    precision = automatic if recipe.text.precision == "auto" else recipe.text.precision
-    encoder = recipe.source(STAGES[1]).blank_text_encoder(precision, DTYPES[precision])
+    precision = recipe.text.precision_on(device)
+    encoder = recipe.source(STAGES[1]).blank_text_encoder(precision, dtype_of(precision))
     weights = list(encoder.state_dict().values())
-    largest = max(weight.numel() for weight in weights) * DTYPES[precision].itemsize
+    largest = max(weight.numel() for weight in weights) * dtype_of(precision).itemsize
     return reserved(total_bytes(weights) + largest)
 
 

@@ -23,6 +23,7 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 PLAIN_WORDS = {
     r"a valid dictionary or instance of \w+": "a section of keys and values",
+    "a valid boolean": "true or false",
     "valid tuple": "valid list",
     "^Tuple": "List",
     " after validation": "",

@@ -30,21 +30,21 @@ from finetune.recipe.yaml12 import Dumper
 from finetune.step.optimizers import OPTIMIZERS, SCHEDULES
 from finetune.step.stages import STAGES, Stage
 from finetune.step.timesteps import DENSITIES
+from unets.precision import Precision, automatic_precision
 
 if TYPE_CHECKING:  # a mistyped recipe is answered before these are imported
     import torch
 
     from adapters.base.source import Source
-    from unets.loading import Precision
 
 KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
 """The kinds of adapter that have no B matrices, which LoRA+ is about."""
 
 LARGEST_SHAPE = 1e6
-"""The largest parameter of a density: beyond it all timesteps are one, and arithmetic gives out."""
+"""The largest parameter of a density: beyond it all timesteps are one, and arithmetic fails."""
 
 LEAST_SCALE = 0.1
-"""The least learning rate that makes sense where the optimizer finds its own step size."""
+"""The least sensible learning rate of an optimizer that finds its own step size."""
 
 
 def _check_ascending(levels: tuple[int, int]) -> tuple[int, int]:
@@ -73,9 +73,7 @@ ChosenPrecision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 Place = tuple[int | str, ...]
 
 
-def _resolve(precision: ChosenPrecision, device: "torch.device") -> "Precision":
-    from unets.loading import automatic_precision
-
+def _resolve(precision: ChosenPrecision, device: "torch.device") -> Precision:
     return automatic_precision(device) if precision == "auto" else precision
 
 
@@ -93,16 +91,16 @@ class Section(BaseModel):
 
 
 class Base(Section):
-    """The cascade to teach: folders or hub names (``owner/name@revision``) in diffusers' layout."""
+    """The cascade to fine-tune: folders or hub names (``owner/name@revision``) for diffusers."""
 
     stage_1: str
     """Stage I; its text encoder and tokenizer are those of the whole cascade."""
     stage_2: str | None = None
-    """Stage II; needed to train it, and shown in validation pictures where given."""
+    """Stage II; needed to train it, and used for validation pictures if given."""
     stage_3: str | None = None
     """The x4 upscaler, for pictures only."""
     revision: str | None = None
-    """The hub revision of Stage I and II where their names have none; ``None``: the newest."""
+    """The hub revision of Stage I and II if their names have none; ``None``: the newest."""
     variant: str | None = None
     """The weights' variant, such as ``fp16``, of components that have it; ``None``: plain files."""
 
@@ -116,7 +114,7 @@ class Base(Section):
 
 
 class Data(Section):
-    """Where the pictures and captions come from, and how they are cropped."""
+    """The pictures and captions to train on, and the cropping of the pictures."""
 
     source: str
     """A folder of pictures (with ``metadata.jsonl`` or ``.txt`` captions, or none), or whatever
@@ -132,13 +130,13 @@ class Data(Section):
     image_column: str = "image"
     """The column that holds the pictures."""
     caption_column: str = "text"
-    """The column that holds the captions; not read where ``prompt`` is given."""
+    """The column that holds the captions; not read if ``prompt`` is given."""
     center_shift: Fraction = 0.1
-    """How far the square crop's centre may shift, as a fraction of the crop's side."""
+    """The largest shift of the square crop's centre, as a fraction of the crop's side."""
     horizontal_flip: bool = False
     """Mirror every other picture at random."""
     caption_dropout: Fraction = 0.1
-    """The share of captions replaced by the empty one, which guidance is taken against."""
+    """The share of captions replaced by the empty one, which guidance leads away from."""
 
 
 class Prior(Section):
@@ -152,12 +150,12 @@ class Prior(Section):
     """A folder of class pictures to use instead of sampling them from the base cascade."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """The share of class pictures in each optimizer step, on all processes and accumulated batches
-    together: at least one, and never all."""
+    together: at least one, never all."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """The weight of the class pictures' mean loss beside that of the subject's."""
     caption_dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
     """The share of class pictures whose caption is replaced by the empty one, whatever
-    ``data.caption_dropout`` is: what guidance is taken against is preserved too."""
+    ``data.caption_dropout`` is: what guidance leads away from is preserved too."""
     sampling: Sampling = Sampling()
     """Steps, guidance and noise level of the class pictures, by stage."""
 
@@ -173,7 +171,7 @@ class Text(Section):
     """Clean captions as IF's pipelines do by default: HTML, links and odd punctuation go, but so
     do words such as ``<sks>``, ``j0hn``, ``#3``, ``@mydog``, and all Chinese."""
 
-    def precision_on(self, device: "torch.device") -> "Precision":
+    def precision_on(self, device: "torch.device") -> Precision:
         """The precision of the text encoder on the device that encodes."""
         return _resolve(self.precision, device)
 
@@ -195,7 +193,7 @@ class Optimizer(Section):
     """One of the names in ``finetune.step.optimizers.SCHEDULES``."""
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from zero, fewer than the stage's ``steps``;
-    ``one_cycle`` rises from 1/25, and over 0.3 of the steps where this is 0."""
+    ``one_cycle`` rises from 1/25, and over 0.3 of the steps if this is 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this norm; ``None``: never."""
 
@@ -307,14 +305,7 @@ class Training(Section):
     keep_checkpoints: Positive = 2
     """The number of newest checkpoints to keep."""
 
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _check_true_or_false(cls, value: Any) -> Any:
-        if not isinstance(value, bool):
-            raise ValueError(f"must be true or false (got {value!r})")
-        return value
-
-    def precision_on(self, device: "torch.device") -> "Precision":
+    def precision_on(self, device: "torch.device") -> Precision:
         """The precision of the frozen UNet on a device."""
         return _resolve(self.precision, device)
 
@@ -382,9 +373,9 @@ class Recipe(Section):
     """All randomness of the run derives from it and from each picture's position in the run: a
     global batch (of all processes and accumulated batches) is the same however it is divided."""
     base: Base
-    """The cascade to teach."""
+    """The cascade to fine-tune."""
     data: Data
-    """The pictures to teach it."""
+    """The pictures to train on."""
     prior: Prior | None = None
     """Prior preservation; ``None``: without."""
     text: Text = Text()
@@ -439,7 +430,7 @@ class Recipe(Section):
         """The files of a stage's base model."""
         return self.base.source(stage)
 
-    def precisions_on(self, device: "torch.device") -> "dict[int, Precision]":
+    def precisions_on(self, device: "torch.device") -> dict[int, Precision]:
         """The precision of each stage's UNet on a device; an untrained stage has the other's."""
         trained = {s.number: self.training(s).precision_on(device) for s in self.trained}
         return {number: trained.get(number, next(iter(trained.values()))) for number in STAGES}
@@ -481,7 +472,7 @@ def _mistakes_between_sections(tree: Any) -> Iterator[tuple[str, str]]:
     if not trained:
         yield "stage_1", "nothing to train: give a stage_1 section, a stage_2 section or both"
     if "stage_2" in trained and given("base.stage_2") is None:
-        yield "base.stage_2", "must name a Stage II model where stage_2 is trained"
+        yield "base.stage_2", "must name a Stage II model if stage_2 is trained"
     if given("stage_1.noise_level") is not None:
         yield "stage_1.noise_level", "is for stage_2 alone: Stage I has no augmentation to draw"
     for stage in trained:

@@ -1,6 +1,8 @@
 """Recipes: strict, and every mistake reported at once."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from finetune.recipe.yaml12 import Loader
 from tests.builders import ROOT
 from tests.builders.recipes import SMALL, write
 
+HEAVY = {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "datasets", "accelerate"}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -23,6 +26,17 @@ def test_shipped_recipes_are_valid_and_say_how_to_run(path: Path) -> None:
     assert f"recipes/{path.name}" in header
     for measured in ("Memory", "Time"):
         assert re.search(rf"^# {measured}: +[0-9]", header, re.MULTILINE), measured
+
+
+def test_reading_a_recipe_imports_nothing_heavy() -> None:
+    """Mistakes, and the resolved recipe, are shown within a second or two."""
+    code = (
+        "import sys; from finetune.recipe.file import load_recipe\n"
+        f"load_recipe({str(RECIPES[-1])!r}, ['stage_1.steps=3']).to_yaml()\n"
+        f"print(*{HEAVY!r} & sys.modules.keys())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("\n", "")
 
 
 def test_the_shipped_set() -> None:
@@ -142,6 +156,7 @@ def test_settings_that_an_optimizer_cannot_take(
         ("stage_1=5", "stage_1: Input should be a section of keys and values (got 5)"),
         ("validation.prompts=5", "validation.prompts: Input should be a valid list (got 5)"),
         ("stage_2.noise_level=[1, 2, 3]", "stage_2.noise_level: List should have at most 2 items"),
+        ("stage_1.compile=auto", "stage_1.compile: Input should be true or false (got 'auto')"),
         ("seed=null", "seed: Input should be a valid integer (got null)"),
     ],
 )
