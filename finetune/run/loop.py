@@ -32,8 +32,8 @@ from finetune.run.update_size import UpdateSize
 from finetune.run.validation import (
     PromptRow,
     Validator,
-    row_from_photos,
-    row_from_stage_1,
+    downsample_photos,
+    sample_stage_1,
 )
 from finetune.step.optimizers import SCHEDULES, set_learning_rate
 from finetune.step.stages import STAGES, Stage
@@ -83,8 +83,8 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
             adapters = [folders.adapters] if recipe.stage_1 else []
             precisions = recipe.precisions_on(device)
             rows = [
-                row_from_stage_1(settings, base, embeds, precisions, device, adapters),
-                row_from_photos(material.pictures, trainee.unet.config.sample_size, low_res_px),
+                sample_stage_1(settings, base, embeds, precisions, device, adapters),
+                downsample_photos(material.pictures, trainee.unet.config.sample_size, low_res_px),
             ]
         validator = Validator(settings, base, stage, trainee.unet, embeds, rows)
     run_steps(

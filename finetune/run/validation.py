@@ -16,7 +16,7 @@ from finetune.data.batches import shrink
 from finetune.data.pictures import Picture, crop, to_tensor
 from finetune.recipe.schema import Base, Validation
 from finetune.step.stages import Stage
-from unets.loading import Precision
+from unets.precision import Precision
 
 Samples = list[tuple[str, Image.Image]]
 """Prompts, each with its picture."""
@@ -76,7 +76,7 @@ class Validator:
         return samples
 
 
-def row_from_stage_1(
+def sample_stage_1(
     settings: Validation,
     base: Base,
     embeds: Mapping[str, Tensor],
@@ -84,7 +84,7 @@ def row_from_stage_1(
     device: torch.device,
     adapters: Sequence[Path],
 ) -> PromptRow:
-    """The validation prompts sampled once from Stage I with its adapters, for Stage II."""
+    """Sample the validation prompts once from Stage I with its adapters, for Stage II."""
     prompts = settings.prompts
     cascade = load_cascade(
         base.stage_1,
@@ -99,8 +99,8 @@ def row_from_stage_1(
     return PromptRow("from_stage_1", prompts, pictures.low_res, settings.stage_2_prompts)
 
 
-def row_from_photos(pictures: Sequence[Picture], size_px: int, low_res_px: int) -> PromptRow:
-    """Training pictures, cropped at their centre and downsampled, for Stage II."""
+def downsample_photos(pictures: Sequence[Picture], size_px: int, low_res_px: int) -> PromptRow:
+    """Crop training pictures at their centre and downsample them, for Stage II."""
     pictures, rng = pictures[:PHOTOS], np.random.default_rng(0)
     crops = [crop(each, size_px, rng, center_shift=0.0, horizontal_flip=False) for each in pictures]
     return PromptRow(

@@ -7,7 +7,7 @@ import torch
 from adapters import Sampling, load_cascade
 from finetune.data.captions import CaptionCache, collect_captions, embed_captions
 from finetune.recipe.schema import Recipe
-from finetune.run.validation import Validator, row_from_stage_1
+from finetune.run.validation import Validator, sample_stage_1
 from finetune.step.stages import STAGES
 from tests.builders.drawing import largest_difference
 from tests.builders.random_cascade import RandomCascade
@@ -34,7 +34,7 @@ def test_stage_2_has_its_own_prompts(random_cascade: RandomCascade, tmp_path: Pa
     cascade = load_cascade(*folders, device="cpu")
     unet = cascade.stages[2].unet
     settings, base = recipe.validation, recipe.base
-    row = row_from_stage_1(settings, base, embeds, recipe.precisions_on(cpu), cpu, [])
+    row = sample_stage_1(settings, base, embeds, recipe.precisions_on(cpu), cpu, [])
     shown = Validator(settings, base, STAGES[2], unet, embeds, [row]).sample()[row.title]
     options = {"seed": 3, "sampling": Sampling(**SAMPLING), "progress": False}
     expected = cascade(PROMPTS, stage_2_prompt=["a cat", "a dog"], **options)
