@@ -1,9 +1,9 @@
 """A stand-in for the Hugging Face hub: a real HTTP server on this machine, repositories in memory.
 
-It answers what huggingface_hub asks when it uploads and downloads models. Within a test's process
-the client's own ``set_client_factory`` sends what is meant for the hub here, whatever the address;
-other processes find it by ``HF_ENDPOINT``. Xet, the hub's storage service, has no part in it: files
-come within the commit or, with xet disabled, by plain LFS.
+It answers the requests that huggingface_hub makes to upload and download models. In the test's
+process the client's own ``set_client_factory`` diverts the hub's requests here; other processes
+find it by ``HF_ENDPOINT``. There is no Xet, the hub's storage service: files come within the commit
+or, with xet disabled, by plain LFS.
 """
 
 import base64
@@ -26,12 +26,12 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.utils._http import default_client_factory, hf_request_event_hook
 
 TOKENS = {"hf_owner": "owner", "hf_guest": "guest"}
-"""Who owns a token; everyone may write under their own name only."""
+"""The owners of tokens, who may write only under their own names."""
 
 
 @dataclass
 class Repository:
-    """A repository: files by path in each commit, a commit for each branch."""
+    """A repository: the files by path of each commit, and the commit of each branch."""
 
     private: bool = False
     gated: bool = False
@@ -63,7 +63,7 @@ class RefusedError(Exception):
 
 
 class HubStandIn(ThreadingHTTPServer):
-    """The server, and what it holds."""
+    """The server and its repositories."""
 
     daemon_threads = True
 
@@ -71,11 +71,11 @@ class HubStandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
-        """What came by LFS, by SHA-256."""
+        """Files that came by LFS, by SHA-256."""
         self.lfs_from = float("inf")
-        """The size from which files are to come by LFS, in bytes."""
+        """The size in bytes from which files come by LFS."""
         self.largest = float("inf")
-        """The largest commit that is taken, in bytes."""
+        """The largest commit that is accepted, in bytes."""
         self.asked: list[str] = []
         """Every request, as ``GET /path``."""
 
@@ -107,10 +107,10 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self) -> None:
-        """Find the route, and send what it returns."""
+        """Find the route, and send its result."""
         url = urlsplit(self.path)
         path, self.query = unquote(url.path), parse_qs(url.query)
-        self.body = b"".join(self.received())
+        self.body = b"".join(self.receive())
         self.server.asked.append(f"{self.command} {path}")
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         self.user = TOKENS.get(token)
@@ -124,8 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         except RefusedError as refusal:
             return self.send(refusal.status, refusal.content, refusal.headers)
 
-    def received(self) -> Iterator[bytes]:
-        """The request's body, whose length is given in front, or chunk by chunk."""
+    def receive(self) -> Iterator[bytes]:
+        """Read the request's body, whose length is given at its start or by chunk."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             yield self.rfile.read(int(self.headers.get("Content-Length") or 0))
             return
@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *arguments: object) -> None:
-        """Nothing on standard error."""
+        """Keep standard error clean."""
 
     def repository(self, repo: str, *, write: bool = False) -> Repository:
         found = self.server.repositories.get(repo)
@@ -320,7 +320,7 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
 
 
 class Diverted(httpx.BaseTransport):
-    """What is meant for the hub goes to its stand-in; nothing else may be asked at all."""
+    """Diverts requests from the hub to its stand-in; there may be no others."""
 
     def __init__(self, hub: HubStandIn) -> None:
         self.hub = hub
@@ -344,7 +344,7 @@ class Diverted(httpx.BaseTransport):
 
 @contextmanager
 def hub_stand_in() -> Iterator[HubStandIn]:
-    """A stand-in that this process takes for the hub, for as long as the context lasts."""
+    """A stand-in that this process takes for the hub while the context lasts."""
     with HubStandIn() as hub:
         thread = threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True)
         thread.start()

@@ -1,4 +1,4 @@
-"""Models rewritten in the layouts that published ones have: variants, formats, shards."""
+"""Models rewritten in the layouts of published ones: variants, formats, shards."""
 
 import json
 import shutil
@@ -10,19 +10,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Layout = Mapping[str, Sequence[str]]
-"""File names by component; ``#`` stands for the number of a shard, and those of fp16 are named so.
-"""
+"""File names by component; ``#`` stands for the number of a shard, ``fp16`` for half precision."""
 
 UNET, NET = "diffusion_pytorch_model", "model"
 
 
 def rewrite(model: Path, folder: Path, layout: Layout) -> None:
-    """Copy a model whose weights are plain and in one file each, and store those otherwise.
+    """Copy a model whose weights are plain and in one file each, and store them in other layouts.
 
     Args:
         model: the folder to copy.
-        folder: where to.
-        layout: of the components that are stored otherwise; what it does not name stays.
+        folder: the copy.
+        layout: the layouts of some components; the others keep theirs.
     """
     shutil.copytree(model, folder)
     for component, names in layout.items():
@@ -34,7 +33,7 @@ def rewrite(model: Path, folder: Path, layout: Layout) -> None:
 
 
 def files_of(names: Sequence[str]) -> set[str]:
-    """The names of all files that are meant by names with ``#``."""
+    """The names of all files that names with ``#`` stand for."""
     return {shard for name in names for shard in _shards(name)}
 
 
@@ -58,7 +57,7 @@ def _store(state: Mapping[str, Tensor], folder: Path, name: str) -> None:
 
 
 def index_of(name: str) -> str:
-    """The name of the index of shards, as the library that names shards so writes it."""
+    """The name of a shard index, as the library that uses such names writes it."""
     stem, end = name.replace("-#-of-00002", "").replace(".fp16", "").split(".")
     variant = ".fp16" * ("fp16" in name)
     is_old = name.endswith(f".fp16.{end}")

@@ -1,12 +1,10 @@
 """Tiny random-weight IF cascades in the published folder layout, for tests.
 
-The architecture is IF's own, block for block; only the numbers are small. Nothing here is trained:
-what such a cascade draws is noise, but it draws it through the same code as the published models.
+The architecture is IF's own, block for block; only the numbers are small. Such a cascade draws
+noise, but through the same code as the published models.
 """
 
 import string
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,18 +74,23 @@ class RandomCascade:
     stage_2: Path
     stage_3: Path
 
+    def stage(self, number: int) -> Path:
+        """The folder of a stage."""
+        return (self.stage_1, self.stage_2, self.stage_3)[number - 1]
+
 
 def save_random_cascade(folder: Path, *, guarded: bool = False, seed: int = 0) -> RandomCascade:
     """Save a random cascade: 16 px, 64 px and the x4 upscaler.
 
     Args:
-        folder: where to; receives ``stage_1``, ``stage_2`` and ``stage_3``.
+        folder: receives ``stage_1``, ``stage_2`` and ``stage_3``.
         guarded: with IF's safety checker (random too) and its watermarker. Stage I then has 32 px,
-            as the watermark is less than a pixel wide on 16.
+            since the watermark would be less than a pixel wide on 16.
         seed: the seed of all weights; the global generator is left as it was.
     """
     cascade = RandomCascade(folder / "stage_1", folder / "stage_2", folder / "stage_3")
-    with _seeded(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         shared = {"tokenizer": t5_tokenizer(), "text_encoder": t5_encoder()}
         IFPipeline(
             **shared,
@@ -107,7 +110,7 @@ def save_random_cascade(folder: Path, *, guarded: bool = False, seed: int = 0) -
 
 
 def scheduler(sample_max_value: float) -> DDPMScheduler:
-    """IF's noise schedule, with the published field that it has for DPM-Solvers alone."""
+    """IF's noise schedule, with the published field that only DPM-Solvers read."""
     own = {"sample_max_value": sample_max_value, "lambda_min_clipped": -5.1}
     return DDPMScheduler.from_config(SCHEDULER | own)
 
@@ -189,7 +192,7 @@ def upscaler() -> StableDiffusionUpscalePipeline:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges are none: one token a character."""
+    """A CLIP tokenizer without merges: one token for each character."""
     letters = [*string.ascii_lowercase, *string.digits, ",", ".", "'", "-"]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     special = ["<|startoftext|>", "<|endoftext|>"]
@@ -218,10 +221,3 @@ def _guards(guarded: bool) -> dict[str, object]:
         "feature_extractor": CLIPImageProcessor(size=32, crop_size=32),
         "watermarker": watermarker,
     }
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

@@ -78,9 +78,9 @@ def test_what_cannot_be_recorded_runs_without_and_says_so(caplog: pytest.LogCapt
 def test_200_fast_steps_are_the_plain_ones_within_the_noise_of_bf16(
     random_cascade: RandomCascade, stage: int
 ) -> None:
-    """Noise is how far diffusers' own blocks in bf16, run as they are, stray from float32."""
+    """Noise is the distance of diffusers' own blocks in bf16 from float32."""
     cuda = torch.device("cuda")
-    source = Source(str({1: random_cascade.stage_1, 2: random_cascade.stage_2}[stage]), stage)
+    source = Source(str(random_cascade.stage(stage)), stage)
 
     def plain(dtype: torch.dtype) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_pretrained(

@@ -1,5 +1,7 @@
 """The fused LoRA of frozen layers, against its definition in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,14 @@ from unets.lora_layers import AdaptedConv2d, AdaptedLinear, fuse_adapters
 
 RANK, ALPHA = 3, 5.0
 
+SCALE = ALPHA / RANK
+
 
 def relative(found: Tensor, right: Tensor) -> float:
     return float((found.detach().double() - right.detach()).norm() / right.detach().norm())
 
 
-def adapted(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def fused(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """A frozen layer with a fused LoRA whose B is not zero."""
     model = nn.Sequential(layer)
     freeze(model)
@@ -28,48 +32,44 @@ def adapted(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return model[0]
 
 
+def check(layer: nn.Module, inputs: Tensor, define: Callable[..., Tensor]) -> Tensor:
+    """Hold result and gradients to ``define`` of input, weight, bias, A and B in float64."""
+    base = layer.base_layer
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    result = layer(inputs.requires_grad_())
+    gradient = torch.randn_like(result)
+    result.backward(gradient)
+    x, a64, b64 = exact = [t.detach().double().requires_grad_() for t in (inputs, a, b)]
+    expected = define(x, base.weight.detach().double(), base.bias.detach().double(), a64, b64)
+    expected.backward(gradient.double())
+    assert relative(result, expected) < 1e-5
+    for mine, right in zip((inputs, a, b), exact, strict=True):
+        assert relative(mine.grad, right.grad) < 1e-5
+    return result
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (1, 1), (3, 2)])
 def test_a_convolution_and_its_lora(kernel: int, stride: int) -> None:
     torch.manual_seed(0)
-    plain = nn.Conv2d(8, 12, kernel, stride, kernel // 2)
-    weight, bias = plain.weight.detach().double(), plain.bias.detach().double()
-    layer = adapted(plain, Conv2d)
+    layer = fused(nn.Conv2d(8, 12, kernel, stride, kernel // 2), Conv2d)
     assert isinstance(layer, AdaptedConv2d)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     pictures = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-    pictures.requires_grad_()
-    result = layer(pictures)
-    gradient = torch.randn_like(result)
-    result.backward(gradient)
 
-    exact = [t.detach().double().requires_grad_() for t in (pictures, a, b)]
-    inputs, a64, b64 = exact
-    hidden = F.conv2d(inputs, a64, None, stride, kernel // 2)
-    expected = F.conv2d(inputs, weight, bias, stride, kernel // 2)
-    expected = expected + ALPHA / RANK * F.conv2d(hidden, b64)
-    expected.backward(gradient.double())
-    assert relative(result, expected) < 1e-5
-    for mine, right in zip((pictures, a, b), exact, strict=True):
-        assert relative(mine.grad, right.grad) < 1e-5
+    def define(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        hidden = F.conv2d(x, a, None, stride, kernel // 2)
+        return F.conv2d(x, weight, bias, stride, kernel // 2) + SCALE * F.conv2d(hidden, b)
+
+    result = check(layer, pictures, define)
     without, offset = layer.without_bias(pictures)
     assert torch.allclose(without + offset.view(1, -1, 1, 1), result, atol=1e-5)
 
 
 def test_a_linear_and_its_lora() -> None:
     torch.manual_seed(0)
-    plain = nn.Linear(8, 12)
-    weight, bias = plain.weight.detach().double(), plain.bias.detach().double()
-    layer = adapted(plain, Linear)
+    layer = fused(nn.Linear(8, 12), Linear)
     assert isinstance(layer, AdaptedLinear)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    rows = torch.randn(2, 5, 8, requires_grad=True)
-    result = layer(rows)
-    gradient = torch.randn_like(result)
-    result.backward(gradient)
-    exact = [t.detach().double().requires_grad_() for t in (rows, a, b)]
-    inputs, a64, b64 = exact
-    expected = F.linear(inputs, weight, bias) + ALPHA / RANK * inputs @ a64.T @ b64.T
-    expected.backward(gradient.double())
-    assert relative(result, expected) < 1e-5
-    for mine, right in zip((rows, a, b), exact, strict=True):
-        assert relative(mine.grad, right.grad) < 1e-5
+    check(
+        layer,
+        torch.randn(2, 5, 8),
+        lambda x, weight, bias, a, b: F.linear(x, weight, bias) + SCALE * x @ a.T @ b.T,
+    )

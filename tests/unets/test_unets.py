@@ -1,6 +1,7 @@
 """Frozen, quantised and fused UNets against diffusers' own."""
 
-import json
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -24,15 +25,28 @@ from unets.lora_layers import AdaptedLinear, fuse_adapters
 CPU = torch.device("cpu")
 
 
-def folder(cascade: RandomCascade, stage: int) -> Path:
-    return {1: cascade.stage_1, 2: cascade.stage_2}[stage]
+def check_fusing(
+    unet: UNet2DConditionModel,
+    fuse: Callable[[UNet2DConditionModel], None],
+    parameters: Iterable[nn.Parameter] = (),
+) -> None:
+    """Fusing changes neither the output nor the gradients of the input and of parameters."""
+    inputs = inputs_of(unet)
+    wanted = [inputs["sample"].requires_grad_(), *parameters]
+    results = []
+    for prepare in (lambda unet: None, fuse):
+        prepare(unet)
+        output = unet(**inputs).sample
+        results.append((output, *torch.autograd.grad(output.square().sum(), wanted)))
+    for plain, fused in zip(*results, strict=True):
+        assert torch.allclose(plain, fused, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_loaded_unet_is_the_one_that_diffusers_loads(
     random_cascade: RandomCascade, stage: int
 ) -> None:
-    place = folder(random_cascade, stage)
+    place = random_cascade.stage(stage)
     theirs = UNet2DConditionModel.from_pretrained(place, subfolder="unet").eval()
     theirs.requires_grad_(False)  # of trainable weights PyTorch may choose other kernels
     ours = Source(str(place), stage).unet("fp32", CPU)
@@ -49,19 +63,10 @@ def test_a_loaded_unet_is_the_one_that_diffusers_loads(
 def test_fused_blocks_compute_what_diffusers_computes(
     random_cascade: RandomCascade, stage: int
 ) -> None:
-    unet = Source(str(folder(random_cascade, stage)), stage).unet("fp32", CPU)
-    inputs = inputs_of(unet)
-    inputs["sample"].requires_grad_()
-    results = []
-    for fused in (False, True):
-        if fused:
-            fuse_blocks(unet)
-        output = unet(**inputs).sample
-        results.append((output, *torch.autograd.grad(output.square().sum(), inputs["sample"])))
+    unet = Source(str(random_cascade.stage(stage)), stage).unet("fp32", CPU)
+    check_fusing(unet, fuse_blocks)
     assert any(isinstance(block, FusedResnetBlock2D) for block in unet.modules())
     assert {type(each) for each in unet.attn_processors.values()} == {RowAttention}
-    for plain, fused in zip(*results, strict=True):
-        assert torch.allclose(plain, fused, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
 @pytest.mark.parametrize("channels", [8, 6])
@@ -93,28 +98,12 @@ def test_a_fused_lora_computes_what_peft_computes(
     for index, parameter in enumerate(parameters.values()):
         torch.manual_seed(index)
         nn.init.normal_(parameter, std=0.1)
-    inputs = inputs_of(unet)
-    inputs["sample"].requires_grad_()
-    results = []
-    for fused in (False, True):
-        if fused:
-            fuse_adapters(unet)
-        output = unet(**inputs).sample
-        results.append(
-            (
-                output,
-                *torch.autograd.grad(
-                    output.square().sum(), [inputs["sample"], *parameters.values()]
-                ),
-            )
-        )
+    check_fusing(unet, fuse_adapters, parameters.values())
     assert any(isinstance(layer, AdaptedLinear) for layer in unet.modules())
-    for plain, fused in zip(*results, strict=True):
-        assert torch.allclose(plain, fused, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
 def test_a_fused_lora_does_what_peft_is_asked_for(random_cascade: RandomCascade) -> None:
-    """Dropout, float32 beside a UNet in bf16, and no adapter at all are PEFT's own affair."""
+    """PEFT itself runs dropout, float32 in a UNet of bf16, and layers without an adapter."""
     unet = Source(str(random_cascade.stage_1), 1).unet("bf16", CPU).train()
     attach(unet, AdapterSpec(dropout=0.5))
     fuse_adapters(unet)
@@ -134,16 +123,16 @@ def test_a_fused_lora_does_what_peft_is_asked_for(random_cascade: RandomCascade)
 def test_a_quantised_layer_is_the_plain_layer_of_its_restored_weight(format: str) -> None:  # noqa: A002
     torch.manual_seed(0)
     kept: list[torch.Tensor] = []
-    for layer, shape in (
-        (nn.Linear(64, 96), (5, 64)),
-        (nn.Conv2d(64, 32, 3, padding=1, stride=2), (2, 64, 9, 9)),
+    for kind, sizes, shape in (
+        (nn.Linear, (64, 96), (5, 64)),
+        (nn.Conv2d, (64, 32, 3, 2, 1), (2, 64, 9, 9)),
     ):
+        layer, twin = kind(*sizes), kind(*sizes)
         original = layer.weight.detach().clone()
         freeze(layer)
         quantise(layer, original, format, torch.float32)
         error = (layer.weight - original).norm() / original.norm()
         assert error < {"int8": 0.02, "nf4": 0.15}[format]
-        twin = type(layer).__mro__[3](*_arguments(layer))
         twin.load_state_dict({"weight": layer.weight.contiguous(), "bias": layer.bias})
         x = torch.randn(shape, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -153,12 +142,6 @@ def test_a_quantised_layer_is_the_plain_layer_of_its_restored_weight(format: str
         dy = torch.randn_like(output)
         mine, theirs = (torch.autograd.grad(y, x, dy)[0] for y in (output, twin(x)))
         assert torch.allclose(mine, theirs, atol=1e-5)
-
-
-def _arguments(layer: nn.Module) -> tuple[object, ...]:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    return layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
 
 
 def test_nf4_is_bitsandbytes_own() -> None:
@@ -177,7 +160,7 @@ def test_a_quantised_unet_stores_its_convolutions_and_linears_quantised(
     stage: int,
     format: str,  # noqa: A002
 ) -> None:
-    source = Source(str(folder(random_cascade, stage)), stage)
+    source = Source(str(random_cascade.stage(stage)), stage)
     plain, unet = source.unet("fp32", CPU), source.unet(format, CPU)
     quantised = {name for name, module in unet.named_modules() if isinstance(module, Quantised)}
     assert quantised == set(quantisable(plain))
@@ -218,8 +201,7 @@ def test_weights_in_several_files_and_variants_load(
 ) -> None:
     pipe = IFPipeline.from_pretrained(random_cascade.stage_1)
     pipe.unet.half().save_pretrained(tmp_path / "unet", max_shard_size="100KB", variant="fp16")
-    config = json.loads((random_cascade.stage_1 / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps(config))
+    shutil.copy(random_cascade.stage_1 / "model_index.json", tmp_path)
     unet = Source(str(tmp_path), 1, variant="fp16").unet("fp32", CPU)
     for name, parameter in pipe.unet.named_parameters():
         assert torch.equal(parameter.float(), unet.get_parameter(name))
