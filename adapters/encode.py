@@ -18,7 +18,7 @@ from adapters.base.source import Source, source_of
 from adapters.cascade.embeds import save_embeds
 from adapters.errors import command_line
 from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
-from unets.loading import PRECISIONS, automatic_precision
+from unets.loading import automatic_precision
 
 TEXT_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 """What a text encoder's weights are kept in; in fp16 T5-XXL overflows."""
@@ -82,7 +82,7 @@ def encode(
     captions = dict.fromkeys(prompts, "the prompt")
     check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
     check_vocabulary(captions, source.tokenizer(), clean_caption=clean_caption)
-    pipe = source.text_pipeline(precision, PRECISIONS.get(precision, torch.bfloat16), device)
+    pipe = source.text_pipeline(precision, device)
     options = {"do_classifier_free_guidance": False, "device": device}
     rows = [
         pipe.encode_prompt(prompt, **options, clean_caption=clean_caption)[0]

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from adapters.cascade.tokens import prompt_tokens
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
 from benchmarks.random_model import save_random_model
@@ -104,7 +103,8 @@ def measure(configuration: Configuration, model: Path) -> dict[str, Any]:
     """Predict, then train some steps and look."""
     recipe = configuration.recipe(model)
     stage, device = STAGES[configuration.stage], torch.device("cuda")
-    rehearsal = Rehearsal.of(recipe, stage, device, prompt_tokens())
+    sources = {each.number: recipe.source(each) for each in STAGES.values()}
+    rehearsal = Rehearsal.of(stage, recipe.training(stage), sources, device)
     predicted = rehearsal.footprint()
     batch = random_batch(rehearsal.batch(configuration.batch_size), device)
     trainee = load_trainee(recipe, stage, device)

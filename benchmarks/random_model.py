@@ -34,7 +34,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from adapters.base.guards import GUARDS
+from adapters.base.source import GUARDS
 from tests.builders.random_cascade import clip_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -21,8 +21,8 @@ from diffusers import IFPipeline
 from PIL import Image
 
 from adapters import load_cascade
+from adapters.base.estimates import PROMPT_TOKENS
 from adapters.cascade.sampling import Sampling
-from adapters.cascade.tokens import prompt_tokens
 from benchmarks.against_peer import UNETS
 from benchmarks.machine import ROOT, machine
 from benchmarks.random_model import save_random_model
@@ -37,7 +37,7 @@ Draw = Callable[[int], Sequence[Image.Image]]
 def embeddings(count: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Random encodings of prompts, and of the empty caption."""
     draw = torch.Generator().manual_seed(0)
-    size = (count, prompt_tokens(), width)
+    size = (count, PROMPT_TOKENS, width)
     return tuple(torch.randn(size, generator=draw).to(DEVICE, dtype) for _ in range(2))
 
 

@@ -21,8 +21,8 @@ from adapters.errors import UserError, command_line
 from finetune.data.captions import captions_of, embed_captions
 from finetune.data.pictures import Picture, load_pictures
 from finetune.data.prior import class_pictures
-from finetune.memory.fit import out_of_memory, plan
-from finetune.plan import plan_text
+from finetune.memory.fit import explain_out_of_memory, plan
+from finetune.memory.report import format_plan
 from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.run.folders import Folders, check_recipe, finished
@@ -80,7 +80,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
     try:
         run(recipe, pending, pictures, accelerator)
     except torch.OutOfMemoryError:
-        raise out_of_memory(recipe, accelerator.device) from None
+        raise explain_out_of_memory(recipe, accelerator.device) from None
     if accelerator.is_main_process:
         accelerator.print(
             f"Adapters:    {folders.adapters}\n"
@@ -112,7 +112,7 @@ def run(
 def say_plan(recipe: Recipe, device: torch.device) -> None:
     """Print what the run will take; that it cannot be told is no reason to stop."""
     try:
-        tqdm.write(plan_text(plan(recipe, device)))
+        tqdm.write(format_plan(plan(recipe, device)))
     except (UserError, RuntimeError) as error:
         tqdm.write(f"What this run will take could not be foreseen: {error!r}")
 

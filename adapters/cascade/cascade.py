@@ -19,7 +19,7 @@ from adapters.cascade.conditioning import Conditioning, Options, Prompt, every_s
 from adapters.cascade.drawing import Drawn, Request, draw, upscale
 from adapters.cascade.embeds import look_up
 from adapters.cascade.memory_budget import TEXT
-from adapters.cascade.offload import Placing
+from adapters.cascade.offload import Placement
 from adapters.cascade.overview import as_html, as_text, overview, precision_of
 from adapters.cascade.provenance import PictureInfo, signed, used_adapters
 from adapters.cascade.redraw import WAYS, Given, Redraw
@@ -40,7 +40,7 @@ class Cascade(AdaptedStages):
     """Stage III, with its own text encoder."""
     text: IFPipeline | None
     """The tokenizer and text encoder of Stage I and II; ``None``: embeddings must be given."""
-    placing: Placing
+    placing: Placement
     """Where its parts are."""
     revision: str | None = None
     """The hub revision of Stage I and II, which saved pictures name."""
@@ -287,7 +287,7 @@ class Cascade(AdaptedStages):
             clean_caption=clean_caption,
             redraw=redraw,
         )
-        sampling = self.placing.limited(sampling or WAYS[conditioning.way].sampling)
+        sampling = self.placing.limit(sampling or WAYS[conditioning.way].sampling)
         check_drawing(self._pipelines(), conditioning, sampling, low_res)
         return self._draw(conditioning, sampling, low_res, progress)
 
@@ -314,7 +314,7 @@ class Cascade(AdaptedStages):
             except torch.OutOfMemoryError:
                 raise _out_of_memory(number, conditioning, sampling) from None
             finally:
-                if self.placing.scarce:  # it takes room, and reads weights where they are now
+                if self.placing.is_scarce:  # it takes room, and reads weights where they are now
                     self.free_graphs()
             pixels = drawn[number].pixels
         first = drawn[1].pixels if 1 in drawn else low_res

@@ -26,7 +26,7 @@ def merged_card(
         adapters: what was merged, and how much of each.
         variant: that of its UNet's files.
     """
-    pipeline = PIPELINES[source.stage].__name__
+    pipeline = PIPELINES[source.stage]
     options = f', variant="{variant}"' if variant else ""
     infos = [adapter.info for adapter, _ in adapters if adapter.info is not None]
     prompts = dict.fromkeys(prompt for info in infos for prompt in info.prompts)

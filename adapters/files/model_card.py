@@ -137,7 +137,7 @@ def ours(infos: Sequence[AdapterInfo]) -> str:
 
 def with_diffusers(info: AdapterInfo) -> str:
     """How plain diffusers loads a stage, or its approximation."""
-    pipeline = PIPELINES[info.stage].__name__
+    pipeline = PIPELINES[info.stage]
     revision = f', revision="{info.base_revision}"' * bool(info.base_revision)
     return (
         f"Stage {info.stage} with diffusers alone.{caution(info)}\n\n"

@@ -29,14 +29,6 @@ from unets.memory import free_memory
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """The subfolders of a model that decide on its text encodings."""
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "int8": torch.bfloat16,
-    "nf4": torch.bfloat16,
-}
-"""The precision of what is not quantised, and of the encodings."""
-
 WHOLE_BYTES = 2**28
 """Up to this size, a model's file is hashed whole; a larger one in blocks."""
 
@@ -217,7 +209,7 @@ def text_pipeline(recipe: Recipe, precision: str, device: torch.device) -> Itera
     It draws no pictures, so the components that guard pictures are not loaded either.
     """
     source = recipe.source(STAGES[1])
-    pipeline = source.text_pipeline(precision, DTYPES[precision], device)
+    pipeline = source.text_pipeline(precision, device)
     try:
         yield pipeline
     finally:
