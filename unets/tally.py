@@ -41,7 +41,7 @@ def reserved(allocated: float) -> int:
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     """The bytes of tensors together; one that comes twice is counted once."""
     distinct = {id(tensor): tensor for tensor in tensors}.values()
-    return sum(tensor.numel() * tensor.element_size() for tensor in distinct)
+    return sum(tensor.nbytes for tensor in distinct)
 
 
 class Tally(TorchDispatchMode):
@@ -91,7 +91,7 @@ class Tally(TorchDispatchMode):
         new = [self._allocate(tensor) for tensor in results]
         if any(new) or not results:  # a view moves nothing
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self.moved_bytes += sum(_bytes(tensor) for tensor in inputs + results)
+            self.moved_bytes += sum(tensor.nbytes for tensor in inputs + results)
             self.operations += 1
         return result
 
@@ -145,7 +145,3 @@ class _StandIns(TorchFunctionMode):
             return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
         own = {"generator": torch.Generator()} if function is torch.rand else {}
         return function(*args, **(kwargs or {}), **own)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,7 +1,6 @@
 """The files of a model's components: which of them are read, and how they get here.
 
-A component's weights may be stored in several precisions (variants) and formats, whole or in
-shards. The variant that is asked for is read, or else the plain files; of these the safetensors
+The variant of weights that is asked for is read, or else the plain files; of these the safetensors
 files, or else the pickled ``.bin`` files, which are converted once.
 """
 
@@ -19,15 +18,10 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import huggingface_hub  # which imports its parts when they are used
 from filelock import FileLock
-from huggingface_hub import (
-    cached_assets_path,
-    constants,
-    get_cached_repo_tree,
-    snapshot_download,
-)
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
@@ -65,22 +59,26 @@ LOADING_ERRORS = (
 """Errors of diffusers and transformers where files are missing or hold something else."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The files that hold one component's weights."""
+class Form(NamedTuple):
+    """The way in which weights are stored; the form to prefer sorts first."""
 
-    names: tuple[str, ...]
-    """In the order of shards."""
     is_plain: bool
     """Whether they lack the variant that was asked for."""
+    is_pickled: bool
+    shards: int
+    has_old_names: bool
+    """Whether the variant stands at the end of the shards' names."""
+    stem: str
 
 
-def choose_weights(component: str, names: Iterable[str], variant: str | None) -> Weights:
-    """Choose the weights to read of a component.
+def choose_weights(
+    component: str, names: Iterable[str], variant: str | None
+) -> tuple[list[str], Form]:
+    """Choose the files of a component's weights, in the order of shards.
 
     Args:
         component: its name, for messages.
-        names: of all files in its folder.
+        names: the files in its folder.
         variant: the one to prefer, such as ``fp16``; ``None``: the plain files.
 
     Raises:
@@ -88,38 +86,36 @@ def choose_weights(component: str, names: Iterable[str], variant: str | None) ->
             is missing.
         ValueError: where two complete sets lie side by side.
     """
-    # by shard, of each set; sets sort by precision, safer format, fewer shards and newer names
-    sets: dict[tuple[bool, bool, int, bool, str], dict[int, str]] = defaultdict(dict)
+    sets: dict[Form, dict[int, str]] = defaultdict(dict)
     others = set()
     for match in filter(None, map(WEIGHTS.fullmatch, sorted(names))):
-        own, old, pickled = match["variant"], match["old_variant"], match["format"] == "bin"
-        if (own or old) not in (variant, None):
-            others.add(own or old)
+        own, old = match["variant"] or match["old_variant"], bool(match["old_variant"])
+        if own not in (variant, None):
+            others.add(own)
             continue
-        shards = int(match["total"] or 1)
-        form = ((own or old) != variant, pickled, shards, bool(old), match["stem"])
+        pickled, shards = match["format"] == "bin", int(match["total"] or 1)
+        form = Form(own != variant, pickled, shards, old, match["stem"])
         sets[form][int(match["number"] or 1)] = match[0]
     if not sets:
         only = f"weights of the variant {listed(sorted(others))} only" if others else "no weights"
         raise FileNotFoundError(f"its {component} has {only}")
-    missing = {form: sorted({*range(1, form[2] + 1)} - sets[form].keys()) for form in sets}
+    missing = {form: sorted({*range(1, form.shards + 1)} - sets[form].keys()) for form in sets}
     best = min(sets, key=lambda form: (form[:2], bool(missing[form]), form))
-    files, is_plain, shards = sets[best], best[0], best[2]
+    files = sets[best]
     if missing[best]:
         raise FileNotFoundError(
-            f"of the {shards} shards of its {component}, {len(missing[best])} are not there"
+            f"of the {best.shards} shards of its {component}, {len(missing[best])} are not there"
             f" (number {listed(map(str, missing[best]))}); only {listed(files.values())}"
         )
     for form, rival in sets.items():
         # a whole file is read rather than shards, and newer names rather than old ones
-        other_shards = form[2] != shards > 1
-        other_stem = form[2:4] == best[2:4] and form != best
-        if form[:2] == best[:2] and not missing[form] and (other_shards or other_stem):
+        is_rival = form.shards != best.shards > 1 or form[:4] == best[:4]
+        if form[:2] == best[:2] and form != best and not missing[form] and is_rival:
             raise ValueError(
                 f"the weights of its {component} are there twice, as {listed(files.values())} and"
                 f" as {listed(rival.values())}; remove one of them"
             )
-    return Weights(tuple(files[number] for number in sorted(files)), is_plain)
+    return [files[number] for number in sorted(files)], best
 
 
 @dataclass(frozen=True)
@@ -159,9 +155,7 @@ class ModelFiles:
                 " (owner/name, owner/name@revision); correct the path."
             )
         with asking_the_hub(self.name):
-            return Path(
-                snapshot_download(self.name, revision=self.revision, allow_patterns=[INDEX])
-            )
+            return self._download(self.revision, [INDEX])
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -187,7 +181,7 @@ class ModelFiles:
         if self._is_here:
             return {}
         try:
-            files = get_cached_repo_tree(self.name, revision=self.root.name)
+            files = huggingface_hub.get_cached_repo_tree(self.name, revision=self.root.name)
         except CachedRepoTreeNotFoundError:  # downloaded by an older client, and now offline
             return {}
         return {file.path: file.size for file in files}
@@ -201,7 +195,7 @@ class ModelFiles:
         """The files that a component needs: configuration and weights, or all that it has."""
         names = self._names(component)
         if self._has_weights(component):
-            names = [CONFIG, *self._weights(component).names]
+            names = [CONFIG, *self._weights(component)[0]]
         return [f"{component}/{name}" for name in names]
 
     def absent_bytes(self, component: str) -> list[int]:
@@ -218,15 +212,14 @@ class ModelFiles:
             return self.root
         with self.reading():
             # the commit rather than the branch: all files of a model are of one moment
-            commit = self.root.name
-            return Path(snapshot_download(self.name, revision=commit, allow_patterns=list(places)))
+            return self._download(self.root.name, places)
 
     def read_config(self, place: str) -> dict[str, Any]:
         """Read a configuration file, such as ``unet/config.json``."""
         with self.reading():
-            text = (self.fetch([place]) / place).read_text(encoding="utf-8")
+            path = self.fetch([place]) / place
             try:
-                config = json.loads(text)
+                config = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"its {place} must be a JSON object ({error})") from error
             if not isinstance(config, dict):
@@ -239,15 +232,15 @@ class ModelFiles:
 
         What is read instead of what was asked for is printed, once.
         """
-        weights = self._weights(component)
+        names, form = self._weights(component)
         folder = self.fetch(self.places(component)) / component
-        if weights.is_plain:
+        if form.is_plain:
             _print_once(
                 f"{component} of {self.name}: no {self.variant} variant,"
-                f" {'the plain file is' if len(weights.names) == 1 else 'plain files are'} read"
+                f" {'the plain file is' if len(names) == 1 else 'plain files are'} read"
             )
         with self.reading():
-            return [as_safetensors(folder / name, self.name) for name in weights.names]
+            return [as_safetensors(folder / name, self.name) for name in names]
 
     @contextmanager
     def plain_folder(self, components: Collection[str]) -> Iterator[Path]:
@@ -273,12 +266,16 @@ class ModelFiles:
     def _is_here(self) -> bool:
         return Path(self.name).is_dir()
 
+    def _download(self, revision: str | None, places: Iterable[str]) -> Path:
+        download = huggingface_hub.snapshot_download
+        return Path(download(self.name, revision=revision, allow_patterns=list(places)))
+
     def _has_weights(self, component: str) -> bool:
         names = set(self._names(component))
         weights = any(map(WEIGHTS.fullmatch, names))
         return weights or (CONFIG in names and not names & OTHER_CONFIGS)
 
-    def _weights(self, component: str) -> Weights:
+    def _weights(self, component: str) -> tuple[list[str], Form]:
         with self.reading():
             return choose_weights(component, self._names(component), self.variant)
 
@@ -307,11 +304,11 @@ def as_safetensors(path: Path, model: str) -> Path:
 
     file = path.resolve()  # the hub's cache names files by their content
     identity = f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
-    folder = cached_assets_path(
+    folder = huggingface_hub.cached_assets_path(
         "deepfloyd-if-finetune",
         "safetensors",
         hashlib.sha256(identity.encode()).hexdigest()[:16],
-        assets_dir=constants.HF_ASSETS_CACHE,
+        assets_dir=huggingface_hub.constants.HF_ASSETS_CACHE,
     )
     converted = folder / f"{path.stem}.safetensors"
     with FileLock(folder / ".lock"):  # of several processes, one converts
@@ -330,31 +327,21 @@ def _read_pickled(path: Path, model: str) -> "dict[str, Tensor]":
 
     from adapters.base.tensor_files import DTYPE_NAMES
 
-    def is_plain(value: object) -> bool:
-        """Whether a value has a place in a safetensors file."""
-        return (
-            isinstance(value, torch.Tensor)
-            and (value.device.type, value.layout) == ("cpu", torch.strided)
-            and not value.is_quantized
-            and value.dtype in DTYPE_NAMES
-        )
-
     try:
         # files of before PyTorch 1.6 are no archives, and cannot be mapped
         mapped = zipfile.is_zipfile(path)
         with warnings.catch_warnings(action="ignore"):  # what is wrong with it is said below
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        plain = all(t.layout == torch.strided and t.dtype in DTYPE_NAMES for t in found.values())
     except Exception:  # what is not PyTorch's may fail anywhere in its reader
-        found = None
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and is_plain(value) for name, value in found.items()
-    ):
+        plain = False
+    if not plain:
         raise UserError(
             f"{path.parent.name}/{path.name} of {model} must be a file of PyTorch with plain"
             " tensors, but is damaged or holds something else, such as code, none of which was run;"
             " download it again, or name a model with safetensors weights."
         )
-    return {name: value.detach() for name, value in found.items()}
+    return {str(name): tensor.detach() for name, tensor in found.items()}
 
 
 def _link_weights(files: Sequence[Path], folder: Path) -> None:

@@ -3,8 +3,11 @@
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPConfig
 
-from adapters.base.source import Source, text_dtype
+from adapters.base.component_files import CONFIG
+from adapters.base.guards import SafetyChecker
+from adapters.base.source import CHECKER, Source, text_dtype
 from unets.tally import META, total_bytes
 
 PROMPT_TOKENS = 77
@@ -24,7 +27,12 @@ def text_encoder_bytes(source: Source, precision: str) -> tuple[int, int]:
 
 def safety_checker_bytes(source: Source, dtype: torch.dtype) -> int:
     """The bytes of a stage's safety checker, which visits the device wherever the stage draws."""
-    return total_bytes(source.blank_safety_checker(dtype))
+    if not source.has_safety_checker:
+        return 0
+    config = source.files.read_config(f"{CHECKER}/{CONFIG}")
+    with source.files.reading(), META:
+        checker = SafetyChecker(CLIPConfig.from_dict(config)).to(dtype)
+    return total_bytes(checker.state_dict().values())
 
 
 def drawing_inputs(

@@ -31,7 +31,7 @@ class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is unty
         self, clip_input: Tensor, images: np.ndarray | Tensor, **thresholds: float
     ) -> tuple[np.ndarray | Tensor, list[bool], list[bool]]:
         """Blacken flagged pictures of ``images``, [N, ...] in any layout, in place."""
-        with visiting([self], clip_input.device):
+        with visit([self], clip_input.device):
             if not isinstance(images, Tensor):
                 return super().forward(clip_input, images, **thresholds)
             flags = super().forward(clip_input, np.zeros(len(images)), **thresholds)[1:]
@@ -40,7 +40,7 @@ class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is unty
 
 
 @contextmanager
-def visiting(models: Collection[nn.Module], device: torch.device) -> Iterator[None]:
+def visit(models: Collection[nn.Module], device: torch.device) -> Iterator[None]:
     """Copy models' weights to a device, and drop the copies afterwards, as work changes none."""
     resting: dict[int, Tensor] = {}
 

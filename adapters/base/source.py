@@ -5,19 +5,18 @@ Recipes name sources, so this module imports what is heavy where it is used.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.base.component_files import CONFIG, ModelFiles
-from adapters.base.hub import split_revision
+from adapters.base.hub import STAGE_FOLDERS, split_revision
 from adapters.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DDPMScheduler, DiffusionPipeline, IFPipeline, UNet2DConditionModel
-    from torch import Tensor
     from transformers import T5EncoderModel, T5Tokenizer
 
 PIPELINES = {1: "IFPipeline", 2: "IFSuperResolutionPipeline", 3: "StableDiffusionUpscalePipeline"}
@@ -105,20 +104,6 @@ class Source:
                     components[CHECKER] = SafetyChecker.from_pretrained(place, **options)
                 pipeline = getattr(diffusers, PIPELINES[self.stage])
                 return pipeline.from_pretrained(folder, **components, **options)
-
-    def blank_safety_checker(self, dtype: "torch.dtype") -> "list[Tensor]":
-        """The weights of its safety checker without values; empty where it has none of IF's."""
-        import torch
-        from transformers import CLIPConfig
-
-        from adapters.base.guards import SafetyChecker
-
-        if not self.has_safety_checker:
-            return []
-        config = self.files.read_config(f"{CHECKER}/{CONFIG}")
-        with self.files.reading(), torch.device("meta"):
-            checker = SafetyChecker(CLIPConfig.from_dict(config))
-            return list(checker.to(dtype).state_dict().values())
 
     def unet(self, precision: str, device: "torch.device") -> "UNet2DConditionModel":
         """Load the stage's UNet, frozen, in a precision of :func:`unets.loading.empty_unet`."""
@@ -217,13 +202,13 @@ def source_of(name: str, revision: str | None = None, variant: str | None = None
     Raises:
         UserError: where there is no such model, or one of another class.
     """
-    candidates = [Source(name, stage, revision, variant) for stage in (1, 2)]
-    for source in candidates:
-        if source.class_name == PIPELINES[source.stage]:
-            return source
+    source = Source(name, 1, revision, variant)
+    for stage in (1, 2):
+        if source.class_name == PIPELINES[stage]:
+            return replace(source, stage=stage)
     raise UserError(
         f"A base is a model of class {PIPELINES[1]} or {PIPELINES[2]}, but {name} is a"
-        f" {candidates[0].class_name}; name Stage I or II."
+        f" {source.class_name}; name Stage I or II."
     )
 
 
@@ -237,7 +222,7 @@ def sources_of(
     """
     sources: dict[int, Source] = {}
     for name in names:
-        folders = [Path(name) / "stage_1", Path(name) / "stage_2"]
+        folders = [Path(name) / folder for folder in STAGE_FOLDERS]
         for place in [str(folder) for folder in folders if folder.is_dir()] or [name]:
             source = source_of(place, revision, variant)
             if source.stage in sources:

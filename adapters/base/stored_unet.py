@@ -49,16 +49,12 @@ class StoredUNet:
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The shape and precision of every weight by name, on the meta device, in model order."""
-        wanted, found = self._blank.state_dict(), {}
+        wanted, stored = self._blank.state_dict(), self._stored
+        odd = [n for n in wanted if n not in stored or stored[n][1].shape != wanted[n].shape]
         with self.model.reading():
-            for file in set(self._files.values()):
-                with safe_open(file, "pt") as opened:
-                    for name in wanted.keys() & set(opened.keys()):
-                        found[name] = opened.get_tensor(name).to("meta")
-            odd = [n for n in wanted if n not in found or found[n].shape != wanted[n].shape]
             if odd:
                 raise ValueError(f"missing, or of another shape than {CONFIG} says: {listed(odd)}")
-        return {name: found[name] for name in wanted}
+        return {name: stored[name][1] for name in wanted}
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -85,16 +81,19 @@ class StoredUNet:
         for as long as the file is open.
         """
         _ = self.weights  # checks that all of them are there
-        with self.model.reading(), safe_open(self._files[name], "pt", backend="pread") as opened:
+        file, _ = self._stored[name]
+        with self.model.reading(), safe_open(file, "pt", backend="pread") as opened:
             return opened.get_tensor(name)
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        files: dict[str, Path] = {}
+    def _stored(self) -> dict[str, tuple[Path, Tensor]]:
+        """The file of every stored weight, and the weight on the meta device."""
+        stored: dict[str, tuple[Path, Tensor]] = {}
         for file in self.model.safetensors(self.part):
             with self.model.reading(), safe_open(file, "pt") as opened:
-                files |= dict.fromkeys(opened.keys(), file)
-        return files
+                names = opened.keys()
+                stored |= {name: (file, opened.get_tensor(name).to("meta")) for name in names}
+        return stored
 
     @cached_property
     def _blank(self) -> UNet2DConditionModel:

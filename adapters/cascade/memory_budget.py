@@ -34,6 +34,10 @@ UNFUSED = 1.35
 AT_ONCE = (8, 4, 2, 1)
 """How many pictures may be drawn at once."""
 
+PartMemory = tuple[int, Mapping[int, int]]
+"""The bytes of a part's weights; and of its work beside them, by pictures at once, the visiting
+safety checker included."""
+
 
 @dataclass(frozen=True)
 class Arrangement:
@@ -88,16 +92,6 @@ class Budget:
         ]
         last = f"{self.at_once} at a time, {self.peak / GIB:.1f} GiB of the GPU foreseen"
         return "\n".join([*parts, f"  pictures      {last}"])
-
-
-@dataclass(frozen=True)
-class PartMemory:
-    """The memory that a part of a cascade takes, in bytes."""
-
-    weights: int
-    working: Mapping[int, int]
-    """Beside the weights while it works, by pictures at once; the visiting safety checker is
-    included."""
 
 
 def parse_memory(memory: str, what: str = "memory") -> float:
@@ -172,7 +166,7 @@ def choose_arrangement(
         source = parts[part]
         if part == TEXT:
             weights, largest = text_encoder_bytes(source, precision)
-            return PartMemory(weights, dict.fromkeys(AT_ONCE, largest))
+            return weights, dict.fromkeys(AT_ONCE, largest)
         if source.stage == 3:
             return _upscaler(source, sources[max(number for number in sources if number < 3)])
         return _stage(source, precision, (adapters or {}).get(source.stage, ()))
@@ -180,13 +174,11 @@ def choose_arrangement(
     peaks = []
     for arrangement in ARRANGEMENTS:
         taken = {part: estimate(part, arrangement.precision(part)) for part in parts}
-        weights = {part: each.weights for part, each in taken.items()}
-        resident = sum(size for part, size in weights.items() if part not in arrangement.away)
+        weights = {part: own for part, (own, _) in taken.items()}
+        moved = {part: own if part in arrangement.away else 0 for part, own in weights.items()}
+        resident = sum(weights.values()) - sum(moved.values())
         for at_once in AT_ONCE:
-            using = max(
-                each.working[at_once] + (each.weights if part in arrangement.away else 0)
-                for part, each in taken.items()
-            )
+            using = max(working[at_once] + moved[part] for part, (_, working) in taken.items())
             peaks.append(reserved(resident + using))
             if peaks[-1] <= budget:
                 return Budget(arrangement, at_once, weights, peaks[-1])
@@ -201,7 +193,7 @@ def _stage(source: Source, precision: Precision, adapters: Sequence[StageAdapter
     unet = blank_unet(source.unet_config, precision, GPU)
     weights = [*unet.state_dict().values(), *lay_over(unet, adapters)]
     drawing, guard = _drawing(unet, weights), safety_checker_bytes(source, unet.dtype)
-    return PartMemory(total_bytes(weights), {n: size + guard for n, size in drawing.items()})
+    return total_bytes(weights), {n: size + guard for n, size in drawing.items()}
 
 
 def lay_over(unet: UNet2DConditionModel, adapters: Sequence[StageAdapter]) -> list[Tensor]:
@@ -247,7 +239,7 @@ def _upscaler(source: Source, below: Source) -> PartMemory:
     decoding = forward_bytes(vae.decode, {"z": latent}, weights) + total_bytes([latent])
     drawing, guard = _drawing(unet, weights, size_px), safety_checker_bytes(below, torch.bfloat16)
     working = {n: int(UNFUSED * max(size, decoding)) + guard for n, size in drawing.items()}
-    return PartMemory(total_bytes(weights), working)
+    return total_bytes(weights), working
 
 
 def _drawing(

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from adapters.base.guards import visiting
+from adapters.base.guards import visit
 from adapters.base.source import CHECKER
 from adapters.cascade.sampling import Sampling
 
@@ -46,7 +46,7 @@ class Placement:
         """Keep a part on its device, which is the current one."""
         on_gpu = self.device.type == "cuda"
         current = torch.cuda.device(self.device) if on_gpu else nullcontext()
-        with current, visiting(_models(pipe) if part in self.resting else (), self.device):
+        with current, visit(_models(pipe) if part in self.resting else (), self.device):
             yield
 
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from adapters.base.estimates import text_encoder_bytes
 from adapters.base.source import Source
+from adapters.cascade.memory_budget import AT_ONCE, GPU
 from adapters.errors import UserError
 from adapters.weights.kinds import AdapterSpec
 from finetune.memory.footprint import Footprint, Rehearsal
@@ -17,13 +18,8 @@ from finetune.step.stages import STAGES, Stage
 from unets.loading import automatic_precision
 from unets.tally import GIB, reserved
 
-GPU = torch.device("cuda")
-
 BASES = ("bf16", "nf4")
 """The precisions of a base that settings are chosen from: the fastest, and the smallest."""
-
-SAMPLED_AT_ONCE = (8, 4, 2, 1)
-"""How many pictures may be sampled at once, where a choice is to be made."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +189,7 @@ def fit(recipe: Recipe, budget: float) -> Fit:
         footprints = {stage: choice.footprint for stage, choice in chosen.items()}
         sections = {stage.name: choice.training for stage, choice in chosen.items()}
         settled = recipe.model_copy(update={"text": text, **sections})
-        for at_once in SAMPLED_AT_ONCE:
+        for at_once in AT_ONCE:
             changed = _sample_at_once(settled, at_once)
             phases = _phases(changed, GPU, rehearsals, footprints)
             if max(phase.bytes for phase in phases) <= budget:

@@ -101,26 +101,21 @@ class Rehearsal:
 
     def batch(self, batch_size: int) -> Batch:
         """A batch of the stage's shapes."""
-        config, dtype = self.trainee.unet.config, self.trainee.unet.dtype
-        pixels = torch.empty(batch_size, 3, config.sample_size, config.sample_size, device=META)
-        text_size = (batch_size, PROMPT_TOKENS, config.encoder_hid_dim)
-        integers = torch.empty(batch_size, dtype=torch.int64, device=META)
-        low_res = {}
+        unet, n = self.trainee.unet, batch_size
+        picture = (n, 3, unet.config.sample_size, unet.config.sample_size)
+        floats = {"pixels": picture, "noise": picture, "weight": (n,)}
+        integers = {"timesteps": (n,), "dropout_keys": (n, 2)}
         if self.low_res_px is not None:
-            size = (batch_size, 3, self.low_res_px, self.low_res_px)
-            low_res = {
-                "low_res": torch.empty(size, device=META),
-                "low_res_noise": torch.empty_like(pixels),
-                "noise_level": torch.empty_like(integers),
+            floats |= {
+                "low_res": (n, 3, self.low_res_px, self.low_res_px),
+                "low_res_noise": picture,
             }
+            integers |= {"noise_level": (n,)}
+        text = (n, PROMPT_TOKENS, unet.config.encoder_hid_dim)
         return Batch(
-            pixels=pixels,
-            prompt_embeds=torch.empty(text_size, dtype=dtype, device=META),
-            weight=torch.empty(batch_size, device=META),
-            noise=torch.empty_like(pixels),
-            timesteps=integers,
-            dropout_keys=torch.empty(batch_size, 2, dtype=torch.int64, device=META),
-            **low_res,
+            **{name: torch.empty(shape, device=META) for name, shape in floats.items()},
+            **{n: torch.empty(s, dtype=torch.int64, device=META) for n, s in integers.items()},
+            prompt_embeds=torch.empty(text, dtype=unet.dtype, device=META),
         )
 
     def footprint(self, batch_size: int | None = None) -> Footprint:

@@ -3,15 +3,13 @@
 from collections.abc import Iterator
 
 from adapters.base.source import GUARDS
-from adapters.cascade.memory_budget import parse_memory
+from adapters.cascade.memory_budget import GPU, parse_memory
 from adapters.tables import format_table
 from finetune.data.captions import TEXT_PARTS
-from finetune.memory.fit import GPU, Plan, fit, plan
+from finetune.memory.fit import Plan, fit, plan
 from finetune.recipe.schema import Recipe
 from finetune.step.stages import STAGES
 from unets.tally import GIB
-
-Row = tuple[str, ...]
 
 LIBRARIES_BYTES = 0.6 * GIB
 """The main memory of a process that has imported the trainer, and done nothing yet."""
@@ -26,7 +24,7 @@ def format_plan(plan: Plan) -> str:
     return "\n".join([format_table(_stages(plan)), "", format_table(phases), "", last])
 
 
-def _stages(plan: Plan) -> Iterator[Row]:
+def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
     """The rows of each stage's memory in training and arithmetic."""
     where, kept = ("GPU", ", kept by the CUDA graph")
     if plan.device.type == "cpu":
@@ -92,7 +90,7 @@ def format_downloads(recipe: Recipe) -> str:
         UserError: where a base lacks weights that the run needs.
     """
     draws = bool(recipe.validation.prompts or (recipe.prior and not recipe.prior.folder))
-    rows: list[Row] = []
+    rows: list[tuple[str, ...]] = []
     everything: list[int] = []
     for stage in dict.fromkeys((STAGES[1], *recipe.trained)):
         files = recipe.source(stage).files
