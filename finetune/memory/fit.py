@@ -23,6 +23,20 @@ BASES = ("bf16", "nf4")
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A stage's section of a recipe, and the memory and time that it takes."""
+
+    training: Training
+    rehearsal: Rehearsal
+    footprint: Footprint
+
+    @property
+    def work(self) -> float:
+        """A measure of the time of an optimizer step."""
+        return self.training.accumulation * self.footprint.work
+
+
+@dataclass(frozen=True)
 class Phase:
     """A part of a run, and the bytes that PyTorch reserves of the GPU in it."""
 
@@ -36,7 +50,7 @@ class Plan:
 
     recipe: Recipe
     device: torch.device
-    footprints: Mapping[Stage, Footprint]
+    choices: Mapping[Stage, Choice]
     """Of each stage that is trained."""
     phases: tuple[Phase, ...]
     """In the order of the run."""
@@ -57,13 +71,12 @@ def plan(recipe: Recipe, device: torch.device = GPU) -> Plan:
     Raises:
         UserError: where a base's configuration is not there, or a target matches nothing.
     """
-    sources = _sources(recipe)
-    rehearsals = {
-        stage: Rehearsal.of(stage, recipe.training(stage), sources, device)
-        for stage in recipe.trained
-    }
-    footprints = {stage: each.footprint() for stage, each in rehearsals.items()}
-    return Plan(recipe, device, footprints, tuple(_phases(recipe, device, rehearsals, footprints)))
+    sources, choices = _sources(recipe), {}
+    for stage in recipe.trained:
+        training = recipe.training(stage)
+        rehearsal = Rehearsal.of(stage, training, sources, device)
+        choices[stage] = Choice(training, rehearsal, rehearsal.footprint())
+    return Plan(recipe, device, choices, tuple(_phases(recipe, device, choices)))
 
 
 def _sources(recipe: Recipe) -> dict[int, Source]:
@@ -72,60 +85,45 @@ def _sources(recipe: Recipe) -> dict[int, Source]:
 
 
 def _phases(
-    recipe: Recipe,
-    device: torch.device,
-    rehearsals: Mapping[Stage, Rehearsal],
-    footprints: Mapping[Stage, Footprint],
+    recipe: Recipe, device: torch.device, choices: Mapping[Stage, Choice]
 ) -> Iterator[Phase]:
     """The phases of a run; drawing resides beside what training keeps."""
     prior, validation = recipe.prior, recipe.validation
     if recipe.text.device == "auto":
         size = _text_bytes(recipe.text, recipe.source(STAGES[1]), device)
         yield Phase("encoding captions", size)
+    rehearsals = {stage: choice.rehearsal for stage, choice in choices.items()}
     below, draws_prior = STAGES[1], prior is not None and not prior.folder
     if below not in rehearsals and (validation.prompts or draws_prior):
         # in the precision of the stage that needs its pictures; that one's adapter may fit none of
         # its modules, while the default one fits any and takes next to nothing
-        other = next(iter(rehearsals))
-        untrained = recipe.training(other).model_copy(update={"adapter": AdapterSpec()})
-        first = Rehearsal.of(below, untrained, _sources(recipe), device)
+        other = next(iter(choices.values())).training
+        untrained = other.model_copy(update={"adapter": AdapterSpec()})
+        first = Rehearsal.of(below, untrained, {1: recipe.source(below)}, device)
         rehearsals = {below: first, **rehearsals}
     if prior is not None and draws_prior:
         at_once = min(prior.count, prior.sampling.batch_size)
         weights = sum(each.weights_bytes for each in rehearsals.values())
         most = max(each.drawing_bytes(at_once) for each in rehearsals.values())
         yield Phase("class pictures", reserved(weights + most))
-    for stage, footprint in footprints.items():
+    for stage, choice in choices.items():
+        resident = choice.footprint.resident
         at_once = min(len(validation.prompts), validation.sampling.batch_size)
         if at_once and stage.super_resolution:
             sampler = rehearsals[below]
             drawing = sampler.weights_bytes + sampler.drawing_bytes(at_once)
             name = f"{stage.name}, {below.name}'s samples"
-            yield Phase(name, reserved(footprint.resident + drawing))
-        yield Phase(f"{stage.name}, training", footprint.reserved)
+            yield Phase(name, reserved(resident + drawing))
+        yield Phase(f"{stage.name}, training", choice.footprint.reserved)
         if at_once:
-            drawing = rehearsals[stage].drawing_bytes(at_once)
-            yield Phase(f"{stage.name}, validation", reserved(footprint.resident + drawing))
+            drawing = choice.rehearsal.drawing_bytes(at_once)
+            yield Phase(f"{stage.name}, validation", reserved(resident + drawing))
 
 
 def _text_bytes(text: Text, source: Source, device: torch.device) -> int:
     """The bytes that PyTorch reserves while captions are encoded."""
     precision = automatic_precision(device) if text.precision == "auto" else text.precision
     return reserved(sum(text_encoder_bytes(source, precision)))
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A stage's section with other settings, and the memory and time that it takes."""
-
-    training: Training
-    rehearsal: Rehearsal
-    footprint: Footprint
-
-    @property
-    def work(self) -> float:
-        """A measure of the time of an optimizer step."""
-        return self.training.accumulation * self.footprint.work
 
 
 def fitting_settings(
@@ -167,9 +165,9 @@ class Fit:
 
     choices: Mapping[Stage, Sequence[Choice]]
     """By stage, the fastest first; empty where nothing fits."""
-    recipe: Recipe | None
-    """The recipe with the settings; ``None``: nothing fits."""
-    overrides: tuple[str, ...]
+    plan: Plan | None = None
+    """The recipe with the settings, planned; ``None``: nothing fits."""
+    overrides: tuple[str, ...] = ()
     """Its differences from the recipe that was given, as the command line takes them."""
 
 
@@ -181,21 +179,19 @@ def fit(recipe: Recipe, budget: float) -> Fit:
         for stage in recipe.trained
     }
     if not all(choices.values()):
-        return Fit(choices, None, ())
+        return Fit(choices)
     text = _fit_text(recipe.text, sources[1], budget)
     for rank in range(max(map(len, choices.values()))):  # the fastest of all stages, then the next
         chosen = {stage: found[min(rank, len(found) - 1)] for stage, found in choices.items()}
-        rehearsals = {stage: choice.rehearsal for stage, choice in chosen.items()}
-        footprints = {stage: choice.footprint for stage, choice in chosen.items()}
         sections = {stage.name: choice.training for stage, choice in chosen.items()}
         settled = recipe.model_copy(update={"text": text, **sections})
         for at_once in AT_ONCE:
             changed = _sample_at_once(settled, at_once)
-            phases = _phases(changed, GPU, rehearsals, footprints)
-            if max(phase.bytes for phase in phases) <= budget:
+            planned = Plan(changed, GPU, chosen, tuple(_phases(changed, GPU, chosen)))
+            if planned.peak.bytes <= budget:
                 trees = (each.model_dump(mode="json") for each in (recipe, changed))
-                return Fit(choices, changed, tuple(_differences("", *trees)))
-    return Fit(choices, None, ())
+                return Fit(choices, planned, tuple(_differences("", *trees)))
+    return Fit(choices)
 
 
 def _fit_text(text: Text, source: Source, budget: float) -> Text:
@@ -233,7 +229,7 @@ def explain_out_of_memory(recipe: Recipe, device: torch.device) -> UserError:
     # the plan may have fitted by calculation and was no good, so the next smaller one is wanted
     found = fit(recipe, min(available, 0.97 * taken.bytes))
     advice = "no settings of this recipe fit, so take a smaller base"
-    if found.recipe:
+    if found.plan:
         advice = f"give the overrides {' '.join(found.overrides)}"
     return UserError(
         f"The GPU ran out of memory: PyTorch can have {available / GIB:.1f} GiB of it, and the"

@@ -6,7 +6,7 @@ from adapters.base.source import GUARDS
 from adapters.cascade.memory_budget import GPU, parse_memory
 from adapters.tables import format_table
 from finetune.data.captions import TEXT_PARTS
-from finetune.memory.fit import Plan, fit, plan
+from finetune.memory.fit import Plan, fit
 from finetune.recipe.schema import Recipe
 from finetune.step.stages import STAGES
 from unets.tally import GIB
@@ -29,8 +29,8 @@ def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
     where, kept = ("GPU", ", kept by the CUDA graph")
     if plan.device.type == "cpu":
         where, kept = ("Main", "")
-    yield (f"{where} memory in training, GiB", *(stage.name for stage in plan.footprints))
-    parts = plan.footprints.values()
+    yield (f"{where} memory in training, GiB", *(stage.name for stage in plan.choices))
+    parts = [choice.footprint for choice in plan.choices.values()]
     yield ("frozen weights", *(_gib(part.weights) for part in parts))
     yield ("adapter and its gradient", *(_gib(part.adapter) for part in parts))
     yield ("optimizer's state", *(_gib(part.optimizer) for part in parts))
@@ -39,7 +39,7 @@ def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield ("workspaces and fragmentation", *(_gib(size) for size in rest))
     yield ("in all", *(_gib(part.reserved) for part in parts))
 
-    own = [plan.recipe.training(stage) for stage in plan.footprints]
+    own = [choice.training for choice in plan.choices.values()]
     flops = [part.flops * each.accumulation for part, each in zip(parts, own, strict=True)]
     yield ("base", *(each.precision_on(plan.device) for each in own))
     yield ("pictures a step", *(f"{each.batch_size * each.accumulation:,}" for each in own))
@@ -73,11 +73,11 @@ def format_fit(recipe: Recipe, vram: str) -> str:
             for choice in choices
         ]
         blocks.append(format_table(rows) if choices else f"{stage.name}: nothing fits.")
-    if found.recipe is None:
+    if found.plan is None:
         return "\n\n".join([*blocks, "No settings of this recipe fit: take a smaller base."])
     overrides = " ".join(found.overrides) or "(none: the recipe fits as it is)"
     fastest = f"The fastest, as overrides:\n{overrides}"
-    return "\n\n".join([*blocks, fastest, format_plan(plan(found.recipe))])
+    return "\n\n".join([*blocks, fastest, format_plan(found.plan)])
 
 
 def format_downloads(recipe: Recipe) -> str:
