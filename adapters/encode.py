@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adapters.atomic import check_out
 from adapters.command import command_parser, run_command
-from unets.precision import automatic_precision, dtype_of
+from unets.precision import automatic_precision
 
 TEXT_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 """The precisions of a text encoder's weights; in fp16 T5-XXL overflows."""
@@ -53,7 +53,7 @@ def _encode(options: argparse.Namespace) -> Path:
     check_texts(prompts)
     check_captions(prompts, **cleaning, setting=KEEP_IN_PYTHON)
     check_vocabulary(prompts, source.tokenizer(), **cleaning)
-    pipe = source.text_pipeline(precision, dtype_of(precision), device)
+    pipe = source.text_pipeline(precision, device)
     rows = [  # one by one, so that an encoding does not depend on its company
         pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=device, **cleaning)[0]
         for prompt in tqdm(prompts, "Encoding", delay=2)

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from adapters.cascade.tokens import prompt_tokens
 from adapters.tables import format_table
 from benchmarks.machine import parser, prepare_models, write_report
 from finetune.memory.footprint import Rehearsal
 from finetune.recipe.schema import Recipe
 from finetune.run.loop import load_trainee
 from finetune.step.inputs import Batch
+from finetune.step.stages import STAGES
 from unets.tally import GIB
 
 CONFIGURATIONS = (
@@ -74,7 +74,8 @@ def measure(name: str, model: Path) -> dict[str, Any]:
     """Predict, then measure some steps of training."""
     recipe = recipe_of(name, model)
     (stage,), device = recipe.trained, torch.device("cuda")
-    rehearsal = Rehearsal.of(recipe, stage, device, prompt_tokens())
+    sources = {each.number: recipe.source(each) for each in STAGES.values()}
+    rehearsal = Rehearsal.of(stage, recipe.training(stage), sources, device)
     predicted = rehearsal.footprint()
     batch = random_batch(rehearsal.batch(recipe.training(stage).batch_size), device)
     trainee = load_trainee(stage, recipe.training(stage), recipe.source(stage), 0, device)

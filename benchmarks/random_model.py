@@ -36,7 +36,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from adapters.base.guards import GUARDS
+from adapters.base.source import GUARDS
 from benchmarks.machine import ROOT, SIZES
 from tests.builders.random_cascade import clip_tokenizer, scheduler
 

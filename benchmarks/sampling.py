@@ -21,8 +21,8 @@ from diffusers import IFPipeline
 from PIL import Image
 
 from adapters import Parts, load_cascade
+from adapters.base.estimates import PROMPT_TOKENS
 from adapters.cascade.sampling import Sampling, StageSampling
-from adapters.cascade.tokens import prompt_tokens
 from adapters.tables import format_table
 from benchmarks.machine import parser, prepare_models, write_report
 from unets.precision import PRECISIONS, dtype_of
@@ -41,7 +41,7 @@ Draw = Callable[[int], Sequence[Image.Image]]
 def embeddings(count: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Random encodings of prompts, and of the empty caption."""
     draw = torch.Generator().manual_seed(0)
-    size = (count, prompt_tokens(), width)
+    size = (count, PROMPT_TOKENS, width)
     return tuple(torch.randn(size, generator=draw).to(DEVICE, dtype) for _ in range(2))
 
 

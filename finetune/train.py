@@ -55,8 +55,8 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
 
     from adapters.atomic import write_text
     from finetune.data.pictures import load_pictures
-    from finetune.memory.fit import out_of_memory, plan
-    from finetune.plan import plan_text
+    from finetune.memory.fit import explain_out_of_memory, plan
+    from finetune.memory.report import format_plan
     from finetune.run.folders import Folders, check_recipe, is_finished, select_identity
     from finetune.run.loop import train_stage
     from unets.fused_norms import compile_ahead
@@ -87,7 +87,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
 
     def print_plan() -> None:
         try:
-            tqdm.write(plan_text(plan(recipe, device)))
+            tqdm.write(format_plan(plan(recipe, device)))
         except (UserError, RuntimeError) as error:  # no reason to stop
             tqdm.write(f"The memory of this run cannot be estimated: {error!r}")
 
@@ -100,7 +100,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
             for stage in pending:
                 train_stage(recipe, stage, material, accelerator)
     except torch.OutOfMemoryError:
-        raise out_of_memory(recipe, device) from None
+        raise explain_out_of_memory(recipe, device) from None
     board = "tensorboard"
     program = board if shutil.which(board) else str(Path(sys.executable).with_name(board))
     accelerator.print(

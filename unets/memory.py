@@ -1,4 +1,4 @@
-"""The memory of a device: the most that was taken, and giving back what is free."""
+"""The memory of a device, measured and given back."""
 
 import gc
 import resource
@@ -16,14 +16,14 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give a GPU's memory that nothing refers to any more back to it."""
+    """Give memory that nothing refers to any more back to a GPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Measure from now on: what came before training is freed and no longer counts on a GPU."""
+    """Free memory and measure a GPU's peak from now on, so that it is that of training alone."""
     free_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,8 +1,7 @@
-"""What a computation takes, found out without doing it: on tensors that have no values.
+"""The memory and work of a computation, counted on tensors that have no values.
 
-On the meta device PyTorch computes shapes only, so the step of a model of any size is run through
-within seconds on any machine, and each of its operations tells what it allocates, computes and
-moves.
+On the meta device PyTorch computes shapes only, so that a step of a model of any size runs within
+seconds on any machine, while each of its operations is seen to allocate, compute and move bytes.
 """
 
 import weakref
@@ -22,46 +21,46 @@ META = torch.device("meta")
 GIB = 2**30
 
 DRIVER_BYTES = 0.5 * GIB
-"""What the driver and CUDA's own context keep of a card's memory."""
+"""The part of a card's memory that the driver and CUDA's own context keep."""
 
 WORKSPACE_BYTES = 0.25 * GIB
-"""What cuBLAS and cuDNN keep for themselves in PyTorch's memory."""
+"""The part of PyTorch's memory that cuBLAS and cuDNN keep for themselves."""
 
 FRAGMENTATION = 0.03
 """The share of memory that lies idle between allocations."""
 
 ALLOCATION_BYTES = 512
-"""What PyTorch's CUDA allocator rounds sizes up to."""
+"""The multiple that PyTorch's CUDA allocator rounds sizes up to."""
 
 
 def reserved(allocated: float) -> int:
-    """What PyTorch reserves of a GPU where so many bytes are allocated at once."""
+    """The bytes that PyTorch reserves of a GPU where so many are allocated at once."""
     return int(allocated * (1 + FRAGMENTATION) + WORKSPACE_BYTES)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     """The bytes of tensors together; one that comes twice is counted once."""
     distinct = {id(tensor): tensor for tensor in tensors}.values()
-    return sum(tensor.numel() * tensor.element_size() for tensor in distinct)
+    return sum(tensor.nbytes for tensor in distinct)
 
 
 class Tally(TorchDispatchMode):
-    """Counts what is done within it: memory at its highest, floating-point operations, bytes.
+    """Count the operations done within it: peak memory, floating-point operations, bytes moved.
 
     Args:
-        resident: tensors that are there anyway, such as weights; they are not counted.
+        resident: tensors that are not counted, as they exist before, such as weights.
     """
 
     def __init__(self, resident: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.peak_bytes = 0
-        """The most that was allocated at once."""
+        """The most bytes that were allocated at once."""
         self.flops = 0
         """Floating-point operations of matrix products and convolutions."""
         self.moved_bytes = 0
-        """What all operations together read and write."""
+        """Bytes that all operations together read and write."""
         self.operations = 0
-        """How many operations do more than look at a tensor another way."""
+        """The number of operations that do more than view a tensor."""
         self._live_bytes = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in resident}
         self._stand_ins = _StandIns()
@@ -92,7 +91,7 @@ class Tally(TorchDispatchMode):
         new = [self._allocate(tensor) for tensor in results]
         if any(new) or not results:  # a view moves nothing
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self.moved_bytes += sum(_bytes(tensor) for tensor in inputs + results)
+            self.moved_bytes += sum(tensor.nbytes for tensor in inputs + results)
             self.operations += 1
         return result
 
@@ -113,8 +112,23 @@ class Tally(TorchDispatchMode):
         self._live_bytes -= size
 
 
+def forward_bytes(
+    forward: Callable[..., object], inputs: Mapping[str, Tensor], resident: Iterable[Tensor]
+) -> int:
+    """The most bytes that a forward pass allocates at once, beside its inputs.
+
+    Args:
+        forward: a model or function, which is run without gradients.
+        inputs: its keyword arguments.
+        resident: see :class:`Tally`.
+    """
+    with torch.no_grad(), Tally([*resident, *inputs.values()]) as tally:
+        forward(**inputs)
+    return tally.peak_bytes
+
+
 class _StandIns(TorchFunctionMode):
-    """What goes otherwise than with values.
+    """Functions that must run otherwise than with values.
 
     On the meta device attention would be its formula, with all its weights in memory. And PEFT's
     LoHa and LoKr draw a number for each layer, which must not be one of training's own draws.
@@ -131,7 +145,3 @@ class _StandIns(TorchFunctionMode):
             return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
         own = {"generator": torch.Generator()} if function is torch.rand else {}
         return function(*args, **(kwargs or {}), **own)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

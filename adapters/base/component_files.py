@@ -1,8 +1,7 @@
-"""The files of a model's components: which are read of those that are there, and how they come.
+"""The files of a model's components: which of them are read, and how they get here.
 
-A component's weights may lie there in several precisions (variants) and formats, whole or in
-shards. What is read is the variant that is asked for, or else the plain files; of these the
-safetensors, or else the pickled ``.bin`` files, which are converted once.
+The variant of weights that is asked for is read, or else the plain files; of these the safetensors
+files, or else the pickled ``.bin`` files, which are converted once.
 """
 
 import hashlib
@@ -19,34 +18,28 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from diffusers import DiffusionPipeline
+import huggingface_hub  # which imports its parts when they are used
 from filelock import FileLock
-from huggingface_hub import (
-    cached_assets_path,
-    constants,
-    get_cached_repo_tree,
-    snapshot_download,
-)
-from huggingface_hub.errors import CachedRepoTreeNotFoundError
-from safetensors import safe_open
-from torch import Tensor
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from adapters.base.hub import asking_the_hub
-from adapters.base.tensor_files import DTYPES, write_tensors
 from adapters.errors import UserError, listed
 
-INDEX = DiffusionPipeline.config_name
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model_index.json"
 """The file that names a model's components."""
 
 CONFIG = "config.json"
 """The configuration of a component with weights."""
 
 OTHER_CONFIGS = {"tokenizer_config.json", "scheduler_config.json", "preprocessor_config.json"}
-"""The configurations of those without."""
+"""The configurations of components without weights."""
 
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
@@ -59,112 +52,125 @@ WEIGHTS = re.compile(
 ``model.fp16-00001-of-00002.safetensors``, formerly ``model-00001-of-00002.fp16.safetensors``.
 Each shard says how many there are, so their index, whose name has varied too, is not needed."""
 
-SAFETENSORS_STEMS = {"pytorch_model": "model"}
-"""What safetensors files are called where pickled ones have another name."""
+LOADING_ERRORS = (
+    *(OSError, ValueError, SafetensorError),
+    *(TypeError, AttributeError, KeyError, NotImplementedError, StrictDataclassError),
+)
+"""Errors of diffusers and transformers where files are missing or hold something else."""
 
 
 class Form(NamedTuple):
-    """How weights are stored: the precision asked for comes first, then the safer format."""
+    """The way in which weights are stored; the form to prefer sorts first."""
 
-    plain: bool
-    """Whether they lack the variant that is asked for."""
-    pickled: bool
+    is_plain: bool
+    """Whether they lack the variant that was asked for."""
+    is_pickled: bool
     shards: int
-    old_names: bool
+    has_old_names: bool
     """Whether the variant stands at the end of the shards' names."""
+    stem: str
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The files that hold one component's weights."""
-
-    names: tuple[str, ...]
-    """In the order of shards."""
-    form: Form
-
-    @property
-    def stem(self) -> str:
-        """What diffusers or transformers name its safetensors files after."""
-        stem = self.names[0].partition(".")[0].partition("-")[0]
-        return SAFETENSORS_STEMS.get(stem, stem)
-
-
-def choose_weights(component: str, names: Iterable[str], variant: str | None) -> Weights:
-    """The weights to read of a component.
+def choose_weights(
+    component: str, names: Iterable[str], variant: str | None
+) -> tuple[list[str], Form]:
+    """Choose the files of a component's weights, in the order of shards.
 
     Args:
-        component: what messages call it.
-        names: of all files in its folder.
+        component: its name, for messages.
+        names: the files in its folder.
         variant: the one to prefer, such as ``fp16``; ``None``: the plain files.
 
     Raises:
         FileNotFoundError: where there are neither weights of the variant nor plain ones, or a shard
             is missing.
-        ValueError: where complete sets of different numbers of shards lie side by side.
+        ValueError: where two complete sets lie side by side.
     """
-    found: dict[Form, dict[int, str]] = defaultdict(dict)
-    others, twice = set(), []
+    sets: dict[Form, dict[int, str]] = defaultdict(dict)
+    others = set()
     for match in filter(None, map(WEIGHTS.fullmatch, sorted(names))):
-        own = match["variant"] or match["old_variant"]
-        if own in (variant, None):
-            shards, old = int(match["total"] or 1), bool(match["old_variant"])
-            form = Form(own != variant, match["format"] == "bin", shards, old)
-            number = int(match["number"] or 1)
-            twice += [match[0], found[form][number]] if number in found[form] else []
-            found[form][number] = match[0]
-        else:
+        own, old = match["variant"] or match["old_variant"], bool(match["old_variant"])
+        if own not in (variant, None):
             others.add(own)
-    if not found:
+            continue
+        pickled, shards = match["format"] == "bin", int(match["total"] or 1)
+        form = Form(own != variant, pickled, shards, old, match["stem"])
+        sets[form][int(match["number"] or 1)] = match[0]
+    if not sets:
         only = f"weights of the variant {listed(sorted(others))} only" if others else "no weights"
         raise FileNotFoundError(f"its {component} has {only}")
-
-    if twice:
-        raise ValueError(
-            f"the weights of its {component} lie there twice ({listed(sorted(set(twice)))}); remove"
-            " all but one set"
-        )
-
-    def missing(form: Form) -> list[int]:
-        return sorted(set(range(1, form.shards + 1)) - found[form].keys())
-
-    best = min(found, key=lambda form: (form[:2], bool(missing(form)), form))
-    if missing(best):
+    missing = {form: sorted({*range(1, form.shards + 1)} - sets[form].keys()) for form in sets}
+    best = min(sets, key=lambda form: (form[:2], bool(missing[form]), form))
+    files = sets[best]
+    if missing[best]:
         raise FileNotFoundError(
-            f"of the {best.shards} shards of its {component}, {len(missing(best))} are not there"
-            f" (number {listed(map(str, missing(best)))}); only {listed(found[best].values())}"
+            f"of the {best.shards} shards of its {component}, {len(missing[best])} are not there"
+            f" (number {listed(map(str, missing[best]))}); only {listed(files.values())}"
         )
-    complete = {form.shards for form in found if form[:2] == best[:2] and not missing(form)}
-    if best.shards > 1 and len(counts := list(map(str, sorted(complete)))) > 1:
-        raise ValueError(
-            f"the weights of its {component} lie there both in {' and in '.join(counts)} shards;"
-            " remove all but one set"
-        )
-    return Weights(tuple(found[best][number] for number in sorted(found[best])), best)
+    for form, rival in sets.items():
+        # a whole file is read rather than shards, and newer names rather than old ones
+        is_rival = form.shards != best.shards > 1 or form[:4] == best[:4]
+        if form[:2] == best[:2] and form != best and not missing[form] and is_rival:
+            raise ValueError(
+                f"the weights of its {component} are there twice, as {listed(files.values())} and"
+                f" as {listed(rival.values())}; remove one of them"
+            )
+    return [files[number] for number in sorted(files)], best
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model: a folder, or a repository of the hub that is downloaded in parts."""
+    """The files of a model: a folder, or a repository of the hub that is downloaded in parts.
+
+    All properties and methods raise a UserError where there is no such model, the hub does not show
+    it or cannot be reached, or files are missing or damaged.
+    """
 
     name: str
     """A folder or ``owner/name``."""
     revision: str | None = None
     variant: str | None = None
-    """That of weights that are preferred."""
+    """The variant of weights to prefer."""
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn errors of files that are missing or damaged into a UserError."""
+        try:
+            yield
+        except LOADING_ERRORS as error:
+            raise UserError(
+                f"The model {self.name!r} cannot be loaded; check its name, revision and variant,"
+                " and on the hub accept its licence and log in (hf auth login):"
+                f" {' '.join(str(error).split())}"
+            ) from error
 
     @cached_property
     def root(self) -> Path:
-        """The model's folder; of the hub's, that of the commit, with the model's index in it.
-
-        Raises:
-            UserError: where the hub has no such model, does not show it, or cannot be reached.
-        """
+        """The model's folder; of the hub's, that of the commit, with the model's index in it."""
         if self._is_here:
             return Path(self.name)
-        with asking_the_hub(self.name):
-            return Path(
-                snapshot_download(self.name, revision=self.revision, allow_patterns=[INDEX])
+        if self.name.count("/") != 1:
+            raise UserError(
+                f"The model {self.name!r} is neither a folder that exists nor a hub name"
+                " (owner/name, owner/name@revision); correct the path."
             )
+        with asking_the_hub(self.name):
+            return self._download(self.revision, [INDEX])
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The model's index: its components by name."""
+        return self.read_config(INDEX)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The model's components by name, and the class of each."""
+        # a name is a folder's too, and must not lead out of the model
+        return {
+            name: str(value[-1])
+            for name, value in self.index.items()
+            if name.isidentifier() and isinstance(value, list) and value and value[-1]
+        }
 
     @cached_property
     def listing(self) -> Mapping[str, int]:
@@ -175,7 +181,7 @@ class ModelFiles:
         if self._is_here:
             return {}
         try:
-            files = get_cached_repo_tree(self.name, revision=self.root.name)
+            files = huggingface_hub.get_cached_repo_tree(self.name, revision=self.root.name)
         except CachedRepoTreeNotFoundError:  # downloaded by an older client, and now offline
             return {}
         return {file.path: file.size for file in files}
@@ -185,58 +191,56 @@ class ModelFiles:
         """Whether it is known what files there are, rather than which are in the local cache."""
         return self._is_here or bool(self.listing)
 
-    def has_weights(self, component: str) -> bool:
-        """Whether a component is a network."""
-        names = set(self._names(component))
-        weights = any(map(WEIGHTS.fullmatch, names))
-        return weights or (CONFIG in names and not names & OTHER_CONFIGS)
-
-    def weights(self, component: str) -> Weights:
-        """The weights to read of a component, see :func:`choose_weights`."""
-        return choose_weights(component, self._names(component), self.variant)
-
     def places(self, component: str) -> list[str]:
         """The files that a component needs: configuration and weights, or all that it has."""
         names = self._names(component)
-        if self.has_weights(component):
-            names = [CONFIG, *self.weights(component).names]
+        if self._has_weights(component):
+            names = [CONFIG, *self._weights(component)[0]]
         return [f"{component}/{name}" for name in names]
 
     def absent_bytes(self, component: str) -> list[int]:
         """The sizes of the files that a component needs and that are still to be downloaded.
 
-        None of a folder, which need not hold any weights.
+        Empty for a folder, which need not hold any weights.
         """
-        if not self.listing:
-            return []
-        absent = (place for place in self.places(component) if not (self.root / place).is_file())
-        return [self.listing[place] for place in absent]
+        places = self.places(component) if self.listing else []
+        return [self.listing[place] for place in places if not (self.root / place).is_file()]
 
     def fetch(self, places: Iterable[str]) -> Path:
-        """The model's folder, once these files are in it."""
-        if self._is_here or not self.listing:  # then no others are to be had
+        """Download files where they are not here yet, and return the model's folder."""
+        if not self.listing:  # a folder, or no others are to be had
             return self.root
-        # the commit rather than the branch: all files of a model are of one moment
-        commit = self.root.name
-        wanted = list(places)
-        return Path(snapshot_download(self.name, revision=commit, allow_patterns=wanted))
+        with self.reading():
+            # the commit rather than the branch: all files of a model are of one moment
+            return self._download(self.root.name, places)
+
+    def read_config(self, place: str) -> dict[str, Any]:
+        """Read a configuration file, such as ``unet/config.json``."""
+        with self.reading():
+            path = self.fetch([place]) / place
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"its {place} must be a JSON object ({error})") from error
+            if not isinstance(config, dict):
+                kind = type(config).__name__
+                raise ValueError(f"its {place} must be a JSON object (got a {kind})")
+            return config
 
     def safetensors(self, component: str) -> list[Path]:
         """The safetensors files of a component's weights, downloaded or converted where need be.
 
-        What stands in for what was asked for is told, once.
-
-        Raises:
-            UserError: where a pickled file is damaged or holds more than tensors.
+        What is read instead of what was asked for is printed, once.
         """
-        weights = self.weights(component)
+        names, form = self._weights(component)
         folder = self.fetch(self.places(component)) / component
-        if weights.form.plain:
-            _say(
+        if form.is_plain:
+            _print_once(
                 f"{component} of {self.name}: no {self.variant} variant,"
-                f" {'the plain file is' if len(weights.names) == 1 else 'plain files are'} read"
+                f" {'the plain file is' if len(names) == 1 else 'plain files are'} read"
             )
-        return [as_safetensors(folder / name, self.name) for name in weights.names]
+        with self.reading():
+            return [as_safetensors(folder / name, self.name) for name in names]
 
     @contextmanager
     def plain_folder(self, components: Collection[str]) -> Iterator[Path]:
@@ -250,17 +254,30 @@ class ModelFiles:
             for component in components:
                 place = folder / component
                 here = (self.fetch(self.places(component)) / component).absolute()
-                if not self.has_weights(component):
+                if not self._has_weights(component):
                     place.symlink_to(here)
                     continue
                 place.mkdir()
                 (place / CONFIG).symlink_to(here / CONFIG)
-                _link_weights(self.safetensors(component), place, self.weights(component).stem)
+                _link_weights(self.safetensors(component), place)
             yield folder
 
     @property
     def _is_here(self) -> bool:
         return Path(self.name).is_dir()
+
+    def _download(self, revision: str | None, places: Iterable[str]) -> Path:
+        download = huggingface_hub.snapshot_download
+        return Path(download(self.name, revision=revision, allow_patterns=list(places)))
+
+    def _has_weights(self, component: str) -> bool:
+        names = set(self._names(component))
+        weights = any(map(WEIGHTS.fullmatch, names))
+        return weights or (CONFIG in names and not names & OTHER_CONFIGS)
+
+    def _weights(self, component: str) -> tuple[list[str], Form]:
+        with self.reading():
+            return choose_weights(component, self._names(component), self.variant)
 
     def _names(self, component: str) -> list[str]:
         if not self.listing:
@@ -283,52 +300,56 @@ def as_safetensors(path: Path, model: str) -> Path:
     """
     if path.suffix == ".safetensors":
         return path
+    from adapters.base.tensor_files import write_tensors
+
     file = path.resolve()  # the hub's cache names files by their content
     identity = f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
-    folder = cached_assets_path(
+    folder = huggingface_hub.cached_assets_path(
         "deepfloyd-if-finetune",
         "safetensors",
         hashlib.sha256(identity.encode()).hexdigest()[:16],
-        assets_dir=constants.HF_ASSETS_CACHE,
+        assets_dir=huggingface_hub.constants.HF_ASSETS_CACHE,
     )
     converted = folder / f"{path.stem}.safetensors"
     with FileLock(folder / ".lock"):  # of several processes, one converts
         if not converted.is_file():
             tensors = _read_pickled(path, model)
             write_tensors(converted, tensors, tensors.__getitem__)
-            _say(f"{path.parent.name} of {model}: {path.name} is converted to {converted}, once")
+            _print_once(
+                f"{path.parent.name} of {model}: {path.name} is converted to {converted}, once"
+            )
     return converted
 
 
-def _read_pickled(path: Path, model: str) -> dict[str, Tensor]:
-    """The tensors of a file that PyTorch has pickled; no code in it runs."""
+def _read_pickled(path: Path, model: str) -> "dict[str, Tensor]":
+    """Read the tensors of a file that PyTorch has pickled; no code in it runs."""
+    import torch
+
+    from adapters.base.tensor_files import DTYPE_NAMES
+
     try:
         # files of before PyTorch 1.6 are no archives, and cannot be mapped
         mapped = zipfile.is_zipfile(path)
         with warnings.catch_warnings(action="ignore"):  # what is wrong with it is said below
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        plain = all(t.layout == torch.strided and t.dtype in DTYPE_NAMES for t in found.values())
     except Exception:  # what is not PyTorch's may fail anywhere in its reader
-        found = None
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) and _is_plain(value)
-        for name, value in found.items()
-    ):
+        plain = False
+    if not plain:
         raise UserError(
             f"{path.parent.name}/{path.name} of {model} must be a file of PyTorch with plain"
             " tensors, but is damaged or holds something else, such as code, none of which was run;"
             " download it again, or name a model with safetensors weights."
         )
-    return {name: value.detach() for name, value in found.items()}
+    return {str(name): tensor.detach() for name, tensor in found.items()}
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has a place in a safetensors file."""
-    here = tensor.device.type == "cpu" and tensor.layout == torch.strided
-    return here and not tensor.is_quantized and tensor.dtype in DTYPES
-
-
-def _link_weights(files: Sequence[Path], folder: Path, stem: str) -> None:
+def _link_weights(files: Sequence[Path], folder: Path) -> None:
     """Link safetensors files as one plain file, or as shards and their index."""
+    match = WEIGHTS.fullmatch(files[0].name)
+    assert match is not None
+    # pickled files of transformers are named otherwise than its safetensors files
+    stem = "model" if match["stem"] == "pytorch_model" else match["stem"]
     if len(files) == 1:
         (folder / f"{stem}.safetensors").symlink_to(files[0].absolute())
         return
@@ -343,7 +364,7 @@ def _link_weights(files: Sequence[Path], folder: Path, stem: str) -> None:
 
 
 @cache
-def _say(line: str) -> None:
-    """Tell the user something on standard error, once; of several processes one does."""
+def _print_once(line: str) -> None:
+    """Print a line on standard error, once; of several processes, the first prints."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)

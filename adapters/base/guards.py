@@ -1,4 +1,4 @@
-"""The guards of a stage's pictures: the base's safety checker and watermarker."""
+"""IF's safety checker, which visits the device of the pictures that it is shown."""
 
 import logging
 from collections.abc import Collection, Iterator
@@ -10,12 +10,6 @@ from diffusers.pipelines.deepfloyd_if import IFSafetyChecker
 from torch import Tensor, nn
 from transformers import CLIPConfig
 
-CHECKER = "safety_checker"
-"""The component that always rests: it visits the device of the pictures that it is shown."""
-
-GUARDS = (CHECKER, "feature_extractor", "watermarker")
-"""The components that guard a stage's pictures; always kept as the base has them."""
-
 # diffusers prints every safety checker that is handed to it, layer by layer
 logging.getLogger("diffusers.pipelines.pipeline_loading_utils").addFilter(
     lambda record: "non-standard module" not in record.getMessage()
@@ -23,11 +17,10 @@ logging.getLogger("diffusers.pipelines.pipeline_loading_utils").addFilter(
 
 
 class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is untyped
-    """IF's safety checker, in main memory, such that it loads and runs with current libraries.
+    """IF's safety checker in main memory, made to load and run with current libraries.
 
-    It visits the device of the pictures that it is shown. In diffusers 0.42 it omits the
-    ``post_init`` without which transformers 5 cannot load it, and it blackens arrays only, while
-    the x4 upscaler hands it a tensor.
+    In diffusers 0.42 it omits the ``post_init`` without which transformers 5 cannot load it, and it
+    blackens arrays only, while the x4 upscaler hands it a tensor.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
@@ -38,7 +31,7 @@ class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is unty
         self, clip_input: Tensor, images: np.ndarray | Tensor, **thresholds: float
     ) -> tuple[np.ndarray | Tensor, list[bool], list[bool]]:
         """Blacken flagged pictures of ``images``, [N, ...] in any layout, in place."""
-        with visiting([self], clip_input.device):
+        with visit([self], clip_input.device):
             if not isinstance(images, Tensor):
                 return super().forward(clip_input, images, **thresholds)
             flags = super().forward(clip_input, np.zeros(len(images)), **thresholds)[1:]
@@ -47,8 +40,8 @@ class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is unty
 
 
 @contextmanager
-def visiting(models: Collection[nn.Module], device: torch.device) -> Iterator[None]:
-    """Models whose weights are copied to a device; the copies are dropped, as work changes none."""
+def visit(models: Collection[nn.Module], device: torch.device) -> Iterator[None]:
+    """Copy models' weights to a device, and drop the copies afterwards, as work changes none."""
     resting: dict[int, Tensor] = {}
 
     def there(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub, and its refusals in sentences."""
+"""Names on the Hugging Face hub, and sentences for its refusals."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -33,8 +33,8 @@ HUB_NAME = re.compile(
 
 MISTAKES: Mapping[type[Exception], str] = MappingProxyType(
     {
-        HFValidationError: "{name} is no hub name; write owner/name, in letters, digits, '-', '_'"
-        " and '.'.",
+        HFValidationError: "{name} is not a hub name; write owner/name, in letters, digits, '-',"
+        " '_' and '.'.",
         LocalTokenNotFoundError: "You are not logged in to the hub, which {name} needs; run"
         " `hf auth login` with a token that may write, or set HF_TOKEN.",
         GatedRepoError: "{name} is gated; accept its terms at {endpoint}/{repo}, and log in with"
@@ -52,7 +52,7 @@ MISTAKES: Mapping[type[Exception], str] = MappingProxyType(
         " the connection and HF_ENDPOINT.",
     }
 )
-"""What can go wrong on the way to the hub, the particular before the general."""
+"""Sentences for errors of the hub's client, the particular before the general."""
 
 REFUSALS: Mapping[int, str] = MappingProxyType(
     {
@@ -63,7 +63,7 @@ REFUSALS: Mapping[int, str] = MappingProxyType(
         413: "The hub refuses a file of {name} as too large ({reason}); export with a lower rank.",
     }
 )
-"""What the hub answers, by HTTP status."""
+"""Sentences for the hub's answers, by HTTP status."""
 
 REFUSED = "The hub refuses {name}: {reason}"
 
@@ -87,17 +87,17 @@ def with_revision(name: str, revision: str | None) -> str:
 
 @contextmanager
 def asking_the_hub(name: str) -> Iterator[None]:
-    """Turn what goes wrong between here and the hub over a hub name into a UserError."""
+    """Turn errors between here and the hub over a hub name into a UserError."""
     try:
         yield
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         # the hub's client wraps what went wrong with a single file
         cause = error.__cause__ if isinstance(error, RuntimeError) else None
-        raise UserError(sentence(cause or error, name)) from None
+        raise UserError(_explain(cause or error, name)) from None
 
 
-def sentence(error: BaseException, name: str) -> str:
-    """What an error of the hub's client means, and what to do."""
+def _explain(error: BaseException, name: str) -> str:
+    """Say what an error of the hub's client means, and what to do."""
     known = next((text for kind, text in MISTAKES.items() if isinstance(error, kind)), REFUSED)
     reason = str(error)
     if isinstance(error, HfHubHTTPError):

@@ -1,28 +1,28 @@
 """Signatures: telling one base UNet from another by its configuration and a few weights."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import UNet2DConditionModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import BaseModel, ConfigDict
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
 SIGNATURE_LENGTH = 16
-"""How many values of a parameter a signature holds."""
+"""The number of values of a parameter that a signature holds."""
 
 SIGNATURE_PARAMETERS = {
     "conv_in": "bias",
     "mid_block.resnets.0.conv1": "bias",
 }
-"""The parameters it looks at, by module: those that no quantiser touches."""
+"""The parameters it holds values of, by module: those that no quantiser touches."""
 
 HALF_PRECISION = (2.0**-7, 1e-6)
-"""How far a value may be off in bfloat16 or float16, relatively (2 roundings) and absolutely."""
+"""The largest relative (two roundings of bfloat16) and absolute difference of equal values."""
 
 
 class BaseSignature(BaseModel):
-    """What tells one base UNet from another, wherever it is stored and in whatever precision."""
+    """Configuration and values that tell one base UNet from another, in whatever precision."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,8 +32,10 @@ class BaseSignature(BaseModel):
     """The first values of a parameter of the base itself, by the module's name."""
 
     @classmethod
-    def of(cls, unet: UNet2DConditionModel) -> "BaseSignature":
+    def of(cls, unet: "UNet2DConditionModel") -> "BaseSignature":
         """The signature of a UNet, with an adapter attached or without, but none merged."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         values = {}
         for name, parameter in SIGNATURE_PARAMETERS.items():
             module = unet.get_submodule(name)
@@ -47,7 +49,7 @@ class BaseSignature(BaseModel):
         )
 
     def difference(self, other: "BaseSignature") -> str | None:
-        """In what two bases differ; ``None``: they are one and the same.
+        """The first difference of two bases; ``None``: they are one and the same.
 
         Configuration fields that only one of them has are those of another diffusers version.
         Values may differ by half precision's rounding.
@@ -55,8 +57,12 @@ class BaseSignature(BaseModel):
         for key in self.config.keys() & other.config.keys():
             if self.config[key] != other.config[key]:
                 return f"{key} is {other.config[key]}, not {self.config[key]}"
+        relative, absolute = HALF_PRECISION
         for name, values in self.values.items():
-            mine, theirs = torch.tensor(values), torch.tensor(other.values[name])
-            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, *HALF_PRECISION):
+            others = other.values[name]
+            if len(values) != len(others) or not all(
+                abs(mine - theirs) <= absolute + relative * abs(theirs)
+                for mine, theirs in zip(values, others, strict=True)
+            ):
                 return f"its weights are others, such as those of {name}"
         return None

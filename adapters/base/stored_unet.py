@@ -1,7 +1,5 @@
 """A UNet's weights on disk, read one at a time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 
 from adapters.base.component_files import CONFIG, ModelFiles
 from adapters.base.signature import SIGNATURE_PARAMETERS, BaseSignature
-from adapters.base.source import LOADING_ERRORS, Source, source_of
-from adapters.errors import UserError, listed
+from adapters.base.source import Source, source_of
+from adapters.errors import listed
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,6 @@ class StoredUNet:
     @classmethod
     def of(cls, source: Source) -> "StoredUNet":
         """The UNet of a stage."""
-        _ = source.index  # checks the model's class
         return cls(source.name, source.files)
 
     @classmethod
@@ -39,45 +36,38 @@ class StoredUNet:
         cls, name: str, revision: str | None = None, variant: str | None = None
     ) -> "StoredUNet":
         """The UNet of a stage's folder or hub name, or of a folder of its own."""
-        folder = Path(name)
+        folder = Path(name).resolve()
         if (folder / CONFIG).is_file():
-            place = folder.resolve()
-            return cls(name, ModelFiles(str(place.parent), None, variant), place.name)
+            return cls(name, ModelFiles(str(folder.parent), None, variant), folder.name)
         return cls.of(source_of(name, revision, variant))
 
     @cached_property
     def folder(self) -> Path:
         """The UNet's folder, with its configuration."""
-        with self._reading():
-            return self.model.fetch([f"{self.part}/{CONFIG}"]) / self.part
+        return self.model.fetch([f"{self.part}/{CONFIG}"]) / self.part
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The shape and precision of every weight by name, on the meta device, in model order."""
-        with self._reading():
-            wanted = self._blank.state_dict()
-            found = {}
-            for file in set(self._files.values()):
-                with safe_open(file, "pt") as opened:
-                    for name in wanted.keys() & set(opened.keys()):
-                        found[name] = opened.get_tensor(name).to("meta")
-            odd = [n for n in wanted if n not in found or found[n].shape != wanted[n].shape]
+        wanted, stored = self._blank.state_dict(), self._stored
+        odd = [n for n in wanted if n not in stored or stored[n][1].shape != wanted[n].shape]
+        with self.model.reading():
             if odd:
                 raise ValueError(f"missing, or of another shape than {CONFIG} says: {listed(odd)}")
-        return {name: found[name] for name in wanted}
+        return {name: stored[name][1] for name in wanted}
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
         """The UNet on the meta device, with values for those parameters that tell bases apart."""
         names = (f"{module}.{parameter}" for module, parameter in SIGNATURE_PARAMETERS.items())
         values = {name: self.read(name) for name in names}
-        with self._reading():
+        with self.model.reading():
             self._blank.load_state_dict(values, strict=False, assign=True)
         return self._blank
 
     @property
     def signature(self) -> BaseSignature:
-        """What tells it from other bases."""
+        """Its configuration and values, which tell it from other bases."""
         return BaseSignature.of(self.unet)
 
     def module(self, name: str) -> nn.Module:
@@ -85,41 +75,30 @@ class StoredUNet:
         return self.unet.get_submodule(name)
 
     def read(self, name: str) -> Tensor:
-        """One of its weights, in the precision it is stored in, and in memory of its own.
+        """Read one of its weights, in the precision it is stored in, into memory of its own.
 
-        Read from the file rather than mapped: what a mapping has shown is memory of the process
+        Read from the file rather than mapped: pages of a mapping count as memory of the process
         for as long as the file is open.
         """
-        _ = self.weights  # all of them are there
-        with self._reading(), safe_open(self._files[name], "pt", backend="pread") as opened:
+        _ = self.weights  # checks that all of them are there
+        file, _ = self._stored[name]
+        with self.model.reading(), safe_open(file, "pt", backend="pread") as opened:
             return opened.get_tensor(name)
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        files: dict[str, Path] = {}
+    def _stored(self) -> dict[str, tuple[Path, Tensor]]:
+        """The file of every stored weight, and the weight on the meta device."""
+        stored: dict[str, tuple[Path, Tensor]] = {}
         for file in self.model.safetensors(self.part):
-            with safe_open(file, "pt") as opened:
-                files |= dict.fromkeys(opened.keys(), file)
-        return files
+            with self.model.reading(), safe_open(file, "pt") as opened:
+                names = opened.keys()
+                stored |= {name: (file, opened.get_tensor(name).to("meta")) for name in names}
+        return stored
 
     @cached_property
     def _blank(self) -> UNet2DConditionModel:
-        config = UNet2DConditionModel.load_config(self.folder)
-        if (
-            not isinstance(config, dict)
-            or config.get("_class_name") != UNet2DConditionModel.__name__
-        ):
-            raise ValueError(f"its {CONFIG} is of no {UNet2DConditionModel.__name__}")
-        with torch.device("meta"):
+        config = self.model.read_config(f"{self.part}/{CONFIG}")
+        with self.model.reading(), torch.device("meta"):
+            if config.get("_class_name") != UNet2DConditionModel.__name__:
+                raise ValueError(f"its {CONFIG} is not that of a {UNet2DConditionModel.__name__}")
             return UNet2DConditionModel.from_config(config)
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except LOADING_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"The UNet of {self.name} cannot be read ({reason}); name a model in diffusers'"
-                " layout, and the variant of its weights if they have no other."
-            ) from error

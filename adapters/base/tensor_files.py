@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapters.atomic import replacing
 
-DTYPES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -22,7 +22,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Precisions by the names that safetensors files have for them."""
+"""The names of dtypes in safetensors files."""
 
 
 def write_tensors(
@@ -31,13 +31,13 @@ def write_tensors(
     read: Callable[[str], Tensor],
     advance: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Write a safetensors file whole.
+    """Write a safetensors file, whole or not at all.
 
     Args:
-        path: where to.
-        blank: the tensors' shapes and precisions by name; their values are not looked at.
-        read: gives the values of a name.
-        advance: is told how many bytes have been written, tensor by tensor.
+        path: the file.
+        blank: the tensors' shapes and dtypes by name; their values are not read.
+        read: returns the values of a name.
+        advance: called with the number of bytes written, tensor by tensor.
 
     Raises:
         UserError: where the disk refuses.
@@ -53,12 +53,12 @@ def write_tensors(
 
 
 def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """What a safetensors file begins with; the tensors' bytes follow in their order."""
+    """The beginning of a safetensors file; the tensors' bytes follow in their order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for name, tensor in tensors.items():
         end = start + tensor.nbytes
-        dtype = DTYPES[tensor.dtype]
+        dtype = DTYPE_NAMES[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()

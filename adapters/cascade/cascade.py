@@ -19,7 +19,7 @@ from adapters.cascade.conditioning import Conditioning, Layout, Options, Prompt,
 from adapters.cascade.drawing import Drawn, Request, draw, upscale
 from adapters.cascade.embeds import look_up
 from adapters.cascade.memory_budget import TEXT
-from adapters.cascade.offload import Placing
+from adapters.cascade.offload import Placement
 from adapters.cascade.overview import COLUMNS, precision_of, tabulate, to_html
 from adapters.cascade.provenance import PictureInfo, signed, used_adapters
 from adapters.cascade.redraw import WAYS, Given, Redraw
@@ -39,7 +39,7 @@ class Cascade(AdaptedStages):
     """Stage III, with its own text encoder."""
     text: IFPipeline | None
     """The tokenizer and text encoder of Stage I and II; ``None``: ``embeds`` must be given."""
-    placing: Placing
+    placing: Placement
     """The places of its parts."""
     revision: str | None = None
     """The hub revision of Stage I and II, which saved pictures name."""
@@ -156,7 +156,7 @@ class Cascade(AdaptedStages):
             clean_caption=clean_caption,
             redraw=redraw,
         )
-        sampling = self.placing.limited(sampling or WAYS[conditioning.way].sampling)
+        sampling = self.placing.limit(sampling or WAYS[conditioning.way].sampling)
         check_drawing(self._pipelines(), conditioning, sampling, below)
         return self._draw(conditioning, sampling, below, progress)
 
@@ -275,7 +275,7 @@ class Cascade(AdaptedStages):
             except torch.OutOfMemoryError:
                 raise _out_of_memory(number, conditioning, sampling) from None
             finally:
-                if self.placing.scarce:  # it takes room, and reads weights where they are now
+                if self.placing.is_scarce:  # it takes room, and reads weights where they are now
                     self.free_graphs()
             pixels = drawn[number].pixels
         first = drawn[1].pixels if 1 in drawn else low_res

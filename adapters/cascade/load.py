@@ -18,14 +18,13 @@ from diffusers import (
 from tqdm import tqdm
 
 from adapters.arguments import STAGES, Scale, find_device
-from adapters.base.guards import GUARDS
-from adapters.base.source import Source
+from adapters.base.source import GUARDS, Source
 from adapters.cascade.cascade import Cascade
-from adapters.cascade.memory_budget import TEXT, limit, memory_bytes, within
-from adapters.cascade.offload import Placing
+from adapters.cascade.memory_budget import TEXT, choose_arrangement, limit, parse_memory
+from adapters.cascade.offload import Placement
 from adapters.errors import UserError, closest
 from adapters.files.stage_adapter import StageAdapter
-from unets.precision import Precision, automatic_precision, compute_dtype, dtype_of
+from unets.precision import Precision, automatic_precision, compute_dtype
 
 Chosen: TypeAlias = Literal["auto"] | Precision
 """The precision of a UNet, or what suits the device."""
@@ -178,7 +177,7 @@ def _check_options(sources: Collection[int], parts: Parts, memory: str | None) -
             f"unets has one for Stage {odd[0]}, which is not named; name its model too."
         )
     if memory is not None:
-        memory_bytes(memory)
+        parse_memory(memory)
     if memory and parts.unets:
         raise UserError(
             f"memory={memory!r} loads UNets itself, in precisions that fit; leave memory or unets"
@@ -213,30 +212,30 @@ def _place(
     device: torch.device,
     text_encoder: bool,
     adapters: Sequence[str | Path],
-) -> tuple[Placing, dict[int, Precision]]:
+) -> tuple[Placement, dict[int, Precision]]:
     """Choose the places of parts, and the precision of the UNets and (0) of the text encoder."""
     if memory is None:
         limit(device, None)
         precisions = {number: _precision(dtype, number, device) for number in sources}
         first = compute_dtype(precisions[min(sources)], device)
         text: Precision = "fp32" if first == torch.float32 else "bf16"
-        return Placing(device), precisions | {0: text}
+        return Placement(device), precisions | {0: text}
     if device.type != "cuda" or dtype != "auto":
         raise UserError(
             f"memory={memory!r} is about a GPU, and chooses precisions by itself: leave dtype at"
             f" auto (got {dtype!r}), and the device a GPU (got {device})."
         )
     merged = _by_stage(adapters, sources)
-    chosen = within(sources, memory, text_encoder=text_encoder, adapters=merged)
+    chosen = choose_arrangement(sources, memory, text_encoder=text_encoder, adapters=merged)
     limit(device, memory)
     tqdm.write(f"Within {memory}:\n{chosen}", file=sys.stderr)
     parts = {0: TEXT} | {number: f"stage_{number}" for number in sources}
-    precisions = {number: chosen.row.precision(part) for number, part in parts.items()}
-    return Placing(device, chosen.row.away, chosen.at_once), precisions
+    precisions = {number: chosen.arrangement.precision(part) for number, part in parts.items()}
+    return Placement(device, chosen.arrangement.away, chosen.at_once), precisions
 
 
 def _upscaler(
-    source: Source, dtype: torch.dtype, below: DiffusionPipeline, placing: Placing
+    source: Source, dtype: torch.dtype, below: DiffusionPipeline, placing: Placement
 ) -> StableDiffusionUpscalePipeline:
     """Stage III, guarded by the modules of the stage below it."""
     upscaler = source.pipeline(dtype)
@@ -248,10 +247,9 @@ def _upscaler(
     return upscaler
 
 
-def _text(source: Source, precision: Precision, placing: Placing) -> IFPipeline:
+def _text(source: Source, precision: Precision, placing: Placement) -> IFPipeline:
     """The tokenizer and text encoder."""
-    dtype = dtype_of(precision)
-    pipe = source.text_pipeline(precision, dtype, placing.device)
+    pipe = source.text_pipeline(precision, placing.device)
     placing.settle(TEXT, pipe)
     return pipe
 

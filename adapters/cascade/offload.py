@@ -1,4 +1,4 @@
-"""Where the parts of a cascade are: on its device for good, or only while they work."""
+"""The place of each part of a cascade: on its device for good, or only while it works."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,15 +8,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from adapters.base.guards import CHECKER, visiting
+from adapters.base.guards import visit
+from adapters.base.source import CHECKER
 from adapters.cascade.sampling import Sampling
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Placing:
-    """Which parts rest in main memory, and how many pictures the device has room for.
+class Placement:
+    """The parts that rest in main memory, and how many pictures the device has room for.
 
     A part that rests is copied to the device to work. Adapters are merged into what rests.
     """
@@ -27,32 +26,31 @@ class Placing:
     at_once: int | None = None
     """How many pictures are drawn at once at most; ``None``: as many as are asked for."""
 
-    def limited(self, sampling: Sampling) -> Sampling:
+    def limit(self, sampling: Sampling) -> Sampling:
         """Sampling of no more pictures at once than there is room for."""
         size = min(sampling.batch_size, self.at_once or sampling.batch_size)
         return sampling.model_copy(update={"batch_size": size})
 
     def settle(self, part: str, pipe: DiffusionPipeline) -> None:
-        """Put a part, newly loaded, where it belongs."""
+        """Put a newly loaded part where it belongs."""
         for model in _models(pipe):
-            model.to(CPU if part in self.resting else self.device)
+            model.to("cpu" if part in self.resting else self.device)
 
     @property
-    def scarce(self) -> bool:
+    def is_scarce(self) -> bool:
         """Whether parts must leave each other room."""
         return self.at_once is not None or bool(self.resting)
 
     @contextmanager
     def at_work(self, part: str, pipe: DiffusionPipeline) -> Iterator[None]:
-        """A part on its device, which is the current one."""
+        """Keep a part on its device, which is the current one."""
         on_gpu = self.device.type == "cuda"
         current = torch.cuda.device(self.device) if on_gpu else nullcontext()
-        moved = _models(pipe) if part in self.resting else ()
-        with current, visiting(moved, self.device):
+        with current, visit(_models(pipe) if part in self.resting else (), self.device):
             yield
 
 
 def _models(pipe: DiffusionPipeline) -> list[nn.Module]:
-    """What of a pipeline is placed."""
+    """The networks of a pipeline that are placed: all but the safety checker, which visits."""
     components = pipe.components.items()
     return [each for name, each in components if isinstance(each, nn.Module) and name != CHECKER]

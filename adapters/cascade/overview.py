@@ -7,7 +7,7 @@ from itertools import chain
 from diffusers import DiffusionPipeline, ModelMixin
 from transformers import PreTrainedModel
 
-from adapters.base.guards import GUARDS
+from adapters.base.source import GUARDS
 from adapters.merging.in_place import MergedAdapters
 from unets.frozen import Quantised
 

@@ -13,11 +13,12 @@ from diffusers import (
     IFImg2ImgSuperResolutionPipeline,
     IFInpaintingPipeline,
     IFInpaintingSuperResolutionPipeline,
+    IFPipeline,
+    IFSuperResolutionPipeline,
 )
 from PIL import Image
 
 from adapters.arguments import STAGES, Scale
-from adapters.base.source import PIPELINES
 from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.errors import UserError
 from adapters.pictures.reading import read_picture, to_rgb
@@ -43,7 +44,7 @@ class Drawing:
 
 WAYS: Mapping[Way, Drawing] = MappingProxyType(
     {
-        "text": Drawing(PIPELINES, Sampling()),
+        "text": Drawing({1: IFPipeline, 2: IFSuperResolutionPipeline}, Sampling()),
         "img2img": Drawing(
             {1: IFImg2ImgPipeline, 2: IFImg2ImgSuperResolutionPipeline},
             Sampling(stage_1=StageSampling(steps=80, guidance=10.0)),

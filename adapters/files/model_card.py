@@ -90,7 +90,7 @@ def merged_card(
     infos = [adapter.info for adapter, _ in adapters if adapter.info is not None]
     deepfloyd = is_deepfloyd(source.name, source.revision)
     licences = [path.name for path in licence_files(source.name, source.revision)]
-    pipeline = PIPELINES[source.stage].__name__
+    pipeline = PIPELINES[source.stage]
     options = f', variant="{variant}"' if variant else ""
     bases = [source.name] if is_hub_name(source.name) else []
     metadata = _metadata(infos, bases, "merge", deepfloyd, licences)
@@ -200,7 +200,7 @@ def _use_here(infos: Sequence[AdapterInfo]) -> str:
 
 def _use_diffusers(info: AdapterInfo) -> str:
     """Tell how to load a stage, or its approximation, with plain diffusers."""
-    pipeline = PIPELINES[info.stage].__name__
+    pipeline = PIPELINES[info.stage]
     revision = f', revision="{info.base_revision}"' * bool(info.base_revision)
     kind, caution = info.spec.kind, ""
     if KINDS[kind].alone:

@@ -25,7 +25,7 @@ from finetune.data.sources import has_captions, load_captions
 from finetune.recipe.schema import Data, Recipe
 from finetune.step.stages import STAGES
 from unets.memory import free_memory
-from unets.precision import Precision, dtype_of
+from unets.precision import Precision
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """The subfolders of a model that its text encodings depend on."""
@@ -152,7 +152,7 @@ class CaptionCache:
 
     def encode(self, captions: Iterable[str]) -> None:
         """Encode captions into the cache; the text encoder is gone from memory afterwards."""
-        pipeline = self.source.text_pipeline(self.precision, dtype_of(self.precision), self.device)
+        pipeline = self.source.text_pipeline(self.precision, self.device)
         try:
             for caption in tqdm(captions, "Encoding captions", delay=2):
                 encoding, _ = pipeline.encode_prompt(

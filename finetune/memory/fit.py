@@ -1,33 +1,43 @@
 """The memory of a whole run, phase by phase, and the fastest settings that fit a card."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from adapters.cascade.tokens import prompt_tokens
+from adapters.base.estimates import text_encoder_bytes
+from adapters.base.source import Source
+from adapters.cascade.memory_budget import AT_ONCE, GPU
 from adapters.errors import UserError
 from adapters.weights.kinds import AdapterSpec
 from finetune.memory.footprint import Footprint, Rehearsal
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Recipe, Text, Training
 from finetune.step.stages import STAGES, Stage
-from unets.precision import dtype_of
-from unets.tally import GIB, reserved, total_bytes
-
-GPU = torch.device("cuda")
+from unets.tally import GIB, reserved
 
 BASES = ("bf16", "nf4")
 """The precisions of a base that settings are chosen from: the fastest, and the smallest."""
 
-SAMPLED_AT_ONCE = (8, 4, 2, 1)
-"""How many pictures may be sampled at a time, where a choice is to be made."""
+
+@dataclass(frozen=True)
+class Choice:
+    """A stage's section of a recipe, and the memory and time that it takes."""
+
+    training: Training
+    rehearsal: Rehearsal
+    footprint: Footprint
+
+    @property
+    def work(self) -> float:
+        """A measure of the time of an optimizer step."""
+        return self.training.accumulation * self.footprint.work
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run, and what PyTorch reserves of the GPU in it, in bytes."""
+    """A part of a run, and the bytes that PyTorch reserves of the GPU in it."""
 
     name: str
     bytes: int
@@ -35,11 +45,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe takes of a device."""
+    """The memory that a recipe takes of a device."""
 
     recipe: Recipe
     device: torch.device
-    footprints: Mapping[Stage, Footprint]
+    choices: Mapping[Stage, Choice]
     """Of each stage that is trained."""
     phases: tuple[Phase, ...]
     """In the order of the run."""
@@ -50,128 +60,100 @@ class Plan:
         return max(self.phases, key=lambda phase: phase.bytes)
 
 
-def plan(recipe: Recipe, device: torch.device = GPU, text_tokens: int | None = None) -> Plan:
-    """What a recipe takes of a device, which need not be there.
+def plan(recipe: Recipe, device: torch.device = GPU) -> Plan:
+    """Estimate the memory that a recipe takes of a device, which need not be there.
 
     Args:
         recipe: the run; caches are taken to be empty.
         device: a GPU of whatever kind, or a CPU.
-        text_tokens: how many tokens prompts are padded to; ``None``: what the pipelines' code says.
 
     Raises:
         UserError: where a base's configuration is not there, or a target matches nothing.
     """
-    tokens = text_tokens or prompt_tokens()
-    rehearsals = {s: Rehearsal.of(recipe, s, device, tokens) for s in recipe.trained}
-    footprints = {stage: each.footprint() for stage, each in rehearsals.items()}
-    return Plan(recipe, device, footprints, tuple(_run(recipe, device, rehearsals, footprints)))
+    sources, choices = _sources(recipe), {}
+    for stage in recipe.trained:
+        training = recipe.training(stage)
+        rehearsal = Rehearsal.of(stage, training, sources, device)
+        choices[stage] = Choice(training, rehearsal, rehearsal.footprint())
+    return Plan(recipe, device, choices, tuple(_phases(recipe, device, choices)))
 
 
-def _run(
-    recipe: Recipe,
-    device: torch.device,
-    rehearsals: Mapping[Stage, Rehearsal],
-    footprints: Mapping[Stage, Footprint],
+def _sources(recipe: Recipe) -> dict[int, Source]:
+    """The bases of the stages that are trained, and of Stage I, by number."""
+    return {stage.number: recipe.source(stage) for stage in {STAGES[1], *recipe.trained}}
+
+
+def _phases(
+    recipe: Recipe, device: torch.device, choices: Mapping[Stage, Choice]
 ) -> Iterator[Phase]:
+    """The phases of a run; drawing resides beside what training keeps."""
     prior, validation = recipe.prior, recipe.validation
     if recipe.text.device == "auto":
-        yield Phase("encoding captions", _text_encoder_bytes(recipe, device))
-    below = STAGES[1]
-    if validation.prompts or (prior and not prior.folder):
-        rehearsals = {below: _untrained(recipe, below, device, rehearsals)} | dict(rehearsals)
-    if prior and not prior.folder:
+        size = _text_bytes(recipe.text, recipe.source(STAGES[1]), device)
+        yield Phase("encoding captions", size)
+    rehearsals = {stage: choice.rehearsal for stage, choice in choices.items()}
+    below, draws_prior = STAGES[1], prior is not None and not prior.folder
+    if below not in rehearsals and (validation.prompts or draws_prior):
+        # in the precision of the stage that needs its pictures; that one's adapter may fit none of
+        # its modules, while the default one fits any and takes next to nothing
+        other = next(iter(choices.values())).training
+        untrained = other.model_copy(update={"adapter": AdapterSpec()})
+        first = Rehearsal.of(below, untrained, {1: recipe.source(below)}, device)
+        rehearsals = {below: first, **rehearsals}
+    if prior is not None and draws_prior:
         at_once = min(prior.count, prior.sampling.batch_size)
         weights = sum(each.weights_bytes for each in rehearsals.values())
         most = max(each.drawing_bytes(at_once) for each in rehearsals.values())
         yield Phase("class pictures", reserved(weights + most))
-    for stage, footprint in footprints.items():
+    for stage, choice in choices.items():
+        resident = choice.footprint.resident
         at_once = min(len(validation.prompts), validation.sampling.batch_size)
         if at_once and stage.super_resolution:
             sampler = rehearsals[below]
             drawing = sampler.weights_bytes + sampler.drawing_bytes(at_once)
-            resident = footprint.resident
-            yield Phase(f"{stage.name}, {below.name}'s samples", reserved(resident + drawing))
-        yield Phase(f"{stage.name}, training", footprint.reserved)
+            name = f"{stage.name}, {below.name}'s samples"
+            yield Phase(name, reserved(resident + drawing))
+        yield Phase(f"{stage.name}, training", choice.footprint.reserved)
         if at_once:
-            drawing = rehearsals[stage].drawing_bytes(at_once)
-            yield Phase(f"{stage.name}, validation", reserved(footprint.resident + drawing))
+            drawing = choice.rehearsal.drawing_bytes(at_once)
+            yield Phase(f"{stage.name}, validation", reserved(resident + drawing))
 
 
-def _untrained(
-    recipe: Recipe, stage: Stage, device: torch.device, rehearsals: Mapping[Stage, Rehearsal]
-) -> Rehearsal:
-    """A stage that others need pictures of: where it is not trained, in their precision.
-
-    Their adapter may fit none of its modules; the default one fits any, and takes next to nothing.
-    """
-    if stage in rehearsals:
-        return rehearsals[stage]
-    (other, rehearsal), *_ = rehearsals.items()
-    training = recipe.training(other).model_copy(update={"adapter": AdapterSpec()})
-    as_that = recipe.model_copy(update={stage.name: training})
-    return Rehearsal.of(as_that, stage, device, rehearsal.text_tokens)
+def _text_bytes(text: Text, source: Source, device: torch.device) -> int:
+    """The bytes that PyTorch reserves while captions are encoded."""
+    precision = text.precision_on(device)
+    return reserved(sum(text_encoder_bytes(source, precision)))
 
 
-def _text_encoder_bytes(recipe: Recipe, device: torch.device) -> int:
-    """The encoder's weights, and the largest of them restored."""
-    precision = recipe.text.precision_on(device)
-    encoder = recipe.source(STAGES[1]).blank_text_encoder(precision, dtype_of(precision))
-    weights = list(encoder.state_dict().values())
-    largest = max(weight.numel() for weight in weights) * dtype_of(precision).itemsize
-    return reserved(total_bytes(weights) + largest)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What of a stage's section decides on its memory."""
-
-    precision: str
-    gradient_checkpointing: bool
-    batch_size: int
-    accumulation: int
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Settings, and what they take."""
-
-    settings: Settings
-    rehearsal: Rehearsal
-    footprint: Footprint
-
-    @property
-    def work(self) -> float:
-        """A measure of the time of an optimizer step."""
-        return self.settings.accumulation * self.footprint.work
-
-
-def fitting_settings(recipe: Recipe, stage: Stage, budget: float, text_tokens: int) -> list[Choice]:
+def fitting_settings(
+    stage: Stage, training: Training, sources: Mapping[int, Source], budget: float
+) -> list[Choice]:
     """Settings of a stage that fit a budget and train as its own do, the fastest first.
 
-    Each keeps the recipe's pictures a step: batches that are smaller are accumulated. What is
-    tried: a base in bf16 and in NF4, without and with gradient checkpointing; of each, the largest
-    batch that fits.
+    Each keeps the recipe's pictures a step: batches that are smaller are accumulated. A base in
+    bf16 and in NF4 is tried, without and with gradient checkpointing; of each, the largest batch
+    that fits.
 
     Args:
-        recipe: with the stage's own settings.
-        stage: one of its stages.
-        budget: what PyTorch may reserve, in bytes.
-        text_tokens: see :func:`plan`.
+        stage: the stage.
+        training: its section of the recipe.
+        sources: see :meth:`Rehearsal.of`.
+        budget: the bytes that PyTorch may reserve.
     """
-    own = recipe.training(stage)
-    pictures = own.batch_size * own.accumulation
-    sizes = [n for n in range(pictures, 0, -1) if pictures % n == 0]
+    pictures = training.batch_size * training.accumulation
     found = []
-    choices = [(precision, again) for precision in BASES for again in (False, True)]
-    for precision, again in tqdm(choices, f"Settings of {stage.name}", leave=False, delay=2):
-        fields = {"precision": precision, "gradient_checkpointing": again}
-        tried = recipe.model_copy(update={stage.name: own.model_copy(update=fields)})
-        rehearsal = Rehearsal.of(tried, stage, GPU, text_tokens)
-        for size in sizes:
+    tried = [(precision, checkpointed) for precision in BASES for checkpointed in (False, True)]
+    for precision, checkpointed in tqdm(tried, f"Settings of {stage.name}", leave=False, delay=2):
+        fields: dict[str, Any] = {"gradient_checkpointing": checkpointed}
+        if training.precision_on(GPU) != precision:  # "auto" stays where it comes to the same
+            fields["precision"] = precision
+        rehearsal = Rehearsal.of(stage, training.model_copy(update=fields), sources, GPU)
+        for size in (n for n in range(pictures, 0, -1) if pictures % n == 0):
             footprint = rehearsal.footprint(size)
             if footprint.reserved <= budget:
-                settings = Settings(precision, again, size, pictures // size)
-                found.append(Choice(settings, rehearsal, footprint))
+                fields |= {"batch_size": size, "accumulation": pictures // size}
+                chosen = training.model_copy(update=fields)
+                found.append(Choice(chosen, rehearsal, footprint))
                 break
     return sorted(found, key=lambda choice: choice.work)
 
@@ -181,74 +163,46 @@ class Fit:
     """The fastest settings of a recipe that fit a budget."""
 
     choices: Mapping[Stage, Sequence[Choice]]
-    """By stage, the fastest first; none where nothing fits."""
-    recipe: Recipe | None
-    """The recipe with the settings; ``None``: nothing fits."""
-    overrides: tuple[str, ...]
-    """What it says otherwise than the recipe that was asked for, as the command line takes it."""
+    """By stage, the fastest first; empty where nothing fits."""
+    plan: Plan | None = None
+    """The recipe with the settings, planned; ``None``: nothing fits."""
+    overrides: tuple[str, ...] = ()
+    """Its differences from the recipe that was given, as the command line takes them."""
 
 
-def fit(recipe: Recipe, budget: float, text_tokens: int | None = None) -> Fit:
-    """The fastest settings of a recipe, in all its phases, that fit a budget in bytes."""
-    tokens = text_tokens or prompt_tokens()
-    choices = {s: fitting_settings(recipe, s, budget, tokens) for s in recipe.trained}
-    text = _fitting_text(recipe, budget)
+def fit(recipe: Recipe, budget: float) -> Fit:
+    """Find the fastest settings of a recipe that fit a budget in bytes in all phases."""
+    sources = _sources(recipe)
+    choices = {
+        stage: fitting_settings(stage, recipe.training(stage), sources, budget)
+        for stage in recipe.trained
+    }
     if not all(choices.values()):
-        return Fit(choices, None, ())
+        return Fit(choices)
+    text = _fit_text(recipe.text, sources[1], budget)
     for rank in range(max(map(len, choices.values()))):  # the fastest of all stages, then the next
         chosen = {stage: found[min(rank, len(found) - 1)] for stage, found in choices.items()}
-        for at_once in SAMPLED_AT_ONCE:
-            changed = _sampling(_changed(text, chosen), at_once)
-            rehearsals = {stage: choice.rehearsal for stage, choice in chosen.items()}
-            footprints = {stage: choice.footprint for stage, choice in chosen.items()}
-            phases = _run(changed, GPU, rehearsals, footprints)
-            if max(phase.bytes for phase in phases) <= budget:
-                return Fit(choices, changed, tuple(_differences(recipe, changed)))
-    return Fit(choices, None, ())
+        sections = {stage.name: choice.training for stage, choice in chosen.items()}
+        settled = recipe.model_copy(update={"text": text, **sections})
+        for at_once in AT_ONCE:
+            changed = _sample_at_once(settled, at_once)
+            planned = Plan(changed, GPU, chosen, tuple(_phases(changed, GPU, chosen)))
+            if planned.peak.bytes <= budget:
+                trees = (each.model_dump(mode="json") for each in (recipe, changed))
+                return Fit(choices, planned, tuple(_differences("", *trees)))
+    return Fit(choices)
 
 
-def _changed(recipe: Recipe, chosen: Mapping[Stage, Choice]) -> Recipe:
-    """A recipe with the settings of its stages; what comes to the same is left as it is."""
-    changes = {}
-    for stage, choice in chosen.items():
-        own, fields = recipe.training(stage), asdict(choice.settings)
-        if own.precision_on(GPU) == fields["precision"]:
-            del fields["precision"]
-        changes[stage.name] = own.model_copy(update=fields)
-    return recipe.model_copy(update=changes)
-
-
-def _fitting_text(recipe: Recipe, budget: float) -> Recipe:
-    """A recipe whose text encoder fits: as it is, in NF4, or else on the CPU."""
-    if recipe.text.device == "cpu":
-        return recipe
-    for changes in ({}, {"precision": BASES[-1]}):
-        changed = recipe.model_copy(update={"text": recipe.text.model_copy(update=changes)})
-        if _text_encoder_bytes(changed, GPU) <= budget:
+def _fit_text(text: Text, source: Source, budget: float) -> Text:
+    """The text section whose encoder fits: as it is, in NF4, or else on the CPU."""
+    for changed in (text, text.model_copy(update={"precision": BASES[-1]})):
+        if text.device == "cpu" or _text_bytes(changed, source, GPU) <= budget:
             return changed
-    return recipe.model_copy(update={"text": recipe.text.model_copy(update={"device": "cpu"})})
+    return text.model_copy(update={"device": "cpu"})
 
 
-def out_of_memory(recipe: Recipe, device: torch.device) -> UserError:
-    """What running out of a GPU's memory ends in: one sentence, with overrides that would fit."""
-    free, _ = torch.cuda.mem_get_info(device)
-    available = free + torch.cuda.memory_reserved(device)
-    taken = plan(recipe, device).peak
-    # a plan that fits by calculation was no good: the next smaller one is wanted
-    found = fit(recipe, min(available, 0.97 * taken.bytes))
-    advice = (
-        f"give the overrides {' '.join(found.overrides)}"
-        if found.recipe
-        else ("no settings of this recipe fit, so take a smaller base")
-    )
-    return UserError(
-        f"The GPU ran out of memory: PyTorch can have {available / GIB:.1f} GiB of it, and the"
-        f" recipe takes about {taken.bytes / GIB:.1f} GiB in {taken.name}; {advice}."
-    )
-
-
-def _sampling(recipe: Recipe, at_once: int) -> Recipe:
-    """A recipe that samples at most so many pictures at a time."""
+def _sample_at_once(recipe: Recipe, at_once: int) -> Recipe:
+    """The recipe with at most so many pictures sampled at once."""
     changes = {}
     for name, section in (("prior", recipe.prior), ("validation", recipe.validation)):
         if section is not None and section.sampling.batch_size > at_once:
@@ -257,14 +211,26 @@ def _sampling(recipe: Recipe, at_once: int) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _differences(one: Recipe, other: Recipe) -> Iterator[str]:
-    """What ``other`` says otherwise, as overrides."""
+def _differences(path: str, one: Any, other: Any) -> Iterator[str]:
+    """The fields in which ``other`` differs, as overrides."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in other:
+            yield from _differences(f"{path}.{key}".lstrip("."), one.get(key), other[key])
+    elif one != other:
+        yield f"{path}={str(other).lower() if isinstance(other, bool) else other}"
 
-    def walk(path: str, a: Any, b: Any) -> Iterator[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            for key in b:
-                yield from walk(f"{path}.{key}" if path else key, a.get(key), b[key])
-        elif a != b:
-            yield f"{path}={str(b).lower() if isinstance(b, bool) else b}"
 
-    return walk("", one.model_dump(mode="json"), other.model_dump(mode="json"))
+def explain_out_of_memory(recipe: Recipe, device: torch.device) -> UserError:
+    """The error of a GPU that ran out of memory: one sentence, with overrides that would fit."""
+    free, _ = torch.cuda.mem_get_info(device)
+    available = free + torch.cuda.memory_reserved(device)
+    taken = plan(recipe, device).peak
+    # the plan may have fitted by calculation and was no good, so the next smaller one is wanted
+    found = fit(recipe, min(available, 0.97 * taken.bytes))
+    advice = "no settings of this recipe fit, so take a smaller base"
+    if found.plan:
+        advice = f"give the overrides {' '.join(found.overrides)}"
+    return UserError(
+        f"The GPU ran out of memory: PyTorch can have {available / GIB:.1f} GiB of it, and the"
+        f" recipe takes about {taken.bytes / GIB:.1f} GiB in {taken.name}; {advice}."
+    )

@@ -1,33 +1,36 @@
-"""What training a stage takes of a GPU, found out on any machine, without weights.
+"""The memory that training a stage takes, estimated on any machine and without weights.
 
-The stage's own step is run on tensors that have no values (:mod:`unets.tally`), so that what is
+The stage's own step runs on tensors that have no values (:mod:`unets.tally`), so that what is
 counted is what will run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from finetune.recipe.schema import Recipe
+from adapters.base.estimates import PROMPT_TOKENS, drawing_inputs, safety_checker_bytes
+from adapters.base.source import Source
+from finetune.recipe.schema import Training
 from finetune.run.trainee import Trainee
-from finetune.step.inputs import Batch, unet_inputs
+from finetune.step.inputs import Batch
 from finetune.step.optimizers import OPTIMIZERS
-from finetune.step.stages import STAGES, Stage
+from finetune.step.stages import Stage
 from unets.loading import blank_unet
-from unets.tally import META, Tally, reserved, total_bytes
+from unets.tally import META, Tally, forward_bytes, reserved, total_bytes
 
 OPERATIONS_A_BYTE = 200
-"""How many floating-point operations a GPU does while it moves a byte; data-centre and desktop
-cards of the last generations are alike in this (H100: 230, RTX 4090: 165)."""
+"""Floating-point operations that a GPU does while it moves a byte; data-centre and desktop cards of
+the last generations are alike in this (H100: 230, RTX 4090: 165)."""
 
 OPERATIONS_A_KERNEL = 1.5e9
-"""How many floating-point operations a GPU could do in the time that a tiny kernel takes."""
+"""Floating-point operations that a GPU could do in the time that a tiny kernel takes."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What training takes: bytes by part, and the work of one batch."""
+    """The memory that training takes, in bytes by part, and the work of one batch."""
 
     weights: int
     """The frozen UNet."""
@@ -36,7 +39,7 @@ class Footprint:
     optimizer: int
     """The optimizer's state."""
     activations: int
-    """The most that a forward and backward pass holds at once; what a CUDA graph's pool keeps."""
+    """The peak of a forward and backward pass; kept in a CUDA graph's pool."""
     flops: int
     """Floating-point operations."""
     work: float
@@ -45,42 +48,45 @@ class Footprint:
 
     @property
     def resident(self) -> int:
-        """What is there all the time."""
+        """Bytes resident throughout training."""
         return self.weights + self.adapter + self.optimizer
 
     @property
     def reserved(self) -> int:
-        """What PyTorch reserves in training."""
+        """Bytes that PyTorch reserves in training."""
         return reserved(self.resident + self.activations)
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A stage of a recipe on tensors without values."""
+    """A stage's training on tensors without values."""
 
     trainee: Trainee
     optimizer: str
     """The name of the recipe's optimizer."""
-    text_tokens: int
-    """T, how many tokens a prompt is padded to."""
     low_res_px: int | None
     """The picture size of the stage below; ``None`` in Stage I."""
     guard_bytes: int
     """The safety checker, which visits wherever the stage draws."""
-    _drawn: dict[int, int] = field(default_factory=dict, init=False, repr=False)
-    """What was found out by :meth:`drawing_bytes`, by pictures."""
+    _drawing_bytes: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    """The results of :meth:`drawing_bytes`, by pictures."""
 
     @classmethod
     def of(
-        cls, recipe: Recipe, stage: Stage, device: torch.device, text_tokens: int
+        cls, stage: Stage, training: Training, sources: Mapping[int, Source], device: torch.device
     ) -> "Rehearsal":
         """Set a stage up as it would be on a device, which need not be there.
+
+        Args:
+            stage: the stage.
+            training: its section of a recipe.
+            sources: its base and that of the stage below, by number.
+            device: a GPU or a CPU.
 
         Raises:
             UserError: where the base's configuration is not there, or a target matches nothing.
         """
-        training, source = recipe.training(stage), recipe.source(stage)
-        name = training.optimizer.name
+        source = sources[stage.number]
         # its state is counted by the algorithm's own figure, and not all can be made without a GPU
         plain = training.optimizer.model_copy(update={"name": "adamw_8bit"})
         trainee = Trainee(
@@ -90,44 +96,41 @@ class Rehearsal:
             tuple(source.scheduler(name) for name in stage.schedulers),
             seed=0,
         )
-        below = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
-        guard = total_bytes(source.guard_weights(trainee.unet.dtype))
-        return cls(trainee, name, text_tokens, below, guard)
+        below = sources[1].picture_size_px if stage.super_resolution else None
+        guard = safety_checker_bytes(source, trainee.unet.dtype)
+        return cls(trainee, training.optimizer.name, below, guard)
 
     def batch(self, batch_size: int) -> Batch:
         """A batch of the stage's shapes."""
-        config, dtype = self.trainee.unet.config, self.trainee.unet.dtype
-        pixels = torch.empty(batch_size, 3, config.sample_size, config.sample_size, device=META)
-        text_size = (batch_size, self.text_tokens, config.encoder_hid_dim)
-        integers = torch.empty(batch_size, dtype=torch.int64, device=META)
-        low_res = {}
+        unet, n = self.trainee.unet, batch_size
+        picture = (n, 3, unet.config.sample_size, unet.config.sample_size)
+        floats = {"pixels": picture, "noise": picture, "weight": (n,)}
+        integers = {"timesteps": (n,), "dropout_keys": (n, 2)}
         if self.low_res_px is not None:
-            size = (batch_size, 3, self.low_res_px, self.low_res_px)
-            low_res = {
-                "low_res": torch.empty(size, device=META),
-                "low_res_noise": torch.empty_like(pixels),
-                "noise_level": torch.empty_like(integers),
+            floats |= {
+                "low_res": (n, 3, self.low_res_px, self.low_res_px),
+                "low_res_noise": picture,
             }
+            integers |= {"noise_level": (n,)}
+        text = (n, PROMPT_TOKENS, unet.config.encoder_hid_dim)
         return Batch(
-            pixels=pixels,
-            prompt_embeds=torch.empty(text_size, dtype=dtype, device=META),
-            weight=torch.empty(batch_size, device=META),
-            noise=torch.empty_like(pixels),
-            timesteps=integers,
-            dropout_keys=torch.empty(batch_size, 2, dtype=torch.int64, device=META),
-            **low_res,
+            **{name: torch.empty(shape, device=META) for name, shape in floats.items()},
+            **{n: torch.empty(s, dtype=torch.int64, device=META) for n, s in integers.items()},
+            prompt_embeds=torch.empty(text, dtype=unet.dtype, device=META),
         )
 
     def footprint(self, batch_size: int | None = None) -> Footprint:
-        """What a training step takes, with the recipe's batch size or another."""
+        """Estimate a training step, with the recipe's batch size or another."""
         batch = self.batch(batch_size or self.trainee.training.batch_size)
-        with Tally(self._resident(batch)) as tally:
+        flat, average = self.trainee.weights, self.trainee.average
+        vectors = [flat.values, flat.gradient, flat.working, flat.working_gradient]
+        adapter = vectors if average is None else [*vectors, average]
+        with Tally([*self._weights(), *adapter, *batch.tensors().values()]) as tally:
             self.trainee.accumulate(batch)
-        algorithm = OPTIMIZERS[self.optimizer]
         return Footprint(
             weights=self.weights_bytes,
-            adapter=total_bytes(self._adapter()),
-            optimizer=algorithm.state_bytes(self.trainee.weights.slices(whole_tensors=False)),
+            adapter=total_bytes(adapter),
+            optimizer=OPTIMIZERS[self.optimizer].state_bytes(flat.slices(whole_tensors=False)),
             activations=tally.peak_bytes,
             flops=tally.flops,
             work=tally.flops
@@ -137,33 +140,19 @@ class Rehearsal:
 
     @property
     def weights_bytes(self) -> int:
-        """The frozen UNet."""
+        """The bytes of the frozen UNet."""
         return total_bytes(self._weights())
 
     def drawing_bytes(self, pictures: int) -> int:
-        """The most that drawing pictures at once holds, each with its unguided twin."""
-        if pictures not in self._drawn:
-            self._drawn[pictures] = self._draw(pictures) + self.guard_bytes
-        return self._drawn[pictures]
-
-    def _draw(self, pictures: int) -> int:
-        batch, trainee = self.batch(2 * pictures), self.trainee
-        noisy = torch.empty_like(batch.pixels)
-        inputs = unet_inputs(trainee.stage, batch, noisy, trainee.schedulers, trainee.unet.dtype)
-        resident = [*self._resident(batch), *inputs.values()]
-        with trainee.final_weights() as unet, torch.no_grad(), Tally(resident) as tally:
-            unet(**inputs)
-        return tally.peak_bytes
+        """The most bytes held while so many pictures are drawn at once."""
+        if pictures not in self._drawing_bytes:
+            with self.trainee.final_weights() as unet:
+                inputs = drawing_inputs(unet, pictures)
+                drawing = forward_bytes(unet, inputs, unet.state_dict().values())
+            self._drawing_bytes[pictures] = drawing + self.guard_bytes
+        return self._drawing_bytes[pictures]
 
     def _weights(self) -> list[Tensor]:
         adapter = set(self.trainee.weights.parameters)
         state = self.trainee.unet.state_dict()
         return [tensor for name, tensor in state.items() if name not in adapter]
-
-    def _adapter(self) -> list[Tensor]:
-        flat = self.trainee.weights
-        vectors = [flat.values, flat.gradient, flat.working, flat.working_gradient]
-        return vectors if self.trainee.average is None else [*vectors, self.trainee.average]
-
-    def _resident(self, batch: Batch) -> list[Tensor]:
-        return [*self._weights(), *self._adapter(), *batch.tensors().values()]

@@ -282,7 +282,10 @@ def test_rounding_is_not_taken_for_tuning(random_cascade: RandomCascade, tmp_pat
         ("{stage_1} --base {stage_1} --targets to_qq", "'to_qq' matches no Linear or Conv2d"),
         ("nowhere --base {stage_1}", "'nowhere' is neither a folder that exists nor"),
         ("{stage_1} --base {stage_1} --device cuda:99", "device 'cuda:99' cannot be used"),
-        ("{stage_1}/text_encoder --base {stage_1}", "config.json is of no UNet2DConditionModel"),
+        (
+            "{stage_1}/text_encoder --base {stage_1}",
+            "config.json is not that of a UNet",
+        ),
     ],
 )
 def test_what_cannot_be_extracted(

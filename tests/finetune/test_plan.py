@@ -1,4 +1,4 @@
-"""What a run takes, found out beforehand: against the real step, and as a person asks for it."""
+"""Memory of a run, estimated: against the real step, and as a person asks for it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,23 +7,26 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import IFPipeline
 
-from adapters.cascade.tokens import prompt_tokens
+from adapters.base.estimates import PROMPT_TOKENS, safety_checker_bytes
+from adapters.base.source import Source
 from adapters.errors import UserError
 from adapters.weights.kinds import AdapterSpec
 from finetune import plan as command
 from finetune import train
-from finetune.memory.fit import fit, fitting_settings, out_of_memory, plan
+from finetune.memory import footprint
+from finetune.memory.fit import explain_out_of_memory, fit, fitting_settings, plan
 from finetune.memory.footprint import Rehearsal
 from finetune.recipe.file import load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Recipe, Training
 from finetune.run.trainee import Trainee
 from finetune.step.inputs import Batch
-from finetune.step.stages import STAGES
+from finetune.step.stages import STAGES, Stage
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import trainee_of
 from unets import tally
-from unets.tally import GIB, Tally, reserved, total_bytes
+from unets.tally import GIB, Tally, reserved
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -59,6 +62,15 @@ def changed(recipe: Recipe, stage: int, **fields: Any) -> Recipe:
     return recipe.model_copy(update={name: section})
 
 
+def rehearse(recipe: Recipe, stage: int, device: torch.device = GPU) -> Rehearsal:
+    return Rehearsal.of(*section(recipe, stage), device)
+
+
+def section(recipe: Recipe, stage: int) -> tuple[Stage, Training, dict[int, Source]]:
+    sources = {number: recipe.source(each) for number, each in STAGES.items()}
+    return STAGES[stage], recipe.training(STAGES[stage]), sources
+
+
 def real(blank: Batch) -> Batch:
     return Batch(
         **{
@@ -87,10 +99,11 @@ def test_a_tally_counts_what_lives_at_once_and_no_views() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "nf4", "int8"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_rehearsal_takes_what_the_real_step_takes(
-    recipe: Recipe, stage: int, precision: str
+    recipe: Recipe, stage: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(footprint, "PROMPT_TOKENS", 7)  # so that little of it is attention
     recipe = changed(recipe, stage, precision=precision)
-    rehearsal = Rehearsal.of(recipe, STAGES[stage], CPU, 7)
+    rehearsal = rehearse(recipe, stage, CPU)
     foreseen = rehearsal.footprint()
     trainee = trainee_of(recipe, stage)
     batch = real(rehearsal.batch(trainee.training.batch_size))
@@ -112,7 +125,7 @@ def test_a_rehearsal_takes_what_the_real_step_takes(
 
 def test_what_saves_memory_is_foreseen_to(recipe: Recipe) -> None:
     def taken(**fields: Any) -> Any:
-        return Rehearsal.of(changed(recipe, 1, **fields), STAGES[1], GPU, 7).footprint()
+        return rehearse(changed(recipe, 1, **fields), 1).footprint()
 
     assert taken(precision="nf4").weights < taken(precision="int8").weights < taken().weights
     assert taken(gradient_checkpointing=True).activations < taken().activations
@@ -128,12 +141,15 @@ def test_a_rehearsal_draws_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPat
     monkeypatch.delattr(torch.random, "fork_rng")
     for kind in ("lora", "dora", "loha", "lokr", "oft"):
         spec = AdapterSpec(kind=kind, targets="attention", dropout=0.1)
-        Rehearsal.of(changed(recipe, 1, adapter=spec), STAGES[1], GPU, 7).footprint()
+        rehearse(changed(recipe, 1, adapter=spec), 1).footprint()
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_prompts_have_as_many_tokens_as_the_pipeline_pads_to() -> None:
-    assert prompt_tokens() == 77
+def test_prompts_have_as_many_tokens_as_the_pipeline_pads_to(random_cascade: RandomCascade) -> None:
+    pipe = IFPipeline.from_pretrained(random_cascade.stage_1, unet=None)
+    pipe.tokenizer.model_max_length = 13
+    encoding, _ = pipe.encode_prompt("a cat", do_classifier_free_guidance=False)
+    assert encoding.shape[1] == PROMPT_TOKENS
 
 
 def test_every_phase_of_the_run_is_planned(recipe: Recipe) -> None:
@@ -158,7 +174,7 @@ def test_a_stage_that_is_not_trained_is_planned_without_the_others_adapter(recip
         spec = AdapterSpec(kind="lora", rank=64, targets=targets)
         planned = plan(changed(recipe, 2, adapter=spec))
         samples = next(phase for phase in planned.phases if phase.name.endswith("samples"))
-        taken.append(samples.bytes - reserved(planned.footprints[STAGES[2]].resident))
+        taken.append(samples.bytes - reserved(planned.choices[STAGES[2]].footprint.resident))
     assert taken[0] == pytest.approx(taken[1], abs=1)
 
 
@@ -166,30 +182,30 @@ def test_a_safety_checker_visits_while_pictures_are_drawn(
     guarded_cascade: RandomCascade, tmp_path: Path
 ) -> None:
     guarded = Recipe.model_validate(tree(guarded_cascade, tmp_path) | {"stage_2": None})
-    rehearsal = Rehearsal.of(guarded, STAGES[1], GPU, 7)
-    checker = guarded.source(STAGES[1]).guard_weights(torch.bfloat16)
-    assert rehearsal.guard_bytes == total_bytes(checker) > 0
+    rehearsal = rehearse(guarded, 1)
+    checker = safety_checker_bytes(guarded.source(STAGES[1]), torch.bfloat16)
+    assert rehearsal.guard_bytes == checker > 0
     unguarded = replace(rehearsal, guard_bytes=0)
     assert rehearsal.drawing_bytes(2) - unguarded.drawing_bytes(2) == rehearsal.guard_bytes
-    class_pictures = plan(guarded, text_tokens=7).phases[1].bytes
+    class_pictures = plan(guarded).phases[1].bytes
     assert class_pictures == reserved(rehearsal.weights_bytes + rehearsal.drawing_bytes(4))
 
 
 def test_settings_that_fit_are_sorted_by_time_and_keep_the_pictures_a_step(recipe: Recipe) -> None:
-    choices = fitting_settings(recipe, STAGES[1], 10 * GIB, 7)
-    fastest = choices[0].settings
-    assert (fastest.precision, fastest.gradient_checkpointing) == ("bf16", False)
+    choices = fitting_settings(*section(recipe, 1), 10 * GIB)
+    fastest = choices[0].training
+    assert (fastest.precision_on(GPU), fastest.gradient_checkpointing) == ("bf16", False)
     assert fastest.batch_size == 8  # the two batches of 4 in one
     for choice in choices:
-        assert choice.settings.batch_size * choice.settings.accumulation == 8
+        assert choice.training.batch_size * choice.training.accumulation == 8
         assert choice.footprint.reserved <= 10 * GIB
-    times = [choice.settings.accumulation * choice.footprint.work for choice in choices]
+    times = [choice.training.accumulation * choice.footprint.work for choice in choices]
     assert times == sorted(times)
     least = min(choice.footprint.reserved for choice in choices)
-    tight = fitting_settings(recipe, STAGES[1], least, 7)
+    tight = fitting_settings(*section(recipe, 1), least)
     assert tight
-    assert all(choice.settings.batch_size >= 2 for choice in tight)  # a class picture in each
-    assert fitting_settings(recipe, STAGES[1], least / 8, 7) == []
+    assert all(choice.training.batch_size >= 2 for choice in tight)  # a class picture in each
+    assert fitting_settings(*section(recipe, 1), least / 8) == []
 
 
 def test_overrides_to_paste_fit_the_budget(random_cascade: RandomCascade, tmp_path: Path) -> None:
@@ -200,8 +216,9 @@ def test_overrides_to_paste_fit_the_budget(random_cascade: RandomCascade, tmp_pa
     found = fit(recipe, budget := 0.97 * whole)
     assert found.overrides
     pasted = load_recipe(file, ["stage_2=null", "base.stage_2=null", *found.overrides])
-    assert pasted == found.recipe
-    assert plan(pasted).peak.bytes <= budget < whole
+    assert pasted == found.plan.recipe
+    assert plan(pasted).phases == found.plan.phases
+    assert found.plan.peak.bytes <= budget < whole
 
 
 def test_the_command_needs_no_weights_and_no_gpu(
@@ -220,6 +237,7 @@ def test_the_command_needs_no_weights_and_no_gpu(
     printed = capsys.readouterr().out
     assert "frozen weights" in printed
     assert "At most" in printed
+    assert ("this machine has none" in printed) is not torch.cuda.is_available()
     command.main([str(file), "--vram", "2GB"])
     assert "stage_1.batch_size=8 stage_1.accumulation=1" in capsys.readouterr().out
     command.main([str(file), "--vram", "0.5001"])
@@ -242,11 +260,11 @@ def test_out_of_memory_ends_in_overrides_that_fit(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     peak = plan(recipe).peak.bytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * peak, 10 * GIB))
-    message = str(out_of_memory(recipe, GPU))  # although by calculation it should have fitted
+    message = str(explain_out_of_memory(recipe, GPU))  # by calculation it should have fitted
     assert message.partition("overrides ")[2].rstrip(".").split()
     assert "\n" not in message
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (peak / 100, 10 * GIB))
-    assert "take a smaller base" in str(out_of_memory(recipe, GPU))
+    assert "take a smaller base" in str(explain_out_of_memory(recipe, GPU))
 
 
 def test_a_run_that_is_out_of_memory_says_what_fits(
@@ -260,7 +278,8 @@ def test_a_run_that_is_out_of_memory_says_what_fits(
 
     monkeypatch.setattr(Trainee, "update", full)
     monkeypatch.setattr(
-        "finetune.memory.fit.out_of_memory", lambda recipe, device: UserError("give overrides")
+        "finetune.memory.fit.explain_out_of_memory",
+        lambda recipe, device: UserError("give overrides"),
     )
     planned = tree(random_cascade, tmp_path)
     planned |= {"prior": None, "validation": {}, "stage_2": None}

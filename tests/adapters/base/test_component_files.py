@@ -30,7 +30,8 @@ from adapters.merge import main as merge
 from adapters.weights.kinds import AdapterSpec, adapter_state, attach
 from finetune.data.captions import CaptionCache, embed_captions
 from finetune.memory.fit import plan
-from finetune.plan import downloads_text, main
+from finetune.memory.report import format_downloads
+from finetune.plan import main
 from finetune.recipe.schema import Recipe
 from tests.builders.hub_stand_in import HubStandIn, hub_stand_in
 from tests.builders.published_layouts import Layout, files_of, rewrite
@@ -99,7 +100,7 @@ def test_of_what_is_there_the_variant_comes_first_then_safetensors(
     names: str, variant: str | None, chosen: str
 ) -> None:
     there = files_of(names.split())
-    assert choose_weights("unet", there, variant).names == tuple(sorted(files_of([chosen])))
+    assert choose_weights("unet", there, variant)[0] == sorted(files_of([chosen]))
 
 
 @pytest.mark.parametrize(
@@ -114,12 +115,16 @@ def test_of_what_is_there_the_variant_comes_first_then_safetensors(
             None,
             r"1 are not there \(number 2\)",
         ),
-        ("model.safetensors pytorch_model.safetensors", None, "lie there twice"),
+        (
+            "model.safetensors pytorch_model.safetensors",
+            None,
+            r"there twice, as model\S* and as pytorch_model\S*;",
+        ),
         ("model.fp16-00001-of-00002.safetensors model.safetensors", "fp16", "1 are not there"),
         (
             "model-#-of-00002.safetensors model-#-of-00004.safetensors",
             None,
-            "both in 2 and in 4 shards; remove all but one set",
+            "there twice, as .*-of-00002.safetensors and as .*-of-00004.safetensors; remove one",
         ),
     ],
 )
@@ -361,7 +366,7 @@ def test_an_adapter_is_merged_into_it(
 
 def planned(recipe: Recipe) -> dict[str, tuple[int, float]]:
     """The files and GiB of each row of a plan's downloads."""
-    rows = [line.rsplit(maxsplit=2) for line in downloads_text(recipe).splitlines()[1:-1]]
+    rows = [line.rsplit(maxsplit=2) for line in format_downloads(recipe).splitlines()[1:-1]]
     return {name: (int(files), float(gib)) for name, files, gib in rows}
 
 
@@ -376,10 +381,10 @@ def test_a_plan_says_what_is_downloaded(
     name, _ = published
     prompts = ["a cat"] if drawing else []
     recipe = recipe_of(name, tmp_path, validation={"prompts": prompts})
-    plan(recipe, CPU, 7)
+    plan(recipe, CPU)
     before = hub.downloaded(name)
     assert not [file for file in before if file.endswith((".safetensors", ".bin"))]
-    monkeypatch.setattr("finetune.plan.GIB", 1)  # bytes
+    monkeypatch.setattr("finetune.memory.report.GIB", 1)  # bytes
     foreseen = planned(recipe)
     assert hub.downloaded(name) == before
     embed_captions(["a cat"], CaptionCache.of(recipe, CPU))
@@ -391,7 +396,7 @@ def test_a_plan_says_what_is_downloaded(
         size = len(hub.repositories[name].files()[place])
         sizes.setdefault(f"stage_1, {place.partition('/')[0]}", []).append(size)
     assert foreseen == {part: (len(each), sum(each)) for part, each in sizes.items()}
-    assert downloads_text(recipe) == ""
+    assert format_downloads(recipe) == ""
 
 
 def test_a_plan_offline(
@@ -417,7 +422,7 @@ def test_a_plan_offline(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(older))
     main([str(tmp_path / "recipe.yaml")])
     out = capsys.readouterr().out
-    assert out.endswith(f"What is to be downloaded of {name} cannot be told offline.\n")
+    assert out.endswith(f"The downloads of {name} are not known offline.\n")
 
 
 def offline(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,12 +450,12 @@ def test_what_is_in_the_cache_loads_without_the_hub_and_what_is_not_is_said(
     cut_off(hub, monkeypatch)
     assert same(Source(name, 1, None, "fp16").unet("fp32", CPU).state_dict(), before)
     with pytest.raises(UserError, match=f"The model '{name}' cannot be loaded") as caught:
-        Source(name, 1, None, "fp16").text_encoder("fp32", torch.float32, CPU)
+        Source(name, 1, None, "fp16").text_encoder("fp32", CPU)
     assert "\n" not in str(caught.value)
 
 
 def test_a_plan_of_folders_has_no_downloads(guarded_cascade: RandomCascade, tmp_path: Path) -> None:
-    assert downloads_text(recipe_of(str(guarded_cascade.stage_1), tmp_path)) == ""
+    assert format_downloads(recipe_of(str(guarded_cascade.stage_1), tmp_path)) == ""
 
 
 def test_the_index_of_a_model_does_not_lead_out_of_it(
@@ -462,7 +467,7 @@ def test_the_index_of_a_model_does_not_lead_out_of_it(
     index["../outside"] = ["diffusers", "UNet2DConditionModel"]
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
     source = Source(str(tmp_path / "model"), 1)
-    assert source.parts == ["scheduler", "text_encoder", "tokenizer", "unet"]
+    assert list(source.files.parts) == ["scheduler", "text_encoder", "tokenizer", "unet"]
 
 
 class Runs:

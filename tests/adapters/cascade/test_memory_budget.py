@@ -7,19 +7,26 @@ import pytest
 import torch
 
 from adapters import Parts, load_cascade
+from adapters.base.estimates import drawing_inputs
 from adapters.base.source import Source
 from adapters.cascade import memory_budget
-from adapters.cascade.memory_budget import AT_ONCE, ROWS, memory_bytes, within
+from adapters.cascade.memory_budget import (
+    ARRANGEMENTS,
+    AT_ONCE,
+    choose_arrangement,
+    lay_over,
+    parse_memory,
+)
 from adapters.errors import UserError
 from adapters.files.stage_adapter import StageAdapter
 from adapters.weights.kinds import AdapterSpec
 from adapters.weights.updates import LowRank
 from tests.builders.adapters import export, trained_unet
-from tests.builders.random_cascade import TEXT_WIDTH, RandomCascade
+from tests.builders.random_cascade import RandomCascade
 from unets import tally
 from unets.frozen import Quantised
 from unets.loading import blank_unet
-from unets.tally import DRIVER_BYTES, GIB, Tally, total_bytes
+from unets.tally import DRIVER_BYTES, GIB, Tally, forward_bytes, total_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -42,28 +49,28 @@ def gigabytes(size: float) -> str:
 def test_the_best_row_that_fits_is_taken_and_as_many_pictures_as_fit(
     sources: dict[int, Source],
 ) -> None:
-    whole = within(sources, "100GB")
-    assert (whole.row, whole.at_once) == (ROWS[0], max(AT_ONCE))
+    whole = choose_arrangement(sources, "100GB")
+    assert (whole.arrangement, whole.at_once) == (ARRANGEMENTS[0], max(AT_ONCE))
     assert set(whole.weights) == {"text encoder", "stage_1", "stage_2", "stage_3"}
     seen = [whole]
 
     def less_and_less() -> None:
         while True:
-            seen.append(within(sources, gigabytes(seen[-1].peak - 16)))
+            seen.append(choose_arrangement(sources, gigabytes(seen[-1].peak - 16)))
             assert seen[-1].peak < seen[-2].peak
 
     with pytest.raises(UserError, match=r"GiB at least; leave a stage out"):
         less_and_less()
-    ranks = [(ROWS.index(each.row), -each.at_once) for each in seen]
+    ranks = [(ARRANGEMENTS.index(each.arrangement), -each.at_once) for each in seen]
     assert ranks == sorted(ranks)
     assert seen[-1].at_once == 1
     assert sum(seen[-1].weights.values()) < sum(whole.weights.values())
 
 
 def test_only_what_is_asked_for_is_counted(sources: dict[int, Source]) -> None:
-    one = within({1: sources[1]}, "100GB", text_encoder=False)
+    one = choose_arrangement({1: sources[1]}, "100GB", text_encoder=False)
     assert set(one.weights) == {"stage_1"}
-    assert one.peak < within(sources, "100GB").peak
+    assert one.peak < choose_arrangement(sources, "100GB").peak
     assert "stage_1       bf16" in str(one)
     assert "8 at a time" in str(one)
 
@@ -74,15 +81,13 @@ def test_what_drawing_holds_is_what_a_real_forward_pass_holds(
 ) -> None:
     pictures, cpu = 4, torch.device("cpu")
     blank = blank_unet(sources[stage].unet_config, "fp32", cpu)
-    inputs = memory_budget._unet_inputs(
-        blank, blank.config.sample_size, 7, TEXT_WIDTH, torch.float32
-    )
-    foreseen = memory_budget._working(blank, list(blank.state_dict().values()), inputs)[pictures]
+    inputs = drawing_inputs(blank, pictures)
+    foreseen = forward_bytes(blank, inputs, blank.state_dict().values())
     unet = sources[stage].unet("fp32", cpu)
-    given = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in inputs(2 * pictures).items()}
+    given = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in inputs.items()}
     with torch.no_grad(), Tally([*unet.state_dict().values(), *given.values()]) as taken:
         unet(**given)
-    assert foreseen == pytest.approx(taken.peak_bytes + total_bytes(given.values()), rel=0.05)
+    assert foreseen == pytest.approx(taken.peak_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("memory", ["6GB", "6 gb", "6GiB", "6"])
@@ -90,13 +95,13 @@ def test_a_memory_is_the_cards_less_the_drivers(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_budget, "DRIVER_BYTES", DRIVER_BYTES)
-    assert memory_bytes(memory) == 6 * GIB - DRIVER_BYTES
+    assert parse_memory(memory) == 6 * GIB - DRIVER_BYTES
 
 
 @pytest.mark.parametrize("memory", ["", "much", "6TB", "-6GB", "0GB"])
 def test_what_is_no_memory_is_said_to_be_none(memory: str) -> None:
     with pytest.raises(UserError, match="memory must be the memory of a card, such as 6GB"):
-        memory_bytes(memory)
+        parse_memory(memory)
 
 
 def test_a_safety_checker_takes_room_too(
@@ -104,7 +109,7 @@ def test_a_safety_checker_takes_room_too(
 ) -> None:
     def peak(cascade: RandomCascade, *stages: int) -> int:
         named = dict(enumerate(folders(cascade), 1))
-        return within({n: Source(str(named[n]), n) for n in stages}, "100GB").peak
+        return choose_arrangement({n: Source(str(named[n]), n) for n in stages}, "100GB").peak
 
     checker = load_cascade(guarded_cascade.stage_1).stages[1].safety_checker
     size = sum(weight.numel() for weight in checker.parameters()) * 2
@@ -128,7 +133,7 @@ def test_what_adapters_keep_on_the_device_is_counted(
     kept = [t for each in objects for t in vars(each).values() if isinstance(t, torch.Tensor)]
     adapters = [StageAdapter.load(place) for place in places]
     unet = blank_unet(Source(str(base), 1).unet_config, "nf4", torch.device("cpu"))
-    assert total_bytes(memory_budget.laid_over(unet, adapters)) == total_bytes(kept)
+    assert total_bytes(lay_over(unet, adapters)) == total_bytes(kept)
 
 
 def test_a_cascade_counts_the_adapters_that_it_is_loaded_with(
@@ -139,15 +144,14 @@ def test_a_cascade_counts_the_adapters_that_it_is_loaded_with(
     more = []
 
     def count(sources: dict[int, Source], memory: str, **given: Any) -> None:
-        with_them, without = (
-            within(sources, memory, **given | own).weights for own in ({}, {"adapters": {}})
-        )
+        with_them = choose_arrangement(sources, memory, **given).weights
+        without = choose_arrangement(sources, memory, **given | {"adapters": {}}).weights
         more.extend(part for part, size in with_them.items() if size > without[part])
         raise UserError("counted")
 
-    monkeypatch.setattr("adapters.cascade.load.within", count)
+    monkeypatch.setattr("adapters.cascade.load.choose_arrangement", count)
     monkeypatch.setattr("adapters.cascade.load.find_device", torch.device)
-    monkeypatch.setattr(memory_budget, "ROWS", ROWS[-1:])
+    monkeypatch.setattr(memory_budget, "ARRANGEMENTS", ARRANGEMENTS[-1:])
     with pytest.raises(UserError, match="counted"):
         load_cascade(
             stage_2=base,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapters import Cascade, Sampling, StageSampling, load_cascade
 from adapters.cascade.memory_budget import ALL, TEXT
-from adapters.cascade.offload import Placing
+from adapters.cascade.offload import Placement
 from adapters.errors import UserError
 from adapters.weights.kinds import AdapterSpec
 from tests.builders.adapters import export, trained_unet
@@ -32,7 +32,7 @@ def rested(cascade: RandomCascade, dtype: str = "auto") -> Cascade:
 
 
 def put_to_rest(cascade: Cascade, parts: Collection[str]) -> Cascade:
-    cascade.placing = Placing(DEVICE, parts)
+    cascade.placing = Placement(DEVICE, parts)
     stages = {f"stage_{number}": pipe for number, pipe in cascade.stages.items()}
     for part, pipe in {TEXT: cascade.text, **stages, "stage_3": cascade.upscaler}.items():
         if pipe is not None:
@@ -147,9 +147,9 @@ def test_a_part_rests_again_where_there_is_no_room_for_all_of_it(
 
 
 def test_no_more_pictures_are_drawn_at_once_than_there_is_room_for() -> None:
-    assert Placing(DEVICE, (), 2).limited(Sampling()).batch_size == 2
-    assert Placing(DEVICE, (), 16).limited(Sampling(batch_size=3)).batch_size == 3
-    assert Placing(DEVICE).limited(Sampling()) == Sampling()
+    assert Placement(DEVICE, (), 2).limit(Sampling()).batch_size == 2
+    assert Placement(DEVICE, (), 16).limit(Sampling(batch_size=3)).batch_size == 3
+    assert Placement(DEVICE).limit(Sampling()) == Sampling()
 
 
 def test_a_memory_is_a_gpus_and_chooses_precisions(

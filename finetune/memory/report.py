@@ -1,0 +1,112 @@
+"""Plans, settings that fit and downloads as text for the terminal."""
+
+from collections.abc import Iterator
+
+from adapters.base.source import GUARDS
+from adapters.cascade.memory_budget import GPU, parse_memory
+from adapters.tables import format_table
+from finetune.data.captions import TEXT_PARTS
+from finetune.memory.fit import Plan, fit
+from finetune.recipe.schema import Recipe
+from finetune.step.stages import STAGES
+from unets.tally import GIB
+
+LIBRARIES_BYTES = 0.6 * GIB
+"""The main memory of a process that has imported the trainer, and done nothing yet."""
+
+
+def format_plan(plan: Plan) -> str:
+    """Write a plan: memory by part, the arithmetic of the steps, and memory by phase."""
+    phases = [("phase of the run", "GiB"), *((p.name, _gib(p.bytes)) for p in plan.phases)]
+    own = f"; Python and its libraries take {_gib(LIBRARIES_BYTES)} GiB more"
+    peak = f"At most {_gib(plan.peak.bytes)} GiB, in {plan.peak.name}"
+    last = f"{peak}{own if plan.device.type == 'cpu' else ''}."
+    return "\n".join([format_table(_stages(plan)), "", format_table(phases), "", last])
+
+
+def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """The rows of each stage's memory in training and arithmetic."""
+    where, kept = ("GPU", ", kept by the CUDA graph")
+    if plan.device.type == "cpu":
+        where, kept = ("Main", "")
+    yield (f"{where} memory in training, GiB", *(stage.name for stage in plan.choices))
+    parts = [choice.footprint for choice in plan.choices.values()]
+    yield ("frozen weights", *(_gib(part.weights) for part in parts))
+    yield ("adapter and its gradient", *(_gib(part.adapter) for part in parts))
+    yield ("optimizer's state", *(_gib(part.optimizer) for part in parts))
+    yield (f"activations{kept}", *(_gib(part.activations) for part in parts))
+    rest = [part.reserved - part.resident - part.activations for part in parts]
+    yield ("workspaces and fragmentation", *(_gib(size) for size in rest))
+    yield ("in all", *(_gib(part.reserved) for part in parts))
+
+    own = [choice.training for choice in plan.choices.values()]
+    flops = [part.flops * each.accumulation for part, each in zip(parts, own, strict=True)]
+    yield ("base", *(each.precision_on(plan.device) for each in own))
+    yield ("pictures a step", *(f"{each.batch_size * each.accumulation:,}" for each in own))
+    yield ("TFLOP a step", *(f"{each / 1e12:.3g}" for each in flops))
+    yield ("steps", *(f"{each.steps:,}" for each in own))
+    totals = [each * training.steps for each, training in zip(flops, own, strict=True)]
+    yield ("TFLOP in all", *(f"{total / 1e12:,.0f}" for total in totals))
+
+
+def format_fit(recipe: Recipe, vram: str) -> str:
+    """Write the settings that fit a card, and the plan of the fastest.
+
+    Raises:
+        UserError: where ``vram`` is no memory of a card, and as :func:`finetune.memory.fit.plan`.
+    """
+    budget = parse_memory(vram, "--vram")
+    found = fit(recipe, budget)
+    blocks = [f"On a card of {vram}, {_gib(budget)} GiB beside the driver's own:"]
+    for stage, choices in found.choices.items():
+        rows = [(stage.name, "base", "checkpointing", "batch", "accumulation", "GiB", "time")]
+        rows += [
+            (
+                "",
+                choice.training.precision_on(GPU),
+                "yes" if choice.training.gradient_checkpointing else "no",
+                str(choice.training.batch_size),
+                str(choice.training.accumulation),
+                _gib(choice.footprint.reserved),
+                f"{choice.work / choices[0].work:.2f}x",
+            )
+            for choice in choices
+        ]
+        blocks.append(format_table(rows) if choices else f"{stage.name}: nothing fits.")
+    if found.plan is None:
+        return "\n\n".join([*blocks, "No settings of this recipe fit: take a smaller base."])
+    overrides = " ".join(found.overrides) or "(none: the recipe fits as it is)"
+    fastest = f"The fastest, as overrides:\n{overrides}"
+    return "\n\n".join([*blocks, fastest, format_plan(found.plan)])
+
+
+def format_downloads(recipe: Recipe) -> str:
+    """Write the files that a run will download, by component; empty where all are here.
+
+    Caches of encodings and class pictures are taken to be empty. One sentence where the hub has
+    never listed the files and cannot be asked.
+
+    Raises:
+        UserError: where a base lacks weights that the run needs.
+    """
+    draws = bool(recipe.validation.prompts or (recipe.prior and not recipe.prior.folder))
+    rows: list[tuple[str, ...]] = []
+    everything: list[int] = []
+    for stage in dict.fromkeys((STAGES[1], *recipe.trained)):
+        files = recipe.source(stage).files
+        if not files.is_listed:
+            return f"The downloads of {files.name} are not known offline."
+        needed = {"unet": draws or stage in recipe.trained}
+        needed |= dict.fromkeys(GUARDS, draws) | dict.fromkeys(TEXT_PARTS, stage is STAGES[1])
+        for part in files.parts:
+            if needed.get(part, True) and (sizes := files.absent_bytes(part)):
+                rows.append((f"{stage.name}, {part}", f"{len(sizes):,}", _gib(sum(sizes))))
+                everything += sizes
+    if not rows:
+        return ""
+    last = ("in all", f"{len(everything):,}", _gib(sum(everything)))
+    return format_table([("to download", "files", "GiB"), *rows, last])
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
