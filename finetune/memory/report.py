@@ -6,7 +6,7 @@ from adapters.base.source import GUARDS
 from adapters.cascade.memory_budget import GPU, parse_memory
 from adapters.tables import format_table
 from finetune.data.captions import TEXT_PARTS
-from finetune.memory.fit import Plan, fit
+from finetune.memory.fit import Plan, fit, plan
 from finetune.recipe.schema import Recipe
 from finetune.step.stages import STAGES
 from unets.tally import GIB
@@ -76,8 +76,9 @@ def format_fit(recipe: Recipe, vram: str) -> str:
     if found.plan is None:
         return "\n\n".join([*blocks, "No settings of this recipe fit: take a smaller base."])
     overrides = " ".join(found.overrides) or "(none: the recipe fits as it is)"
+    # planned again: the first step of a rehearsal also builds tables that later ones reuse
     fastest = f"The fastest, as overrides:\n{overrides}"
-    return "\n\n".join([*blocks, fastest, format_plan(found.plan)])
+    return "\n\n".join([*blocks, fastest, format_plan(plan(found.plan.recipe))])
 
 
 def format_downloads(recipe: Recipe) -> str:

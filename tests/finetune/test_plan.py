@@ -217,8 +217,7 @@ def test_overrides_to_paste_fit_the_budget(random_cascade: RandomCascade, tmp_pa
     assert found.overrides
     pasted = load_recipe(file, ["stage_2=null", "base.stage_2=null", *found.overrides])
     assert pasted == found.plan.recipe
-    assert plan(pasted).phases == found.plan.phases
-    assert found.plan.peak.bytes <= budget < whole
+    assert plan(pasted).peak.bytes <= budget < whole
 
 
 def test_the_command_needs_no_weights_and_no_gpu(
