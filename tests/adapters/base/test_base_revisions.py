@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +14,10 @@ from adapters.base.hub import with_revision
 from adapters.base.source import Source, sources_of
 from adapters.cascade.provenance import read_picture_info
 from adapters.files.export import AdapterInfo, export_adapter
+from adapters.files.info import AdapterInfo
 from adapters.files.model_card import write_card
 from adapters.weights.kinds import AdapterSpec
 from finetune.recipe.schema import Recipe
-from finetune.run.loop import adapter_info
 from finetune.step.stages import STAGES
 from tests.builders.adapters import base_of, trained_unet
 from tests.builders.hub_stand_in import hub_stand_in
@@ -126,12 +125,16 @@ def test_an_adapter_and_its_card_name_the_revision_of_its_own_stage(tmp_path: Pa
     stages = {"stage_1": {"steps": 1}, "stage_2": {"steps": 1}}
     recipe = Recipe.model_validate({"name": "r", "base": base, "data": {"source": "p"}} | stages)
     infos = [
-        adapter_info(
-            recipe,
-            SimpleNamespace(stage=stage, training=recipe.training(stage), step=7),
-            SimpleNamespace(pictures=()),
+        AdapterInfo(
+            base_model=recipe.source(stage).name,
+            base_revision=recipe.source(stage).revision,
+            stage=number,
+            spec=AdapterSpec(),
+            step=7,
+            recipe=recipe.to_yaml(),
+            version="0",
         )
-        for stage in STAGES.values()
+        for number, stage in STAGES.items()
     ]
     assert [(info.base_model, info.base_revision) for info in infos] == [
         ("owner/if-1", "v1"),

@@ -32,7 +32,7 @@ ROWS = [
     for kind, row in KINDS.items()
     for preset in PRESETS
     for stage in (1, 2)
-    if preset != "attention+conv" or len(row.modules) == 2  # OFT adapts no convolution
+    if preset != "attention+conv" or row.convolutions
 ]
 
 SPECS = {kind: AdapterSpec(kind=kind, rank=3, alpha=5.0, targets="all") for kind in KINDS}
