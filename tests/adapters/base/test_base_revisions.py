@@ -13,7 +13,7 @@ from adapters import Parts, generate, load_cascade
 from adapters.base.hub import with_revision
 from adapters.base.source import Source, sources_of
 from adapters.cascade.provenance import read_picture_info
-from adapters.files.export import AdapterInfo, export_adapter
+from adapters.files.export import export_adapter
 from adapters.files.info import AdapterInfo
 from adapters.files.model_card import write_card
 from adapters.weights.kinds import AdapterSpec
