@@ -6,43 +6,30 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapters.cascade.cascade import Cascade
-    from adapters.cascade.embeds import load_embeds, save_embeds
-    from adapters.cascade.load import Parts, load_cascade
-    from adapters.cascade.provenance import PictureInfo, read_picture_info
-    from adapters.cascade.results import CascadeImages, Sample
-    from adapters.cascade.sampling import Sampling, StageSampling
-    from adapters.errors import UserError
-    from adapters.files.export import Exported, export_adapter
-    from adapters.files.info import AdapterInfo, read_info
-    from adapters.weights.kinds import AdapterSpec, attach
+    from adapters.cascade.cascade import Cascade as Cascade
+    from adapters.cascade.embeds import load_embeds as load_embeds
+    from adapters.cascade.embeds import save_embeds as save_embeds
+    from adapters.cascade.load import Parts as Parts
+    from adapters.cascade.load import load_cascade as load_cascade
+    from adapters.cascade.provenance import PictureInfo as PictureInfo
+    from adapters.cascade.provenance import read_picture_info as read_picture_info
+    from adapters.cascade.results import CascadeImages as CascadeImages
+    from adapters.cascade.results import Sample as Sample
+    from adapters.cascade.sampling import Sampling as Sampling
+    from adapters.cascade.sampling import StageSampling as StageSampling
+    from adapters.errors import UserError as UserError
+    from adapters.files.export import Exported as Exported
+    from adapters.files.export import export_adapter as export_adapter
+    from adapters.files.info import AdapterInfo as AdapterInfo
+    from adapters.files.info import read_info as read_info
+    from adapters.weights.kinds import AdapterSpec as AdapterSpec
+    from adapters.weights.kinds import attach as attach
 
 # diffusers' IF pipelines import an image processor of which transformers then says that it would
 # be faster with torchvision; nothing here needs that package
 logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
-
-__all__ = [
-    "load_cascade",
-    "Parts",
-    "Cascade",
-    "Sampling",
-    "StageSampling",
-    "CascadeImages",
-    "Sample",
-    "PictureInfo",
-    "read_picture_info",
-    "save_embeds",
-    "load_embeds",
-    "AdapterSpec",
-    "attach",
-    "AdapterInfo",
-    "export_adapter",
-    "Exported",
-    "read_info",
-    "UserError",
-]
 
 MODULES = MappingProxyType(
     {
@@ -61,12 +48,10 @@ MODULES = MappingProxyType(
 """The module of each public name, imported when the name is used: torch and diffusers take seconds,
 which a command's ``--help`` should not."""
 
+__all__ = list(MODULES)
+
 
 def __getattr__(name: str) -> Any:
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return vars(import_module(f"{__name__}.{MODULES[name]}"))[name]
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]

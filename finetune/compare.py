@@ -6,34 +6,33 @@ python -m finetune.compare RECIPE [key=value …]
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from adapters.errors import command_line
-from finetune.recipe.file import load_recipe
+from adapters.errors import quiet_libraries
+from finetune.command import run_command
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; libraries are loaded once the recipe has no mistakes."""
-    parser = argparse.ArgumentParser(
-        prog="finetune.compare",
-        description="Draw the base and the fine-tuned cascade side by side, and score both.",
-    )
-    parser.add_argument("recipe", help="the recipe of a finished run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
-    with command_line():
-        recipe = load_recipe(options.recipe, options.overrides)
-        from finetune.evaluation.comparison import compare, judge
+    """Run the command line."""
+    about = "Draw the base and the fine-tuned cascade of a finished run, and score both."
+    run_command("compare", about, arguments, compare_and_judge)
 
-        text, scores = compare(recipe)
-        sys.stdout.write(text)
-        expected = recipe.comparison and recipe.comparison.expected
-        if expected and expected.data == recipe.data.source:
-            sys.stdout.write(judge(scores, expected))
-        elif expected:
-            sys.stdout.write(
-                f"Not judged: the expected scores are of {expected.data}, not of"
-                f" {recipe.data.source}.\n"
-            )
+
+def compare_and_judge(recipe: "Recipe", options: argparse.Namespace) -> str:
+    """Compare, and hold the scores against the expected ones where these are of the same data."""
+    from finetune.evaluation.comparison import compare, judge
+
+    quiet_libraries()
+    text, scores = compare(recipe)
+    if recipe.comparison is None or (expected := recipe.comparison.expected) is None:
+        return text
+    sys.stdout.write(text)  # also where the judgement is an error
+    if expected.data == recipe.data.source:
+        return judge(scores, expected)
+    return f"Not judged: the expected scores are of {expected.data}, not of {recipe.data.source}.\n"
 
 
 if __name__ == "__main__":

@@ -4,35 +4,29 @@ python -m finetune.precompute RECIPE [key=value …]
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from adapters.errors import command_line, quiet_libraries
-from finetune.recipe.file import load_recipe
-from finetune.recipe.schema import Recipe
+from adapters.errors import quiet_libraries
+from finetune.command import run_command
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="finetune.precompute", description="Encode all captions of a recipe."
-    )
-    parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. text.precision=nf4")
-    options = parser.parse_args(arguments)
-    with command_line():
-        recipe = load_recipe(options.recipe, options.overrides)
-        quiet_libraries()
-        sys.stdout.write(precompute(recipe))
+    """Run the command line."""
+    run_command("precompute", "Encode all captions of a recipe.", arguments, precompute)
 
 
-def precompute(recipe: Recipe) -> str:
+def precompute(recipe: "Recipe", options: argparse.Namespace | None = None) -> str:
     """Encode what the cache lacks; return how much that was, and how a trainer reuses it."""
     import torch
 
     from finetune.data.captions import CaptionCache, collect_captions, embed_captions
     from finetune.data.sources import load_captions
 
+    quiet_libraries()
     own = load_captions(recipe.data, recipe.cache)
     captions = {text: f"row {row} of {recipe.data.source}" for row, text in enumerate(own)}
     captions |= collect_captions(recipe, ())

@@ -13,8 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.errors import UserError, command_line
-from finetune.recipe.file import load_recipe
+from adapters.errors import UserError, quiet_libraries
+from finetune.command import run_command
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,27 +25,25 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; libraries are loaded once the recipe has no mistakes."""
-    parser = argparse.ArgumentParser(
-        prog="finetune.train", description="Teach the cascade what a recipe says."
-    )
-    parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stage_1.steps=100")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
-    options = parser.parse_intermixed_args(arguments)
-    with command_line():
-        recipe = load_recipe(options.recipe, options.overrides)
-        if options.dry_run:
-            if os.environ.get("RANK", "0") == "0":
-                sys.stdout.write(recipe.to_yaml())
-            return
-        from accelerate import Accelerator, InitProcessGroupKwargs
+    """Run the command line."""
+    dry_run = {"action": "store_true", "help": "print the resolved recipe and stop"}
+    about = "Teach the cascade what a recipe says."
+    run_command("train", about, arguments, train_or_print, dry_run=dry_run)
 
-        # one process gathers the material for all, which may take longer than NCCL's ten minutes
-        waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-        accelerator = Accelerator(kwargs_handlers=[waiting])
-        train(recipe, accelerator)
-        accelerator.end_training()
+
+def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
+    """Run a recipe, or return its text where ``options.dry_run`` is set."""
+    if options.dry_run:
+        return recipe.to_yaml() if os.environ.get("RANK", "0") == "0" else ""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    quiet_libraries()
+    # one process gathers the material for all, which may take longer than NCCL's ten minutes
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = Accelerator(kwargs_handlers=[waiting])
+    train(recipe, accelerator)
+    accelerator.end_training()
+    return ""
 
 
 def train(recipe: "Recipe", accelerator: "Accelerator") -> None:

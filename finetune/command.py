@@ -1,0 +1,48 @@
+"""The frame of a command on a recipe."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import command_line
+from finetune.recipe.file import load_recipe
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Recipe
+
+
+def run_command(
+    name: str,
+    description: str,
+    arguments: Sequence[str] | None,
+    work: "Callable[[Recipe, argparse.Namespace], str]",
+    **options: dict[str, Any],
+) -> None:
+    """Parse a command line, load its recipe, and print what the work returns.
+
+    Mistakes are printed as a sentence, with exit status 2.
+
+    Args:
+        name: the command's module in :mod:`finetune`.
+        description: what it does, in a sentence.
+        arguments: the command line; ``None``: that of the process.
+        work: does the command's work on a recipe without mistakes. It imports what is slow to
+            import itself, so that ``--help`` and mistakes are answered at once.
+        **options: further options and their settings, such as ``vram={"help": …}``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m finetune.{name}",
+        description=description,
+        epilog=f"example:\n  python -m finetune.{name} recipes/quickstart.yaml stage_1.steps=100",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line
+    )
+    parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values that replace the recipe's"
+    )
+    for option, settings in options.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", **settings)
+    given = parser.parse_intermixed_args(arguments)
+    with command_line():
+        sys.stdout.write(work(load_recipe(given.recipe, given.overrides), given))
