@@ -49,7 +49,7 @@ def test_the_public_api_has_examples() -> None:
 
 @pytest.mark.parametrize("name", FOUND)
 def test_an_example_prints_what_it_says(cascade: Cascade, name: str) -> None:
-    known = {public: vars(adapters)[public] for public in adapters.__all__}
+    known = {public: getattr(adapters, public) for public in adapters.__all__}
     known |= {"cascade": cascade, "torch": torch, "UNet2DConditionModel": UNet2DConditionModel}
     module = import_module(FOUND[name])
     (example,) = (
