@@ -23,7 +23,7 @@ Scales: TypeAlias = Mapping[str, Scale] | Sequence[str] | str
 LARGEST = (2 - 2**-23) * 2.0**127
 """The largest factor: float32's largest number, as updates are merged in float32."""
 
-LAST_SEED = 2**64 - 1
+LAST_SEED = 0xFFFF_FFFF_FFFF_FFFF
 """The largest seed that a generator of PyTorch takes."""
 
 STAGES = (1, 2)

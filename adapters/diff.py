@@ -25,20 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _diff(options: argparse.Namespace) -> str:
     from adapters.base.stored_unet import StoredUNet
     from adapters.files.stage_adapter import StageAdapter
-    from adapters.merging import comparison
+    from adapters.merging import difference
     from adapters.merging.measure import find_bases
 
     paths = (options.a, options.b)
-    if all(map(comparison.is_model, paths)):
+    if all(map(difference.is_model, paths)):
         a, b = (StoredUNet.find(str(path), None, options.variant) for path in paths)
-        found = [comparison.compare_unets(a, b, by_module=options.modules)]
+        found = [difference.compare_unets(a, b, by_module=options.modules)]
     else:
         bases = find_bases(options.base, options.revision, options.variant)
         found = [
-            comparison.compare_adapters(a, b, bases, by_module=options.modules)
-            for a, b in comparison.pair_stages(*(StageAdapter.load_all(path) for path in paths))
+            difference.compare_adapters(a, b, bases, by_module=options.modules)
+            for a, b in difference.pair_stages(*(StageAdapter.load_all(path) for path in paths))
         ]
-    return format_report(found, comparison.format_comparison, as_json=options.json)
+    return format_report(found, difference.format_comparison, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     from finetune.data.pictures import load_pictures
     from finetune.memory.fit import explain_out_of_memory, plan
     from finetune.memory.report import format_plan
-    from finetune.run.folders import Folders, check_recipe, is_finished, select_identity
+    from finetune.run.early_checks import check_recipe
+    from finetune.run.folders import Folders, is_finished, select_identity
     from finetune.run.loop import train_stage
     from unets.fused_norms import compile_ahead
     from unets.loading import compute_dtype

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,10 @@ def test_no_test_imports_another() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             assert not module.rpartition(".")[2].startswith("test_"), f"{file} imports {module}"
+
+
+def test_contributing_shows_where_every_module_is() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    modules = {f.name for p in ("finetune", "adapters", "unets") for f in (ROOT / p).rglob("*.py")}
+    shown = set(re.findall(r"\w+\.py", tree))
+    assert modules - {"__init__.py"} == shown - {"test_losses.py"}

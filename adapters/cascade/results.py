@@ -167,7 +167,7 @@ class CascadeImages:
             f"{len(self)} picture{'s' * (len(self) != 1)}",
             f"{sizes} px" * bool(sizes),
             f"{sum(self.flagged)} flagged" * any(self.flagged),
-            f"of {shorten(prompts, 120)}" * bool(prompts),
+            f"of {shorten(prompts, 120)}" * any(self.prompts),
             f"with {shorten(adapters, 80)}" * bool(adapters),
         ]
         return f"CascadeImages({', '.join(filter(None, said))})"

@@ -27,7 +27,8 @@ from adapters.cascade.sampling import Sampling
 from adapters.errors import name_in
 from adapters.weights.kinds import KINDS, AdapterSpec
 from finetune.recipe.yaml12 import Dumper
-from finetune.step.optimizers import OPTIMIZERS, SCHEDULES
+from finetune.step.optimizers import OPTIMIZERS
+from finetune.step.schedules import SCHEDULES
 from finetune.step.stages import STAGES, Stage
 from finetune.step.timesteps import DENSITIES
 from unets.precision import Precision, automatic_precision
@@ -190,7 +191,7 @@ class Optimizer(Section):
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: the learning rate of the B matrices over that of the A matrices."""
     schedule: Annotated[str, name_in(SCHEDULES)] = "constant"
-    """One of the names in ``finetune.step.optimizers.SCHEDULES``."""
+    """One of the names in ``finetune.step.schedules.SCHEDULES``."""
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from zero, fewer than the stage's ``steps``;
     ``one_cycle`` rises from 1/25, and over 0.3 of the steps if this is 0."""

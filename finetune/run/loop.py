@@ -35,7 +35,8 @@ from finetune.run.validation import (
     downsample_photos,
     sample_stage_1,
 )
-from finetune.step.optimizers import SCHEDULES, set_learning_rate
+from finetune.step.optimizers import set_learning_rate
+from finetune.step.schedules import SCHEDULES
 from finetune.step.stages import STAGES, Stage
 from unets.memory import forget_peak_memory, free_memory
 

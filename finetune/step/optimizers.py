@@ -1,11 +1,10 @@
-"""Optimizers and learning-rate schedules by name.
+"""Optimizers by name.
 
-Recipes are checked against these tables, so torch and the optimizers' libraries are imported only
+Recipes are checked against this table, so torch and the optimizers' libraries are imported only
 when an optimizer is built.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
@@ -26,6 +25,8 @@ BLOCK = 2**8
 
 SMALL = 2**12
 """Tensors of fewer values keep their state in 32 bits, as bitsandbytes keeps it by default."""
+
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class Algorithm:
 
     def state_bytes(self, slices: Iterable[Slice]) -> int:
         """Bytes of the device's memory that its state takes for what it updates."""
-        eight_bit = 1 + 4 / BLOCK
+        eight_bit = 1 + FLOAT32_BYTES / BLOCK
         return sum(
             int(
                 each.parameter.numel()
                 * self.moments
-                * (eight_bit if self.eight_bit and not each.small else 4)
+                * (eight_bit if self.eight_bit and not each.small else FLOAT32_BYTES)
             )
             for each in slices
         )
@@ -122,7 +123,7 @@ def build_optimizer(
     groups: dict[tuple[float, int], dict[str, Any]] = {}
     for each in slices:
         rate = learning_rate * (lora_plus_ratio if each.fast else 1.0)
-        bits = 8 if algorithm.eight_bit and not each.small else 32
+        bits = 8 if algorithm.eight_bit and not each.small else 8 * FLOAT32_BYTES
         new = {"params": [], "lr": rate, "base_lr": rate, "optim_bits": bits}
         groups.setdefault((rate, bits), new)["params"].append(each.parameter)
     decay = {} if algorithm.betas is None else {"betas": betas or algorithm.betas}
@@ -132,57 +133,6 @@ def build_optimizer(
     if algorithm.averages:
         optimizer.train()
     return optimizer
-
-
-Schedule = Callable[[int, int, int], float]
-"""Takes a step (from 0), the steps of the run and those of its warm-up; returns the learning rate
-over its peak."""
-
-
-def _cosine(progress: float) -> float:
-    """Fall from 1 to 0 as progress goes from 0 to 1."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _after_warmup(fall: Callable[[float], float]) -> Schedule:
-    """Rise linearly from zero in the warm-up, then fall, as ``transformers.get_scheduler`` does."""
-
-    def factor(step: int, steps: int, warmup_steps: int) -> float:
-        if step < warmup_steps:
-            return step / warmup_steps
-        return fall((step - warmup_steps) / max(steps - warmup_steps, 1))
-
-    return factor
-
-
-ONE_CYCLE_ENDS = 1 / 25, 1e-4
-"""The first and last factor of one-cycle: upstream's 4e-6 and 1e-8 for a peak of 1e-4."""
-
-ONE_CYCLE_WARMUP = 0.3
-"""The share of one-cycle's steps that is warm-up where the recipe gives none."""
-
-
-def _one_cycle(step: int, steps: int, warmup_steps: int) -> float:
-    """Torch's ``OneCycleLR``, whose warm-up ends with its last step at the peak.
-
-    Runs of fewer than four steps, 0.3 of which are no step, start at the peak.
-    """
-    start, end = ONE_CYCLE_ENDS
-    peak = max((warmup_steps or ONE_CYCLE_WARMUP * steps) - 1, 0)
-    if step < peak:
-        return 1 + (start - 1) * _cosine(step / peak)
-    return end + (1 - end) * _cosine((step - peak) / max(steps - 1 - peak, 1))
-
-
-SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
-    {
-        "constant": _after_warmup(lambda progress: 1.0),
-        "cosine": _after_warmup(_cosine),
-        "linear": _after_warmup(lambda progress: 1 - progress),
-        "one_cycle": _one_cycle,
-    }
-)
-"""Schedules by name."""
 
 
 def set_learning_rate(optimizer: "Optimizer", factor: float) -> None:

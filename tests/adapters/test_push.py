@@ -385,7 +385,7 @@ def test_what_the_hub_refuses_is_one_sentence(
 
 @pytest.mark.parametrize("name", ["sks-cat", "owner/sks/cat", "owner/sks cat", "owner/sks--cat"])
 def test_a_name_that_cannot_be_is_refused(hub: HubStandIn, folder: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"{name} is no hub name; write owner/name"):
+    with pytest.raises(UserError, match=f"{name} is not a hub name; write owner/name"):
         push(folder, name)
     assert hub.changes() == []
 
@@ -428,7 +428,7 @@ def as_it_is(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         (BASES[1], as_it_is, "has no adapter on the hub"),
         (f"{REPO}/stage_1/nothing.safetensors", as_it_is, "it has stage_1/adapter_model.safe"),
         ("runs/mine/adapters", as_it_is, "runs/mine/adapters has no exported adapter"),
-        ("owner/sks--cat", as_it_is, "owner/sks--cat is no hub name"),
+        ("owner/sks--cat", as_it_is, "owner/sks--cat is not a hub name"),
     ],
 )
 def test_what_cannot_be_loaded_from_the_hub_is_said(

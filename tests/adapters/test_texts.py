@@ -32,7 +32,7 @@ from finetune.data.pictures import Picture
 from finetune.evaluation.comparison import compare
 from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.run.folders import check_recipe
+from finetune.run.early_checks import check_recipe
 from tests.builders.random_cascade import RandomCascade, t5_tokenizer
 
 CPU = torch.device("cpu")
@@ -337,16 +337,16 @@ def test_no_caption_of_a_recipe_is_emptied(
 
     sentence = rf"leaves no word of {field} '#3'; .* text.clean_caption: false"
     with pytest.raises(UserError, match=sentence):
-        check_recipe(with_text("#3"))
+        check_recipe(with_text("#3"), CPU)
     with pytest.raises(UserError, match=sentence):
         embed_captions(collect_captions(with_text("#3"), ()), CaptionCache.of(with_text("#3"), CPU))
-    check_recipe(with_text("a dog #3"))
+    check_recipe(with_text("a dog #3"), CPU)
     assert f"{field} 'a dog #3'" in caplog.messages[0]
     if section == "comparison":
         (tmp_path / "runs/test/adapters").mkdir(parents=True)
         with pytest.raises(UserError, match=sentence):
             compare(with_text("#3", runs_dir=str(tmp_path / "runs")))
-    check_recipe(with_text("#3", text={"clean_caption": False}))
+    check_recipe(with_text("#3", text={"clean_caption": False}), CPU)
     assert len(caplog.messages) == 1
 
 

@@ -26,7 +26,7 @@ assert not slow & sys.modules.keys(), slow & sys.modules.keys()
 def test_help_and_mistakes_import_nothing_that_is_slow_to_import(name: str, tmp_path: Path) -> None:
     recipe = write(tmp_path, SMALL.replace("steps", "stpes"))
     for argument, code, found in (
-        ("--help", 0, f"usage: finetune.{name}"),
+        ("--help", 0, f"usage: python -m finetune.{name}"),
         (str(recipe), 2, "stage_1.stpes: unknown key; did you mean steps?"),
     ):
         done = subprocess.run(

@@ -16,11 +16,12 @@ from adapters.cascade.sampling import TIMESTEPS, StageSampling
 from adapters.generate import FLAGS, parser
 from adapters.generate import main as generate
 from finetune.recipe.file import load_recipe
-from finetune.run.folders import check_recipe
+from finetune.run.early_checks import check_recipe
 from tests.builders.drawing import pixels
 from tests.builders.random_cascade import SCHEDULER, RandomCascade
 from tests.builders.recipes import SMALL, write
 
+CPU = torch.device("cpu")
 SPACED = Sampling(
     stage_1=StageSampling(timesteps="fast27", guidance=3.0),
     stage_2=StageSampling(timesteps="super27", noise_level=100),
@@ -178,14 +179,15 @@ def test_a_recipe_whose_base_lacks_the_timesteps_is_found_out_before_training(
     pipe.register_modules(scheduler=DDPMScheduler(**settings))
     pipe.save_pretrained(base)
     path = write(tmp_path, SMALL + "validation: {sampling: {stage_1: {steps: 500}}}")
-    check_recipe(load_recipe(path, [f"base.stage_1={base}"]))
+    check_recipe(load_recipe(path, [f"base.stage_1={base}"]), CPU)
     with pytest.raises(UserError, match=r"stage_1\.steps is 501, but this cascade allows 500"):
         check_recipe(
-            load_recipe(path, [f"base.stage_1={base}", "validation.sampling.stage_1.steps=501"])
+            load_recipe(path, [f"base.stage_1={base}", "validation.sampling.stage_1.steps=501"]),
+            CPU,
         )
     path = write(tmp_path, SMALL + "validation: {sampling: {stage_1: {timesteps: fast27}}}")
     with pytest.raises(UserError, match=r"stage_1\.timesteps are spaced over 1000"):
-        check_recipe(load_recipe(path, [f"base.stage_1={base}"]))
+        check_recipe(load_recipe(path, [f"base.stage_1={base}"]), CPU)
 
 
 def test_the_command_line_names_timesteps(

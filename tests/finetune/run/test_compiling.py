@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from adapters.errors import UserError
-from finetune.run.folders import check_recipe
+from finetune.run.early_checks import check_recipe
 from finetune.run.trainee import Trainee
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import recipe_of, train

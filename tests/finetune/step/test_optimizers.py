@@ -14,11 +14,11 @@ from finetune.run.checkpoints import load_checkpoint, save_checkpoint
 from finetune.step.flat_weights import FlatWeights
 from finetune.step.optimizers import (
     OPTIMIZERS,
-    SCHEDULES,
     averaged_weights,
     build_optimizer,
     set_learning_rate,
 )
+from finetune.step.schedules import SCHEDULES
 
 ON_CPU = [name for name in OPTIMIZERS if not name.startswith("paged")]
 RATES = {"prodigy": 1.0, "lion_8bit": 3e-3}

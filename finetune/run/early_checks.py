@@ -1,0 +1,73 @@
+"""Checks that find in seconds, without weights, what would stop a run after hours."""
+
+from collections.abc import Collection
+
+import torch
+
+from adapters.base.source import Source
+from adapters.cascade.checks import check_steps
+from adapters.cascade.sampling import Sampling
+from adapters.errors import UserError
+from adapters.weights.kinds import peft_config
+from finetune.data.captions import check_cleaning, collect_prompts
+from finetune.data.prior import own_folder
+from finetune.recipe.schema import Recipe, Training
+from finetune.step.optimizers import OPTIMIZERS
+from finetune.step.stages import Stage
+from unets.loading import empty_unet
+
+
+def check_recipe(recipe: Recipe, device: torch.device) -> None:
+    """Find in seconds, without weights, the mistakes that would stop a run after hours.
+
+    Raises:
+        UserError: if cleaning empties a prompt, the folder of class pictures is missing, or a stage
+            cannot be trained as :func:`check_stage` says.
+    """
+    check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
+    if recipe.prior:
+        own_folder(recipe.prior)
+    sections = (recipe.prior, recipe.validation, recipe.comparison)
+    samplings = [section.sampling for section in sections if section and section.sampling]
+    for stage in recipe.trained:
+        check_stage(stage, recipe.training(stage), recipe.source(stage), samplings, device)
+
+
+def check_stage(
+    stage: Stage,
+    training: Training,
+    source: Source,
+    samplings: Collection[Sampling],
+    device: torch.device,
+) -> None:
+    """Check a stage's settings against its base and the device.
+
+    Raises:
+        UserError: if the base is missing or of another stage, a target matches no module, a setting
+            needs a GPU, or noise levels or timesteps are not those of the base's schedule.
+    """
+    unet = empty_unet(source.unet_config, "fp32", torch.device("cpu"))
+    peft_config(unet, training.adapter)
+    optimizer = training.optimizer.name
+    for setting, needs_gpu, advice in (
+        ("compile: true", training.compile, "leave it out"),
+        (f"optimizer.name: {optimizer}", OPTIMIZERS[optimizer].needs_gpu, "use adamw_8bit"),
+    ):
+        if needs_gpu and device.type == "cpu":
+            raise UserError(
+                f"{stage.name}.{setting} needs a GPU, and this run uses none: {advice}."
+            )
+    timesteps, levels = training.timesteps, training.noise_level or (0, 0)
+    for setting, given, largest, name in (
+        ("timesteps.low", timesteps.low, timesteps.low, stage.schedulers[0]),
+        ("timesteps.high", timesteps.high, timesteps.high or 0, stage.schedulers[0]),
+        ("noise_level", list(levels), max(levels), stage.schedulers[-1]),
+    ):
+        last = source.scheduler(name).config.num_train_timesteps - 1
+        if largest > last:
+            raise UserError(
+                f"{stage.name}.{setting} must be within 0 and {last}, the timesteps of the base's"
+                f" {name} (got {given})."
+            )
+    for sampling in samplings:
+        check_steps(stage.number, source.scheduler(stage.schedulers[0]), sampling)
