@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 NF4_BLOCK = 64
-"""How many weights share one scale in NF4 (QLoRA, Dettmers et al. 2023, section 3)."""
+"""The number of weights that share one scale in NF4 (QLoRA, Dettmers et al. 2023, section 3)."""
 
 UNQUANTISED = ("conv_in", "conv_out", "time_embedding", "add_embedding", "encoder_hid_proj")
 """The first and last layers of a UNet and its embeddings, small and sensitive: never quantised."""

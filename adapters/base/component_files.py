@@ -63,11 +63,11 @@ class Form(NamedTuple):
     """The way in which weights are stored; the form to prefer sorts first."""
 
     is_plain: bool
-    """Whether they lack the variant that was asked for."""
+    """True where they lack the variant that was asked for."""
     is_pickled: bool
     shards: int
     has_old_names: bool
-    """Whether the variant stands at the end of the shards' names."""
+    """True where the variant stands at the end of the shards' names."""
     stem: str
 
 
@@ -188,7 +188,7 @@ class ModelFiles:
 
     @property
     def is_listed(self) -> bool:
-        """Whether it is known what files there are, rather than which are in the local cache."""
+        """True where all files are known, rather than only those in the local cache."""
         return self._is_here or bool(self.listing)
 
     def places(self, component: str) -> list[str]:

@@ -69,7 +69,7 @@ REFUSED = "The hub refuses {name}: {reason}"
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model's name is ``owner/name`` on the hub, and not a path here."""
+    """Tell whether a model's name is ``owner/name`` on the hub, and not a path here."""
     match = HUB_NAME.fullmatch(name)
     return match is not None and match["repo"] == name and not Path(name).exists()
 

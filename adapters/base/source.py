@@ -32,7 +32,7 @@ GUARDS = (CHECKER, "feature_extractor", "watermarker")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a stage's files are: a folder, or a hub name with a revision and a variant.
+    """The place of a stage's files: a folder, or a hub name with a revision and a variant.
 
     A revision in the name (``owner/name@v2``) goes before ``revision``, and is no part of ``name``
     afterwards. All properties and methods raise a UserError where there is no such model, or one of
@@ -86,7 +86,7 @@ class Source:
 
     @property
     def has_safety_checker(self) -> bool:
-        """Whether its pictures are guarded by IF's own."""
+        """True where its pictures are guarded by IF's own."""
         return self.files.parts.get(CHECKER) == "IFSafetyChecker"
 
     def pipeline(self, dtype: "torch.dtype", **components: Any) -> "DiffusionPipeline":

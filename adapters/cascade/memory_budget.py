@@ -32,7 +32,7 @@ UNFUSED = 1.35
 """The upscaler's memory over what is counted: its convolutions rearrange pictures in copies."""
 
 AT_ONCE = (8, 4, 2, 1)
-"""How many pictures may be drawn at once."""
+"""The numbers of pictures that may be drawn at once."""
 
 PartMemory = tuple[int, Mapping[int, int]]
 """The bytes of a part's weights; and of its work beside them, by pictures at once, the visiting
@@ -76,7 +76,7 @@ class Budget:
 
     arrangement: Arrangement
     at_once: int
-    """How many pictures are drawn at once."""
+    """The number of pictures drawn at once."""
     weights: Mapping[str, int]
     """The bytes of each part's weights."""
     peak: int

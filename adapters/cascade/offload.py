@@ -24,7 +24,7 @@ class Placement:
     resting: Collection[str] = ()
     """The parts' names, see :mod:`adapters.cascade.memory_budget`."""
     at_once: int | None = None
-    """How many pictures are drawn at once at most; ``None``: as many as are asked for."""
+    """The most pictures drawn at once; ``None``: as many as are asked for."""
 
     def limit(self, sampling: Sampling) -> Sampling:
         """Sampling of no more pictures at once than there is room for."""
@@ -38,7 +38,7 @@ class Placement:
 
     @property
     def is_scarce(self) -> bool:
-        """Whether parts must leave each other room."""
+        """True where parts must leave each other room."""
         return self.at_once is not None or bool(self.resting)
 
     @contextmanager

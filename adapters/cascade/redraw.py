@@ -79,7 +79,7 @@ class Redraw:
     pictures: tuple[Image.Image, ...]
     """In RGB, all of one size."""
     masks: tuple[Image.Image, ...]
-    """As many, of the same size, or none: white is drawn again, black stays."""
+    """Masks, as many and of the same size, or none: white is drawn again, black stays."""
     strength: Mapping[int, float]
     """The share of its denoising steps that Stage I and II take."""
 

@@ -50,7 +50,7 @@ class Plan:
     recipe: Recipe
     device: torch.device
     choices: Mapping[Stage, Choice]
-    """Of each stage that is trained."""
+    """The choice of each stage that is trained."""
     phases: tuple[Phase, ...]
     """In the order of the run."""
 
