@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from adapters.weights.kinds import AdapterSpec as AdapterSpec
     from adapters.weights.kinds import attach as attach
 
-# diffusers' IF pipelines import an image processor of which transformers then says that it would
-# be faster with torchvision; nothing here needs that package
+# diffusers' IF pipelines import an image processor, and transformers then warns that it would be
+# faster with torchvision; nothing here needs that package
 logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
@@ -45,8 +45,8 @@ MODULES = MappingProxyType(
         "UserError": "errors",
     }
 )
-"""The module of each public name, imported when the name is used: torch and diffusers take seconds,
-which a command's ``--help`` should not."""
+"""The module of each public name, imported when the name is first used: torch and diffusers take
+seconds to import, and a command's ``--help`` should not wait for them."""
 
 __all__ = list(MODULES)
 

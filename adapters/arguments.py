@@ -1,4 +1,4 @@
-"""Arguments as users give them, checked: scales of adapters, seeds, devices."""
+"""Parsing and checks of users' arguments: adapter scales, seeds and devices."""
 
 import numbers
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,34 +11,34 @@ if TYPE_CHECKING:
     import torch
 
 Scale: TypeAlias = float | Mapping[int, float]
-"""The factor of an adapter's updates: in all its stages, or by stage, 0 in those not named.
+"""The factor of an adapter's updates: one for all its stages, or one by stage (0 if not named).
 
-It multiplies the whole update W merged - W. diffusers agrees, except on a DoRA, whose magnitudes it
-keeps in full: see :meth:`adapters.cascade.adapter_set.AdaptedStages.set_adapters`.
+It multiplies the whole update, W merged - W. diffusers does the same, except with a DoRA, whose
+magnitudes it applies in full: see :meth:`adapters.cascade.adapter_set.AdaptedStages.set_adapters`.
 """
 
 Scales: TypeAlias = Mapping[str, Scale] | Sequence[str] | str
-"""Adapters by name, each with its scale; without, 1."""
+"""Adapters by name, each with its scale; names without scales have a scale of 1."""
 
 LARGEST = (2 - 2**-23) * 2.0**127
-"""The largest factor: float32's largest number, as updates are merged in float32."""
+"""The largest factor: float32's largest number, because updates are merged in float32."""
 
 LAST_SEED = 0xFFFF_FFFF_FFFF_FFFF
-"""The largest seed that a generator of PyTorch takes."""
+"""The largest seed that a PyTorch generator takes."""
 
 STAGES = (1, 2)
-"""The stages that adapters belong to."""
+"""The stages that can have adapters."""
 
 
 def read_scales(scales: Scales) -> Mapping[str, Scale]:
-    """Read the scale of each adapter that is named."""
+    """Read the scale of each named adapter."""
     if isinstance(scales, Mapping):
         return scales
     return dict.fromkeys([scales] if isinstance(scales, str) else scales, 1.0)
 
 
 def is_factor(factor: object) -> bool:
-    """Tell whether an update can be multiplied by it: a finite number in float32's range."""
+    """Tell whether a factor can multiply an update: a finite number in float32's range."""
     return isinstance(factor, numbers.Real) and abs(cast(float, factor)) <= LARGEST
 
 
@@ -48,13 +48,13 @@ def split_scale(
     """Split the scale of an adapter into its factor in each stage.
 
     Args:
-        scale: of the adapter.
-        own: its stages, of those that are loaded.
-        loaded: the stages that are loaded; factors for others are passed over, as adapters are.
+        scale: the adapter's scale.
+        own: the loaded stages that the adapter has.
+        loaded: the stages that are loaded; factors for others are ignored, as their adapters are.
         what: the adapter, for messages.
 
     Raises:
-        UserError: where a factor is not finite in float32, or for a stage that it lacks.
+        UserError: if a factor is not finite in float32, or is for a stage that the adapter lacks.
     """
     factors = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(own, scale)
     for stage, factor in factors.items():
@@ -73,11 +73,11 @@ def split_scale(
 def parse_scaled(argument: str) -> tuple[str, Scale | None]:
     """Parse an adapter and its scale.
 
-    It is ``FOLDER``, whose scale is ``None``; ``FOLDER=0.7``; or by stage ``FOLDER=1:0.5,2:1``.
-    Where something of that whole name exists, it is that.
+    The argument is ``FOLDER`` (a scale of ``None``), ``FOLDER=0.7`` or, by stage,
+    ``FOLDER=1:0.5,2:1``. If the whole argument is an existing path, it is taken as the folder.
 
     Raises:
-        UserError: where what follows the last ``=`` is no scale.
+        UserError: if the text after the last ``=`` is not a scale.
     """
     folder, sign, text = argument.rpartition("=")
     if not sign or Path(argument).exists():
@@ -92,7 +92,7 @@ def parse_scaled(argument: str) -> tuple[str, Scale | None]:
 
 
 def parse_scale(text: str) -> Scale:
-    """Parse a number, or one for each stage, as in ``1:0.5,2:1``; other texts are a ValueError."""
+    """Parse a number, or one by stage, as in ``1:0.5,2:1``; raise ValueError for other texts."""
     if ":" not in text:
         return float(text)
     pairs = (pair.split(":") for pair in text.split(","))
@@ -100,15 +100,15 @@ def parse_scale(text: str) -> Scale:
 
 
 def format_scales(scales: Mapping[int, float]) -> str:
-    """Format scales by stage so that :func:`parse_scale` reads exactly these."""
+    """Format scales by stage so that :func:`parse_scale` reads exactly the same ones."""
     return ",".join(f"{stage}:{scale!r}" for stage, scale in scales.items())
 
 
 def find_device(name: "str | torch.device") -> "torch.device":
-    """Find the device of a name, after placing something on it; ``auto``: a GPU if there is one.
+    """Find a device by name and place a tensor on it; ``auto`` is a GPU if there is one.
 
     Raises:
-        UserError: where it cannot be used.
+        UserError: if the device cannot be used.
     """
     import torch
 
@@ -116,9 +116,9 @@ def find_device(name: "str | torch.device") -> "torch.device":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         placed = torch.empty(0, device=name)
-        placed.cpu()  # meta and the like keep no values
+        placed.cpu()  # fails on meta and the like, which keep no values
         return placed.device
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # raised by PyTorch without CUDA
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"The device {str(name)!r} cannot be used ({reason}); choose auto, cpu, or cuda where"
@@ -127,7 +127,7 @@ def find_device(name: "str | torch.device") -> "torch.device":
 
 
 def check_seeds(seeds: Iterable[object]) -> None:
-    """Raise a UserError where one of several seeds cannot seed a generator of PyTorch."""
+    """Raise a UserError if one of the seeds cannot seed a PyTorch generator."""
     for seed in seeds:
         if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) <= LAST_SEED:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Write files and folders whole, or not at all."""
+"""Writers of files and folders, each written whole or not at all."""
 
 import ctypes
 import os
@@ -16,11 +16,11 @@ from adapters.errors import UserError
 
 
 class NotWrittenError(UserError):
-    """The disk refuses to write to a path."""
+    """A path that the disk refuses to write to."""
 
     def __init__(self, path: Path, reason: str) -> None:
         self.strerror = " ".join(reason.split())
-        """The system's reason, by the name that it has in an OSError."""
+        """The system's reason, named as in an OSError."""
         super().__init__(f"{path} cannot be written ({self.strerror}); fix that, or name another.")
 
 
@@ -29,7 +29,7 @@ def writing_to(path: Path) -> Iterator[None]:
     """Run a block that writes to ``path``, or to files in it.
 
     Raises:
-        UserError: where the disk refuses, naming ``path``.
+        UserError: if the disk refuses; it names ``path``.
     """
     try:
         yield
@@ -39,15 +39,15 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None:
-    """Check before the work that its result can be written; nothing is left behind.
+    """Check before the work that its result can be written, leaving nothing behind.
 
     Args:
-        path: where to.
-        kind: what will be written. A file or a folder may be there already, a new folder only if it
-            is empty.
+        path: the path to write to.
+        kind: the kind of result. A file or a folder may exist already, a new folder only if it is
+            empty.
 
     Raises:
-        UserError: where the disk refuses, or something else is there.
+        UserError: if the disk refuses, or something else is at ``path``.
     """
     with writing_to(path):
         if path.exists():
@@ -58,17 +58,17 @@ def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None
                 raise UserError(f"{path} must be a {kind}, but is a {found}; name another.")
         places = [path] * (kind == "folder") + [*path.absolute().parents]
         there = next(place for place in places if place.exists())
-        # only writing shows whether the disk lets us: permissions, quotas, read-only mounts
+        # only a trial write shows every obstacle: permissions, quotas, read-only mounts
         with tempfile.TemporaryDirectory(dir=there, prefix=".check-"):
             pass
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``, which replaces it once the block has succeeded.
+    """Yield a temporary path next to ``path`` that replaces it once the block has succeeded.
 
     Raises:
-        UserError: where the disk refuses.
+        UserError: if the disk refuses.
     """
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,15 +90,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_png(path: Path, picture: Image.Image, text: PngImagePlugin.PngInfo | None = None) -> None:
-    """Write a PNG whole, with texts in it; ``None``: those of the picture, if any."""
+    """Write a PNG whole, with texts in it; ``None``: the picture's own, if any."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG", **({} if text is None else {"pnginfo": text}))
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put the folder ``new`` at ``folder``; what was there goes beside it, or back if that fails.
+    """Put the folder ``new`` at ``folder``; the old one moves next to ``new``, or back on failure.
 
-    On Linux the two change places at once, so that a reader finds one of them at any time.
+    On Linux the two change places in one step, so that a reader always finds one of them.
     """
     if not folder.exists():
         os.replace(new, folder)
@@ -113,7 +113,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places; ``False``: the system or the disk cannot do that."""
+    """Exchange two paths in one step; ``False``: the system or the disk cannot do that."""
     if sys.platform != "linux":
         return False
     try:
@@ -126,10 +126,10 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``path``, which becomes it once the block has succeeded.
+    """Yield an empty folder that moves to ``path`` once the block has succeeded.
 
     Raises:
-        UserError: where there is something at ``path`` already, or the disk refuses.
+        UserError: if something is at ``path`` already, or the disk refuses.
     """
     check_out(path, "new folder")
     with writing_to(path):

@@ -1,4 +1,4 @@
-"""The command that writes an export's model card again: ``python -m adapters.card FOLDER``."""
+"""The command that rewrites an export's model card: ``python -m adapters.card FOLDER``."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from adapters.command import command_parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write a folder's card and its base's licence files again; its sample pictures stay."""
+    """Rewrite a folder's card and its base's licence files; its sample pictures stay."""
     parser = command_parser(
         "card",
         "Write an export's model card and its base's licence files again; its pictures stay.",

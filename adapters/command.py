@@ -1,4 +1,4 @@
-"""The frame of a command: options that several share, mistakes as sentences, one output."""
+"""The frame of a command: shared options, errors as sentences, and one printed result."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 
 def command_parser(
@@ -46,10 +46,10 @@ def command_parser(
 
     Args:
         name: the command's module in :mod:`adapters`.
-        description: what it does, in a sentence or two.
+        description: the command's purpose, in a sentence or two.
         example: arguments that work.
-        shared: the names of those of :data:`OPTIONS` that it has.
-        settings: of the ``ArgumentParser``.
+        shared: the names of the :data:`OPTIONS` that the command has.
+        settings: arguments of ``ArgumentParser``.
     """
     command = f"python -m adapters.{name}"
     parser = argparse.ArgumentParser(
@@ -74,8 +74,8 @@ def run_command(
     Args:
         parser: the command's parser.
         arguments: the command line; ``None``: that of the process.
-        work: what the command does with its options. It imports what is slow to import itself, so
-            that ``--help`` answers at once.
+        work: the function that runs on the parsed options. It imports slow modules in its own
+            body, so that ``--help`` answers at once.
     """
     options = parser.parse_args(arguments)
     with command_line():
@@ -90,5 +90,5 @@ def format_report(
     *,
     as_json: bool,
 ) -> str:
-    """Format what a command found, for programs or, by ``as_text``, for people."""
+    """Format a command's findings as JSON for programs, or by ``as_text`` for people."""
     return json.dumps(found, indent=2) if as_json else "\n\n".join(map(as_text, found))

@@ -1,6 +1,6 @@
 """The command that encodes prompts: ``python -m adapters.encode MODEL --prompt P --out FILE``.
 
-It runs where the text encoder fits, so that the prompts can be drawn where it does not.
+Encode on a machine with enough memory for the text encoder, then draw on one without.
 """
 
 import argparse
@@ -12,11 +12,11 @@ from adapters.command import command_parser, run_command
 from unets.precision import automatic_precision
 
 TEXT_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
-"""The precisions of a text encoder's weights; in fp16 T5-XXL overflows."""
+"""The precisions of a text encoder's weights; fp16 is missing because T5-XXL overflows in it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Encode prompts, and the empty one, which guidance needs."""
+    """Encode prompts, and the empty prompt, which guidance needs."""
     parser = command_parser(
         "encode",
         "Encode prompts into a file for adapters.generate --embeds, which needs no text encoder.",
@@ -54,7 +54,7 @@ def _encode(options: argparse.Namespace) -> Path:
     check_captions(prompts, **cleaning, setting=KEEP_IN_PYTHON)
     check_vocabulary(prompts, source.tokenizer(), **cleaning)
     pipe = source.text_pipeline(precision, device)
-    rows = [  # one by one, so that an encoding does not depend on its company
+    rows = [  # one by one, so that an encoding does not depend on the batch
         pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=device, **cleaning)[0]
         for prompt in tqdm(prompts, "Encoding", delay=2)
     ]

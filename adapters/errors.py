@@ -1,4 +1,4 @@
-"""The version, the error that a person is meant to read, and names in its sentences."""
+"""The version, the error for users to read, and helpers that word its sentences."""
 
 import difflib
 import sys
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 class UserError(Exception):
-    """A mistake that the user can fix, in one sentence: what, where, expected, found, what to do.
+    """A mistake that the user can fix, in one sentence: place, expected, found, and remedy.
 
     Command lines print it without a traceback and exit with status 2.
     """
@@ -21,7 +21,7 @@ class UserError(Exception):
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Run a command: mistakes end as sentences on standard error."""
+    """Run a command; its errors end as sentences on standard error."""
     try:
         yield
     except UserError as error:
@@ -30,7 +30,7 @@ def command_line() -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         _exit(f"The system refused ({reason}); fix that and retry.")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which is not imported here
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own class; importing torch is slow
             raise
         reason = str(error).partition(". ")[0]
         _exit(f"{reason}: take fewer pictures at a time, or a precision of nf4.")
@@ -40,12 +40,12 @@ def command_line() -> Iterator[None]:
 
 
 def _exit(sentence: str) -> NoReturn:
-    tqdm.write(f"error: {sentence}", file=sys.stderr)  # not into an open progress bar
+    tqdm.write(f"error: {sentence}", file=sys.stderr)  # prints above an open progress bar
     raise SystemExit(2) from None
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars of the libraries below, which a command's own replace."""
+    """Turn off the libraries' progress bars, as a command shows its own."""
     import datasets
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -56,20 +56,20 @@ def quiet_libraries() -> None:
 
 
 def listed(names: Iterable[str], limit: int = 20) -> str:
-    """Names in a sentence; of more than ``limit``, how many more."""
+    """List names for a sentence; past ``limit``, only the number of further ones."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def closest(word: str, names: Sequence[str]) -> str:
-    """A hint at the valid name that a word was probably meant to be."""
+    """Hint at the valid name closest to a word, or list all of them."""
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
 
 
 def name_in(table: Mapping[str, object]) -> AfterValidator:
-    """A pydantic validator: the name of a row, or an error that hints at the closest."""
+    """Make a pydantic validator of a row's name, whose error hints at the closest name."""
 
     def check(name: str) -> str:
         if name not in table:

@@ -1,4 +1,4 @@
-"""The command that makes a LoRA of a fine-tuned model: ``python -m adapters.extract TUNED``."""
+"""The command that extracts a LoRA from a tuned model: ``python -m adapters.extract TUNED``."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from adapters.weights.kinds import PRESETS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Extract a LoRA, and say what it cannot hold."""
+    """Extract a LoRA and print its error."""
     parser = command_parser(
         "extract",
         "Write the difference of a fine-tuned model and its base as a LoRA, and print its error.",

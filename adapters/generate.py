@@ -1,6 +1,6 @@
 """The command that draws pictures: ``python -m adapters.generate --prompt P --out FOLDER``.
 
-``--like PICTURE.png`` draws a saved picture again; other options replace what it was drawn with.
+``--like PICTURE.png`` draws a saved picture again; other options override its settings.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "dtype": "auto",
 }
-"""The values of options that neither the command line nor a picture to draw again gives."""
+"""The values of options that neither the command line nor a ``--like`` picture gives."""
 
 FLAGS = {
     flag: place
@@ -38,16 +38,16 @@ FLAGS = {
     if place not in (("stage_1", "noise_level"), ("stage_3", "timesteps"))
     and flag != "stage_2_noise_level"
 }
-"""The sampling settings of a stage by their options' names."""
+"""The stage and the name of each sampling setting, by its option's name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Sample prompts and write every stage's pictures and a contact sheet."""
+    """Sample prompts, and write every stage's pictures and a contact sheet."""
     run_command(parser(), arguments, generate)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the command line; options that are not given are ``None``."""
+    """Build the command line's parser; options that are not given are ``None``."""
     parser = command_parser(
         "generate",
         "Sample pictures from the cascade, with adapters.",
@@ -110,7 +110,7 @@ def generate(parsed: argparse.Namespace) -> Path:
     """Sample and write pictures; return the path of the contact sheet.
 
     Raises:
-        UserError: where something is missing, out of range or cannot be loaded.
+        UserError: if an option is missing or out of range, or a file or model cannot be loaded.
     """
     from adapters.cascade.embeds import load_embeds
     from adapters.cascade.provenance import read_picture_info
@@ -152,7 +152,7 @@ def generate(parsed: argparse.Namespace) -> Path:
 
 
 def _read_options(info: "PictureInfo") -> dict[str, Any]:
-    """Read the options that draw a picture again; pictures to start from are not known."""
+    """Read the options that draw a picture again; the one that it started from is not stored."""
     named = {
         "negative_prompt": info.negative_prompt,
         "clean_caption": info.clean_caption,
@@ -173,10 +173,10 @@ def _read_options(info: "PictureInfo") -> dict[str, Any]:
 
 
 def _read_redraw(options: argparse.Namespace, info: "PictureInfo | None") -> "Redraw | None":
-    """Read the picture to start from, with its mask; ``None``: there is none.
+    """Read the picture to start from, with its mask, if any.
 
     Raises:
-        UserError: where one is needed and not given, or cannot be read.
+        UserError: if one of them is needed and not given, or cannot be read.
     """
     from adapters.cascade.redraw import Redraw
 
@@ -205,10 +205,10 @@ def _read_redraw(options: argparse.Namespace, info: "PictureInfo | None") -> "Re
 def _read_sampling(
     given: Mapping[str, Any], info: "PictureInfo | None", redraw: "Redraw | None"
 ) -> Sampling:
-    """Read the sampling settings, over those of a picture or the pipelines' own.
+    """Read the given sampling settings over those of a picture or of the pipelines.
 
     Raises:
-        UserError: where one is out of range, or two do not go together.
+        UserError: if one is out of range, or two do not go together.
     """
     from adapters.cascade.redraw import WAYS
 
@@ -224,7 +224,7 @@ def _read_sampling(
 
 
 def _load(options: argparse.Namespace, info: "PictureInfo | None") -> "Cascade":
-    """Load the cascade with its adapters; models that are not named are the adapters' bases."""
+    """Load the cascade with its adapters; models not named default to the adapters' bases."""
     from adapters.base.hub import with_revision
     from adapters.cascade.load import Parts, load_cascade
     from adapters.files.stage_adapter import StageAdapter

@@ -1,6 +1,6 @@
 """The command that merges adapters into a complete model: ``python -m adapters.merge ADAPTER``.
 
-Plain diffusers, and whatever is built on it, loads the result with ``from_pretrained``.
+Plain diffusers, and tools built on it, load the result with ``from_pretrained``.
 """
 
 import argparse
@@ -16,7 +16,7 @@ VARIANT = re.compile(r"[\w-]+")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write a base's folder again, with adapters merged into its UNet."""
+    """Write a copy of a base's folder with adapters merged into its UNet."""
     parser = command_parser(
         "merge",
         "Merge adapters into a model's UNet, and write a complete folder that diffusers loads.",

@@ -8,7 +8,7 @@ from adapters.command import command_parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Check a folder, upload it and say where it is."""
+    """Check a folder, upload it and print its address."""
     parser = command_parser(
         "push",
         "Check an exported adapter and publish it on the Hugging Face hub, in one commit.",

@@ -9,7 +9,7 @@ from adapters.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Repair one file, and say how much of it diffusers was losing."""
+    """Repair one file, and print how much of it diffusers was losing."""
     parser = command_parser(
         "repair",
         "Write a LoRA of which diffusers loads a part as a file that it loads whole.",
@@ -32,17 +32,17 @@ def _repair(options: argparse.Namespace) -> str:
 
 
 def repair(path: Path, out: Path | None = None) -> str:
-    """Write a LoRA of any key style such that ``load_lora_weights`` takes all of it.
+    """Write a LoRA of any key style so that ``load_lora_weights`` takes all of it.
 
     Args:
-        path: a safetensors file, or a folder with one; it stays as it is.
-        out: the new file; ``None``: beside the old one, where that is not whole.
+        path: a safetensors file, or a folder with one; it is not changed.
+        out: the new file; ``None``: one next to the old file, if that needs repair.
 
     Returns:
-        A sentence about what was lost, and the new file.
+        A sentence that names the loss and the new file.
 
     Raises:
-        UserError: where the file is no LoRA, has keys that are unknown or unpaired, or is ``out``.
+        UserError: if the file is not a LoRA, has unknown or unpaired keys, or is ``out``.
     """
     from peft import LoraConfig
 

@@ -8,7 +8,7 @@ from adapters.command import command_parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Lower an adapter's rank, and say what that loses."""
+    """Lower an adapter's rank and print the error."""
     parser = command_parser(
         "resize",
         "Write an adapter of any kind as the nearest LoRA of a lower rank, and print its error.",

@@ -5,11 +5,11 @@ from itertools import zip_longest
 
 
 def format_table(rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """Align rows in columns, two spaces apart; rows may end early.
+    """Align rows in columns, two spaces apart; rows may be shorter than others.
 
     Args:
         rows: the rows, usually with a header first.
-        left: how many columns are flush left; those after them are flush right.
+        left: the number of columns flush left; the rest are flush right.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
@@ -23,7 +23,7 @@ def format_table(rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
 
 
 def format_facts(facts: Sequence[tuple[str, str]]) -> str:
-    """List names with their texts, whose lines stay in one column; empty texts are left out."""
+    """List names with their texts, aligned in one column; empty texts are left out."""
     width = max(len(name) for name, _ in facts) + 2
     return "\n".join(
         name.ljust(width) + text.replace("\n", f"\n{' ' * width}") for name, text in facts if text
@@ -31,7 +31,7 @@ def format_facts(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def format_range(values: Iterable[float | None]) -> str:
-    """Write the smallest and the largest value, ``4`` or ``2 to 16``; empty without values."""
+    """Format the smallest and the largest value, ``4`` or ``2 to 16``; empty without values."""
     found = sorted(value for value in values if value is not None)
     ends = dict.fromkeys(f"{value:g}" for value in found[:1] + found[-1:])
     return " to ".join(ends)

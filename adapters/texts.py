@@ -1,7 +1,7 @@
 """Checks that no word of a text is lost unnoticed on its way to the text encoder.
 
-The text path of IF's pipelines cleans captions by default: made for captions of the web, it drops
-HTML tags, mentions, numbers that look like article ids, and all Chinese.
+The text path of IF's pipelines cleans captions by default. The cleaning was made for captions from
+the web: it drops HTML tags, mentions, numbers that look like article ids, and all Chinese.
 """
 
 import html
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEEP_IN_PYTHON = "clean_caption=False (--no-clean-caption on the command line)"
-"""The setting that turns cleaning off where there is no recipe."""
+"""The setting that turns cleaning off outside a recipe."""
 
 WORD = re.compile(r"[^\W_]+")
 """A word that cleaning must keep; quotes, punctuation and spaces may change."""
@@ -37,25 +37,25 @@ TAG = re.compile(r"</?(\w[\w-]*)[^<>]*>")
 """An HTML tag, with its name."""
 
 WORDS_READ = 100
-"""The words of a caption that are compared: more than the tokens that the encoder reads."""
+"""The number of a caption's words that are compared, more than the tokens the encoder reads."""
 
 QUOTED_LENGTH = 80
 """The number of characters of a caption that a message quotes."""
 
 _said: set[str] = set()
-"""Lost words that a message has named in this process."""
+"""Lost words that this process has named in a message, so as not to repeat them."""
 
 
 def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting: str) -> None:
-    """Refuse captions of which nothing is left, and say once which words the others lose.
+    """Refuse captions that cleaning empties, and warn once of words that the others lose.
 
     Args:
-        captions: texts, the empty caption included, each with its place, such as ``data.prompt``.
+        captions: texts, including any empty one, each with its place, such as ``data.prompt``.
         clean_caption: whether the text path cleans them.
         setting: the setting that turns cleaning off, for messages.
 
     Raises:
-        UserError: where a caption has nothing visible in it, or cleaning leaves no word of it.
+        UserError: if a caption has only invisible characters, or cleaning leaves no word of it.
     """
     for caption, place in captions.items():
         if found := find_invisible(caption):
@@ -82,7 +82,7 @@ def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting:
 def check_vocabulary(
     captions: Mapping[str, str], tokenizer: "PreTrainedTokenizerBase", *, clean_caption: bool
 ) -> None:
-    """Say once which words a tokenizer does not know: all of them are one token to the encoder.
+    """Warn once of words that the tokenizer does not know and maps to one same token.
 
     For the arguments see :func:`check_captions`.
     """
@@ -110,7 +110,7 @@ def check_vocabulary(
 
 def clean(caption: str) -> str:
     """Clean a caption as ``IFPipeline.encode_prompt(…, clean_caption=True)`` does."""
-    with warnings.catch_warnings(action="ignore"):  # a caption may look like a path or an address
+    with warnings.catch_warnings(action="ignore"):  # of captions that look like paths or addresses
         return _pipeline()._text_preprocessing(caption, clean_caption=True)[0]
 
 
@@ -139,7 +139,7 @@ def find_lost_words(caption: str, cleaned: str) -> tuple[str, ...]:
 
 
 def find_invisible(text: str) -> str | None:
-    """Name a text's characters where none is visible; ``None``: one is, or it is empty."""
+    """Name a text's characters if none is visible; ``None``: one is, or the text is empty."""
     if any(unicodedata.category(character)[0] not in "CZ" for character in text):
         return None
     names = (unicodedata.name(character, f"U+{ord(character):04X}") for character in text)
@@ -148,14 +148,14 @@ def find_invisible(text: str) -> str | None:
 
 @cache
 def _pipeline() -> "IFPipeline":
-    """A pipeline without components, which cleans captions as any other does."""
+    """Build a pipeline without components, which cleans captions as any other does."""
     from diffusers import IFPipeline
 
     return IFPipeline(*[None] * 7, requires_safety_checker=False)
 
 
 def _plain_text(caption: str) -> str:
-    """The caption in lower case, decoded as cleaning does, without closed HTML tags."""
+    """Decode a caption as cleaning does, in lower case, without closed HTML tags."""
     import ftfy
     from bs4.builder import HTMLTreeBuilder
 
@@ -167,7 +167,7 @@ def _plain_text(caption: str) -> str:
 
 
 def _words_and_symbols(text: str) -> Iterator[str]:
-    """The words of a text, and its symbols such as emoji, each by itself."""
+    """Yield the words of a text, and each of its symbols, such as emoji."""
     yield from WORD.findall(text.lower())
     yield from (character for character in text if unicodedata.category(character) == "So")
 
@@ -175,7 +175,7 @@ def _words_and_symbols(text: str) -> Iterator[str]:
 def _say(
     what: str, lost: Mapping[str, Iterable[str]], captions: Mapping[str, str], advice: str
 ) -> None:
-    """Log lost words that no message has named yet, in the first process of a launch only."""
+    """Log newly lost words, in the first process of a launch only so that they are logged once."""
     lost = {caption: words for caption, words in lost.items() if words}
     new = dict.fromkeys(word for words in lost.values() for word in words if word not in _said)
     if not new:
@@ -199,7 +199,7 @@ def _quote(caption: str) -> str:
 
 
 def check_texts(texts: Iterable[object]) -> None:
-    """Raise a UserError where one of them is not a text that can be encoded."""
+    """Raise a UserError if one of the texts is not a string, or is not valid UTF-8."""
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"A prompt must be a text (got {text!r}); give one, or a list of them.")

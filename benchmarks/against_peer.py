@@ -2,8 +2,8 @@
 
     python -m benchmarks.against_peer --peer .peer/train_dreambooth_lora.py
 
-runs both in turn, each in a fresh process launched with Accelerate, through every scenario (or
-those of ``--only``), and updates ``results.json`` and ``results.txt`` in ``--out`` after each run.
+runs both, one after the other, in fresh processes launched with Accelerate, through every scenario
+(or those of ``--only``), and updates ``results.json`` and ``results.txt`` in ``--out`` every time.
 ``--model`` is a folder with ``stage_1`` and ``stage_2``; missing stages are made with random
 weights of the published sizes. With a small cascade there, everything also runs on a CPU, in fp32:
 
@@ -14,21 +14,21 @@ weights of the published sizes. With a small cascade there, everything also runs
 The peer, ``examples/dreambooth/train_dreambooth_lora.py`` of huggingface/diffusers, is not part of
 this repository. It checks for a minimum version of diffusers (that of the tag v0.40.0 accepts 0.42)
 and needs torchvision. For IF it needs: text encoded in advance, with IF's 77 tokens and with the
-attention mask; the stage's own resolution; for Stage II, the timestep as class label. It runs on
-the published, learned variance as is: it discards that half of the output, and leaves it to whoever
-samples to switch the scheduler.
+attention mask; the stage's own resolution; for Stage II, the timestep as class label. It accepts
+the published models' learned variance: it discards that half of the output, so the scheduler must
+be switched for sampling.
 
-Both have: rank 4, the six attention projections, AdamW in 8 bits at a constant 1e-4, the gradient
+Both use: rank 4, the six attention projections, AdamW in 8 bits at a constant 1e-4, the gradient
 clipped to norm 1, bf16 on a GPU, one prompt for all pictures; no validation, no prior preservation,
 no checkpoint before the end. There are at least as many pictures as a batch holds, since the peer
 would otherwise leave some of its batches incomplete. Small pictures have exactly the stage's
-resolution, so that they cost either trainer as little as possible. Caches (text, pictures, compiled
-kernels) are empty at the start of each run; the model's files have been read once, so that nobody
-waits for the disk.
+resolution, to cost each trainer as little as possible. Caches (text, pictures, compiled
+kernels) are empty at the start of each run; the model's files have been read once, so that neither
+trainer waits for the disk.
 
-The step time is the median over intervals of ten steps between waits for the device, past a
+The step time is the median over intervals of ten steps between waits for the device, after a
 warm-up; start and the whole job are counted from the launch; memory is torch's peak over the whole
-process, and next to it the peak up to the last step, since the peer converts its UNet to fp32 at
+process, with the peak up to the last step next to it, since the peer converts its UNet to fp32 at
 the end. A whole job that is computed rather than run is a measured shorter job plus the remaining
 steps at the median. A run that fails, or runs out of memory or time, is reported as such.
 """
@@ -78,13 +78,13 @@ class Scenario:
     photos: bool = False
     """Photographs of 12 megapixels instead of small pictures."""
     whole_job: bool = False
-    """As many steps as in the peer's documentation, instead of a few to measure."""
+    """Take as many steps as the peer's documentation does, instead of a few to measure."""
     overrides: tuple[str, ...] = ()
     """Overrides of our recipe."""
     peer_of: str | None = None
-    """The scenario whose run of the peer this one shares; ``None``: its own."""
+    """The scenario whose peer run this one shares; ``None``: the peer runs for this one too."""
     computed_from: str | None = None
-    """The scenario from whose measurements this one is computed; ``None``: it is run."""
+    """The scenario whose measurements give this one's figures; ``None``: this one is run."""
 
 
 SCENARIOS: Mapping[str, Scenario] = {
@@ -132,7 +132,7 @@ class Work:
 
 
 def peer_program(work: Work, script: Path) -> list[str]:
-    """The peer and its arguments."""
+    """Build the command of the peer."""
     stage_2 = ["--class_labels_conditioning=timesteps"] if work.scenario.stage == 2 else []
     return [
         str(script),
@@ -159,7 +159,7 @@ def peer_program(work: Work, script: Path) -> list[str]:
 
 
 def our_program(work: Work) -> list[str]:
-    """This trainer and its arguments; its recipe is written to the scratch folder."""
+    """Build the command of this trainer; its recipe is written to the scratch folder."""
     recipe = {
         "name": "against_peer",
         "base": {f"stage_{number}": str(work.model / f"stage_{number}") for number in (1, 2)},
@@ -180,9 +180,9 @@ def our_program(work: Work) -> list[str]:
 
 
 def measure(work: Work, program: Sequence[str], log: Path, limit_s: float) -> dict[str, Any]:
-    """Run a program in a process of its own; its figures, or a ``failure`` with the reason.
+    """Run a program in a process; return its figures, or a ``failure`` with the reason.
 
-    Its output goes to ``log``.
+    The program's output goes to ``log``.
     """
     observations = work.scratch / "observations.json"
     command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -208,7 +208,7 @@ def measure(work: Work, program: Sequence[str], log: Path, limit_s: float) -> di
         except subprocess.TimeoutExpired:
             return {"failure": f"stopped after {limit_s:.0f} s"}
         finally:
-            if process.poll() is None:  # end the launcher's child as well
+            if process.poll() is None:  # the group, as the launcher has a child
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     job_s = time.monotonic() - launched
@@ -225,7 +225,7 @@ def measure(work: Work, program: Sequence[str], log: Path, limit_s: float) -> di
 
 
 def summarise(seen: Mapping[str, Any]) -> dict[str, Any]:
-    """The table's figures from a record of ``benchmarks.observed``."""
+    """Compute the table's figures from a record of ``benchmarks.observed``."""
     points = [point for point in seen["synchronized"] if point["step"] >= WARM_UP_STEPS]
     seconds = [
         (later["at_s"] - earlier["at_s"]) / (later["step"] - earlier["step"])
@@ -243,7 +243,7 @@ def summarise(seen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_failure(log: Path) -> str:
-    """The reason why a program failed, from its output."""
+    """Find the reason for a program's failure in its output."""
     text = log.read_text(errors="replace")
     if any(sign in text for sign in OUT_OF_MEMORY):
         return "out of memory"
@@ -256,7 +256,7 @@ def find_failure(log: Path) -> str:
 
 
 def compute_job(run: Mapping[str, Any], job_steps: int) -> dict[str, Any]:
-    """A whole job's figures from those of fewer steps, the others taken at the median."""
+    """Compute a whole job's figures from a shorter run, with the missing steps at the median."""
     if "failure" in run:
         return dict(run)
     more_s = (job_steps - run["steps"]) * run["step_ms"] / 1000
@@ -264,7 +264,7 @@ def compute_job(run: Mapping[str, Any], job_steps: int) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results as a table, and the failures below it."""
+    """Format the results as a table, with the failures below it."""
     header = ["scenario", "", *(title for title, _ in COLUMNS.values())]
     rows, failures = [], []
     for name, runs in results.items():
@@ -281,7 +281,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def format_figure(run: Mapping[str, Any], key: str) -> str:
-    """A figure of a run, or ``-`` if it has none."""
+    """Format a figure of a run, or ``-`` if it has none."""
     value = run.get(key)
     star = "*" if key == "job_s" and run.get("computed") else ""
     return "-" if value is None else f"{value:{COLUMNS[key][1]}}{star}"
@@ -312,7 +312,7 @@ class Benchmark:
             self.results = earlier
 
     def run(self, name: str) -> None:
-        """Measure a scenario with both trainers, saving after each."""
+        """Measure a scenario with both trainers, and save after each."""
         scenario = SCENARIOS[name]
         if scenario.computed_from:
             if scenario.computed_from not in self.results["scenarios"]:
@@ -325,7 +325,7 @@ class Benchmark:
         self.save(name, "ours", self.measure(name, "ours"))
 
     def measure(self, name: str, who: str) -> dict[str, Any]:
-        """One trainer's figures in a scenario."""
+        """Measure one trainer's figures in a scenario."""
         scenario, options = SCENARIOS[name], self.options
         prepare_models(self.model, range(1, scenario.stage + 1))
         read_files(self.model)
@@ -358,7 +358,7 @@ class Benchmark:
 
 
 def tens(text: str) -> int:
-    """Parse a number of steps that ends with a wait, and leaves an interval past the warm-up."""
+    """Parse a number of steps, which must end with a wait and leave an interval after warm-up."""
     steps, least = int(text), WARM_UP_STEPS + SYNCHRONIZE_EVERY
     if steps % SYNCHRONIZE_EVERY or steps < least:
         raise argparse.ArgumentTypeError(

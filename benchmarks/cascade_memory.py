@@ -4,9 +4,8 @@
 
 T5-XXL, Stage I XL, Stage II L and the x4 upscaler with random weights are made in ``--model`` if
 they are missing. Each limit is measured in a process of its own, which draws two pictures through
-all stages, twice, with few steps: their number does not change how much is held at once. Prints the
-settings that were chosen, the memory that was predicted, and PyTorch's peaks. Writes
-``cascade_memory.txt``.
+all stages, twice, with few steps: their number does not change the peak. Prints the chosen
+settings, the predicted memory, and PyTorch's peaks. Writes ``cascade_memory.txt``.
 """
 
 import json
@@ -33,7 +32,7 @@ HEADER = ("memory", "GiB reserved", "allocated", "load, s", "first two pictures,
 
 
 def draw(model: Path, memory: str) -> list[float]:
-    """Load and draw; the figures of :data:`HEADER`."""
+    """Load and draw; return the figures of :data:`HEADER`."""
     start = time.perf_counter()
     cascade = load_cascade(*(model / f"stage_{number}" for number in SIZES), memory=memory)
     loaded = time.perf_counter()

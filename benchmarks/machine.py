@@ -1,4 +1,4 @@
-"""What all measurements share: the machine, the models, common options and reports."""
+"""The common ground of all measurements: the machine, the models, options and reports."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ SIZES = {1: "IF-I-XL", 2: "IF-II-L-sized", 3: "x4-upscaler"}
 
 
 def machine() -> dict[str, str]:
-    """The device, the versions of the packages, and the commit."""
+    """Describe the device, the versions of the packages, and the commit."""
     on_gpu = torch.cuda.is_available()
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -31,7 +31,7 @@ def machine() -> dict[str, str]:
 
 
 def parser(description: str | None, model: str, out: str) -> argparse.ArgumentParser:
-    """A command line with ``--model`` and ``--out``, which default to these folders."""
+    """Build a command line with ``--model`` and ``--out``, which default to these folders."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,12 +43,12 @@ def parser(description: str | None, model: str, out: str) -> argparse.ArgumentPa
 def prepare_models(folder: Path, stages: Iterable[int], *, whole: bool = False) -> None:
     """Make the stages that a folder lacks, with random weights of the published sizes.
 
-    Each is made in a process of its own, which leaves no memory allocated here.
+    Each is made in a process of its own, to leave no memory allocated in this one.
 
     Args:
-        folder: receives ``stage_1`` and so on.
+        folder: the parent of ``stage_1`` and so on.
         stages: their numbers.
-        whole: with safety checkers, watermarkers and the whole text encoder.
+        whole: add safety checkers, watermarkers and the whole text encoder.
     """
     for stage in stages:
         target = folder / f"stage_{stage}"

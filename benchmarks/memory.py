@@ -3,10 +3,10 @@
     python -m benchmarks.memory [--model FOLDER] [--out FOLDER]
 
 Random weights of the published sizes, with the whole text encoder, are made in ``--model`` if they
-are missing. Each row is a process of its own, launched as a user would, with empty caches; measured
-is PyTorch's peak of reserved memory over the whole process, as :mod:`benchmarks.observed` sees it.
-The run is the recipe with fewer steps and pictures: their numbers do not change how much is held at
-once. Writes ``memory.txt`` and ``.json``.
+are missing. Each row is a process of its own, launched as a user would, with empty caches. The
+figure is PyTorch's peak of reserved memory over the whole process, from :mod:`benchmarks.observed`.
+The run is the recipe with fewer steps and pictures: their numbers do not change the peak. Writes
+``memory.txt`` and ``.json``.
 """
 
 import json
@@ -41,7 +41,7 @@ COLUMNS = {
 
 
 def observe(program: Sequence[str], log: Path) -> dict[str, Any]:
-    """Run one of our programs; its peaks in GiB and its time."""
+    """Run one of our programs; return its peaks in GiB and its time."""
     with tempfile.TemporaryDirectory() as folder, log.open("wb") as stream:
         seen = Path(folder) / "seen.json"
         subprocess.run(

@@ -5,18 +5,18 @@
 
 The program runs in this process, as ``python`` would run it. A step is a call of a torch
 optimizer's ``step``, bitsandbytes' included. A step that a CUDA graph replays is not seen, so
-compare ``steps`` in OUT.json with the number that the program was told to take.
+compare ``steps`` in OUT.json with the number that the program should take.
 
-A GPU works asynchronously, so a step that has ended on the host may still be running. The device is
-waited for after the first step and after every tenth (``synchronized``); the steps in between are
-left alone, since waiting for each would slow the program down.
+A GPU works asynchronously, so a step that has ended on the host may still be running. The program
+waits for the device after the first step and every tenth (``synchronized``) only, since waiting
+after each would slow it down.
 
 OUT.json holds:
     launched: true if LAUNCHED_AT gave the start; otherwise times count from this file's own start.
     steps: the number of steps.
-    host_s: when each ended on the host; like all times, in seconds since the launch.
+    host_s: the time at which each ended on the host; like all times, in seconds since the launch.
     synchronized: for the first step and every tenth its ``step``, ``at_s``, and the peaks so far.
-    ended_s: when the program ended.
+    ended_s: the time at which the program ended.
     peaks: GiB over the whole process, even if the program resets torch's own count: torch's
         ``reserved_gib`` and ``allocated_gib`` (``null`` without a GPU), and ``resident_gib``, the
         peak of main memory.
@@ -57,7 +57,7 @@ class Observer:
         self.reserved = self.allocated = 0
 
     def now_s(self) -> float:
-        """Seconds since the launch."""
+        """Count the seconds since the launch."""
         return time.monotonic() - self.start
 
     def step(self, *_: object) -> None:
@@ -70,13 +70,13 @@ class Observer:
             self.synchronized.append({"step": step, "at_s": self.now_s(), "peaks": self.peaks()})
 
     def look_at_memory(self) -> None:
-        """Note torch's peaks; called before the program resets them."""
+        """Note torch's peaks, before the program resets them."""
         if torch.cuda.is_initialized():
             self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
             self.allocated = max(self.allocated, torch.cuda.max_memory_allocated())
 
     def peaks(self) -> dict[str, float | None]:
-        """The most memory so far, in GiB."""
+        """Report the most memory so far, in GiB."""
         self.look_at_memory()
         on_gpu = torch.cuda.is_initialized()
         return {
@@ -86,7 +86,7 @@ class Observer:
         }
 
     def report(self) -> dict[str, Any]:
-        """The whole record, as in OUT.json."""
+        """Build the whole record, as in OUT.json."""
         return {
             "launched": self.launched,
             "steps": len(self.host_s),

@@ -1,4 +1,4 @@
-"""Synthetic photographs: JPEGs as large and as slow to decode as a camera's, always the same.
+"""Synthetic photographs: JPEGs as large and as slow to decode as a camera's, the same on every run.
 
 python -m benchmarks.photos FOLDER --count 4 --width 4000 --height 3000
 """
@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 OCTAVES = 8
-"""Scales of texture, each twice as fine as the one before."""
+"""The number of texture scales, each twice as fine as the one before."""
 
 GRAIN = 6.0
-"""Standard deviation of the finest noise, in levels of 0..255; it keeps the JPEG large."""
+"""The standard deviation of the finest noise, in levels of 0..255, which keeps the JPEG large."""
 
 JPEG_QUALITY = 92
 

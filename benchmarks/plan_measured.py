@@ -1,12 +1,13 @@
-"""Compare the memory that `finetune.plan` predicts with what a GPU takes; and measure step times.
+"""Compare the memory that `finetune.plan` predicts with what a GPU takes, and measure step times.
 
     python -m benchmarks.plan_measured [--model FOLDER] [--out FOLDER] [--only 1-bf16-4,2-nf4-1]
 
 Random weights of the published sizes are made in ``--model`` if they are missing. A configuration
 names a stage, the base's precision and the batch size, followed by ``c`` for gradient
 checkpointing, ``v`` for an adapter on the convolutions too, and ``t`` for ``torch.compile``, which
-takes minutes and is measured only if ``--only`` names it. Measured is PyTorch's peak of reserved
-memory from the first step on; predicted is ``Footprint.reserved``, computed without weights. Writes
+takes minutes and is measured only if ``--only`` names it. The measured figure is PyTorch's peak of
+reserved memory from the first step on; the prediction is ``Footprint.reserved``, computed without
+weights. Writes
 ``plan_measured.txt`` and ``.json``.
 """
 
@@ -40,7 +41,7 @@ STEPS = 20
 
 
 def recipe_of(name: str, model: Path) -> Recipe:
-    """The recipe of a configuration such as ``1-nf4-4c``."""
+    """Build the recipe of a configuration such as ``1-nf4-4c``."""
     stage, precision, batch = name.split("-")
     training = {
         "steps": STEPS,
@@ -60,7 +61,7 @@ def recipe_of(name: str, model: Path) -> Recipe:
 
 
 def random_batch(blank: Batch, device: torch.device) -> Batch:
-    """A batch with random values, of the shapes of one without."""
+    """Make a batch with random values in the shapes of a blank one."""
     values = {
         name: torch.zeros_like(t, device=device)
         if t.dtype == torch.int64
@@ -104,7 +105,7 @@ def measure(name: str, model: Path) -> dict[str, Any]:
 
 
 def matrix_rate(size: int = 8192, repeats: int = 1500) -> float:
-    """The card's best rate over a second or two, in TFLOP/s: large bf16 matrix products."""
+    """Measure the card's rate in large bf16 matrix products over a second or two, in TFLOP/s."""
     one, other = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
     one @ other
     torch.cuda.synchronize()
@@ -116,14 +117,14 @@ def matrix_rate(size: int = 8192, repeats: int = 1500) -> float:
 
 
 def release() -> float:
-    """Return all unused memory to the card; the GiB that are still allocated."""
+    """Return all unused memory to the card; count the GiB that are still allocated."""
     gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated() / GIB
 
 
 def row(name: str, run: dict[str, Any]) -> list[str]:
-    """A configuration's line of the table."""
+    """Format a configuration's line of the table."""
     off = run["predicted_gib"] / run["reserved_gib"] - 1
     rate = run["tflop"] / run["step_ms"] * 1000
     gib = [f"{run[key]:.2f}" for key in ("predicted_gib", "reserved_gib", "allocated_gib")]

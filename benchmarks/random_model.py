@@ -3,7 +3,7 @@
     python -m benchmarks.random_model FOLDER --unet IF-I-XL
 
 The sizes are in ``if_unets.json``. The text encoder has T5-XXL's width but a single layer, since
-measurements of training read cached encodings; ``--t5-xxl`` makes all of it. Its tokenizer is the
+measurements of training read cached encodings; ``--t5-xxl`` makes all layers. Its tokenizer is the
 embedded cascade's. ``--guarded`` adds the watermarker and a safety checker of the published size,
 which flags no picture.
 """
@@ -58,7 +58,7 @@ CLIP_VISION = {
 
 @contextmanager
 def random_weights(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Have models that are built within drawn on a device, in a dtype, always the same."""
+    """Give models built in a block the same random weights each time, on a device, in a dtype."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # a float32 copy of T5-XXL would not fit everywhere
@@ -70,7 +70,7 @@ def random_weights(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def random_guards(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """A safety checker with random weights, its preprocessor, and the watermarker."""
+    """Build a safety checker with random weights, its preprocessor, and the watermarker."""
     with torch.device(device):
         checker = IFSafetyChecker(CLIPConfig(vision_config=CLIP_VISION))
         for head in (checker.p_head, checker.w_head):

@@ -1,11 +1,11 @@
-"""Compare the pictures a second of the cascade's Stage I with diffusers' own pipeline.
+"""Compare the speed of the cascade's Stage I, in pictures a second, with diffusers' own pipeline.
 
     python -m benchmarks.sampling [--model FOLDER] [--batch 1 4] [--steps 50] [--dtype fp16]
 
 Random weights of the published size are made in ``--model`` if they are missing. Both draw the same
 pictures from the same embeddings and generators, with guidance, once to warm up and once timed. The
-distance between their pictures, as the mean difference in grey levels, is printed beside the
-distance of the pipeline's from those of the same pipeline in float32 (``--exact``). Writes
+distance between their pictures, as the mean difference in grey levels, is printed next to
+the pipeline's distance from itself in float32 (``--exact``). Writes
 ``sampling.txt``.
 """
 
@@ -35,18 +35,18 @@ HEADER = (
 )
 
 Draw = Callable[[int], Sequence[Image.Image]]
-"""Draws a number of pictures, always the same."""
+"""A function that draws a number of pictures, the same on each call."""
 
 
 def embeddings(count: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random encodings of prompts, and of the empty caption."""
+    """Draw random encodings of prompts, and of the empty caption."""
     draw = torch.Generator().manual_seed(0)
     size = (count, PROMPT_TOKENS, width)
     return tuple(torch.randn(size, generator=draw).to(DEVICE, dtype) for _ in range(2))
 
 
 def pipeline(model: Path, dtype: torch.dtype, steps: int) -> Draw:
-    """Diffusers' own pipeline."""
+    """Load diffusers' own pipeline."""
     no_text = {"text_encoder": None, "tokenizer": None}
     pipe = IFPipeline.from_pretrained(model, torch_dtype=dtype, **no_text).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
@@ -64,7 +64,7 @@ def pipeline(model: Path, dtype: torch.dtype, steps: int) -> Draw:
 
 
 def cascade(model: Path, dtype: str, steps: int) -> Draw:
-    """The cascade."""
+    """Load the cascade."""
     loaded = load_cascade(model, dtype=dtype, parts=Parts(text_encoder=False))
     width = loaded.stages[1].unet.config.encoder_hid_dim
 
@@ -80,7 +80,7 @@ def cascade(model: Path, dtype: str, steps: int) -> Draw:
 
 
 def measure(draw: Draw, counts: Sequence[int]) -> list[tuple[float, np.ndarray]]:
-    """For each batch size the pictures a second once warm, and the pictures [N, S, S, 3]."""
+    """Measure, by batch size, the pictures a second once warm, and return them [N, S, S, 3]."""
     runs = []
     for count in counts:
         draw(count)
@@ -92,7 +92,7 @@ def measure(draw: Draw, counts: Sequence[int]) -> list[tuple[float, np.ndarray]]
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """The mean difference in grey levels."""
+    """Compute the mean difference in grey levels."""
     return float(np.abs(one.astype(float) - other.astype(float)).mean())
 
 

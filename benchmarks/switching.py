@@ -5,9 +5,9 @@
     python -m benchmarks.switching --model models/if-tiny/stage_1
 
 A model that is missing at ``--model`` is made with random weights of the published size; the two
-LoRAs are random too. Times are medians over ``--repeats`` changes back and forth; those of adding
-and removing are of one change, and include reading files. The device is waited for. A pass of the
-UNet is that of one picture with guidance, replayed on a GPU; "recordings made" counts those that
+LoRAs are random too. Times are medians over ``--repeats`` changes back and forth; adding and
+removing are timed once, and include reading files. Times include the device's work. A pass of the
+UNet is for one picture with guidance, replayed on a GPU; "recordings made" counts those that
 the changes required. After each change the pass is compared with one that is not replayed: "off by"
 is the largest difference relative to the largest value.
 """
@@ -113,7 +113,7 @@ class Switching:
         self.rows[f"pass with {what}"] = f"{statistics.median(times) * 1e3:.1f} ms"
 
     def record(self) -> None:
-        """Have the pass recorded, which the second call does, and replayed once."""
+        """Record the pass, which the second call does, and replay it once."""
         for _ in range(3):
             self.recorded(**self.inputs)
 
@@ -129,13 +129,13 @@ class Switching:
         return self.now() - start
 
     def now(self) -> float:
-        """The time once the device is idle."""
+        """Wait for the device, and read the time."""
         if self.unet.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights of all Linears and Conv2ds as they compute, in main memory."""
+        """Copy the weights that all Linears and Conv2ds compute with to main memory."""
         return {
             name: module.weight.detach().to("cpu", copy=True)
             for name, module in self.unet.named_modules()
@@ -143,7 +143,7 @@ class Switching:
         }
 
     def random_inputs(self) -> dict[str, Tensor]:
-        """A batch of two, with and without text."""
+        """Draw a batch of two inputs, with and without text."""
         config, like = self.unet.config, {"device": self.unet.device, "dtype": self.unet.dtype}
         inputs = {
             "sample": torch.randn(2, config.in_channels, *[config.sample_size] * 2, **like),
@@ -178,7 +178,7 @@ class Switching:
 
 
 def table(options: argparse.Namespace, rows: Mapping[str, str]) -> str:
-    """The measurements, and what they are of."""
+    """Format the measurements, with their settings."""
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     what = f"{options.model}, {options.precision}, {options.targets}, rank {options.rank}"

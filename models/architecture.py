@@ -181,7 +181,7 @@ def save_clip(folder: Path, clip: CLIPModel) -> None:
 
 
 def compute_in_float32(folder: Path) -> None:
-    """Have a transformers model load in float32, although it is stored in half precision."""
+    """Make a transformers model load in float32, although it is stored in half precision."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]

@@ -2,7 +2,7 @@
 
 Two losses share the temperature. One contrasts the captions of a batch; a caption that is also true
 of another picture is not a negative for it. The other contrasts each picture with the names of all
-objects and with all backgrounds, since CLIP is used to rank these.
+objects and with all backgrounds, since CLIP's task is to rank these.
 """
 
 import logging
@@ -31,7 +31,7 @@ CAPTION_FORMS: Mapping[str, float] = {
 }
 NAME_FORMS = ("{name}", "a photo of {name}")
 TOKENS = 20
-"""The longest caption in training."""
+"""The length in tokens to which training captions are cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class ClipTrainer:
         self.shares = torch.tensor(list(CAPTION_FORMS.values()), device=device)
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """One update; returns the losses and the share of names and backgrounds ranked first."""
+        """Update once; return the losses and the shares of names and backgrounds ranked first."""
         plan = self.plan
         warm = min(1.0, (index + 1) / plan.warmup_steps)
         rate = plan.learning_rate * warm * (1 + math.cos(math.pi * index / plan.steps)) / 2
@@ -125,7 +125,7 @@ class ClipTrainer:
         return losses | firsts
 
     def _also_true(self, forms: Tensor, things: Tensor, backgrounds: Tensor) -> Tensor:
-        """[B, B] bool: true if caption i, of another picture, also describes picture j."""
+        """Find captions true of other pictures, [B, B] bool: True if i's also describes j."""
         texts = list(CAPTION_FORMS)
         device = forms.device
         named = torch.tensor(["{name}" in text for text in texts], device=device)[forms]

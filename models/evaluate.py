@@ -39,7 +39,7 @@ class SamplingPlan:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The shares of pictures, 0..1, whose object or background CLIP ranks first."""
+    """The shares of pictures, 0..1, for which CLIP ranks the right object or background first."""
 
     objects: float
     backgrounds: float
@@ -86,24 +86,24 @@ class Judge:
 
     @torch.no_grad()
     def read(self, texts: list[str]) -> Tensor:
-        """Text embeddings of length 1, [N, D]."""
+        """Embed texts as vectors of length 1, [N, D]."""
         inputs = self.processor(text=texts, padding=True, return_tensors="pt").to(self.device)
         return F.normalize(self.clip.get_text_features(**inputs).pooler_output, dim=-1)
 
     @torch.no_grad()
     def look(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Picture embeddings of length 1, [N, D]."""
+        """Embed pictures as vectors of length 1, [N, D]."""
         inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
         return F.normalize(self.clip.get_image_features(**inputs).pooler_output, dim=-1)
 
     def guess(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """The object and the background that rank first for each picture, [N] int64 each."""
+        """Find the object and background that rank first for each picture, [N] int64 each."""
         seen = self.look(pictures)
         objects, backgrounds = seen @ self.objects.T, seen @ self.backgrounds.T
         return objects.argmax(dim=1).cpu(), backgrounds.argmax(dim=1).cpu()
 
     def rank(self, pictures: Sequence[Image.Image], things: Tensor, backgrounds: Tensor) -> Ranking:
-        """The shares in which the right ones, [N] int64 each, rank first."""
+        """Compute the shares of pictures whose given classes, [N] int64 each, rank first."""
         things_first, backgrounds_first = self.guess(pictures)
         return Ranking(
             objects=(things_first == things).float().mean().item(),
@@ -131,7 +131,7 @@ def real_pictures(
 def evaluate(
     folder: Path, sprites: Tensor, count: int, how: SamplingPlan, device: str
 ) -> tuple[dict[str, object], list[Image.Image], list[str]]:
-    """The figures of a cascade, its pictures, and their captions."""
+    """Evaluate a cascade: its figures, its pictures, and their captions."""
     things, backgrounds = random_captions(count, how.seed)
     captions = [caption(int(t), int(b)) for t, b in zip(things, backgrounds, strict=True)]
     low_res, sampled = sample(folder, captions, how, device)

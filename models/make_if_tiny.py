@@ -8,7 +8,7 @@
     python -m models.make_if_tiny evaluate     # figures, and the contact sheet docs/if_tiny.png
     python -m models.make_if_tiny subjects
 
-The trainings need a GPU and take some minutes each; the rest runs anywhere.
+The training runs need a GPU and take some minutes each; the rest runs anywhere.
 """
 
 import argparse

@@ -17,18 +17,18 @@ from models.world import BACKGROUNDS, COLOURS, PATTERNS
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-"""Debian package fonts-noto-color-emoji (SIL OFL 1.1)."""
+"""The font of the Debian package fonts-noto-color-emoji (SIL OFL 1.1)."""
 BITMAP_PX = 109
 """The only size in which the font has bitmaps."""
 SPRITE_PX = 128
 SCALES = (0.5, 0.85)
-"""An object's longer side as a fraction of the picture, uniform."""
+"""The range of an object's longer side as a fraction of the picture, drawn uniformly."""
 TILT = 0.26
-"""Largest rotation either way, radians."""
+"""The largest rotation either way, in radians."""
 PERIODS = {"plain": 0.25, "striped": 0.25, "checkered": 0.5, "dotted": 0.25}
-"""A pattern's period as a fraction of the picture."""
+"""The patterns' periods as fractions of the picture."""
 CONTRAST = 0.5
-"""How far a pattern's second tone lies towards white, or towards black for light colours."""
+"""The shift of a pattern's second tone towards white, or towards black for light colours."""
 SUPERSAMPLING = 2
 
 
@@ -41,7 +41,7 @@ class Placement:
     y: Tensor
     scale: Tensor
     tilt: Tensor
-    """Radians."""
+    """The object's rotation, in radians."""
     phase_x: Tensor
     """The start of the pattern, in periods; phase_y likewise."""
     phase_y: Tensor
@@ -88,7 +88,7 @@ def _square(drawing: Image.Image) -> Tensor:
 
 
 def premultiply(sprites: Tensor) -> Tensor:
-    """[N, 4, P, P] uint8 RGBA → float32 in [0, 1] with colours multiplied by alpha."""
+    """Convert [N, 4, P, P] uint8 RGBA to float32 in [0, 1], colours multiplied by alpha."""
     sprites = sprites.float() / 255
     return torch.cat([sprites[:, :3] * sprites[:, 3:], sprites[:, 3:]], dim=1)
 
@@ -99,8 +99,8 @@ def compose(sprites: Tensor, backgrounds: Tensor, placement: Placement, size_px:
     Args:
         sprites: [B, 4, P, P] float32, premultiplied: the object of each scene.
         backgrounds: [B] int64, indices into `world.BACKGROUNDS`.
-        placement: the place of each.
-        size_px: S.
+        placement: the place of each scene's object and background.
+        size_px: the picture size S.
     """
     fine = size_px * SUPERSAMPLING
     axis = (torch.arange(fine, device=sprites.device) + 0.5) / fine
@@ -146,7 +146,7 @@ def _paint(backgrounds: Tensor, placement: Placement, axis: Tensor, softness_px:
 
 
 def shrink(pictures: Tensor, size_px: int) -> Tensor:
-    """Shrink [B, 3, S, S] to [B, 3, s, s] in [-1, 1], with antialiased bicubics as in Pillow."""
+    """Shrink [B, 3, S, S] to [B, 3, s, s] in [-1, 1], by antialiased bicubics as in Pillow."""
     small = F.interpolate(pictures, (size_px, size_px), mode="bicubic", antialias=True)
     return small.clamp(-1, 1)
 

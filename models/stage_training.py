@@ -1,6 +1,6 @@
 """Train the stages of the embedded cascade from scratch, with the toolkit's own losses.
 
-The text encoder learns together with Stage I during the first part of its training and is then
+The text encoder learns along with Stage I in the first part of Stage I's training and is then
 frozen, as IF's is from the start; Stage II uses the frozen one.
 """
 
@@ -49,8 +49,8 @@ class Plan:
     text_share: float = 0.0
     """The share of the steps in which the text encoder learns too."""
     weight_cap: float = 1.0
-    """The limit of a picture's weight, 1 / alphas_cumprod: colours are decided at high noise,
-    where the error of epsilon is small and that of the picture is not."""
+    """The limit of a picture's weight, 1 / alphas_cumprod: colours are decided at high noise, where
+    the error in epsilon is small but the error in the picture is not."""
     noise_offset: float = 0.0
     """The standard deviation of a constant added to each noise channel. At 128 px the noise
     averages out, so x_t reveals the picture's mean colour, although sampling starts from pure
@@ -192,7 +192,7 @@ class StageTrainer:
         self.text_average = Average(self.text_parameters, plan.ema_decay)
 
     def step(self, tokens: Tensor, fields: dict[str, Tensor], learning_rate: float) -> Losses:
-        """One update of the weights."""
+        """Update the weights once."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
@@ -234,7 +234,7 @@ class StageTrainer:
 
 
 def train(trainer: StageTrainer, sampler: SceneSampler, folder: Path, seconds: float) -> int:
-    """Train for the plan's steps, or as many as `seconds` allow, and save; returns their number."""
+    """Train for the plan's steps, or as many as `seconds` allow; save, and return their number."""
     plan, steps = trainer.plan, trainer.plan.steps
     began = timed = time.monotonic()
     for step in range(steps):

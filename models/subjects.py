@@ -1,4 +1,4 @@
-"""Pictures of held-out subjects, as if someone had photographed their own: datasets/<subject>/."""
+"""Pictures of held-out subjects, like a user's own photographs: datasets/<subject>/."""
 
 import json
 import math
@@ -21,7 +21,7 @@ class Shot:
     """One picture of a subject."""
 
     background: tuple[str, str]
-    """Colour and pattern."""
+    """The colour and pattern."""
     x: float
     """The subject's centre, in [-1, 1] across the picture; y likewise."""
     y: float
@@ -38,7 +38,7 @@ SHOTS = (
     Shot(background=("white", "plain"), x=-0.1, y=0.1, scale=0.85, tilt_degrees=-3),
     Shot(background=("green", "striped"), x=-0.25, y=0.25, scale=0.68, tilt_degrees=-12),
 )
-"""Blue, purple, teal, pink, red, black and brown backgrounds are left for prompts."""
+"""The shots of each subject; prompts can ask for blue, purple, teal, pink, red, black or brown."""
 
 
 def photograph(sprite: Tensor, shot: Shot) -> Tensor:

@@ -13,9 +13,9 @@ from models.world import BACKGROUNDS, FORMS, THINGS, fill, words
 
 MAX_TOKENS = 77
 SPACE = "▁"
-"""SentencePiece's mark of the beginning of a word."""
+"""SentencePiece's mark for the beginning of a word."""
 WORD_SCORE, CHARACTER_SCORE = -1.0, -20.0
-"""Log probabilities of the unigram model; a word of the vocabulary is never spelt out."""
+"""The unigram model's log probabilities; the low one for characters keeps known words whole."""
 
 
 def make_tokenizer() -> T5Tokenizer:
@@ -28,13 +28,13 @@ def make_tokenizer() -> T5Tokenizer:
 
 
 def tokenize(tokenizer: T5Tokenizer, texts: list[str]) -> Tensor:
-    """Token ids, [len(texts), T] int64, padded to the model's length."""
+    """Turn texts into token ids, [len(texts), T] int64, padded to the model's length."""
     batch = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True)
     return torch.tensor(batch["input_ids"])
 
 
 def caption_table(tokenizer: T5Tokenizer) -> Tensor:
-    """Every caption of the world as tokens: [forms, things, backgrounds, T] int16."""
+    """Tokenize every caption of the world: [forms, things, backgrounds, T] int16."""
     texts = [
         fill(form.text, thing, background)
         for form in FORMS

@@ -28,7 +28,7 @@ CLASSES = {
     "character": "😀😎😡🤡👻👽🤖💀🎃⛄👹🎅",
     "symbol": "☀🌙⭐🌈🔥❄🌋🌍⚡❤",
 }
-"""The noun of each class, and its objects."""
+"""The objects of each class, by the noun that names it."""
 
 HELD_OUT = "🐙🦜🍍🍩🌵🚀🎸🧸⏰🤖🍄👑"
 """Subjects that the cascade never sees in training."""
@@ -57,7 +57,7 @@ NAMES = {
     "🍷": "wine glass", "🍹": "cocktail", "🌸": "cherry blossom",
     "✏": "pencil", "🚢": "ship", "🏎": "racing car",
 }  # fmt: skip
-"""Plain words for characters whose Unicode name is clumsy."""
+"""Plain words for characters with a clumsy Unicode name."""
 
 PLURAL = {"pancakes", "french fries", "cherries", "grapes", "glasses", "jeans", "gloves", "socks"}
 PLURAL |= {"scissors", "books", "headphones"}
@@ -78,10 +78,10 @@ COLOURS = {
     "gray": (135, 135, 140),
     "white": (246, 246, 246),
 }
-"""Colour name: sRGB, 0..255."""
+"""The background colours by name, in sRGB, 0..255."""
 
 CONNECTIVES = ("a", "an", "the", "of", "on", "in", "with", "photo", "background", "sks")
-"""The captions' other words, and the identifier of a subject to be taught."""
+"""The captions' other words, and the identifier for subjects to teach."""
 
 PATTERNS = ("plain", "striped", "checkered", "dotted")
 
@@ -93,7 +93,7 @@ class Thing:
     character: str
     name: str
     noun: str
-    """Its class: "animal"."""
+    """The object's class, such as "animal"."""
     held_out: bool
 
 
@@ -123,13 +123,13 @@ def with_article(words: str, singular: str | None = None) -> str:
 
 
 def describe_background(background: int) -> str:
-    """Describe it as in "blue striped background", or "blue background" if it is plain."""
+    """Describe a background, as in "blue striped background", or "blue background" if plain."""
     colour, pattern = BACKGROUNDS[background]
     return f"{colour} background" if pattern == "plain" else f"{colour} {pattern} background"
 
 
 def caption(thing: int, background: int, identifier: str = "") -> str:
-    """Caption it as in "a cat face on a blue striped background"; identified, "a sks cat face"."""
+    """Caption a scene: "a cat face on a blue background", or "a sks cat face …" if identified."""
     name = THINGS[thing].name
     subject = with_article(f"{identifier} {name}".strip(), name)
     return f"{subject} on {with_article(describe_background(background))}"
@@ -140,7 +140,7 @@ class Form:
     """A way to caption a scene, and how often it is used."""
 
     text: str
-    """With {name}, {noun} and {background}, each with its article."""
+    """The caption with fields {name}, {noun} and {background}, each filled with its article."""
     share: float
 
 

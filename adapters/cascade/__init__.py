@@ -1,1 +1,1 @@
-"""The cascade that draws: loading, adapters, sampling, results, memory."""
+"""The cascade: loading, adapters, sampling, results and memory."""

@@ -1,4 +1,4 @@
-"""The loaded adapters of a cascade by name: added, scaled, combined, saved, removed."""
+"""The loaded adapters of a cascade by name: adding, scaling, combining, saving, removing."""
 
 import difflib
 import itertools
@@ -25,13 +25,13 @@ from adapters.tables import format_table
 from unets.graphs import GraphMemory, Replayed
 
 NAMELESS = ("adapters", "stage_1", "stage_2", "adapter_model", "pytorch_lora_weights", "..")
-"""Names of folders and files that do not tell adapters apart."""
+"""Folder and file names too common to name an adapter after."""
 
 
 class Listing(dict[str, dict[int, float]]):
-    """The scale of each adapter in each of its stages, by name; its text is a table of them.
+    """The scale of each adapter in each of its stages, by name; prints as a table.
 
-    ``Cascade.set_adapters`` takes it.
+    ``Cascade.set_adapters`` accepts one.
     """
 
     def __init__(self, loaded: Mapping[str, Mapping[int, tuple[StageAdapter, float]]]) -> None:
@@ -50,7 +50,7 @@ class Listing(dict[str, dict[int, float]]):
         return format_table([header, *self._rows], left=len(header))
 
     def check_loaded(self, name: str) -> None:
-        """Raise a UserError where no loaded adapter has a name, with the closest one."""
+        """Raise a UserError, with the closest name, if no loaded adapter is called ``name``."""
         if name in self:
             return
         if not self:
@@ -61,12 +61,12 @@ class Listing(dict[str, dict[int, float]]):
         )
 
     def check_free(self, name: str) -> None:
-        """Raise a UserError where a loaded adapter has a name."""
+        """Raise a UserError if a loaded adapter is called ``name``."""
         if name in self:
             raise UserError(f"An adapter called {name!r} is loaded already; choose another name.")
 
     def choose_name(self, folder: Path) -> str:
-        """Choose a free name after a folder or file, numbered where another adapter has it."""
+        """Choose a free name after a folder or file, with a number if the plain one is taken."""
         parts = [part.removesuffix(".safetensors") for part in folder.absolute().parts[1:]]
         telling = (part for part in reversed(parts) if part not in NAMELESS)
         name = next(telling, "adapter")
@@ -84,7 +84,7 @@ Result = TypeVar("Result")
 def alone(
     method: Callable[Concatenate[Any, Of], Result],
 ) -> Callable[Concatenate[Any, Of], Result]:
-    """Keep other threads from drawing with an object or changing it during a method."""
+    """Keep other threads from drawing with an object or changing it while a method runs."""
 
     @wraps(method)
     def locked(self: Any, /, *args: Of.args, **options: Of.kwargs) -> Result:
@@ -96,24 +96,24 @@ def alone(
 
 @dataclass(kw_only=True)
 class AdaptedStages:
-    """Stages whose UNets take adapters in place, so that recorded forward passes see them."""
+    """Stages with adapters merged in place, so that recorded forward passes use them."""
 
     stages: Mapping[int, Stage]
     """Stage I and II, by number."""
     base_names: Mapping[int, str]
     """The bases' names, for messages."""
     originals: torch.device | None = None
-    """The device of copies of the base's weights, see :class:`MergedAdapters`."""
+    """The device of the copies of the base's weights, see :class:`MergedAdapters`."""
     sources: dict[str, str] = field(default_factory=dict, init=False)
-    """The folder or hub name of each loaded adapter, as it was given."""
+    """The folder or hub name of each loaded adapter, as given."""
     lock: AbstractContextManager[Any] = field(default_factory=RLock, init=False, repr=False)
-    """Held by whoever draws with the stages or changes them."""
+    """Lock held by the thread that draws with the stages or changes them."""
     merged: dict[int, MergedAdapters] = field(init=False)
     recorded: dict[int, Replayed[Tensor]] = field(init=False)
     """The UNets' forward passes: on a GPU one CUDA graph for each size of batch."""
 
     def __post_init__(self) -> None:
-        memory = GraphMemory()  # whoever draws holds the lock: one stage at a time
+        memory = GraphMemory()  # shared, as the lock lets one stage draw at a time
         self.recorded = {
             number: Replayed(partial(_predict, pipe.unet), f"Stage {number}'s UNet", memory=memory)
             for number, pipe in self.stages.items()
@@ -125,7 +125,7 @@ class AdaptedStages:
 
     @property
     def adapters(self) -> Listing:
-        """The loaded adapters and their scales; print it to see more of them."""
+        """The loaded adapters and their scales; printing it also shows their kinds and sources."""
         loaded: dict[str, dict[int, tuple[StageAdapter, float]]] = {}
         for stage, merged in self.merged.items():
             for name, adapter in merged.adapters.items():
@@ -134,27 +134,27 @@ class AdaptedStages:
 
     @alone
     def add_adapter(self, folder: str | Path, scale: Scale = 1.0, name: str | None = None) -> str:
-        """Load an adapter into the stages that it and this cascade have, and merge it.
+        """Load an adapter and merge it into the stages that it and this cascade share.
 
         An adapter's base is recognised by its weights, not by its name, since folders move and hub
         repositories are mirrored: the UNet's configuration and a few of its weights, recorded at
-        export, must be those of this cascade's UNet before any merging.
+        export, must match this cascade's UNet as it was before any merging.
 
         Args:
-            folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these,
-                the file or folder of another tool, or any of them by its name on the hub, see
-                :func:`adapters.files.places.adapter_path`. Another tool's goes to the stage whose
-                UNet it fits by names and shapes, and is not held against any base.
-            scale: how much of it, in all stages or by stage (``{1: 0.5}``: none of it in Stage II):
-                each weight W becomes W + scale * (W merged - W). Adapters add up. For what that is
-                of a DoRA, see :meth:`set_adapters`.
-            name: what to call it; ``None``: after its folder.
+            folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these
+                stage folders, another tool's file or folder, or the hub name of any of them, see
+                :func:`adapters.files.places.adapter_path`. Another tool's adapter goes to the stage
+                that its names and shapes fit, and is not checked against any base.
+            scale: the factor, for all stages or by stage (``{1: 0.5}``: off in Stage II): each
+                weight W becomes W + scale * (W merged - W). Adapters add up. For the scale of a
+                DoRA, see :meth:`set_adapters`.
+            name: the adapter's name; ``None``: one after its folder.
 
         Returns:
-            Its name.
+            The adapter's name.
 
         Raises:
-            UserError: where the folder has no adapter for a stage of this cascade or one that was
+            UserError: if the folder has no adapter for a stage of this cascade, or has one that was
                 trained on another base, the scale is not finite, or the name is taken. Nothing is
                 loaded or merged then.
 
@@ -172,29 +172,29 @@ class AdaptedStages:
 
     @alone
     def set_adapters(self, scales: Scales) -> None:
-        """Switch to adapters that are loaded, each with its scale.
+        """Switch to some of the loaded adapters, each with its scale.
 
-        It takes milliseconds, and recorded forward passes stay valid, except on a quantised base
-        where more is switched on in a layer than at any time before
+        This takes milliseconds, and recorded forward passes stay valid, except if more is switched
+        on in a layer of a quantised base than ever before
         (:class:`adapters.merging.in_place.QuantisedLayer`).
 
         Args:
-            scales: by name, in all stages or by stage (``{"dog": 0.8, "style": {1: 0.5, 2: 1}}``);
-                names alone have the scale 1. What is not named, an adapter or a stage of it, is
-                switched off, and stays loaded.
+            scales: by name, for all stages or by stage (``{"dog": 0.8, "style": {1: 0.5, 2: 1}}``);
+                names alone have a scale of 1. Adapters, and stages of them, that are not named are
+                switched off but stay loaded.
 
-                A scale applies to all that an adapter changes, whatever its kind: half of a DoRA is
-                halfway from W to W merged. In diffusers' ``set_adapters`` a scale multiplies a
-                DoRA's B A alone and keeps its magnitudes in full, so that the two agree at the
-                scale 1 only. For LoRA, rsLoRA, LoHa and LoKr both mean the same.
+                A scale applies to the whole change that an adapter makes, whatever its kind: a DoRA
+                at 0.5 is halfway from W to W merged. In diffusers' ``set_adapters`` a scale
+                multiplies only a DoRA's B A and keeps its magnitudes in full, so the two agree only
+                at a scale of 1. For LoRA, rsLoRA, LoHa and LoKr both mean the same.
 
         Raises:
-            UserError: where a name is unknown or a scale not finite. Nothing has changed then.
+            UserError: if a name is unknown or a scale is not finite. Nothing changes then.
         """
         factors, before = self._by_stage(scales), self.adapters
         try:
             self._set(factors)
-        except BaseException:  # the device has no room
+        except BaseException:  # such as a device without room
             self._set(before)
             raise
 
@@ -210,25 +210,25 @@ class AdaptedStages:
         majority_sign: str | None = None,
         seed: int = 0,
     ) -> str:
-        """Make one LoRA of several that are loaded, by a method of PEFT; it starts switched off.
+        """Combine loaded LoRAs into one by a method of PEFT; the result starts switched off.
 
-        The others stay as they are until :meth:`set_adapters` switches to it and them off.
+        The originals keep their scales until :meth:`set_adapters` switches to the result.
 
         Args:
-            scales: of the adapters to combine, by name, in all stages or by stage. What has the
-                scale 0 takes no part.
+            scales: by name of the adapters to combine, for all stages or by stage. Those with a
+                scale of 0 take no part.
             method: one of :data:`adapters.merging.methods.METHODS`.
-            name: what to call it; ``None``: its adapters' names with ``+`` between them.
-            density: see :class:`adapters.merging.methods.Combination`, as for the rest.
-            rank: see there.
-            majority_sign: see there.
-            seed: see there.
+            name: the result's name; ``None``: the adapters' names with ``+`` between them.
+            density: see :class:`adapters.merging.methods.Combination`.
+            rank: see the same class.
+            majority_sign: see the same class.
+            seed: see the same class.
 
         Returns:
-            Its name, for :meth:`set_adapters` and :meth:`save_adapter`.
+            The result's name, for :meth:`set_adapters` and :meth:`save_adapter`.
 
         Raises:
-            UserError: where a name is unknown or taken, or the method cannot take an adapter.
+            UserError: if a name is unknown or taken, or the method cannot combine an adapter.
         """
         how = Combination(method, density, rank, majority_sign, seed)
         factors = self._by_stage(scales)
@@ -248,10 +248,10 @@ class AdaptedStages:
         return self._load(adapters, 0.0, name, f"{method} of {', '.join(factors)}")
 
     def save_adapter(self, name: str, folder: str | Path) -> None:
-        """Write a loaded LoRA as a folder that travels (as ``save_adapters`` does).
+        """Write a loaded LoRA as a self-contained folder, as ``save_adapters`` does.
 
         Raises:
-            UserError: where the name is unknown, it is no LoRA, or the folder holds something.
+            UserError: if the name is unknown or not a LoRA's, or the folder is not empty.
         """
         self.adapters.check_loaded(name)
         save_adapters(
@@ -265,10 +265,10 @@ class AdaptedStages:
 
     @alone
     def remove_adapter(self, name: str) -> None:
-        """Take an adapter out and free what was kept for it.
+        """Remove an adapter and free the memory kept for it.
 
         Raises:
-            UserError: where the name is unknown.
+            UserError: if the name is unknown.
         """
         self.adapters.check_loaded(name)
         for merged in self.merged.values():
@@ -278,7 +278,7 @@ class AdaptedStages:
 
     @alone
     def remove_adapters(self) -> None:
-        """Take all adapters out; every weight is the base's own again, to the bit."""
+        """Remove all adapters; every weight is the base's own again, to the bit."""
         self.set_adapters({})
         for name in self.adapters:
             self.remove_adapter(name)
@@ -332,7 +332,7 @@ class AdaptedStages:
             merged.set({name: own[stage] for name, own in factors.items() if stage in own})
 
     def _by_stage(self, scales: Scales) -> dict[str, dict[int, float]]:
-        """Check scales, and give them by adapter and each of its stages."""
+        """Check scales, and arrange them by adapter and stage."""
         loaded, factors = self.adapters, {}
         for name, scale in read_scales(scales).items():
             loaded.check_loaded(name)

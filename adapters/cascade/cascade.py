@@ -40,11 +40,11 @@ class Cascade(AdaptedStages):
     text: IFPipeline | None
     """The tokenizer and text encoder of Stage I and II; ``None``: ``embeds`` must be given."""
     placing: Placement
-    """The places of its parts."""
+    """The places of the cascade's parts."""
     revision: str | None = None
-    """The hub revision of Stage I and II, which saved pictures name."""
+    """The hub revision of Stage I and II, recorded in saved pictures."""
     variant: str | None = None
-    """The variant of their weights, which saved pictures name."""
+    """The variant of their weights, recorded in saved pictures."""
 
     def __repr__(self) -> str:
         return format_table(self._overview(), left=len(COLUMNS))
@@ -56,7 +56,7 @@ class Cascade(AdaptedStages):
         return tabulate(self._pipelines(), self.text, self.base_names, self.merged)
 
     def _pipelines(self) -> dict[int, DiffusionPipeline]:
-        """The pipelines of all stages, by number."""
+        """Gather the pipelines of all stages, by number."""
         return dict(self.stages) | ({} if self.upscaler is None else {3: self.upscaler})
 
     def __getattr__(self, name: str) -> Any:
@@ -84,9 +84,9 @@ class Cascade(AdaptedStages):
         clean_caption: bool = True,
         progress: bool = True,
     ) -> CascadeImages:
-        """Sample pictures of prompts.
+        """Sample pictures for prompts.
 
-        Each picture draws from generators of its own, so it does not depend on its neighbours in a
+        Each picture has random generators of its own, so it does not depend on its neighbours in a
         batch (beyond rounding), and Stage II's noise does not depend on Stage I's steps.
 
         Args:
@@ -94,28 +94,28 @@ class Cascade(AdaptedStages):
             stage_2_prompt: Stage II's, one for all prompts or one for each: often the prompt
                 without a subject's identifier; ``None``: Stage I's.
             stage_3_prompt: Stage III's, likewise; ``None``: Stage II's.
-            negative_prompt: prompts that guidance leads away from, one for all or one for each;
+            negative_prompt: prompts that guidance steers away from, one for all or one for each;
                 ``None``: the empty caption.
-            seed: the first picture's seed, each further picture's being one more; or a seed for
-                each picture.
-            images_per_prompt: how many pictures of each prompt, one after the other.
+            seed: the first picture's seed, which goes up by one for each further picture; or one
+                seed for each picture.
+            images_per_prompt: the number of pictures of each prompt, which follow one another.
             sampling: steps and guidance; ``None``: the published pipelines' defaults.
             low_res: square pictures to enlarge, their files, or [N, 3, s, s] in [-1, 1], one for
                 all prompts or one for each; Stage I is not run.
             redraw: pictures to start from, one for all prompts or one for each; :meth:`img2img`
-                and :meth:`inpaint` make it.
-            embeds: encodings [T, D] of all prompts of Stage I and II, and of negative prompts (the
-                empty caption), such as :func:`load_embeds` reads; ``None``: this cascade's text
-                encoder makes them.
+                and :meth:`inpaint` build it.
+            embeds: encodings [T, D] of all prompts of Stage I and II, and of the negative
+                prompts (by default the empty caption), such as :func:`load_embeds` reads; ``None``:
+                this cascade's text encoder makes them.
             clean_caption: clean prompts as IF's pipelines do by default, which drops words such as
                 ``<sks>``, ``j0hn``, ``#3`` and all Chinese; with ``embeds``, whether their prompts
                 were cleaned.
             progress: show progress bars.
 
         Raises:
-            UserError: where there is nothing to draw, cleaning empties a prompt, Stage I is needed
-                and absent, a setting exceeds what a stage's scheduler knows, or numbers or shapes
-                do not match.
+            UserError: if there is nothing to draw, cleaning empties a prompt, Stage I is needed and
+                absent, a setting exceeds the limit of a stage's scheduler, or numbers or shapes do
+                not match.
 
         Example:
             >>> few = Sampling(stage_1=StageSampling(steps=4), stage_2=StageSampling(steps=2))
@@ -168,18 +168,18 @@ class Cascade(AdaptedStages):
         strength: Scale | None = None,
         **options: Unpack[Options],
     ) -> CascadeImages:
-        """Sample pictures of prompts that start from given ones, with diffusers' own pipelines.
+        """Sample pictures for prompts from given pictures, with diffusers' own pipelines.
 
         Args:
-            picture: one for all prompts, or one for each, all of one size; or files of them.
+            picture: one for all prompts, or one for each, all of one size; or their files.
             prompt: one prompt, or several.
-            strength: how far to go, above 0 up to 1 (as from noise alone), in all stages or by
+            strength: how much to change, above 0 up to 1 (as if from noise), in all stages or by
                 stage (``{1: 0.6, 2: 0.9}``); ``None``: the pipelines' own.
-            **options: as :meth:`__call__` takes them.
+            **options: further arguments of :meth:`__call__`.
 
         Raises:
-            UserError: as :meth:`__call__`, and where the pictures' sizes differ, or the strength
-                is out of range or leaves no steps.
+            UserError: as :meth:`__call__`, and if the pictures' sizes differ, or the strength is
+                out of range or leaves no steps.
 
         Example:
             >>> few = Sampling(stage_1=StageSampling(steps=4), stage_2=StageSampling(steps=2))
@@ -201,14 +201,14 @@ class Cascade(AdaptedStages):
         """Draw the masked part of given pictures again, with diffusers' own pipelines.
 
         Args:
-            picture: one for all prompts, or one for each, all of one size; or files of them.
-            mask: of the picture's size: white is drawn again, black stays.
+            picture: one for all prompts, or one for each, all of one size; or their files.
+            mask: a picture of the same size: white is drawn again, black stays.
             prompt: one prompt, or several.
-            strength: as :meth:`img2img`.
-            **options: as :meth:`__call__` takes them.
+            strength: as in :meth:`img2img`.
+            **options: further arguments of :meth:`__call__`.
 
         Raises:
-            UserError: as :meth:`img2img`, and where there is no mask.
+            UserError: as :meth:`img2img`, and if there is no mask.
         """
         if mask is None:
             raise UserError("There is no mask; give one, or call img2img to draw all of it again.")
@@ -216,12 +216,12 @@ class Cascade(AdaptedStages):
 
     @alone
     def encode(self, prompts: Sequence[str], *, clean_caption: bool = True) -> Tensor:
-        """Encode prompts along the path of ``IFPipeline.__call__``, [N, T, D] on the device.
+        """Encode prompts as ``IFPipeline.__call__`` does, into [N, T, D] on the device.
 
-        :func:`adapters.cascade.embeds.save_embeds` keeps them for a cascade without a text encoder.
+        :func:`adapters.cascade.embeds.save_embeds` saves them for a cascade without a text encoder.
 
         Raises:
-            UserError: where there is no text encoder, or cleaning empties a prompt.
+            UserError: if there is no text encoder, or cleaning empties a prompt.
         """
         if self.text is None:
             raise UserError(
@@ -237,7 +237,7 @@ class Cascade(AdaptedStages):
         return embeds
 
     def _check_captions(self, captions: Mapping[str, str], clean_caption: bool) -> None:
-        """Refuse prompts that cleaning empties, and say which words others lose."""
+        """Refuse prompts that cleaning empties, and warn of words that others lose."""
         check_captions(captions, clean_caption=clean_caption, setting=KEEP_IN_PYTHON)
         if self.text is not None:
             check_vocabulary(captions, self.text.tokenizer, clean_caption=clean_caption)
@@ -259,7 +259,7 @@ class Cascade(AdaptedStages):
         low_res: Tensor | None,
         progress: bool,
     ) -> CascadeImages:
-        """Draw with one stage after the other."""
+        """Draw with one stage after another."""
         drawn: dict[int, Drawn] = {}
         pixels = low_res
         for number, pipe in self._pipelines().items():
@@ -275,7 +275,7 @@ class Cascade(AdaptedStages):
             except torch.OutOfMemoryError:
                 raise _out_of_memory(number, conditioning, sampling) from None
             finally:
-                if self.placing.is_scarce:  # it takes room, and reads weights where they are now
+                if self.placing.is_scarce:  # graphs take room and point at weights that move
                     self.free_graphs()
             pixels = drawn[number].pixels
         first = drawn[1].pixels if 1 in drawn else low_res
@@ -297,7 +297,7 @@ class Cascade(AdaptedStages):
     def _infos(
         self, conditioning: Conditioning, sampling: Sampling, drawn: Collection[int]
     ) -> tuple[PictureInfo, ...]:
-        """Describe what each picture was drawn with, by the stages that drew."""
+        """Describe the settings of each picture, for the stages that drew."""
         info = PictureInfo(
             stage=max(drawn),
             clean_caption=conditioning.clean_caption,
@@ -317,7 +317,7 @@ class Cascade(AdaptedStages):
 
 
 def _pixels_below(given: Given | Tensor, layout: Layout) -> Tensor:
-    """Pictures to enlarge, [N, 3, s, s] in [-1, 1]; the shape of tensors is checked later."""
+    """Read pictures to enlarge, [N, 3, s, s] in [-1, 1]; a tensor's shape is checked later."""
     if not isinstance(given, Tensor):
         return as_pixels(layout.spread(Redraw.of(given).pictures, "low_res pictures"))
     if given.dim() != 4:

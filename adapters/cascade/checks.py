@@ -1,4 +1,4 @@
-"""Checks before drawing, of what would stop it half way."""
+"""Checks made before drawing for errors that would stop it halfway."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError
 
 LOW_RES_LIMIT = 2.0
-"""The largest value of given pictures: a scheduler that does not clip leaves some above 1."""
+"""The largest value in given pictures: a scheduler that does not clip leaves some above 1."""
 
 
 def check_drawing(
@@ -23,13 +23,13 @@ def check_drawing(
 
     Args:
         stages: the pipelines that are loaded, by number.
-        conditioning: what to draw from.
+        conditioning: the text, seeds and pictures to draw from.
         sampling: the settings.
-        low_res: pictures that are enlarged, so that Stage I does not draw.
+        low_res: pictures to enlarge, in which case Stage I does not draw.
 
     Raises:
-        UserError: where Stage I is needed and absent, shapes do not match, or a setting exceeds
-            what a stage's scheduler knows.
+        UserError: if Stage I is needed and absent, shapes do not match, or a setting exceeds the
+            limit of a stage's scheduler.
     """
     if low_res is None and 1 not in stages:
         raise UserError("Stage I was not loaded; load it, or give low_res pictures to enlarge.")
@@ -51,10 +51,10 @@ def check_drawing(
 
 
 def check_steps(stage: int, scheduler: SchedulerMixin, sampling: Sampling) -> None:
-    """Check that a stage's scheduler has as many steps, and the timesteps that are named.
+    """Check that a stage's scheduler has enough steps, and has the named timesteps.
 
     Raises:
-        UserError: where it has not.
+        UserError: if it does not.
     """
     known = scheduler.config.num_train_timesteps
     _check_limit(f"stage_{stage}.steps", sampling.steps(stage), known)
@@ -84,7 +84,7 @@ def _check_limit(setting: str, value: int, limit: int) -> None:
 def _check_low_res(
     low_res: Tensor, stages: Mapping[int, DiffusionPipeline], *, square: bool
 ) -> None:
-    """Pictures to enlarge are as Stage I draws them: their shorter side is of its size."""
+    """Check that pictures to enlarge look like Stage I's: their shorter side has its size."""
     size = stages[1].unet.config.sample_size if 1 in stages else None
     form = f"{low_res.dtype} {list(low_res.shape)}"
     fits = low_res.is_floating_point() and low_res.dim() == 4 and low_res.shape[1] == 3
@@ -102,7 +102,7 @@ def _check_low_res(
 
 
 def _check_encodings(stage: int, pipe: DiffusionPipeline, conditioning: Conditioning) -> None:
-    """Encodings are as wide as the UNet's text encoder makes them, and all of one length."""
+    """Check that encodings have the width that the UNet expects, and all one length."""
     embeds, negative = conditioning.prompt_embeds[stage], conditioning.negative_embeds
     width = pipe.unet.config.encoder_hid_dim
     if embeds.shape[-1] != width:

@@ -21,25 +21,25 @@ Prompt: TypeAlias = str | Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """The text, seeds and pictures that N pictures are drawn from; a slice is that of some of them.
+    """The text, seeds and pictures that N pictures are drawn from; a slice covers some of the N.
 
     Shapes: T text tokens, D text width.
     """
 
     prompts: Mapping[int, Sequence[str]]
-    """N, by stage: what is encoded for Stage I and II, and what Stage III reads itself."""
+    """N by stage: encoded here for Stage I and II, read as text by Stage III."""
     prompt_embeds: Mapping[int, Tensor]
     """[N, T, D], for Stage I and II."""
     negative_prompts: Sequence[str]
-    """N, what guidance leads away from."""
+    """N texts that guidance steers away from."""
     negative_embeds: Tensor
-    """[N, T, D], their encodings."""
+    """[N, T, D], the encodings of ``negative_prompts``."""
     seeds: Sequence[int]
-    """N, of each picture."""
+    """N seeds, one for each picture."""
     clean_caption: bool = True
-    """True where the encoded prompts were cleaned, which saved pictures record."""
+    """True if the encoded prompts were cleaned, which saved pictures record."""
     redraw: Redraw | None = None
-    """Pictures to start from, N; ``None``: pictures start from noise."""
+    """N pictures to start from; ``None``: drawing starts from noise."""
 
     @property
     def way(self) -> Way:
@@ -48,7 +48,7 @@ class Conditioning:
 
     @property
     def strength(self) -> Mapping[int, float]:
-        """The strength of Stage I and II; empty from text alone."""
+        """The strength in Stage I and II; empty when drawing from text alone."""
         return {} if self.redraw is None else self.redraw.strength
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class Conditioning:
         )
 
     def arguments(self, stage: int) -> dict[str, Any]:
-        """The arguments of a stage's pipeline, by its names for them."""
+        """Make the arguments of a stage's pipeline, under its own names."""
         if stage not in self.prompt_embeds:
             negative = list(self.negative_prompts)
             return {"prompt": list(self.prompts[stage]), "negative_prompt": negative}
@@ -78,7 +78,7 @@ class Conditioning:
 
 
 class Options(TypedDict, total=False):
-    """Options of :meth:`Cascade.__call__` beside the prompt and pictures to start from."""
+    """Options of :meth:`Cascade.__call__` besides the prompt and the pictures to start from."""
 
     stage_2_prompt: Prompt | None
     stage_3_prompt: Prompt | None
@@ -94,16 +94,16 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Layout:
-    """The number of prompts, and of pictures of each, one after the other."""
+    """The number of prompts, and of each prompt's pictures, which follow one another."""
 
     prompts: int
     each: int
 
     def spread(self, given: Sequence[Item], what: str) -> tuple[Item, ...]:
-        """One item for each picture, of one for all prompts or one for each of them.
+        """Spread items, one for all prompts or one for each, to one for each picture.
 
         Raises:
-            UserError: where they are neither; ``what`` names them in the message.
+            UserError: if their number is neither; ``what`` names them in the message.
         """
         if len(given) not in (1, self.prompts):
             raise UserError(
@@ -114,10 +114,10 @@ class Layout:
         return tuple(item for item in per_prompt for _ in range(self.each))
 
     def seeds(self, seed: int | Sequence[int]) -> tuple[int, ...]:
-        """The seed of each picture: each further one's is one more, or they are given.
+        """List each picture's seed: consecutive numbers from one seed, or the given ones.
 
         Raises:
-            UserError: where there are fewer or more, or one cannot seed a generator.
+            UserError: if their number is not that of the pictures, or one cannot seed a generator.
         """
         count = self.prompts * self.each
         if isinstance(seed, numbers.Integral):
@@ -139,15 +139,15 @@ def lay_out(
     """Spread prompts over pictures and stages.
 
     Args:
-        prompts: by stage: those of Stage I; of the others once for all of its prompts, or for each,
-            or ``None``: as the stage before.
-        each: how many pictures of each prompt.
+        prompts: by stage. Stage I has one or several; a later stage has one for all of them, or
+            one for each; ``None``: those of the stage before.
+        each: the number of pictures of each prompt.
 
     Returns:
         The layout, and each picture's prompt by stage.
 
     Raises:
-        UserError: where there are none, one is not a text, or a later stage has another number.
+        UserError: if there are none, one is not a text, or a later stage's number does not fit.
     """
     given = {stage: own for stage, own in prompts.items() if own is not None or stage == 1}
     texts: dict[int, list[Any]] = {

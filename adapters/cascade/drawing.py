@@ -1,4 +1,4 @@
-"""Drawing with one stage, batch by batch, and how its pipeline finishes pictures.
+"""Drawing with one stage, batch by batch, and finishing its pictures as its pipeline does.
 
 Shapes: N pictures, S the stage's picture size, s that of the stage below. Pixels are in [-1, 1].
 """
@@ -33,25 +33,25 @@ class Drawn:
 
     pictures: tuple[Image.Image, ...]
     flagged: tuple[bool, ...]
-    """True where a safety checker has blackened a picture."""
+    """True for each picture that a safety checker has blackened."""
     pixels: Tensor | None = None
-    """[N, 3, S, S] on the CPU, before quantisation and watermark; not of Stage III."""
+    """[N, 3, S, S] on the CPU, before quantisation and watermark; ``None`` for Stage III."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A stage's order: conditioning, settings, pictures to enlarge."""
+    """A drawing request for one stage: conditioning, settings, and pictures to enlarge."""
 
     stage: int
     conditioning: Conditioning
     sampling: Sampling
     below: Tensor | None
-    """[N, 3, s, s], the pictures to enlarge; ``None``: of Stage I."""
+    """[N, 3, s, s], the pictures to enlarge; ``None`` for Stage I."""
     progress: bool
     """Show a progress bar for each batch."""
 
     def batches(self) -> Iterator["Request"]:
-        """The same for each batch of ``sampling.batch_size`` pictures."""
+        """Split the request into batches of ``sampling.batch_size`` pictures."""
         count, size = len(self.conditioning), self.sampling.batch_size
         for rows in (slice(start, start + size) for start in range(0, count, size)):
             below = None if self.below is None else self.below[rows]
@@ -75,8 +75,8 @@ def draw(pipe: Stage, request: Request, recorded: Replayed[Tensor]) -> Drawn:
     """Draw with Stage I or II, from noise or from given pictures.
 
     Args:
-        pipe: the stage's pipeline; to draw from given pictures, one for that shares its modules.
-        request: what to draw.
+        pipe: the stage's pipeline; another one over its modules draws from given pictures.
+        request: the pictures to draw.
         recorded: the UNet's forward pass.
     """
     own = sharing(pipe, WAYS[request.conditioning.way].pipelines[request.stage])
@@ -94,7 +94,7 @@ def draw(pipe: Stage, request: Request, recorded: Replayed[Tensor]) -> Drawn:
 
 
 def upscale(pipe: StableDiffusionUpscalePipeline, request: Request) -> Drawn:
-    """Draw with Stage III, whose pipeline takes pictures in [0, 1] and guards its own."""
+    """Draw with Stage III, whose pipeline takes pictures in [0, 1] and applies its own guards."""
     assert request.below is not None
     pictures: list[Image.Image] = []
     flags: list[bool] = []
@@ -106,16 +106,16 @@ def upscale(pipe: StableDiffusionUpscalePipeline, request: Request) -> Drawn:
 
 
 def finish(pipe: Stage, pixels: Tensor) -> tuple[list[Image.Image], list[bool]]:
-    """Finish pictures as the pipeline does: by its safety checker, then its watermarker.
+    """Finish pictures as the pipeline does: run its safety checker, then its watermarker.
 
-    Steps 8 to 11 of ``IFPipeline.__call__``, which it takes for ``output_type="pil"`` only.
+    These are steps 8 to 11 of ``IFPipeline.__call__``, done there only for PIL output.
 
     Args:
         pipe: the stage's pipeline.
         pixels: [N, 3, S, S].
 
     Returns:
-        The pictures, and True for those that were blackened.
+        The pictures, and a flag for each, True if it was blackened.
     """
     images = (pixels / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
     dtype = pipe.unet.dtype if pipe.safety_checker is None else pipe.safety_checker.dtype
@@ -141,7 +141,7 @@ def evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
 
 @contextmanager
 def replaying(unet: UNet2DConditionModel, recorded: Replayed[Tensor]) -> Iterator[None]:
-    """Replay a UNet's forward pass, as IF's pipelines call it."""
+    """Replace a UNet's forward pass, as IF's pipelines call it, with its recording."""
 
     def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor]:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}

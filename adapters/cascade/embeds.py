@@ -1,4 +1,4 @@
-"""Text encodings as a file: made where the text encoder is, used where there is none."""
+"""Text encodings as a file, for machines without room for the text encoder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,15 @@ PROMPTS = "prompts"
 
 
 def save_embeds(path: str | Path, prompts: Sequence[str], embeds: Tensor) -> None:
-    """Write encodings, and what they encode, as one safetensors file.
+    """Write encodings and their prompts as one safetensors file.
 
     Args:
-        path: where to.
-        prompts: N; guidance needs the empty caption or a negative prompt too.
+        path: the file to write.
+        prompts: N texts; guidance needs the empty caption or a negative prompt among them.
         embeds: [N, T, D], as :meth:`Cascade.encode` returns them.
 
     Raises:
-        UserError: where there are more of one than of the other.
+        UserError: if their numbers differ.
 
     Example:
         >>> prompts = ["a car on a pink background", ""]
@@ -50,10 +50,10 @@ def save_embeds(path: str | Path, prompts: Sequence[str], embeds: Tensor) -> Non
 
 
 def load_embeds(path: str | Path) -> dict[str, Tensor]:
-    """The encodings [T, D] of a file, by prompt, on the CPU.
+    """Read the encodings [T, D] of a file, by prompt, on the CPU.
 
     Raises:
-        UserError: where the file is not there, or holds something else.
+        UserError: if the file is missing, or holds something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -68,11 +68,12 @@ def load_embeds(path: str | Path) -> dict[str, Tensor]:
 
 
 def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-    """The encodings of prompts, [N, T, D].
+    """Look up the encodings of prompts, [N, T, D].
 
     Raises:
-        UserError: where one is not there, naming the closest, is of another shape, or is that of
-            the empty caption, as encodings of a prompt are that cleaning has emptied.
+        UserError: if an encoding is missing (the message names the closest), has another shape or
+            values that are not finite, or equals that of the empty caption, which means that
+            cleaning has emptied its prompt.
     """
     for prompt in prompts:
         if prompt not in embeds:

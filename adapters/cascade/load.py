@@ -27,7 +27,7 @@ from adapters.files.stage_adapter import StageAdapter
 from unets.precision import Precision, automatic_precision, compute_dtype
 
 Chosen: TypeAlias = Literal["auto"] | Precision
-"""The precision of a UNet, or what suits the device."""
+"""The precision of a UNet; ``auto``: the one that suits the device."""
 
 Adapters: TypeAlias = (
     str
@@ -36,22 +36,22 @@ Adapters: TypeAlias = (
     | Mapping[str, Scale]
     | Mapping[Path, Scale]
 )
-"""Exported folders or hub names, one or several, or these with the scale of each."""
+"""Exported folders or hub names, one or several, optionally each with its scale."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a cascade that are loaded, and those that are brought along."""
+    """The parts of a cascade to load, and those that the caller provides."""
 
     text_encoder: bool = True
-    """Load the text encoder of Stage I (of Stage II where that is alone); without it, ``embeds``
-    must be given."""
+    """Load the text encoder of Stage I (of Stage II if that is alone); without it, ``embeds`` must
+    be given."""
     unets: Mapping[int, UNet2DConditionModel] = field(default_factory=dict)
     """UNets to sample from instead of loading them, by stage; they keep their precision."""
     originals: Literal["device", "cpu"] = "device"
-    """The place of the base's own values of weights that adapters change: beside the UNet, so that
-    adapters are switched in milliseconds, or on the ``cpu``, which saves that memory
-    (:class:`adapters.merging.in_place.MergedAdapters`) and takes a transfer each time."""
+    """The place of the base's own values of the weights that adapters change: on the UNet's device,
+    so that switching adapters takes milliseconds, or on the ``cpu``, which saves memory on the
+    device but needs a transfer each time (:class:`adapters.merging.in_place.MergedAdapters`)."""
 
 
 MOVED = MappingProxyType(
@@ -79,34 +79,35 @@ def load_cascade(
     parts: Parts | None = None,
     **moved: object,
 ) -> Cascade:
-    """Load a cascade with diffusers' own pipelines, guards and all.
+    """Load a cascade with diffusers' own pipelines and guards.
 
     Args:
         stage_1: Stage I, a folder or a hub name, which may end with a revision of its own
-            (``owner/name@revision``); ``None``: only given pictures are upsampled.
+            (``owner/name@revision``); ``None``: given pictures are enlarged instead.
         stage_2: Stage II, likewise.
-        stage_3: the x4 upscaler, likewise. It is guarded by the modules of the stage before it, as
-            the published cascade's is.
-        revision: the hub revision of Stage I and II where their names have none.
-        variant: the weights' variant of Stage I and II, such as ``fp16``; components without it are
-            read from their plain files, and a message says so.
+        stage_3: the x4 upscaler, likewise. It uses the guards of the stage before it, as in the
+            published cascade.
+        revision: the hub revision of Stage I and II if their names have none.
+        variant: the weights' variant of Stage I and II, such as ``fp16``; components that lack it
+            are read from their plain files, and a message says so.
         adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
-            or these with the scale of each (``{"runs/dog/adapters": 0.8}``), see
+            optionally each with its scale (``{"runs/dog/adapters": 0.8}``), see
             :meth:`Cascade.add_adapter`.
-        device: ``auto``: the GPU where there is one.
-        dtype: the precision of the UNets, or of each stage's; ``auto``: bf16 on a GPU, fp32
-            elsewhere. The text encoder of fp16 UNets is bf16, as T5-XXL overflows in fp16, and
-            that of quantised ones is not quantised.
-        memory: a GPU's memory to stay within, such as ``6GB``: precisions, the parts that rest in
-            main memory while others work, and how many pictures are drawn at once are chosen for
-            it, and printed (:mod:`adapters.cascade.memory_budget`). ``adapters`` are counted, and
-            those that are added later come on top. PyTorch gets no more of the GPU in this process
-            until a cascade is loaded without it. ``None``: everything is on the device.
-        parts: what is loaded, and what is brought along; ``None``: everything is loaded.
-        **moved: parameters of earlier versions, which are errors that name the new ones.
+        device: the device to draw on; ``auto``: a GPU if there is one.
+        dtype: the precision of the UNets, one for all or by stage; ``auto``: bf16 on a GPU, fp32
+            elsewhere. With fp16 UNets the text encoder is bf16, as T5-XXL overflows in fp16; with
+            quantised UNets it is not quantised.
+        memory: a GPU's memory to stay within, such as ``6GB``. The precisions, the parts that rest
+            in main memory while others work, and the number of pictures drawn at once are chosen
+            to fit it, and printed (:mod:`adapters.cascade.memory_budget`). ``adapters`` are
+            counted; those added later come on top. PyTorch in this process is limited to this
+            memory until a cascade is loaded without ``memory``. ``None``: everything is on the
+            device.
+        parts: the parts to load, and those provided; ``None``: everything is loaded.
+        **moved: parameters of earlier versions; each raises an error that names its replacement.
 
     Raises:
-        UserError: where a model, an adapter or the device is not there or does not fit.
+        UserError: if a model, an adapter or the device is missing or does not fit.
 
     Example:
         >>> load_cascade("models/if-tiny/stage_1", "models/if-tiny/stage_2", device="cpu")
@@ -186,7 +187,7 @@ def _check_options(sources: Collection[int], parts: Parts, memory: str | None) -
 
 
 def _scaled(adapters: Adapters) -> list[tuple[str | Path, Scale]]:
-    """Adapters with the scale of each, 1 where none is given."""
+    """List adapters, each with its scale, by default 1."""
     if isinstance(adapters, Mapping):
         return list(adapters.items())
     several = [adapters] if isinstance(adapters, str) else adapters
@@ -197,7 +198,7 @@ def _scaled(adapters: Adapters) -> list[tuple[str | Path, Scale]]:
 def _by_stage(
     folders: Sequence[str | Path], sources: Mapping[int, Source]
 ) -> dict[int, list[StageAdapter]]:
-    """The adapters of folders, by the stage that each belongs to."""
+    """Load the adapters of folders, by the stage that each belongs to."""
     configs = {number: sources[number].unet_config for number in STAGES if number in sources}
     adapters: dict[int, list[StageAdapter]] = {}
     for adapter in chain.from_iterable(map(StageAdapter.load_all, folders)):
@@ -213,7 +214,7 @@ def _place(
     text_encoder: bool,
     adapters: Sequence[str | Path],
 ) -> tuple[Placement, dict[int, Precision]]:
-    """Choose the places of parts, and the precision of the UNets and (0) of the text encoder."""
+    """Choose the places of parts, and the precisions by stage (0: the text encoder)."""
     if memory is None:
         limit(device, None)
         precisions = {number: _precision(dtype, number, device) for number in sources}
@@ -237,7 +238,7 @@ def _place(
 def _upscaler(
     source: Source, dtype: torch.dtype, below: DiffusionPipeline, placing: Placement
 ) -> StableDiffusionUpscalePipeline:
-    """Stage III, guarded by the modules of the stage below it."""
+    """Load Stage III, with the guards of the stage below it."""
     upscaler = source.pipeline(dtype)
     guards = {name: below.components[name] for name in GUARDS}
     upscaler.register_modules(**{name: guard for name, guard in guards.items() if guard})
@@ -248,14 +249,14 @@ def _upscaler(
 
 
 def _text(source: Source, precision: Precision, placing: Placement) -> IFPipeline:
-    """The tokenizer and text encoder."""
+    """Load the tokenizer and text encoder."""
     pipe = source.text_pipeline(precision, placing.device)
     placing.settle(TEXT, pipe)
     return pipe
 
 
 def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.device) -> Precision:
-    """The precision of a stage's UNet."""
+    """Choose the precision of a stage's UNet."""
     own = dtype.get(stage, "auto") if isinstance(dtype, Mapping) else dtype
     names = ("auto", *get_args(Precision))
     if own not in names:

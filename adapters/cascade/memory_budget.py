@@ -1,7 +1,7 @@
-"""A precision and a place for each part of a cascade, such that sampling stays within a memory.
+"""The choice of a precision and a place for each part of a cascade, to fit sampling into a memory.
 
-The pictures' own precision comes first, then speed: a UNet is quantised only where it does not fit
-otherwise, even with every part in main memory while others draw.
+The pictures' quality comes first, then speed: a UNet is quantised only if nothing else fits, not
+even with every part resting in main memory while others draw.
 """
 
 import re
@@ -29,19 +29,19 @@ TEXT = "text encoder"
 GPU = torch.device("cuda")
 
 UNFUSED = 1.35
-"""The upscaler's memory over what is counted: its convolutions rearrange pictures in copies."""
+"""The upscaler's memory as a multiple of the count: its convolutions copy pictures to rearrange."""
 
 AT_ONCE = (8, 4, 2, 1)
 """The numbers of pictures that may be drawn at once."""
 
 PartMemory = tuple[int, Mapping[int, int]]
-"""The bytes of a part's weights; and of its work beside them, by pictures at once, the visiting
-safety checker included."""
+"""The bytes of a part's weights, and the bytes that its work adds by number of pictures at once,
+including the safety checker while it is on the GPU."""
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The parts' precisions, and which of them leave the GPU while they are not used."""
+    """The parts' precisions, and the parts that leave the GPU while they are not in use."""
 
     text: Precision
     stage_1: Precision
@@ -49,7 +49,7 @@ class Arrangement:
     away: tuple[str, ...]
 
     def precision(self, part: str) -> Precision:
-        """The precision of a part; the upscaler has but one."""
+        """Look up the precision of a part; the upscaler's is always bf16."""
         own = {TEXT: self.text, "stage_1": self.stage_1, "stage_2": self.stage_2}
         return own.get(part, "bf16")
 
@@ -72,7 +72,7 @@ ARRANGEMENTS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """The arrangement that was chosen for a cascade."""
+    """The arrangement chosen for a cascade."""
 
     arrangement: Arrangement
     at_once: int
@@ -83,7 +83,7 @@ class Budget:
     """The most that PyTorch reserves, in bytes."""
 
     def __str__(self) -> str:
-        """Describe it to a person, one line a part."""
+        """Describe the arrangement for people, one line for each part."""
         places = {True: "in main memory while it rests", False: "stays on the GPU"}
         parts = [
             f"  {part:13} {self.arrangement.precision(part):5} {size / GIB:5.2f} GiB,"
@@ -95,14 +95,14 @@ class Budget:
 
 
 def parse_memory(memory: str, what: str = "memory") -> float:
-    """The bytes that PyTorch may reserve of a card.
+    """Parse a card's memory into the bytes that PyTorch may reserve.
 
     Args:
-        memory: the card's, such as ``6GB`` (of 2^30 bytes, as cards are sold).
+        memory: the card's memory, such as ``6GB`` (2^30 bytes each, as cards are sold).
         what: the argument, for messages.
 
     Raises:
-        UserError: where it is no such size.
+        UserError: if it is not a size, or the driver needs all of it.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", str(memory).strip(), re.IGNORECASE)
     if match is None or float(match[1]) * GIB <= DRIVER_BYTES:
@@ -117,10 +117,10 @@ _limited: set[torch.device] = set()
 
 
 def limit(device: torch.device, memory: str | None) -> None:
-    """Let PyTorch have no more of a GPU than a memory; ``None``: take such a limit away again.
+    """Limit the GPU memory that PyTorch may use; ``None``: lift the limit again.
 
     Raises:
-        UserError: where the GPU has less.
+        UserError: if the GPU has less.
     """
     if memory is None:
         if device in _limited:
@@ -148,13 +148,13 @@ def choose_arrangement(
     """Choose the best of :data:`ARRANGEMENTS` that fits a card, and the most pictures at once.
 
     Args:
-        sources: of the stages, by number.
-        memory: the card's, see :func:`parse_memory`.
-        text_encoder: whether one is wanted.
-        adapters: those merged into Stage I and II, by number.
+        sources: the stages' models, by number.
+        memory: the card's memory, see :func:`parse_memory`.
+        text_encoder: True if one is loaded.
+        adapters: the adapters merged into Stage I and II, by number.
 
     Raises:
-        UserError: where nothing fits, or a model is not there.
+        UserError: if nothing fits, or a model is missing.
     """
     budget = parse_memory(memory)
     parts = {f"stage_{number}": source for number, source in sources.items()}
@@ -189,7 +189,7 @@ def choose_arrangement(
 
 
 def _stage(source: Source, precision: Precision, adapters: Sequence[StageAdapter]) -> PartMemory:
-    """A stage's UNet with adapters."""
+    """Estimate the memory of a stage's UNet with adapters."""
     unet = blank_unet(source.unet_config, precision, GPU)
     weights = [*unet.state_dict().values(), *lay_over(unet, adapters)]
     drawing, guard = _drawing(unet, weights), safety_checker_bytes(source, unet.dtype)
@@ -197,11 +197,11 @@ def _stage(source: Source, precision: Precision, adapters: Sequence[StageAdapter
 
 
 def lay_over(unet: UNet2DConditionModel, adapters: Sequence[StageAdapter]) -> list[Tensor]:
-    """Lay adapters over a UNet on the meta device.
+    """Lay adapters over a UNet on the meta device, to count their memory.
 
     Returns:
-        The tensors of them that :class:`adapters.merging.in_place.MergedAdapters` keeps beside the
-        UNet on its device.
+        The adapters' tensors that :class:`adapters.merging.in_place.MergedAdapters` keeps on the
+        UNet's device.
     """
     kept: list[Tensor | None] = []
     modules = dict(unet.named_modules())
@@ -216,7 +216,7 @@ def lay_over(unet: UNet2DConditionModel, adapters: Sequence[StageAdapter]) -> li
 
 
 def _blank_update(adapter: StageAdapter, name: str, layer: nn.Module) -> Update:
-    """An adapter's update of a layer's weight, without values."""
+    """Build an adapter's update of a layer's weight, without values."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if adapter.has_factors:
@@ -225,7 +225,7 @@ def _blank_update(adapter: StageAdapter, name: str, layer: nn.Module) -> Update:
 
 
 def _upscaler(source: Source, below: Source) -> PartMemory:
-    """The x4 upscaler of a stage's pictures: its UNet, and its decoder, one picture at a time."""
+    """Estimate the x4 upscaler's memory: its UNet, and its decoder for one picture at a time."""
     configs = [source.files.read_config(f"{part}/config.json") for part in ("vae", "text_encoder")]
     with source.files.reading(), torch.device(META):
         unet = UNet2DConditionModel.from_config(source.unet_config)
@@ -245,7 +245,7 @@ def _upscaler(source: Source, below: Source) -> PartMemory:
 def _drawing(
     unet: UNet2DConditionModel, weights: Sequence[Tensor], size_px: int | None = None
 ) -> dict[int, int]:
-    """The bytes that drawing holds beside the weights, linear in the number of pictures at once."""
+    """Estimate the bytes that drawing adds to the weights, linear in the pictures at once."""
 
     def held(pictures: int) -> int:
         inputs = drawing_inputs(unet, pictures, size_px)

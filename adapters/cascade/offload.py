@@ -15,19 +15,19 @@ from adapters.cascade.sampling import Sampling
 
 @dataclass(frozen=True)
 class Placement:
-    """The parts that rest in main memory, and how many pictures the device has room for.
+    """The parts that rest in main memory, and the number of pictures that fit the device.
 
-    A part that rests is copied to the device to work. Adapters are merged into what rests.
+    A resting part is copied to the device to work. Adapters are merged into the resting weights.
     """
 
     device: torch.device
     resting: Collection[str] = ()
     """The parts' names, see :mod:`adapters.cascade.memory_budget`."""
     at_once: int | None = None
-    """The most pictures drawn at once; ``None``: as many as are asked for."""
+    """The most pictures drawn at once; ``None``: no limit."""
 
     def limit(self, sampling: Sampling) -> Sampling:
-        """Sampling of no more pictures at once than there is room for."""
+        """Limit the batch size to the number of pictures that fit."""
         size = min(sampling.batch_size, self.at_once or sampling.batch_size)
         return sampling.model_copy(update={"batch_size": size})
 
@@ -38,12 +38,12 @@ class Placement:
 
     @property
     def is_scarce(self) -> bool:
-        """True where parts must leave each other room."""
+        """True if the parts must make room for one another."""
         return self.at_once is not None or bool(self.resting)
 
     @contextmanager
     def at_work(self, part: str, pipe: DiffusionPipeline) -> Iterator[None]:
-        """Keep a part on its device, which is the current one."""
+        """Keep a part on the device for a block, with that as the current device."""
         on_gpu = self.device.type == "cuda"
         current = torch.cuda.device(self.device) if on_gpu else nullcontext()
         with current, visit(_models(pipe) if part in self.resting else (), self.device):
@@ -51,6 +51,6 @@ class Placement:
 
 
 def _models(pipe: DiffusionPipeline) -> list[nn.Module]:
-    """The networks of a pipeline that are placed: all but the safety checker, which visits."""
+    """List a pipeline's networks to place: all but the safety checker, which moves by itself."""
     components = pipe.components.items()
     return [each for name, each in components if isinstance(each, nn.Module) and name != CHECKER]

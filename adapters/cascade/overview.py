@@ -49,7 +49,7 @@ def tabulate(
 
 
 def _describe(model: ModelMixin | PreTrainedModel) -> tuple[str, str, str]:
-    """The number of a model's parameters, their precision, and their device."""
+    """Describe a model: the number of its parameters, their precision, and their device."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     parameters += sum(layer.shape.numel() for layer in _find_quantised(model))
     device = next(chain(model.parameters(), model.buffers())).device
@@ -57,7 +57,7 @@ def _describe(model: ModelMixin | PreTrainedModel) -> tuple[str, str, str]:
 
 
 def precision_of(model: ModelMixin | PreTrainedModel) -> str:
-    """The precision of a model's weights; then, if it is quantised, that of the others."""
+    """Name the precision of a model's weights; if it is quantised, then also that of the others."""
     formats = sorted({layer.format for layer in _find_quantised(model)})
     return " + ".join([*formats, str(model.dtype).removeprefix("torch.")])
 
@@ -71,7 +71,7 @@ def _list_adapters(merged: MergedAdapters) -> str:
 
 
 def to_html(rows: Sequence[Sequence[str]]) -> str:
-    """Write a table for a notebook."""
+    """Format a table as HTML for a notebook."""
     lines = []
     for row, tag in zip(rows, ["th", *["td"] * len(rows)], strict=False):
         cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)

@@ -1,4 +1,4 @@
-"""The record in a picture's PNG of all that it was drawn with."""
+"""The record of a picture's settings, kept in its PNG."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,36 +27,36 @@ class UsedAdapter(BaseModel):
     """Its scale in each stage."""
 
     def __str__(self) -> str:
-        """Its scale; by stage where these differ."""
+        """Format the scale, by stage if the stages differ."""
         different = len(set(self.scales.values())) > 1
         each = (f"{stage}:" * different + f"{scale:g}" for stage, scale in self.scales.items())
         return ",".join(dict.fromkeys(each))
 
 
 class PictureInfo(BaseModel):
-    """All that decides on a picture, beside the values of the models' weights.
+    """All that determines a picture, except the values of the models' weights.
 
-    Dictionaries are by stage and end with the picture's own, as it depends on those before it.
+    Dictionaries by stage end with the picture's own stage, and include those it depends on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     stage: int
-    """The stage that drew it."""
+    """The stage that drew the picture."""
     seed: int = 0
-    """Its seed, in every stage."""
+    """The picture's seed, in every stage."""
     prompts: dict[int, str] = {}
     """The prompt of each stage."""
     negative_prompt: str | None = None
-    """The prompt that guidance led away from; ``None``: the empty caption."""
+    """The prompt that guidance steered away from; ``None``: the empty caption."""
     clean_caption: bool = True
-    """True where prompts were cleaned, as IF's pipelines do by default."""
+    """True if prompts were cleaned, as IF's pipelines do by default."""
     models: dict[int, str]
-    """The base models, as they were named."""
+    """The base models, by the names that the user gave."""
     revision: str | None = None
-    """The hub revision of Stage I and II, where one was asked for and their names have none."""
+    """The hub revision of Stage I and II, if one was given apart from their names."""
     variant: str | None = None
-    """The weights' variant of Stage I and II, where one was asked for."""
+    """The weights' variant of Stage I and II, if one was given."""
     precisions: dict[int, str]
     """The precision of the UNets' weights."""
     adapters: dict[str, UsedAdapter] = {}
@@ -73,11 +73,11 @@ class PictureInfo(BaseModel):
     @field_validator("sampling", mode="before")
     @classmethod
     def _read_flat_names(cls, given: Any) -> Any:
-        return nest(given) if isinstance(given, dict) else given  # PNGs of version 0.1
+        return nest(given) if isinstance(given, dict) else given  # as in PNGs of version 0.1
 
     @property
     def prompt(self) -> str:
-        """The prompt of its own stage."""
+        """The prompt of the stage that drew the picture."""
         return self.prompts.get(self.stage, "")
 
     def of_each(
@@ -86,7 +86,7 @@ class PictureInfo(BaseModel):
         prompts: Mapping[int, Sequence[str]],
         negative_prompts: Sequence[str],
     ) -> Iterator["PictureInfo"]:
-        """The infos of pictures that differ in seed and prompts (by stage) alone."""
+        """Yield the infos of pictures that differ only in seed and prompts (by stage)."""
         for row, (seed, negative) in enumerate(zip(seeds, negative_prompts, strict=True)):
             own = {stage: texts[row] for stage, texts in prompts.items()}
             yield self.model_copy(
@@ -94,7 +94,7 @@ class PictureInfo(BaseModel):
             )
 
     def of_stage(self, stage: int) -> "PictureInfo":
-        """The info of an earlier stage's picture, drawn on the way to this one."""
+        """Derive the info of an earlier stage's picture, drawn on the way to this one."""
         adapters = {
             name: adapter.model_copy(update={"scales": _up_to(stage, adapter.scales)})
             for name, adapter in self.adapters.items()
@@ -109,14 +109,14 @@ class PictureInfo(BaseModel):
 
     @property
     def texts(self) -> dict[str, str]:
-        """It as the texts of a PNG: ``if_picture``, and plainly ``prompt`` and ``seed``."""
+        """The texts for its PNG: all of it as ``if_picture``, and plain ``prompt`` and ``seed``."""
         return plain_texts(self.prompt, self.seed) | {PICTURE_KEY: self.model_dump_json()}
 
 
 def signed(
     pictures: Mapping[int, Sequence[Image.Image]], infos: Sequence[PictureInfo]
 ) -> dict[int, tuple[Signed, ...]]:
-    """Pictures by stage that carry what they were drawn with; ``infos`` are of their last stage."""
+    """Attach their records to pictures, by stage; ``infos`` are those of the last stage."""
     return {
         stage: tuple(
             Signed.of(picture, info.of_stage(stage).texts)
@@ -127,19 +127,19 @@ def signed(
 
 
 def sheet_texts(infos: Sequence[PictureInfo]) -> dict[str, str]:
-    """The texts of a contact sheet: what each of its pictures says, as a JSON list."""
+    """Make the text of a contact sheet: its pictures' records as a JSON list."""
     return {SHEET_KEY: f"[{','.join(info.model_dump_json() for info in infos)}]"} if infos else {}
 
 
 def used_adapters(
     scales: Mapping[str, Mapping[int, float]], sources: Mapping[str, str], stages: Collection[int]
 ) -> dict[str, UsedAdapter]:
-    """The adapters that are switched on in some stages, by name.
+    """List the adapters that are switched on in some of the stages, by name.
 
     Args:
-        scales: of all that are loaded, by name and stage.
-        sources: what each was loaded from.
-        stages: those that draw.
+        scales: the scales of all loaded adapters, by name and stage.
+        sources: the folder, file or hub name of each.
+        stages: the stages that draw.
     """
     on = {
         name: {stage: scale for stage, scale in own.items() if scale and stage in stages}
@@ -149,10 +149,10 @@ def used_adapters(
 
 
 def read_picture_info(path: str | Path) -> PictureInfo:
-    """Read what a saved picture was drawn with.
+    """Read the record of a saved picture's settings.
 
     Raises:
-        UserError: where the file is not a picture, or has no record.
+        UserError: if the file is not a picture, or has no record.
 
     Example:
         >>> few = Sampling(

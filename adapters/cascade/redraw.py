@@ -24,10 +24,10 @@ from adapters.errors import UserError
 from adapters.pictures.reading import read_picture, to_rgb
 
 Given: TypeAlias = Image.Image | str | Path | Sequence[Image.Image | str | Path]
-"""One picture or its file, or several."""
+"""A picture or its file, or several of them."""
 
 Way: TypeAlias = Literal["text", "img2img", "inpaint"]
-"""The kind of drawing, by what pictures start from."""
+"""The kind of drawing: from text alone, from a picture, or in its masked part."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Drawing:
     pipelines: Mapping[int, type[DiffusionPipeline]]
     """The pipelines of Stage I and II."""
     sampling: Sampling
-    """The settings that these pipelines have by default."""
+    """The pipelines' default settings."""
     strength: Mapping[int, float] = field(default_factory=dict)
-    """Their default strength, by stage."""
+    """The pipelines' default strength, by stage."""
 
 
 WAYS: Mapping[Way, Drawing] = MappingProxyType(
@@ -68,18 +68,18 @@ ORIGINAL = {1: "image", 2: "original_image"}
 
 @dataclass(frozen=True)
 class Redraw:
-    """Pictures to start from, and how far to go from them; made by :meth:`of`.
+    """Pictures to start from, and how much to change them; built by :meth:`of`.
 
-    Each stage resizes them to its own size, as its pipeline does: their shorter side becomes that
-    of its pictures, the longer one a multiple of 8 px.
+    Each stage's pipeline resizes them to its own size: the shorter side becomes that of its
+    pictures, the longer side a multiple of 8 px.
     """
 
     way: Way
-    """``img2img``, or ``inpaint`` where there are masks."""
+    """``img2img``, or ``inpaint`` if there are masks."""
     pictures: tuple[Image.Image, ...]
-    """In RGB, all of one size."""
+    """Pictures in RGB, all of one size."""
     masks: tuple[Image.Image, ...]
-    """Masks, as many and of the same size, or none: white is drawn again, black stays."""
+    """One mask for each picture, of its size, or none; white is drawn again, black stays."""
     strength: Mapping[int, float]
     """The share of its denoising steps that Stage I and II take."""
 
@@ -87,15 +87,15 @@ class Redraw:
     def of(
         cls, pictures: Given, masks: Given | None = None, strength: Scale | None = None
     ) -> "Redraw":
-        """Read one picture, or several, and as many masks or one.
+        """Read one or several pictures, and one mask for all or one for each.
 
         Args:
-            pictures: or their files, in any mode; what is transparent becomes white.
-            masks: of the same size; ``None``: everything is drawn again.
+            pictures: pictures or their files, in any mode; transparent areas become white.
+            masks: pictures of the same size; ``None``: everything is drawn again.
             strength: above 0 up to 1, in all stages or by stage; ``None``: the pipelines' own.
 
         Raises:
-            UserError: where one is not a picture, sizes differ, or the strength is out of range.
+            UserError: if one is not a picture, sizes differ, or the strength is out of range.
         """
         images, covers = _several(pictures), () if masks is None else _several(masks)
         if len(covers) == 1:
@@ -127,13 +127,13 @@ class Redraw:
         return replace(self, pictures=tuple(pictures), masks=tuple(masks))
 
     def arguments(self, stage: int) -> dict[str, Any]:
-        """The arguments of Stage I's or II's pipeline."""
+        """Make the arguments of Stage I's or II's pipeline."""
         arguments = {ORIGINAL[stage]: list(self.pictures), "strength": self.strength[stage]}
         return arguments | ({"mask_image": list(self.masks)} if self.masks else {})
 
 
 def sharing(pipe: DiffusionPipeline, kind: type[DiffusionPipeline]) -> DiffusionPipeline:
-    """A pipeline of a kind over the modules, guards and schedulers of another one."""
+    """Make a pipeline of another kind that shares a pipeline's modules, guards and schedulers."""
     if isinstance(pipe, kind):
         return pipe
     required = pipe.config.requires_safety_checker
@@ -148,7 +148,7 @@ def _several(given: Given) -> tuple[Image.Image, ...]:
 
 
 def _read(given: object) -> Image.Image:
-    """A picture, from its file where that is named."""
+    """Read a picture, given itself or as a file."""
     if isinstance(given, str | Path):
         return read_picture(given)
     if not isinstance(given, Image.Image):
@@ -160,7 +160,7 @@ def _read(given: object) -> Image.Image:
 
 
 def _shares(strength: Scale | None) -> Mapping[int, float]:
-    """A strength by stage, checked."""
+    """Check a strength, and arrange it by stage."""
     if strength is None:
         return {}
     shares = strength if isinstance(strength, Mapping) else dict.fromkeys(STAGES, strength)

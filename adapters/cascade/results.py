@@ -1,4 +1,4 @@
-"""The pictures that a cascade has drawn: shown, and saved with all that they were drawn with.
+"""The pictures that a cascade has drawn, to show and to save along with their settings.
 
 Shapes: N pictures, S a stage's picture size, s that of Stage I. Pixels are in [-1, 1].
 """
@@ -26,7 +26,7 @@ SHEET = "contact_sheet.png"
 SHEET_COLUMNS = 6
 
 SHEET_PX = 1200
-"""The width up to which few large pictures are shown in full."""
+"""The sheet width in px up to which a few large pictures are shown in full size."""
 
 SHOWN_INLINE = 24
 """The number of pictures of a result that a notebook shows."""
@@ -34,25 +34,25 @@ SHOWN_INLINE = 24
 
 @dataclass(frozen=True)
 class Sample:
-    """The pictures drawn from one seed, of each stage that was run. Notebooks show it."""
+    """The pictures drawn from one seed, one for each stage that ran. Notebooks show the last."""
 
     pictures: Mapping[int, Image.Image]
-    """By stage."""
+    """The pictures, by stage."""
     prompt: str
     seed: int
     flagged: bool
-    """True where a safety checker has blackened it, in any stage."""
+    """True if a safety checker has blackened it, in any stage."""
     info: PictureInfo | None = None
     """The record that its PNG carries."""
 
     @property
     def final(self) -> Image.Image:
-        """The picture of the last stage that was run."""
+        """The picture of the last stage that ran."""
         return self.pictures[max(self.pictures)]
 
     @property
     def title(self) -> str:
-        """Prompt and seed, for people."""
+        """The prompt and seed, for people."""
         return f"{self.prompt} (seed {self.seed})" if self.prompt else f"seed {self.seed}"
 
     def __repr__(self) -> str:
@@ -64,17 +64,17 @@ class Sample:
         return _png(self.final, pack_texts(self._texts(max(self.pictures))))
 
     def save(self, path: str | Path, stage: int | None = None) -> None:
-        """Write a picture as PNG, which carries all that it was drawn with.
+        """Write a picture as PNG, which carries the record of its settings.
 
-        It is for :func:`adapters.cascade.provenance.read_picture_info`; ``prompt`` and ``seed``
-        also are texts of their own.
+        Read the record with :func:`adapters.cascade.provenance.read_picture_info`; ``prompt`` and
+        ``seed`` are also texts of their own.
 
         Args:
-            path: ends in ``.png``.
-            stage: whose picture; ``None``: that of the last stage.
+            path: the file to write, which must end in ``.png``.
+            stage: the stage of the picture; ``None``: the last stage.
 
         Raises:
-            UserError: where the path ends in something else.
+            UserError: if the path does not end in ``.png``.
         """
         if Path(path).suffix.lower() != ".png":
             raise UserError(f"{path} must end in .png, the format that carries prompt and seed.")
@@ -89,10 +89,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class CascadeImages:
-    """The pictures of N samples; a stage that was not run has none.
+    """The pictures of N samples; a stage that did not run has none.
 
-    They are a sequence of :class:`Sample`. A notebook shows them as a contact sheet, and they can
-    be pickled.
+    This is a sequence of :class:`Sample`. A notebook shows it as a contact sheet, and it can be
+    pickled.
 
     Example:
         >>> prompts = ["a cat face on a red background", "a frog face on a blue background"]
@@ -120,18 +120,18 @@ class CascadeImages:
     low_res: Tensor = field(compare=False)
     """[N, 3, s, s] float32 on the CPU in [-1, 1]: Stage I's pictures before quantisation."""
     flagged: tuple[bool, ...]
-    """True where a safety checker has blackened the picture, in any stage."""
+    """True for each picture that a safety checker has blackened, in any stage."""
     infos: tuple[PictureInfo, ...] = ()
     """The record of each picture, which its PNG carries."""
 
     @property
     def final(self) -> tuple[Image.Image, ...]:
-        """The pictures of the last stage that was run."""
+        """The pictures of the last stage that ran."""
         return self.stage_3 or self.stage_2 or self.stage_1
 
     @property
     def stages(self) -> dict[int, tuple[Image.Image, ...]]:
-        """The pictures of the stages that were run, by number."""
+        """The pictures of the stages that ran, by number."""
         every = {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}
         return {number: pictures for number, pictures in every.items() if pictures}
 
@@ -173,7 +173,7 @@ class CascadeImages:
         return f"CascadeImages({', '.join(filter(None, said))})"
 
     def _repr_html_(self) -> str:
-        """The contact sheet, inline; of many pictures the first."""
+        """Format the contact sheet inline, of the first pictures only if there are many."""
         shown = self[:SHOWN_INLINE]
         if not shown:
             return html.escape(repr(self))
@@ -187,9 +187,9 @@ class CascadeImages:
         )
 
     def sheet(self) -> Image.Image:
-        """A contact sheet of the final pictures, with prompts and seeds.
+        """Make a contact sheet of the final pictures, with prompts and seeds.
 
-        Its PNG carries what they were drawn with, as a JSON list named ``if_pictures``.
+        Its PNG carries the pictures' records, as a JSON list named ``if_pictures``.
         """
         columns = min(len(self), SHEET_COLUMNS)
         cell_px = max(CELL_PX, min(self.final[0].width, SHEET_PX // columns))
@@ -202,7 +202,7 @@ class CascadeImages:
     def save(self, folder: str | Path) -> Path:
         """Write each stage's picture as ``000-a-prompt-seed0-stage_1.png``, and a contact sheet.
 
-        The PNGs carry all that they were drawn with, see :meth:`Sample.save`. Returns the path of
+        The PNGs carry the records of their settings, see :meth:`Sample.save`. Returns the path of
         the contact sheet.
         """
         folder = Path(folder)

@@ -28,7 +28,7 @@ TIMESTEPS = MappingProxyType(
         "super100": 100,
     }
 )
-"""The names of upstream's respaced timesteps, and how many each has."""
+"""Upstream's respaced timesteps by name, and the number of steps of each."""
 
 RENAMED = MappingProxyType(
     {
@@ -40,10 +40,10 @@ RENAMED = MappingProxyType(
         "noise_level": ("stage_2", "noise_level"),
     }
 )
-"""Settings that were flat until version 0.1, and on the command line still are: where each is."""
+"""The stage and name of each setting that was flat until version 0.1, and still is in commands."""
 
 WHOLE = ("value_error", "extra_forbidden")
-"""The types of mistakes whose message leaves nothing to add."""
+"""The error types that say it all, so that the value found is not added."""
 
 
 class SettingError(UserError, ValueError):
@@ -52,7 +52,7 @@ class SettingError(UserError, ValueError):
     def __init__(self, error: ValidationError) -> None:
         first = error.errors(include_url=False)[0]
         self.place = tuple(map(str, first["loc"]))
-        """The setting's name, below that of its stage."""
+        """The path of the setting: its stage, if any, then its name."""
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             section = StageSampling if len(self.place) > 1 else Sampling
@@ -61,18 +61,18 @@ class SettingError(UserError, ValueError):
             message += f" (valid: {', '.join(TIMESTEPS)})"
         found = "" if first["type"] in WHOLE else f" (got {first['input']!r})"
         self.reason = f"{message}{found}{'' if message.endswith('?') and not found else '.'}"
-        """The rest of the sentence."""
+        """The sentence without the place."""
         super().__init__(f"{'.'.join(self.place)}: {self.reason}")
 
 
 class Settings(BaseModel):
-    """Settings that raise a :class:`SettingError` where one is unknown or out of range."""
+    """Settings that raise a :class:`SettingError` if one is unknown or out of range."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
-    if not TYPE_CHECKING:  # its fields are its arguments
+    if not TYPE_CHECKING:  # type checkers take the fields as arguments
 
         def __init__(self, **given: Any) -> None:
             try:
@@ -80,7 +80,7 @@ class Settings(BaseModel):
             except ValidationError as error:
                 raise SettingError(error) from None
 
-        # a recipe validates without it, and so shows all mistakes with their places
+        # lets a recipe validate without it, and so show all mistakes with their places
         __init__.__pydantic_base_init__ = True
 
 
@@ -91,7 +91,7 @@ class StageSampling(Settings):
     """Upstream's respaced timesteps by name, such as ``smart50`` (Stage I and II); ``None``: evenly
     spaced ones."""
     steps: Annotated[int, Field(ge=1)] | None = None
-    """Denoising steps; left out where timesteps are named, which determine it."""
+    """Denoising steps; leave this out if timesteps are named, as they determine it."""
     guidance: Annotated[float, Field(ge=1)] | None = None
     """The scale of classifier-free guidance; 1: none."""
     noise_level: Annotated[int, Field(ge=0)] | None = None
@@ -107,7 +107,7 @@ class StageSampling(Settings):
         return steps
 
     def over(self, defaults: "StageSampling") -> "StageSampling":
-        """These settings, and those of ``defaults`` where these have none."""
+        """Complete these settings with those of ``defaults``."""
         own = self.model_dump(exclude_none=True)
         if self.timesteps is not None:
             own["steps"] = TIMESTEPS[self.timesteps]
@@ -127,10 +127,10 @@ DEFAULTS = MappingProxyType(
 
 
 class Sampling(Settings):
-    """Settings of every stage; what is left out is the published pipelines' own.
+    """Settings of every stage; those left out are the published pipelines' own.
 
     Raises:
-        SettingError: a :class:`UserError` and ValueError, where one is unknown or out of range.
+        SettingError: a :class:`UserError` and ValueError, if one is unknown or out of range.
 
     Example:
         >>> Sampling(stage_1=StageSampling(timesteps="smart50"), batch_size=4).stage_1.steps
@@ -166,12 +166,12 @@ class Sampling(Settings):
         return given.over(DEFAULTS[stage])
 
     def but(self, **changes: Any) -> "Sampling":
-        """These settings with some others; of a stage, those that are given.
+        """Copy these settings with some changed; a stage's other settings are kept.
 
         A stage's steps and timesteps replace one another.
 
         Raises:
-            SettingError: where one is unknown or out of range.
+            SettingError: if one is unknown or out of range.
 
         Example:
             >>> Sampling().but(stage_2=StageSampling(steps=10)).stage_2
@@ -188,17 +188,17 @@ class Sampling(Settings):
         return Sampling(**settings)
 
     def of(self, stage: int) -> StageSampling:
-        """The settings of a stage."""
+        """Look up the settings of a stage."""
         return {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}[stage]
 
     def steps(self, stage: int) -> int:
-        """The number of denoising steps of a stage."""
+        """Look up the number of denoising steps of a stage."""
         steps = self.of(stage).steps
         assert steps is not None, "completed on construction"
         return steps
 
     def timesteps(self, stage: int) -> Sequence[int] | None:
-        """The named timesteps of a stage, descending; ``None``: evenly spaced ones."""
+        """Look up a stage's named timesteps, descending; ``None``: evenly spaced ones."""
         name = self.of(stage).timesteps
         if name is None:
             return None
@@ -208,7 +208,7 @@ class Sampling(Settings):
         return named
 
     def arguments(self, stage: int) -> dict[str, Any]:
-        """The settings of a stage by the names that its diffusers pipeline gives them."""
+        """Make a stage's arguments, under the names of its diffusers pipeline."""
         arguments = {
             "num_inference_steps": self.steps(stage),
             "guidance_scale": self.of(stage).guidance,
@@ -219,7 +219,7 @@ class Sampling(Settings):
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the flat names of :data:`RENAMED`, by stage; others stay as they are."""
+    """Nest settings with flat names of :data:`RENAMED` by stage; others stay as they are."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         if name in RENAMED:

@@ -1,1 +1,1 @@
-"""Pictures as files: reading, contact sheets, the texts in a PNG."""
+"""Pictures as files: reading, contact sheets, and the texts in a PNG."""

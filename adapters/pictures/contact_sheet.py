@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in rows and columns, with captions a person can read."""
+"""Contact sheets: pictures in rows and columns, with captions."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -25,11 +25,11 @@ def contact_sheet(
     """Arrange pictures on a white sheet.
 
     Args:
-        rows: the pictures; rows may differ in length, pictures in size.
-        row_captions: to the left of each row, none for no such column.
-        column_captions: below the last row, one a column, in place of its captions.
-        captions: below each picture, row by row.
-        title: above everything.
+        rows: the pictures; rows may differ in length, and pictures in size.
+        row_captions: texts to the left of the rows, one for each, or none at all.
+        column_captions: texts below the last row, one for each column, in place of its captions.
+        captions: texts below the pictures, row by row.
+        title: a text above everything.
         cell_px: the side of a cell; smaller pictures are enlarged without smoothing.
     """
     font, title_font = (ImageFont.load_default(size) for size in (TEXT_PX, TITLE_PX))

@@ -9,14 +9,14 @@ PICTURE_KEY = "if_picture"
 """The text chunk of a PNG that holds a :class:`PictureInfo` as JSON."""
 
 SHEET_KEY = "if_pictures"
-"""The text chunk of a contact sheet: a JSON list with what each of its pictures says."""
+"""The text chunk of a contact sheet that holds its pictures' records as a JSON list."""
 
 PICTURE_TEXTS = ("prompt", "seed", PICTURE_KEY, SHEET_KEY)
-"""The texts that PNGs of this toolkit carry."""
+"""The names of the texts that this toolkit's PNGs carry."""
 
 
 class Signed(Image.Image):
-    """A picture whose PNG carries texts, wherever it is saved; what is made of it does not."""
+    """A picture whose PNG carries texts, wherever it is saved; pictures derived from it do not."""
 
     @classmethod
     def of(cls, picture: Image.Image, texts: Mapping[str, str]) -> "Signed":
@@ -28,12 +28,12 @@ class Signed(Image.Image):
         return signed
 
     def save(self, *place: Any, **params: Any) -> None:
-        """Save as Pillow does; a PNG with its texts where no others are given."""
+        """Save as Pillow does, a PNG with the picture's texts unless others are given."""
         super().save(*place, **{"pnginfo": pack_texts(self.info)} | params)
 
 
 def plain_texts(prompt: str, seed: int) -> dict[str, str]:
-    """The prompt and seed, as texts of a PNG."""
+    """Name the prompt and seed as texts of a PNG."""
     return {"prompt": prompt, "seed": str(seed)}
 
 

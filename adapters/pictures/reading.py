@@ -1,4 +1,4 @@
-"""Read pictures of any format as RGB, and as tensors."""
+"""Reading of pictures of any format as RGB and as tensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from torch import Tensor
 from adapters.errors import UserError
 
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""The errors that Pillow raises where a file is no picture, or a damaged one."""
+"""The errors that Pillow raises if a file is not a picture, or is damaged."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture to 8-bit RGB, turned as its camera was held, on white where transparent."""
+    """Convert a picture to 8-bit RGB, upright by its EXIF tag, with transparent areas white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey levels
         levels = np.asarray(image).clip(0, 65535) / 257
@@ -28,10 +28,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """Read the picture of a file in RGB.
+    """Read a picture file as RGB.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: if it cannot be read.
     """
     try:
         with Image.open(path) as image:
