@@ -1,4 +1,4 @@
-"""The frame of a command on a recipe."""
+"""The command line shared by all commands on a recipe."""
 
 import argparse
 import sys
@@ -21,14 +21,14 @@ def run_command(
 ) -> None:
     """Parse a command line, load its recipe, and print what the work returns.
 
-    Mistakes are printed as a sentence, with exit status 2.
+    A mistake is printed as a sentence, with exit status 2.
 
     Args:
         name: the command's module in :mod:`finetune`.
-        description: what it does, in a sentence.
-        arguments: the command line; ``None``: that of the process.
-        work: does the command's work on a recipe without mistakes. It imports what is slow to
-            import itself, so that ``--help`` and mistakes are answered at once.
+        description: what the command does, in a sentence.
+        arguments: the command line; ``None``: the process's own.
+        work: does the command's work on a checked recipe. It makes the slow imports, so that
+            ``--help`` and mistakes are answered at once.
         **options: further options and their settings, such as ``vram={"help": …}``.
     """
     parser = argparse.ArgumentParser(

@@ -1,4 +1,4 @@
-"""Draw the base and the fine-tuned cascade side by side, and score both with CLIP.
+"""Sample the base and the fine-tuned cascade side by side, and score both with CLIP.
 
 python -m finetune.compare RECIPE [key=value …]
 """
@@ -22,14 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare_and_judge(recipe: "Recipe", options: argparse.Namespace) -> str:
-    """Compare, and hold the scores against the expected ones where these are of the same data."""
+    """Compare, and judge the scores if the recipe expects some for the same data."""
     from finetune.evaluation.comparison import compare, judge
 
     quiet_libraries()
     text, scores = compare(recipe)
     if recipe.comparison is None or (expected := recipe.comparison.expected) is None:
         return text
-    sys.stdout.write(text)  # also where the judgement is an error
+    sys.stdout.write(text)  # shown even if the judgement is an error
     if expected.data == recipe.data.source:
         return judge(scores, expected)
     return f"Not judged: the expected scores are of {expected.data}, not of {recipe.data.source}.\n"

@@ -1,4 +1,4 @@
-"""Estimate the memory that a run takes of a GPU, and the fastest settings that fit a card.
+"""Estimate the GPU memory of a run, and find the fastest settings that fit a card.
 
 python -m finetune.plan RECIPE [key=value …] [--vram 8GB]
 """

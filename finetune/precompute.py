@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def precompute(recipe: "Recipe", options: argparse.Namespace | None = None) -> str:
-    """Encode what the cache lacks; return how much that was, and how a trainer reuses it."""
+    """Encode the captions that the cache lacks; return their number and how to train on them."""
     import torch
 
     from finetune.data.captions import CaptionCache, collect_captions, embed_captions

@@ -32,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
-    """Run a recipe, or return its text where ``options.dry_run`` is set."""
+    """Run a recipe, or return its text if ``options.dry_run`` is set."""
     if options.dry_run:
         return recipe.to_yaml() if os.environ.get("RANK", "0") == "0" else ""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     quiet_libraries()
-    # one process gathers the material for all, which may take longer than NCCL's ten minutes
+    # the others wait while one process gathers the material, perhaps past NCCL's ten minutes
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(kwargs_handlers=[waiting])
     train(recipe, accelerator)
@@ -87,7 +87,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     def print_plan() -> None:
         try:
             tqdm.write(format_plan(plan(recipe, device)))
-        except (UserError, RuntimeError) as error:  # no reason to stop
+        except (UserError, RuntimeError) as error:  # training does not need it
             tqdm.write(f"The memory of this run cannot be estimated: {error!r}")
 
     try:
@@ -110,7 +110,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
 def gather(
     recipe: "Recipe", pictures: Sequence["Picture"], accelerator: "Accelerator"
 ) -> "Material":
-    """Encode the captions and, for prior preservation, get class pictures."""
+    """Encode the captions and, for prior preservation, load or sample class pictures."""
     from finetune.data.captions import CaptionCache, collect_captions, embed_captions
     from finetune.data.prior import ClassPictures
     from finetune.run.loop import Material

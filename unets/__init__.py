@@ -4,10 +4,10 @@ import os
 import sys
 
 MEMORY_SETTING = "expandable_segments:True"
-"""Lets a GPU's memory grow in one piece, so that little of it lies idle."""
+"""The allocator setting that grows a GPU's memory in one piece, so that little of it lies idle."""
 
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-    os.environ["PYTORCH_ALLOC_CONF"] = MEMORY_SETTING  # torch reads it when it is imported,
+    os.environ["PYTORCH_ALLOC_CONF"] = MEMORY_SETTING  # torch reads it on import
     torch = sys.modules.get("torch")
-    if torch is not None and torch.__version__ >= "2.10":  # and from 2.10 on can be told later
+    if torch is not None and torch.__version__ >= "2.10":  # later needs torch 2.10
         torch._C._accelerator_setAllocatorSettings(MEMORY_SETTING)

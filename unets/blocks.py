@@ -1,6 +1,6 @@
 """IF's ResNet and attention blocks with fewer passes over memory, in diffusers' own modules.
 
-Modules, their names and their parameters stay what they are; only their forward passes change.
+Modules, their names and their parameters stay the same; only their forward passes change.
 """
 
 from typing import Any
@@ -17,29 +17,29 @@ from unets.fused_norms import add, norm_act
 from unets.lora_layers import AdaptedConv2d
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.SiLU: "silu"}
-"""The activations of IF's blocks, as :func:`unets.fused_norms.norm_act` names them."""
+"""The activations of IF's blocks, by their names in :func:`unets.fused_norms.norm_act`."""
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """A frozen group norm of pictures, which stay channels_last."""
+    """A frozen group norm that keeps pictures channels_last."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[B, C, H, W], normalised."""
+        """Normalise [B, C, H, W]."""
         return norm_act(inputs, self)
 
 
 def convolve(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Convolve pictures; a bias that is still to be added is returned beside the result."""
+    """Convolve pictures; return the result and the bias still to be added, if any."""
     if isinstance(layer, FrozenConv2d | AdaptedConv2d):
         return layer.without_bias(inputs)
     return layer(inputs), None
 
 
 def with_dense_gradient(result: Tensor) -> Tensor:
-    """Have the gradient of a block's result reach the block contiguous in memory.
+    """Make the gradient of a block's result contiguous before it reaches the block.
 
     The gradient of a tensor that was concatenated with another is a slice of a larger one, which
-    every operation on its way back would otherwise copy again.
+    every operation of the backward pass would otherwise copy again.
     """
     if result.requires_grad and not torch.compiler.is_compiling():
         result.register_hook(_make_dense)
@@ -65,7 +65,7 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers is u
     """A ResNet block whose norm, scale and shift, and activation are one operation."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
-        """[B, C, H, W] and time embeddings [B, D] to [B, C', H', W']."""
+        """Map pictures [B, C, H, W] and time embeddings [B, D] to [B, C', H', W']."""
         activation = ACTIVATIONS[type(self.nonlinearity)]
         hidden = norm_act(input_tensor, self.norm1, activation)
         resample = self.upsample or self.downsample
@@ -85,7 +85,8 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers is u
 class RowAttention:
     """The attention of diffusers' ``AttnAddedKVProcessor2_0``, without copying pictures.
 
-    Rows of channels are a view of channels_last pictures; diffusers turns them around and back.
+    Rows of channels are a view of channels_last pictures; diffusers copies pictures into rows and
+    back.
     """
 
     def __call__(
@@ -96,7 +97,7 @@ class RowAttention:
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Pictures [B, C, H, W] and text [B, T, D] to [B, C, H, W]."""
+        """Map pictures [B, C, H, W] and text [B, T, D] to [B, C, H, W]."""
         rows = norm_act(hidden_states, attn.group_norm).flatten(2).transpose(1, 2)
         text = encoder_hidden_states
         if text is None:
@@ -125,7 +126,7 @@ class RowAttention:
 
 
 def fuse_blocks(unet: UNet2DConditionModel) -> None:
-    """Give those of a UNet's blocks that are of IF's kind their fused forward passes, in place."""
+    """Give a UNet's blocks of IF's kind their fused forward passes, in place."""
     for block in unet.modules():
         if (
             type(block) is ResnetBlock2D

@@ -1,7 +1,7 @@
 """Dropout without a random state: a mask is a function of a key, the layer and the element.
 
-A picture's mask thus depends on its key alone, not on the pictures beside it, the process or
-earlier draws; gradient checkpointing repeats it, and a CUDA graph replays it with other keys.
+A picture's mask thus depends only on its key, not on the rest of its batch, the process or earlier
+draws; gradient checkpointing repeats the mask, and a CUDA graph can replay with other keys.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ GOLDEN_RATIO = 0x9E3779B9
 
 
 def _signed(value: int) -> int:
-    """The int32 with the lowest 32 bits of an integer."""
+    """Return the int32 with the lowest 32 bits of an integer."""
     return (value + 2**31) % 2**32 - 2**31
 
 
@@ -29,7 +29,7 @@ def hash_bits(keys: Tensor, layer: int, count: int) -> Tensor:
     """Hash (key, layer, element) to an integer, uniformly over all of int32.
 
     The multiplications and shifts are those of "lowbias32" (C. Wellons, "Prospecting for hash
-    functions", 2018); half of the key enters before them, half between.
+    functions", 2018); half of the key is added before them, half in between.
 
     Args:
         keys: [N] int64, evenly distributed.
@@ -42,7 +42,7 @@ def hash_bits(keys: Tensor, layer: int, count: int) -> Tensor:
     salt = _signed(layer * GOLDEN_RATIO)
     low, high = (half.int()[:, None] + salt for half in (keys, keys >> 32))
     bits = torch.arange(count, dtype=torch.int32, device=keys.device) + low
-    bits ^= (bits >> 16) & 0xFFFF  # >> of an int32 repeats its sign, which the mask removes
+    bits ^= (bits >> 16) & 0xFFFF  # >> repeats an int32's sign bit, so mask it off
     bits *= 0x7FEB352D
     bits += high
     bits ^= (bits >> 15) & 0x1FFFF
@@ -56,34 +56,34 @@ class DropoutKeys:
     """The keys of all masks of a model; set them before its forward pass."""
 
     values: Tensor | None = None
-    """[B, 2] int64: each picture's key, and beside each the optimizer step's key."""
+    """Each picture's key and the optimizer step's key, [B, 2] int64."""
 
     def keep_inputs(self, share: float, layer: int, inputs: Tensor) -> Tensor:
-        """A mask of activations [B, ...] that drops a share of them, by picture."""
+        """Make a mask for activations [B, ...] that drops a share of them, keyed by picture."""
         assert self.values is not None, "dropout needs the batch's keys"
         return _keep(share, self.values[:, 0], layer, inputs[0].numel()).view(inputs.shape)
 
     def keep_rows(self, share: float, layer: int, rows: int) -> Tensor:
-        """A mask [rows] that drops a share of a weight's rows, the same for the whole step."""
+        """Make a mask [rows] that drops a share of a weight's rows, the same all step long."""
         assert self.values is not None, "dropout needs the batch's keys"
         return _keep(share, self.values[:1, 1], layer, rows).view(-1)
 
 
 def _keep(share: float, keys: Tensor, layer: int, count: int) -> Tensor:
-    """A mask [N, count] that is false for a share of the elements, those of the lowest hashes."""
+    """Make a mask [N, count] that is false for a share of the elements, the lowest hashes."""
     threshold = min(round(share * 2**32), 2**32 - 1) - 2**31
     return hash_bits(keys, layer, count) >= threshold
 
 
 class KeyedDropout(nn.Module):
-    """Dropout of activations [B, ...] in training: ``nn.Dropout``, its masks keyed by picture."""
+    """Dropout of activations [B, ...] in training, as ``nn.Dropout`` but keyed by picture."""
 
     def __init__(self, share: float, layer: int, keys: DropoutKeys) -> None:
         super().__init__()
         self.share, self.layer, self.keys = share, layer, keys
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Drop a share of the elements, and scale up the others."""
+        """Drop a share of the elements, and scale the others up."""
         if not self.training:
             return inputs
         kept = self.keys.keep_inputs(self.share, self.layer, inputs)
@@ -91,14 +91,14 @@ class KeyedDropout(nn.Module):
 
 
 def key_dropout(model: nn.Module, weight_share: float) -> DropoutKeys:
-    """Replace a model's dropout by one that derives from keys, in place.
+    """Replace a model's dropout by dropout that derives from keys, in place.
 
-    That is every ``nn.Dropout``, LoRA's and the model's own, and PEFT's dropout of weights: rows of
-    the updates of LoHa and LoKr, and blocks of OFT's rotations (PEFT 0.21 has a setting for these
-    but drops none).
+    This covers every ``nn.Dropout``, whether LoRA's or the model's own, and PEFT's dropout of
+    weights: rows of LoHa's and LoKr's updates, and blocks of OFT's rotations (PEFT 0.21 has a
+    setting for blocks but drops none).
 
     Args:
-        model: with its adapter attached.
+        model: the model, with its adapter attached.
         weight_share: the share of rows or blocks to drop.
 
     Returns:
@@ -124,9 +124,10 @@ def key_dropout(model: nn.Module, weight_share: float) -> DropoutKeys:
 
 
 class _DroppingDora(DoraConv2dLayer):  # type: ignore[misc]  # PEFT is untyped
-    """PEFT's DoRA of a convolution, for dropout on a base of any precision.
+    """PEFT's DoRA of a convolution, with dropout that works on a base of any precision.
 
-    PEFT itself would convolve the dropped input, which is float32, with the base's weight as is.
+    PEFT itself would convolve the float32 input left by dropout with a base weight of another
+    dtype.
     """
 
     def forward(
@@ -137,17 +138,17 @@ class _DroppingDora(DoraConv2dLayer):  # type: ignore[misc]  # PEFT is untyped
         base_result: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """The part that DoRA adds to the layer's result."""
+        """Compute the part that DoRA adds to the layer's result."""
         if base_result is None:
-            # reading a quantised layer's weight would restore it
+            # a quantised layer has a dtype of its own, as reading its weight would restore it
             source = base_layer if isinstance(base_layer, Quantised) else base_layer.weight
             base_result = base_layer(x.to(source.dtype))
         return super().forward(x, base_layer=base_layer, base_result=base_result, **options)
 
 
 def _drop_rows(module: LycorisLayer, share: float, layer: int, keys: DropoutKeys) -> None:
-    """Have a LoHa or LoKr drop rows of its update by key; LoHa scales up the others, as in PEFT."""
-    # PEFT skips a module if a draw from [0, 1) is not above this, which can happen even at 0
+    """Make LoHa or LoKr drop rows of its update by key; LoHa scales the others up, as in PEFT."""
+    # below 0, as PEFT skips a module if a draw from [0, 1) is not above this, possible even at 0
     module.module_dropout = dict.fromkeys(module.module_dropout, -1.0)
     whole_update = module.get_delta_weight
 
@@ -164,7 +165,7 @@ def _drop_rows(module: LycorisLayer, share: float, layer: int, keys: DropoutKeys
 
 
 def _drop_blocks(rotation: OFTRotationModule, share: float, layer: int, keys: DropoutKeys) -> None:
-    """Have an OFT drop blocks of its rotation by key: a block of generator 0 does not rotate."""
+    """Make OFT drop blocks of its rotation by key: a block with generator 0 does not rotate."""
     whole_rotation = rotation._cayley_batch
 
     def cayley_batch(generators: Tensor, *options: int) -> Tensor:

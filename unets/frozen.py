@@ -1,8 +1,8 @@
-"""Linear and Conv2d layers whose weight never trains, in full precision or quantised.
+"""Frozen Linear and Conv2d layers, in full precision or quantised.
 
-A frozen layer keeps nothing but its weight for the backward pass: only a gradient of the weight
-would need the input. A quantised layer restores its weight in the forward pass and again in the
-backward pass, and keeps it in neither.
+A frozen layer keeps only its weight for the backward pass, since only the weight's gradient would
+need the input. A quantised layer restores its weight in the forward pass and again in the backward
+pass, and does not keep it after either.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,21 +19,21 @@ NF4_BLOCK = 64
 """The number of weights that share one scale in NF4 (QLoRA, Dettmers et al. 2023, section 3)."""
 
 UNQUANTISED = ("conv_in", "conv_out", "time_embedding", "add_embedding", "encoder_hid_proj")
-"""The first and last layers of a UNet and its embeddings, small and sensitive: never quantised."""
+"""A UNet's first and last layers and its embeddings: small, sensitive and never quantised."""
 
 
 class Format(NamedTuple):
-    """The storage of a quantised weight as two tensors, its codes and their scales."""
+    """A way to store a quantised weight as two tensors, codes and their scales."""
 
     quantise: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """Turns the weight, [out, ...] and contiguous, into codes and scales."""
+    """A function from the weight, [out, ...] and contiguous, to codes and scales."""
     restore: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
-    """Turns codes and scales into the weight, in a shape and dtype."""
+    """A function from codes, scales, a shape and a dtype to the weight."""
 
 
 def _quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows = weight.flatten(1)
-    # the GPU's kernel takes fp16 alone, the CPU's float32
+    # the GPU's kernel takes only fp16, the CPU's float32
     codes, largest, _ = bnb.int8_vectorwise_quant(rows.half() if rows.is_cuda else rows.float())
     return codes.view_as(weight), largest / 127
 
@@ -58,14 +58,14 @@ FORMATS: Mapping[str, Format] = {
     "int8": Format(_quantise_int8, _restore_int8),  # LLM.int8(): one scale for each output
     "nf4": Format(_quantise_nf4, _restore_nf4),  # QLoRA: one scale for each block
 }
-"""Quantised formats by name, in bitsandbytes' own functions."""
+"""Quantised formats by name, implemented by bitsandbytes."""
 
 ConvSettings: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
-"""Stride, padding, dilation and groups of a convolution."""
+"""The stride, padding, dilation and groups of a convolution."""
 
 
 def conv_settings(layer: nn.Conv2d) -> ConvSettings:
-    """The settings of a convolution, in the order in which PyTorch's functions take them."""
+    """Return the settings of a convolution, in the order that PyTorch's functions take."""
     assert not isinstance(layer.padding, str)
     return layer.stride, layer.padding, layer.dilation, layer.groups
 
@@ -98,9 +98,9 @@ class _Conv2d(torch.autograd.Function):
 
 
 class Converted(type):
-    """The metaclass of layers that are converted from plain ones, and never constructed.
+    """The metaclass of layers that are converted from plain ones and never constructed.
 
-    PEFT makes the ``lora_A`` and ``lora_B`` of a convolution with ``type(base_layer)(...)``. They
+    PEFT makes the ``lora_A`` and ``lora_B`` of a convolution with ``type(base_layer)(...)``. These
     must train, so calling the class of a frozen layer constructs its ``plain`` counterpart.
     """
 
@@ -112,12 +112,12 @@ class Converted(type):
 
 
 class FrozenLinear(nn.Linear, metaclass=Converted):
-    """A Linear that returns the gradient of its input only."""
+    """A Linear that computes only the gradient of its input."""
 
     plain = nn.Linear
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         if torch.compiler.is_compiling():  # the compiler itself decides what to keep
             return super().forward(inputs)
         result: Tensor = _Linear.apply(inputs, self, self.bias)
@@ -125,16 +125,16 @@ class FrozenLinear(nn.Linear, metaclass=Converted):
 
 
 class FrozenConv2d(nn.Conv2d, metaclass=Converted):
-    """A Conv2d that returns the gradient of its input only."""
+    """A Conv2d that computes only the gradient of its input."""
 
     plain = nn.Conv2d
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[B, in, H, W] to [B, out, h, w]."""
+        """Map [B, in, H, W] to [B, out, h, w]."""
         return self._convolve(inputs, self.bias)
 
     def without_bias(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The result before the bias is added, and the bias."""
+        """Return the result before the bias is added, and the bias."""
         return self._convolve(inputs, None), self.bias
 
     def _convolve(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
@@ -155,21 +155,22 @@ class FrozenConv2d(nn.Conv2d, metaclass=Converted):
 class Overlay:
     """Merged adapters over a quantised layer's own weight W: gain ⊙ W + dense + B A.
 
-    W is a matrix [out, in]; a convolution's has the columns of its codes. A CUDA graph of the layer
-    reads these tensors at their addresses: change their values in place, never the tensors.
+    W is a matrix [out, in]; a convolution's columns are in the order of its codes. A CUDA graph of
+    the layer reads these tensors at their addresses, so change values in place and never replace a
+    tensor.
     """
 
     b: Tensor
-    """[out, rank], in the layer's precision."""
+    """The matrix B, [out, rank], in the layer's precision."""
     a: Tensor
-    """[rank, in], in the layer's precision."""
+    """The matrix A, [rank, in], in the layer's precision."""
     gain: Tensor | None = None
-    """[out, 1] in float32, since rounding one would change a whole row; ``None``: one."""
+    """Row factors, [out, 1] float32, since rounding one would change a whole row; ``None``: 1."""
     dense: Tensor | None = None
-    """[out, in], in the layer's precision; ``None``: zero."""
+    """A matrix to add, [out, in], in the layer's precision; ``None``: zero."""
 
     def apply_(self, rows: Tensor) -> None:
-        """Turn W, the restored weight as rows, into the merged weight, in place."""
+        """Turn the restored weight W, as rows, into the merged weight, in place."""
         if self.gain is not None:
             rows.mul_(self.gain)
         if self.dense is not None:
@@ -194,7 +195,7 @@ class Quantised(nn.Module):
     """Merged adapters; ``None``: none."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantised":
-        """Move the overlay along with the codes; ``to`` calls this."""
+        """Move the overlay along with the codes, as for ``to``."""
         super()._apply(fn, recurse)
         if self.overlay is not None:
             tensors = vars(self.overlay).items()
@@ -242,7 +243,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def quantisable(model: nn.Module) -> list[str]:
-    """The names of the frozen layers that a quantised base quantises."""
+    """List the names of the frozen layers that a quantised base quantises."""
     return [
         name
         for name, layer in model.named_modules()
@@ -251,8 +252,8 @@ def quantisable(model: nn.Module) -> list[str]:
 
 
 def quantise(layer: nn.Module, weight: Tensor, format: str, dtype: torch.dtype) -> None:  # noqa: A002
-    """Have a frozen layer store ``weight`` quantised, on its device, and read it as ``dtype``."""
-    del layer.weight  # the parameter, which a property replaces
+    """Make a frozen layer store ``weight`` quantised, on its device, and read it as ``dtype``."""
+    del layer.weight  # a property replaces this parameter
     layer.__class__ = QUANTISED[type(layer)]
     assert isinstance(layer, Quantised)
     rows = weight.detach() if weight.dim() == 2 else weight.detach().permute(0, 2, 3, 1)

@@ -1,9 +1,9 @@
 """The operations around IF's convolutions, in few passes over memory.
 
-Group norm, scale and shift, and activation take four passes, and PyTorch's group norm also turns
-channels_last tensors around and back; a convolution's bias and a residual take two more. On a GPU,
-Triton operators do the former in two passes and the latter in one, compute in float32, and keep
-nothing but their input for the backward pass. Elsewhere PyTorch's own operators run, in the order
+Group norm, scale and shift, and activation take four passes, and PyTorch's group norm also copies
+channels_last tensors to another layout and back; a convolution's bias and a residual take two more.
+On a GPU, Triton operators do the former in two passes and the latter in one, compute in float32,
+and keep only their input for the backward pass. Elsewhere PyTorch's own operators run, in the order
 in which diffusers applies them.
 """
 
@@ -24,7 +24,7 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, activation: str) -> 
     """Compile the operators for a GPU in the background, while a model is being loaded.
 
     Args:
-        device: where they will run; a CPU needs none.
+        device: the device that will run them; a CPU needs none.
         dtype: the pictures' dtype.
         activation: the blocks' activation.
     """
@@ -35,7 +35,7 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, activation: str) -> 
 
 def _try_out(device: torch.device, dtype: torch.dtype, activation: str, scaled: bool) -> None:
     channels = 64
-    # a stream of its own, so that loading on the usual one does not wait
+    # on a separate stream, so that loading on the current one does not wait
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
         x = torch.zeros(1, channels, 4, 4, device=device, dtype=dtype, requires_grad=True)
         vector = torch.zeros(channels, device=device, dtype=dtype)
@@ -47,7 +47,7 @@ def _try_out(device: torch.device, dtype: torch.dtype, activation: str, scaled: 
 
 
 def _has_kernels(x: Tensor) -> bool:
-    """True if the Triton operators take a tensor; on meta they give a GPU's shapes."""
+    """Tell whether the Triton operators take a tensor; on meta they give a GPU's shapes."""
     return HAS_TRITON and x.device.type in ("cuda", "meta")
 
 

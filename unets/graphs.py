@@ -1,7 +1,7 @@
 """Record a function's GPU work once as a CUDA graph, and replay it.
 
-A UNet's forward pass is some thousands of kernels, most of which run for less time than their
-launch takes; a replay launches them all at once.
+A UNet's forward pass is some thousands of kernels, most of which take less time to run than to
+launch; a replay launches them all at once.
 """
 
 import functools
@@ -18,17 +18,17 @@ Result = TypeVar("Result")
 Signature: TypeAlias = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 GraphMemory = WeakSet[torch.cuda.CUDAGraph]
-"""Recordings that are never replayed at once, and therefore share their intermediate memory."""
+"""Recordings that are never replayed simultaneously and can share their intermediate memory."""
 
 logger = logging.getLogger(__name__)
 
 KEPT = 4
-"""Recordings of a function that are kept, the least recently used one dropped first."""
+"""The number of recordings kept of a function; the least recently used is dropped first."""
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all recordings: cuBLAS keeps a workspace for each stream it was used on."""
+    """Return one stream for all recordings, as cuBLAS keeps a workspace for each stream it uses."""
     return torch.cuda.Stream(device)
 
 
@@ -37,15 +37,15 @@ class Replayed(Generic[Result]):
 
     The first call with given shapes runs normally: it compiles kernels and fills the libraries'
     caches, which cannot be recorded. After the second call the function's Python code no longer
-    runs: it may depend only on its tensors and on others at fixed addresses, and must not wait for
-    the GPU; the next call of any function that shares its memory overwrites its result. On a CPU,
-    and where recording fails, every call runs normally.
+    runs, so it may depend only on its tensors and on others at fixed addresses, and must not wait
+    for the GPU. The next call of any function that shares the memory overwrites the result. On a
+    CPU, or if recording fails, every call runs normally.
 
     Args:
         function: the function to record.
-        what: names the function in the message that recording failed.
+        what: the function's name in the message that recording failed.
         enabled: ``False``: never record.
-        memory: shared with the functions that it is given to; ``None``: its own.
+        memory: the memory, shared with all functions that are given it; ``None``: new memory.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Replayed(Generic[Result]):
         memory: GraphMemory | None = None,
     ) -> None:
         self.function, self.what, self.enabled = function, what, enabled
-        self.memory = GraphMemory() if memory is None else memory  # an empty one is false
+        self.memory = GraphMemory() if memory is None else memory  # an empty set is false
         self._seen: set[Signature] = set()
         self._graphs: dict[Signature, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Result]] = {}
 
     def __call__(self, **tensors: Tensor) -> Result:
-        """Call the function, all tensors by name."""
+        """Call the function, with all tensors by name."""
         key = tuple((name, t.shape, t.dtype) for name, t in tensors.items())
         if not self.enabled or any(t.device.type != "cuda" for t in tensors.values()):
             return self.function(**tensors)
@@ -78,7 +78,7 @@ class Replayed(Generic[Result]):
         return self._record(key, tensors)
 
     def _run_aside(self, tensors: Mapping[str, Tensor]) -> Result:
-        """Run normally, but on a side stream, as PyTorch asks for before recording."""
+        """Run normally, but on a side stream, as PyTorch requires before recording."""
         current = torch.cuda.current_stream()
         stream = _side_stream(current.device)
         stream.wait_stream(current)
@@ -119,12 +119,12 @@ class Replayed(Generic[Result]):
         return result
 
     def renew(self) -> None:
-        """Forget what was recorded, as the function has changed; the next call runs normally."""
+        """Drop all recordings because the function has changed; the next call runs normally."""
         self._seen.clear()
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was recorded and free its memory; the next call records again."""
+        """Drop all recordings and free their memory; the next call records again."""
         if self._graphs:
             self._graphs.clear()
             gc.collect()

@@ -1,7 +1,7 @@
-"""Load a model's weights straight to the device, quantised on the way.
+"""Loading of a model's weights straight to the device, quantised on the way.
 
-Tensors are read one by one from memory-mapped safetensors files, so main memory holds no second
-copy of the model, and the device holds at most a few layers in full precision.
+Tensors are read one by one from memory-mapped safetensors files, so that main memory holds no
+second copy of the model and the device holds at most a few layers in full precision.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -23,10 +23,10 @@ from unets.precision import automatic_precision as automatic_precision
 from unets.precision import compute_dtype as compute_dtype
 
 READERS = 4
-"""Threads that read weights; each holds one tensor at a time."""
+"""The number of threads that read weights, each holding one tensor at a time."""
 
 Place: TypeAlias = Callable[[str, Tensor], None]
-"""Puts a weight, by its name, into its layer."""
+"""A function that puts a weight, given its name, into its layer."""
 
 
 def empty_unet(
@@ -36,12 +36,12 @@ def empty_unet(
 
     Args:
         config: the UNet's configuration.
-        precision: a :data:`Precision`; arithmetic, and the weights that ``int8`` and ``nf4`` leave
-            whole, are of :func:`compute_dtype`.
-        device: where it will run; off the CPU its blocks are fused.
+        precision: a :data:`Precision`. Arithmetic, and the weights that ``int8`` and ``nf4`` do not
+            quantise, are in :func:`compute_dtype`.
+        device: the device that will run the UNet; other than for a CPU, its blocks are fused.
 
     Returns:
-        A UNet on the meta device; weights that will be quantised are still in full precision.
+        A UNet on the meta device; weights still to be quantised are in full precision.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
@@ -64,7 +64,7 @@ def load_unet(
         device: the device to load it to.
 
     Raises:
-        OSError, ValueError: if files are missing, damaged or do not fit the configuration.
+        OSError, ValueError: if files are missing or damaged, or do not fit the configuration.
     """
     unet = empty_unet(config, precision, device)
     fill(unet, files, placement(unet, precision, compute_dtype(precision, device), device))
@@ -74,7 +74,7 @@ def load_unet(
 def blank_unet(
     config: dict[str, Any], precision: str, device: torch.device
 ) -> UNet2DConditionModel:
-    """Build on the meta device, without values, what :func:`load_unet` loads to ``device``."""
+    """Build, without values, on the meta device, the UNet that :func:`load_unet` would load."""
     unet = empty_unet(config, precision, device)
     dtype = compute_dtype(precision, device)
     place = placement(unet, precision, dtype, torch.device("meta"), like=device)
@@ -91,17 +91,17 @@ def placement(
     *,
     like: torch.device | None = None,
 ) -> Place:
-    """A function that puts a weight, by its name, into a model whose layers are frozen.
+    """Return a function that puts a weight, given its name, into a model with frozen layers.
 
     Args:
-        model: on the meta device.
+        model: the model, on the meta device.
         precision: ``int8`` and ``nf4`` quantise the layers of :func:`unets.frozen.quantisable`.
         dtype: the dtype of all other weights, and of the arithmetic.
         device: the device of the weights.
-        like: the device whose memory layout they take; ``None``: the same device.
+        like: a device with the memory layout to use; ``None``: ``device``.
     """
     quantised = set(quantisable(model)) if precision in FORMATS else set()
-    on_cpu = (like or device).type == "cpu"  # where channels_last gains nothing
+    on_cpu = (like or device).type == "cpu"  # channels_last gains nothing there
     layout = torch.contiguous_format if on_cpu else torch.channels_last
 
     def place(name: str, tensor: Tensor) -> None:
@@ -129,9 +129,9 @@ def fill(
     """Read a model's weights, several at a time.
 
     Args:
-        model: the model, whose ``state_dict`` names the weights.
-        files: safetensors files that hold them.
-        place: receives each weight.
+        model: the model; its ``state_dict`` names the weights.
+        files: safetensors files that hold the weights.
+        place: the function that receives each weight.
         optional: names of weights that may be missing.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Frozen layers and their LoRA as one operation: 8 matrix products, where PEFT takes 16 kernels.
+"""Frozen layers and their LoRA as one operation: 8 matrix products instead of PEFT's 16 kernels.
 
 Modules stay PEFT's own, with their names and parameters; only their forward passes change, and only
-if the layer computes W x + b + s B A x and nothing else (LoRA, Hu et al. 2021, equation 3).
+if the layer computes exactly W x + b + s B A x (LoRA, Hu et al. 2021, equation 3).
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ LAST = torch.channels_last
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """The factor times a matrix product, as one kernel."""
+    """Compute a factor times a matrix product, as one kernel."""
     nothing = left.new_empty(()).expand(len(left), right.shape[1])
     return torch.addmm(nothing, left, right, beta=0, alpha=factor)
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """W x + b + s B A x, with h = A x kept for the backward pass."""
+    """The operation W x + b + s B A x, which keeps h = A x for the backward pass."""
 
     @staticmethod
     def forward(
@@ -49,7 +49,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 class _AdaptedConv2d(torch.autograd.Function):
-    """W * x + s B (A * x) of channels_last pictures; B, a convolution of 1 x 1, as a product."""
+    """The operation W * x + s B (A * x) on channels_last pictures, with the 1 x 1 B as a matrix."""
 
     @staticmethod
     def forward(
@@ -89,7 +89,7 @@ class _AdaptedConv2d(torch.autograd.Function):
 
 
 def _rows(pictures: Tensor) -> Tensor:
-    """Channels_last pictures [B, C, H, W] as rows [B * H * W, C] that share their memory."""
+    """View channels_last pictures [B, C, H, W] as rows [B * H * W, C] in the same memory."""
     return pictures.movedim(1, -1).view(-1, pictures.shape[1])
 
 
@@ -100,7 +100,7 @@ def _conv2d_gradients(
     settings: ConvSettings,
     wanted: tuple[bool, bool],
 ) -> tuple[Any, Any]:
-    """The gradients of a convolution with respect to its input and its weight, where wanted."""
+    """Compute the gradients of a convolution's input and weight, each only if wanted."""
     sizes, groups = settings[:3], settings[3]
     return torch.ops.aten.convolution_backward(
         gradient, inputs, weight, None, *sizes, False, [0, 0], groups, [*wanted, False]
@@ -108,9 +108,9 @@ def _conv2d_gradients(
 
 
 def _plain_adapter(layer: LoraLayer, inputs: Tensor) -> str | None:
-    """The name of the one adapter that a layer applies, or ``None`` if PEFT must run it.
+    """Return the name of the one adapter that a layer applies, or ``None`` if PEFT must run it.
 
-    PEFT runs layers that are merged, switched off, in dropout or of a variant such as DoRA, and
+    PEFT runs layers that are merged, disabled, apply dropout or are a variant such as DoRA, and
     those that the compiler itself fuses.
     """
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -128,7 +128,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]  # PEFT is untyped
     """PEFT's LoRA of a frozen Linear."""
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         name = None if args or kwargs else _plain_adapter(self, inputs)
         if name is None:
             return super().forward(inputs, *args, **kwargs)
@@ -140,12 +140,12 @@ class AdaptedConv2d(Conv2d):  # type: ignore[misc]  # PEFT is untyped
     """PEFT's LoRA of a frozen Conv2d."""
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, in, H, W] to [B, out, h, w]."""
+        """Map [B, in, H, W] to [B, out, h, w]."""
         result = None if args or kwargs else self._fused(inputs, self.base_layer.bias)
         return super().forward(inputs, *args, **kwargs) if result is None else result
 
     def without_bias(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The result before the bias is added, and the bias; ``None``: it is already added."""
+        """Return the result before the bias is added, and the bias; ``None``: already added."""
         result = self._fused(inputs, None)
         return (super().forward(inputs), None) if result is None else (result, self.base_layer.bias)
 
@@ -158,7 +158,7 @@ class AdaptedConv2d(Conv2d):  # type: ignore[misc]  # PEFT is untyped
 
 
 FUSED = {Linear: (FrozenLinear, AdaptedLinear), Conv2d: (FrozenConv2d, AdaptedConv2d)}
-"""PEFT's LoRA layers: the base layer with which each is fused, and the class it then has."""
+"""The base layer with which each of PEFT's LoRA layers is fused, and the class of the result."""
 
 
 def fuse_adapters(model: nn.Module) -> None:

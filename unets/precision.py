@@ -1,4 +1,4 @@
-"""The precisions of a model's weights, by name; this module imports torch only when it must."""
+"""The precisions of a model's weights, by name; torch, slow to import, is imported only if used."""
 
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -13,7 +13,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 
 
 def dtype_of(precision: str) -> "torch.dtype":
-    """The dtype of a precision's weights; bf16 for those that a quantised model leaves whole."""
+    """Return the dtype of a precision's unquantised weights; bf16 for ``int8`` and ``nf4``."""
     import torch
 
     quantised = dict.fromkeys(("int8", "nf4"), torch.bfloat16)
@@ -27,7 +27,7 @@ def automatic_precision(device: "torch.device") -> Precision:
 
 
 def compute_dtype(precision: str, device: "torch.device") -> "torch.dtype":
-    """The dtype that a UNet computes in; if it is quantised, bf16, or fp32 on a CPU."""
+    """Return the dtype in which a UNet computes; a quantised one: bf16, or fp32 on a CPU."""
     if precision not in PRECISIONS and device.type == "cpu":
         return dtype_of("fp32")
     return dtype_of(precision)

@@ -1,7 +1,7 @@
-"""The memory and work of a computation, counted on tensors that have no values.
+"""The memory and work of a computation, counted on tensors without values.
 
-On the meta device PyTorch computes shapes only, so that a step of a model of any size runs within
-seconds on any machine, while each of its operations is seen to allocate, compute and move bytes.
+On the meta device PyTorch computes only shapes, so a step of a model of any size runs within
+seconds on any machine, while the memory, arithmetic and traffic of each operation are counted.
 """
 
 import weakref
@@ -21,34 +21,34 @@ META = torch.device("meta")
 GIB = 2**30
 
 DRIVER_BYTES = 0.5 * GIB
-"""The part of a card's memory that the driver and CUDA's own context keep."""
+"""The part of a card's memory that the driver and CUDA's context take."""
 
 WORKSPACE_BYTES = 0.25 * GIB
-"""The part of PyTorch's memory that cuBLAS and cuDNN keep for themselves."""
+"""The part of PyTorch's memory that cuBLAS and cuDNN take."""
 
 FRAGMENTATION = 0.03
 """The share of memory that lies idle between allocations."""
 
 ALLOCATION_BYTES = 512
-"""The multiple that PyTorch's CUDA allocator rounds sizes up to."""
+"""The unit to which PyTorch's CUDA allocator rounds sizes up."""
 
 
 def reserved(allocated: float) -> int:
-    """The bytes that PyTorch reserves of a GPU where so many are allocated at once."""
+    """Estimate the bytes that PyTorch reserves on a GPU for a peak of allocated bytes."""
     return int(allocated * (1 + FRAGMENTATION) + WORKSPACE_BYTES)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of tensors together; one that comes twice is counted once."""
+    """Add up the bytes of tensors, counting a repeated one once."""
     distinct = {id(tensor): tensor for tensor in tensors}.values()
     return sum(tensor.nbytes for tensor in distinct)
 
 
 class Tally(TorchDispatchMode):
-    """Count the operations done within it: peak memory, floating-point operations, bytes moved.
+    """A context that counts peak memory, floating-point operations and bytes moved within it.
 
     Args:
-        resident: tensors that are not counted, as they exist before, such as weights.
+        resident: tensors that existed before, such as weights, and are not counted.
     """
 
     def __init__(self, resident: Sequence[Tensor] = ()) -> None:
@@ -58,7 +58,7 @@ class Tally(TorchDispatchMode):
         self.flops = 0
         """Floating-point operations of matrix products and convolutions."""
         self.moved_bytes = 0
-        """Bytes that all operations together read and write."""
+        """The bytes that all operations together read and write."""
         self.operations = 0
         """The number of operations that do more than view a tensor."""
         self._live_bytes = 0
@@ -81,7 +81,7 @@ class Tally(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Compute shapes, and count."""
+        """Run an operation on shapes, and count it."""
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
         count = flop_registry.get(operation.overloadpacket)
@@ -115,11 +115,11 @@ class Tally(TorchDispatchMode):
 def forward_bytes(
     forward: Callable[..., object], inputs: Mapping[str, Tensor], resident: Iterable[Tensor]
 ) -> int:
-    """The most bytes that a forward pass allocates at once, beside its inputs.
+    """Count the most bytes that a forward pass allocates at once, besides its inputs.
 
     Args:
         forward: a model or function, which is run without gradients.
-        inputs: its keyword arguments.
+        inputs: the keyword arguments of ``forward``.
         resident: see :class:`Tally`.
     """
     with torch.no_grad(), Tally([*resident, *inputs.values()]) as tally:
@@ -128,10 +128,11 @@ def forward_bytes(
 
 
 class _StandIns(TorchFunctionMode):
-    """Functions that must run otherwise than with values.
+    """Replacements for functions that must run differently on tensors without values.
 
-    On the meta device attention would be its formula, with all its weights in memory. And PEFT's
-    LoHa and LoKr draw a number for each layer, which must not be one of training's own draws.
+    On the meta device, attention would be computed by its formula, with all its weights in memory.
+    PEFT's LoHa and LoKr draw a number for each layer, which must not advance the random state that
+    training uses.
     """
 
     def __torch_function__(

@@ -6,9 +6,9 @@ each picture and channel
 
     a = r * weight * (1 + scale)        b = (bias - m * r * weight) * (1 + scale) + shift
 
-so both passes need only the sums of two quantities over P: of x and x², and, for the gradient
-g = dy * act'(a x + b), of g and g x. An offset c, the bias of the convolution that x comes from,
-turns x into x + c throughout; it costs no pass, as it is worked into the sums, a and b.
+so each pass needs only two sums over P: of x and x² in the forward pass, and of g and g x in the
+backward pass, with the gradient g = dy * act'(a x + b). An offset c, the bias of the convolution
+that produced x, turns x into x + c throughout; it costs no pass, as it enters the sums, a and b.
 """
 
 import torch
@@ -17,19 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, CHANNELS = 32, 64
-"""The tile of one program."""
+"""The size of one program's tile."""
 
 SUMMED_ROWS, SUMMED_GRADIENT_ROWS = 128, 64
-"""The most rows of a tile that is summed, in the forward and the backward pass; the latter reads
-two tensors, and holds half as many rows of each."""
+"""The most rows of a summed tile in the forward and the backward pass; the latter reads two
+tensors, so it holds half as many rows of each."""
 
 ELEMENTS = 1024
-"""Elements that one program adds."""
+"""The number of elements that one program of an addition handles."""
 
 
 @triton.jit
 def _activate(z, ACT: tl.constexpr):
-    """act(z); GELU is the exact one (Hendrycks and Gimpel 2016), z Φ(z)."""
+    """Compute act(z); GELU is the exact one (Hendrycks and Gimpel 2016), z Φ(z)."""
     if ACT == "gelu":
         z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     elif ACT == "silu":
@@ -39,7 +39,7 @@ def _activate(z, ACT: tl.constexpr):
 
 @triton.jit
 def _slope(z, ACT: tl.constexpr):
-    """act'(z); of GELU, Φ(z) + z φ(z)."""
+    """Compute act'(z); for GELU, Φ(z) + z φ(z)."""
     result = tl.full(z.shape, 1.0, tl.float32)
     if ACT == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
@@ -52,7 +52,7 @@ def _slope(z, ACT: tl.constexpr):
 
 @triton.jit
 def _load_pair(ptr, n, c, here, C):
-    """Both rows of picture n in a tensor [B, 2, C], as [1, CHANNELS] each."""
+    """Load both rows of picture n from a tensor [B, 2, C], as [1, CHANNELS] each."""
     first = tl.load(ptr + n * 2 * C + c, here, other=0.0)[None, :]
     second = tl.load(ptr + n * 2 * C + C + c, here, other=0.0)[None, :]
     return first, second
@@ -73,7 +73,7 @@ def _sums(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Sum x and x², or g and g x, over a block of rows; out [B, blocks, 2, C]."""
+    """Sum x and x², or g and g x, over a block of rows, into out [B, blocks, 2, C]."""
     n = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -131,7 +131,7 @@ def _coefficients(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a picture and group's mean and 1 / deviation to stats, and a and b to ab."""
+    """Write the mean and 1 / deviation of a picture's group to stats, and its a and b to ab."""
     n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     here = lane < WIDTH
@@ -143,7 +143,7 @@ def _coefficients(
         second += offset * (2 * first + P * offset)
         first += P * offset
     mean = tl.sum(first, 0) / (P * WIDTH)
-    # rounding can make the difference of the two negative
+    # rounding can make the difference negative
     variance = tl.maximum(tl.sum(second, 0) / (P * WIDTH) - mean * mean, 0.0)
     r = 1 / tl.sqrt(variance + eps)
     stats = stats_ptr + (n * tl.num_programs(1) + group) * 2
@@ -203,7 +203,7 @@ def _gradient_coefficients(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a picture and group's d and e of dx = a g + d x + e, and the scale's gradients."""
+    """Write d and e of dx = a g + d x + e for a picture's group, and scale and shift gradients."""
     n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     here = lane < WIDTH
@@ -260,12 +260,12 @@ def _apply_gradient(
 
 
 def _lanes(width: int) -> int:
-    """The lanes for a group's channels; at least 256, as each number is compiled separately."""
+    """Return the lanes for a group's channels, at least 256 to compile for few numbers of lanes."""
     return max(256, triton.next_power_of_2(width))
 
 
 def _grid(x: Tensor, tile_rows: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """The grid of a pass over x in tiles of at most ``tile_rows``, and the kernel's settings."""
+    """Plan a pass over x in tiles of at most ``tile_rows``: the grid, and the kernel's settings."""
     pictures, rows, channels = x.shape
     columns = triton.cdiv(channels, CHANNELS)
     tile_rows = min(tile_rows, max(ROWS, triton.next_power_of_2(rows)))
@@ -276,7 +276,7 @@ def _grid(x: Tensor, tile_rows: int) -> tuple[tuple[int, int, int], dict[str, in
 
 
 def _sum(x: Tensor, dy: Tensor, ab: Tensor, activation: str, gradient: bool) -> Tensor:
-    """Both sums of each block of rows, [B, blocks, 2, C]."""
+    """Compute both sums of each block of rows, [B, blocks, 2, C]."""
     pictures, rows, channels = x.shape
     grid, tile = _grid(x, SUMMED_GRADIENT_ROWS if gradient else SUMMED_ROWS)
     sums = torch.empty(pictures, grid[1], 2, channels, dtype=torch.float32, device=x.device)
@@ -296,7 +296,7 @@ def norm_act_rows(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result [B, P, C], and for the backward pass stats [B, groups, 2] and ab [B, 2, C]."""
+    """Return the result [B, P, C], and stats [B, groups, 2] and ab [B, 2, C] for backward."""
     x = x.contiguous()
     pictures, rows, channels = x.shape
     y, stats, ab = _allocate_results(x, groups)
@@ -306,7 +306,7 @@ def norm_act_rows(
     if scaled and (scale.stride() != shift.stride() or scale.stride(1) != 1):
         scale, shift = scale.contiguous(), shift.contiguous()
     _coefficients[(pictures, groups)](
-        # a tensor that is not read stands in for each that is missing
+        # an unread tensor stands in for each missing one, as a kernel takes all its arguments
         *(sums, weight, bias, bias if offset is None else offset),
         *((scale, shift, scale.stride(0)) if scaled else (weight, weight, 0)),
         *(stats, ab, rows, channels, sums.shape[1], eps, width),
@@ -346,7 +346,7 @@ def norm_act_rows_backward(
     ab: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, scale and shift; the last two are empty if there is no scale."""
+    """Return the gradients of x, scale and shift; the last two are empty without a scale."""
     dy, x = dy.contiguous(), x.contiguous()
     pictures, rows, channels = x.shape
     groups = stats.shape[1]
@@ -380,7 +380,7 @@ def _(dy, x, weight, bias, offset, scaled, stats, ab, activation):
 def _keep(ctx, inputs, output):
     x, weight, bias, offset, scale, _, _, _, ctx.activation = inputs
     ctx.scaled = scale is not None
-    ctx.set_materialize_grads(False)  # nobody uses the statistics' gradients
+    ctx.set_materialize_grads(False)  # the statistics get no gradients
     ctx.save_for_backward(x, weight, bias, offset, *output[1:])
 
 
@@ -399,7 +399,7 @@ norm_act_rows.register_autograd(_backward, setup_context=_keep)
 
 @triton.jit(do_not_specialize=["total"])
 def _add(x_ptr, h_ptr, bias_ptr, y_ptr, factor, total, C, BLOCK: tl.constexpr):
-    """Compute y = (x + h + bias) * factor, over all elements."""
+    """Compute y = (x + h + bias) * factor for one block of elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
     x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)

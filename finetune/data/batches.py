@@ -1,9 +1,10 @@
 """The batch of every step, as a function of (seed, position in the run) alone.
 
-A step's pictures are one global batch, that of all processes and accumulated batches together. All
-that is random about a picture is drawn from its position in the run: noise, timestep, crop, dropped
+A step's pictures form one global batch, over all processes and accumulated batches. Everything
+random about a picture is drawn from its position in the run: its noise, timestep, crop, dropped
 caption and dropout are the same however the global batch is divided. Nothing here keeps state: any
-process can make any batch in any order, so a resumed run sees exactly what it would have seen.
+process can make any batch in any order, so a resumed run sees exactly the batches that it would
+have seen without the interruption.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,17 +23,17 @@ from finetune.recipe.schema import Data, Prior, Timesteps
 from finetune.step.inputs import Batch
 
 ORDER, DRAWS, MODEL, CLASS = range(4)
-"""The purpose of a random stream: the order of the pictures, a picture's draws, the model's dropout
-in a step, sampling class pictures."""
+"""The purposes of random streams: the order of the pictures, a picture's draws, the model's dropout
+in a step, and the sampling of class pictures."""
 
 
 def derived_seed(*key: int) -> int:
-    """Derive a seed from every number of the key, and from nothing else."""
+    """Derive a seed from all numbers of the key, and from nothing else."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def picture_at(position: int, count: int, seed: int) -> int:
-    """The index of the picture, of ``count``, at a position of the endless reshuffled sequence."""
+    """Find which of ``count`` pictures is at a position in the endless reshuffled sequence."""
     epoch, place = divmod(position, count)
     return int(_order(epoch, count, seed)[place])
 
@@ -53,7 +54,7 @@ class Batches:
     """The class pictures, with prior preservation."""
     prior: Prior | None
     prompt_embeds: Mapping[str, Tensor]
-    """Caption to text encoding, [T, D]; the empty caption included."""
+    """Text encodings [T, D] by caption, including the empty caption."""
     batch_size: int
     size_px: int
     """The stage's picture size."""
@@ -66,7 +67,7 @@ class Batches:
     timesteps: Timesteps = field(default_factory=Timesteps)
     """The distribution of the timesteps."""
     accumulation: int = 1
-    """Batches of an optimizer step on each process."""
+    """The number of batches in an optimizer step on each process."""
     rank: int = 0
     world_size: int = 1
 
@@ -77,7 +78,7 @@ class Batches:
 
     @property
     def global_size(self) -> int:
-        """The number of pictures of an optimizer step, on all processes."""
+        """The number of pictures in an optimizer step, over all processes."""
         return self.batch_size * self.parts
 
     @property
@@ -88,19 +89,20 @@ class Batches:
         return min(max(round(self.global_size * self.prior.share), 1), self.global_size - 1)
 
     def places(self, index: int) -> list[tuple[int, int]]:
-        """The optimizer step of a batch and, for each picture, its place in the global batch.
+        """Return the optimizer step of a batch, with each picture's place in the global batch.
 
-        The global batch holds the instance pictures, then the class pictures. A part takes every
-        ``parts``-th place, so the parts' shares of class pictures differ by one picture at most.
+        The global batch holds the instance pictures, then the class pictures. Each of its parts
+        takes every ``parts``-th place, so their numbers of class pictures differ by at most one.
         """
         step, micro_step = divmod(index, self.accumulation)
         part = micro_step * self.world_size + self.rank
         return [(step, place) for place in range(part, self.global_size, self.parts)]
 
     def picture(self, step: int, place: int) -> tuple[Picture, float, float]:
-        """The picture at a place of a step's global batch, its loss weight and caption dropout.
+        """Return the picture at a place in a global batch, its loss weight and caption dropout.
 
-        Weights are those of the global batch, times the parts whose gradients are averaged.
+        The weight is the one in the global batch times the number of parts, because the parts'
+        gradients are averaged.
         """
         pictures, weight, dropout = self.pictures, 1.0, self.data.caption_dropout
         count = self.global_size - self.class_count
@@ -112,12 +114,12 @@ class Batches:
         return pictures[chosen], weight / count * self.parts, dropout
 
     def __call__(self, index: int) -> Batch:
-        """Make the batch of an index: the step times the accumulation, plus the micro-step."""
+        """Make the batch at an index: the step times the accumulation, plus the micro-step."""
         rows = [self.example(*place) for place in self.places(index)]
         return Batch(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
     def example(self, step: int, place: int) -> dict[str, Tensor]:
-        """Draw all that a batch holds of one picture, by field, without the batch's dimension."""
+        """Draw one picture's share of each field of a batch, without the batch dimension."""
         picture, weight, dropout = self.picture(step, place)
         key = derived_seed(self.seed, DRAWS, step * self.global_size + place)
         rng = np.random.default_rng(key)
@@ -151,14 +153,14 @@ class Batches:
 
 
 def shrink(image: Image.Image, size_px: int) -> Image.Image:
-    """Shrink a square picture to the size of the stage below, resized as the data is."""
+    """Shrink a square picture to the size of the stage below, with the resizing of the crops."""
     return image.resize((size_px, size_px), Image.Resampling.BICUBIC, reducing_gap=None)
 
 
 def prefetch(
     batches: Batches, indices: range, device: torch.device, ahead: int = 2
 ) -> Iterator[Batch]:
-    """Yield the batches of some indices, made and copied to the device in the background."""
+    """Yield the batches at some indices, made and copied to the device in the background."""
     copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def make(index: int) -> Batch:
@@ -176,6 +178,6 @@ def prefetch(
             if index + ahead in indices:
                 pending.append(pool.submit(make, index + ahead))
             batch = pending.pop(0).result()
-            if copying is not None:  # its memory is not reused before the step has read it
+            if copying is not None:  # keep its memory until the step has read it
                 batch.record_stream(torch.cuda.current_stream(device))
             yield batch

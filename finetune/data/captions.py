@@ -1,4 +1,4 @@
-"""Text encodings of captions: each made once, by the pipeline's own text path, and kept on disk."""
+"""Text encodings of captions, each made once by the pipeline's own text path and kept on disk."""
 
 import hashlib
 import json
@@ -28,10 +28,10 @@ from unets.memory import free_memory
 from unets.precision import Precision
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
-"""The subfolders of a model that its text encodings depend on."""
+"""The subfolders of a model that determine its text encodings."""
 
 WHOLE_BYTES = 2**28
-"""Up to this size, a model's file is hashed whole; a larger one in blocks."""
+"""The size up to which a model's file is hashed whole; a larger one is hashed in blocks."""
 
 BLOCK_BYTES = 2**20
 """The size of a hashed block of a large file."""
@@ -40,7 +40,7 @@ BLOCKS = 100
 """The number of hashed blocks of a large file, evenly spaced from its first byte to its last."""
 
 KEPT_ENCODINGS = 100
-"""The number of encodings kept in memory, those used last."""
+"""The number of encodings kept in memory, the most recently used."""
 
 PROMPT_FIELDS = {
     "validation": ("prompts", "stage_2_prompts"),
@@ -51,10 +51,10 @@ PROMPT_FIELDS = {
 
 
 def collect_captions(recipe: Recipe, pictures: Iterable[Picture]) -> dict[str, str]:
-    """All distinct captions that a run needs, the empty one included, sorted.
+    """Collect all distinct captions that a run needs, including the empty one, sorted.
 
     Returns:
-        Each caption with a description of its place, for messages.
+        Each caption with a description of its origin, for messages.
     """
     captions = {picture.caption: f"the caption of {picture.source}" for picture in pictures}
     prior = recipe.prior
@@ -65,7 +65,7 @@ def collect_captions(recipe: Recipe, pictures: Iterable[Picture]) -> dict[str, s
 
 
 def collect_prompts(recipe: Recipe) -> dict[str, str]:
-    """The captions that a recipe itself holds, and the empty one, each with its field."""
+    """Collect the captions in the recipe itself, and the empty one, each with its field."""
     captions = {"": "the empty caption"}
     tree = recipe.model_dump(include={*PROMPT_FIELDS})
     for section, fields in PROMPT_FIELDS.items():
@@ -83,15 +83,15 @@ def check_cleaning(captions: Mapping[str, str], *, clean_caption: bool) -> None:
 
 @dataclass(frozen=True)
 class CaptionCache:
-    """The encodings on disk: one file a caption, named by all that its content depends on.
+    """The encodings on disk: one file per caption, named by a hash of all that determines it.
 
-    The device is no part of the name, so another machine reuses the encodings, given the same
-    ``text.precision``.
+    The device is not part of the name, so another machine with the same ``text.precision`` reuses
+    the encodings.
     """
 
     folder: Path
     source: Source
-    """The model whose text encoder encodes."""
+    """The model with the text encoder."""
     precision: Precision
     """The text encoder's precision."""
     device: torch.device
@@ -101,7 +101,7 @@ class CaptionCache:
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device) -> "CaptionCache":
-        """The encodings of a recipe that is trained on a device."""
+        """Return the cache for a recipe that is trained on a device."""
         text = recipe.text
         device = torch.device("cpu") if text.device == "cpu" else device
         return cls(
@@ -117,12 +117,12 @@ class CaptionCache:
         return model_identity(self.source, TEXT_PARTS)
 
     def path(self, caption: str) -> Path:
-        """The file of a caption."""
+        """Return the file of a caption's encoding."""
         key = json.dumps([self._model, self.precision, self.clean_caption, caption])
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def has(self, caption: str) -> bool:
-        """Tell whether a caption's file is there and whole, without reading its encoding."""
+        """Tell whether a caption's file exists and is whole, without reading its encoding."""
         place = self.path(caption)
         try:
             with safe_open(place, framework="pt") as file:
@@ -131,10 +131,10 @@ class CaptionCache:
             return False
 
     def read(self, caption: str) -> Tensor:
-        """A caption's encoding [T, D], on the CPU.
+        """Read a caption's encoding [T, D], onto the CPU.
 
         Raises:
-            UserError: if its file has gone or been damaged since it was encoded.
+            UserError: if its file has been removed or damaged since the caption was encoded.
         """
         file = self.path(caption)
         try:
@@ -151,7 +151,7 @@ class CaptionCache:
             save_file({TENSOR: encoding.cpu().contiguous()}, temporary)
 
     def encode(self, captions: Iterable[str]) -> None:
-        """Encode captions into the cache; the text encoder is gone from memory afterwards."""
+        """Encode captions into the cache, then free the text encoder's memory."""
         pipeline = self.source.text_pipeline(self.precision, self.device)
         try:
             for caption in tqdm(captions, "Encoding captions", delay=2):
@@ -171,19 +171,19 @@ class CaptionCache:
 def embed_captions(
     captions: Mapping[str, str] | Iterable[str], cache: CaptionCache
 ) -> "PromptEmbeds":
-    """The text encoding of each distinct caption, in the encoder's precision.
+    """Return the text encoding of each distinct caption, in the encoder's precision.
 
-    Bit for bit what ``IFPipeline.__call__`` makes of the caption: each is encoded by itself, so its
-    encoding does not depend on its company. The text encoder is loaded only if the cache lacks a
-    caption.
+    Encodings equal those of ``IFPipeline.__call__`` bit for bit: each caption is encoded by itself,
+    so its encoding does not depend on the other captions. The text encoder is loaded only if the
+    cache lacks a caption.
 
     Args:
-        captions: plain captions, which the text path cleans, or these each with a description of
-            its place.
-        cache: encodes and keeps them.
+        captions: plain captions, which the text path cleans, or a mapping from each to a
+            description of its origin.
+        cache: encodes the captions and keeps their encodings.
 
     Raises:
-        UserError: if the base model cannot be read, or cleaning leaves no word of a caption.
+        UserError: if the base model cannot be read, or if cleaning empties a caption.
     """
     places = captions if isinstance(captions, Mapping) else dict.fromkeys(captions, "the caption")
     check_cleaning(places, clean_caption=cache.clean_caption)
@@ -197,7 +197,7 @@ def embed_captions(
 
 
 class PromptEmbeds(Mapping[str, Tensor]):
-    """Captions and their encodings [T, D], on the CPU; each is read when it is asked for."""
+    """Encodings [T, D] by caption, on the CPU, each read from the cache on access."""
 
     def __init__(self, cache: CaptionCache, captions: Iterable[str]) -> None:
         self._captions = dict.fromkeys(sorted(set(captions)))
@@ -219,12 +219,12 @@ class PromptEmbeds(Mapping[str, Tensor]):
 
 
 def model_identity(source: Source, parts: Sequence[str] = ("*",)) -> str:
-    """A text that is the same for equal files of a model, and another for different ones.
+    """Return a text that is the same for equal files of a model and different for others.
 
     Args:
-        source: a folder, identified by the names, sizes and content of its files (of large ones,
-            evenly spaced blocks); or a hub name, identified by that and its revision's commit.
-        parts: patterns of the subfolders of a folder that matter.
+        source: a folder, identified by the names, sizes and content of its files (for large ones,
+            evenly spaced blocks); or a hub name, identified by itself and its revision's commit.
+        parts: patterns of the subfolders that count, in a folder.
 
     Raises:
         UserError: if the model is neither a folder nor available from the hub.
@@ -248,7 +248,7 @@ def model_identity(source: Source, parts: Sequence[str] = ("*",)) -> str:
 
 
 def _find_commit(source: Source) -> str:
-    """The commit of a hub model's revision; without a connection, that of the local copy."""
+    """Find the commit of a hub model's revision, or of the local copy without a connection."""
     try:
         index = hf_hub_download(source.name, IFPipeline.config_name, revision=source.revision)
     except (OSError, ValueError) as error:

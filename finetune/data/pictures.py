@@ -1,8 +1,8 @@
 """Pictures: decoded once, cropped as IF's training pictures were.
 
-A picture is decoded into 8-bit RGB arrays, which lie in the cache under the hash of its file, a
-large one in a reduction for each size of crop. They are mapped into memory, and a step reads no
-more of them than its crop.
+A picture is decoded into 8-bit RGB arrays in the cache, named by the hash of its file: a large
+picture is kept once for each size of crop, reduced. The arrays are mapped into memory, so that a
+step reads no more of them than its crop.
 """
 
 import hashlib
@@ -26,33 +26,33 @@ from finetune.data.sources import open_source, read_captions, read_content, sele
 from finetune.recipe.schema import Data
 
 SPARE_RESOLUTION = 4
-"""A picture is cached with a short side of at least this many times the crop's."""
+"""The least ratio of a reduced picture's short side to the crop's side."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One captioned picture, whose pixels lie in the cache."""
+    """A captioned picture with its pixels in the cache."""
 
     file: Path
-    """The decoded picture in the cache for the largest crops, a ``.npy`` file."""
+    """The ``.npy`` file of the decoded picture in the cache, for the largest crops."""
     caption: str
     source: str
-    """Its origin: its path, or the dataset and row."""
+    """The picture's origin: its path, or the dataset and row."""
     reduced: Mapping[int, Path] = field(default_factory=dict)
-    """The same for smaller crops, by their side in pixels."""
+    """The files for smaller crops, by the crop's side in pixels."""
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """[H, W, 3] RGB for the largest crops, mapped from the cache and read-only."""
+        """RGB pixels [H, W, 3] for the largest crops, mapped from the cache and read-only."""
         return _map(self.file)
 
     def pixels_for(self, size_px: int) -> NDArray[np.uint8]:
-        """The pixels that crops of a size are taken from, the same whatever other sizes are."""
+        """Return the pixels that crops of a size are taken from, whatever other sizes there are."""
         return _map(self.reduced.get(size_px, self.file))
 
 
 def _map(file: Path) -> NDArray[np.uint8]:
-    # again each time: a map keeps its file open, and the number of open files is limited
+    # mapped on every access: a map keeps its file open, and the number of open files is limited
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
@@ -63,12 +63,12 @@ def load_pictures(
 
     Args:
         data: a folder of pictures captioned by one prompt for all, by ``metadata.jsonl`` or by a
-            ``.txt`` beside each; a folder written by ``save_to_disk``; or whatever
+            ``.txt`` file next to each; a folder written by ``save_to_disk``; or anything that
             ``datasets.load_dataset`` takes.
         cache_dir: the recipe's cache.
-        crops_px: the sides of the crops that will be taken; far larger pictures are cached in a
-            reduction for each.
-        limit: the number of pictures to read at most, from the first on; ``None``: all.
+        crops_px: the sides of the crops that will be taken; far larger pictures are cached once
+            for each, reduced.
+        limit: the number of pictures to read, from the first on; ``None``: all.
 
     Raises:
         UserError: if the source, its columns, a caption or a picture is missing or damaged.
@@ -98,16 +98,16 @@ def crop(
 ) -> Image.Image:
     """Crop a square of [size_px, size_px], augmented as IF's pictures were (its model cards).
 
-    The crop is the largest square that fits. Its centre moves from the picture's along the longer
-    side, uniformly by up to ``center_shift`` of the crop's side and never out of the picture, so a
+    The crop is the largest square that fits. Its centre is shifted along the longer side,
+    uniformly by up to ``center_shift`` of the crop's side and never out of the picture, so a
     square picture is taken whole. It is resized with Pillow's BICUBIC and ``reducing_gap=None``.
 
     Args:
         picture: the picture to crop.
         size_px: the side of the result.
-        rng: draws the shift and the flip; two numbers, whatever the picture.
-        center_shift: a fraction of the crop's side; 0: the centre.
-        horizontal_flip: mirror every other picture.
+        rng: draws the shift and the flip, always two numbers.
+        center_shift: the largest shift, as a fraction of the crop's side; 0: the centre.
+        horizontal_flip: mirror half of the pictures, at random.
     """
     shift, flip = rng.uniform(-1, 1), rng.random() < 0.5
     pixels = picture.pixels_for(size_px)
@@ -121,14 +121,14 @@ def crop(
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as [3, H, W] float32 in [-1, 1]."""
+    """Convert an RGB picture to [3, H, W] float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _cache_decoded(
     content: bytes, source: str, folder: Path, crops_px: Collection[int]
 ) -> dict[int, Path]:
-    """The decoded picture in the cache for each size of crop; decode it if one is missing."""
+    """Return the cached file for each size of crop; decode the picture if one is missing."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             digest, side = hashlib.sha256(content).hexdigest(), min(image.size)
@@ -152,7 +152,7 @@ def decode(image: Image.Image, reductions: Sequence[int]) -> list[NDArray[np.uin
 
     Args:
         image: the opened file.
-        reductions: widths and heights of the boxes in pixels; those that the right and lower edge
+        reductions: the sides of the square boxes in pixels; boxes that the right or lower edge
             would cut are left out.
 
     Returns:

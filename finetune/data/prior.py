@@ -1,6 +1,6 @@
 """Class pictures for prior preservation (DreamBooth, arXiv 2208.12242, section 3.3).
 
-Taken from a folder, or sampled from the base cascade and kept for later runs.
+They are taken from a folder, or sampled from the base cascade and kept for later runs.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ from unets.memory import free_memory
 from unets.precision import Precision
 
 ATTEMPTS = 10
-"""The number of seeds a picture gets before its prompt is given up."""
+"""The number of seeds tried for a picture before its prompt is given up."""
 
 
 def own_folder(prior: Prior) -> Path | None:
-    """The folder that class pictures are taken from; ``None``: they are sampled.
+    """Return the folder that class pictures are taken from; ``None``: they are sampled.
 
     Raises:
-        UserError: if there is no such folder.
+        UserError: if the folder does not exist.
     """
     own = Path(prior.folder).expanduser() if prior.folder else None
     if own and not own.is_dir():
@@ -64,14 +64,14 @@ class ClassPictures:
     embeds: Mapping[str, Tensor]
     """Text encodings [T, D] of the class prompts and the empty caption."""
     clean_caption: bool
-    """The encoded prompts were cleaned."""
+    """True if the encoded prompts were cleaned."""
     seed: int
 
     @classmethod
     def of(
         cls, recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device
     ) -> "ClassPictures":
-        """Those of a recipe with prior preservation that is trained on a device."""
+        """Return the class pictures of a recipe with ``prior`` that is trained on a device."""
         assert recipe.prior is not None
         return cls(
             prior=recipe.prior,
@@ -87,11 +87,11 @@ class ClassPictures:
         )
 
     def load(self) -> list[Picture]:
-        """Load the pictures, captioned by the prompts in turn.
+        """Load the pictures, captioned with the prompts in rotation.
 
-        They are the first ``prior.count`` pictures of ``prior.folder``, with their own captions if
-        they have any; without a folder, pictures of the base cascade: each stage is trained on
-        those that it draws itself.
+        They are the first ``prior.count`` pictures in ``prior.folder``, with their own captions if
+        they have any. Without a folder, they are samples of the base cascade, and each stage is
+        trained on its own samples.
 
         Raises:
             UserError: if the folder cannot be read, or the base's safety checker rejects all
@@ -114,7 +114,7 @@ class ClassPictures:
         return self.prior.prompts[index % len(self.prior.prompts)]
 
     def _load_sampled(self) -> list[Picture]:
-        """Load each stage's own; those of the largest crop hold the others as smaller ones."""
+        """Load each stage's own samples; the smaller ones serve as reductions of the largest."""
         folder = self._sampled_folder()
         places = {self.base.source(s).picture_size_px: folder / s.name for s in self.stages}
         *smaller, largest = [
@@ -128,10 +128,11 @@ class ClassPictures:
         ]
 
     def _sampled_folder(self) -> Path:
-        """The folder of the base cascade's pictures, with a folder of PNGs for each stage.
+        """Return the folder of the base cascade's samples, with a folder of PNGs for each stage.
 
-        A folder of its final name is whole; interrupted sampling goes on where it stopped, as each
-        picture has its own seed. Of runs that start together, one samples and the others wait.
+        A folder with its final name is complete. Interrupted sampling goes on where it stopped,
+        since each picture has its own seed. If several runs start at once, one samples and the
+        others wait.
         """
         identity = {
             "folders": [stage.name for stage in self.stages],
@@ -154,7 +155,7 @@ class ClassPictures:
         return folder
 
     def _sample_into(self, places: Mapping[int, Path]) -> None:
-        """Sample the pictures that a stage's folder lacks, and list all in its metadata."""
+        """Sample the pictures that any stage's folder lacks, and list all in its metadata."""
         names = [f"{index:05d}.png" for index in range(self.prior.count)]
         missing = [
             index
@@ -189,7 +190,7 @@ class ClassPictures:
             write_text(place / "metadata.jsonl", "\n".join(rows) + "\n")
 
     def _sample(self, cascade: Cascade, indices: Sequence[int]) -> dict[int, Sample]:
-        """Sample some indices; a picture that the safety checker rejects gets another seed."""
+        """Sample some pictures; one that the safety checker rejects gets another seed."""
         samples: dict[int, Sample] = {}
         pending = list(indices)
         for attempt in range(ATTEMPTS):

@@ -29,11 +29,11 @@ TEXT_SUFFIXES = (".csv", ".jsonl")
 """The suffixes of metadata files that are text."""
 
 LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError)
-"""The errors of ``datasets`` if a source is missing, malformed or out of reach."""
+"""The errors that ``datasets`` raises if a source is missing, malformed or out of reach."""
 
 
 def load_captions(data: Data, cache_dir: Path) -> list[str]:
-    """The captions of :func:`finetune.data.pictures.load_pictures`, without reading a picture."""
+    """Load the captions of :func:`finetune.data.pictures.load_pictures`, but no picture."""
     return read_captions(data, open_source(data, cache_dir))
 
 
@@ -47,8 +47,8 @@ def has_captions(folder: Path) -> bool:
 def open_source(data: Data, cache_dir: Path) -> datasets.Dataset:
     """Open the dataset that a recipe names, without decoding its pictures.
 
-    Pictures or a metadata file directly in a folder make it one split, ``train``, whatever the
-    files' names; ``datasets`` interprets all else.
+    A folder with pictures or a metadata file directly in it is one split, ``train``, whatever the
+    files' names; ``datasets`` interprets every other source.
     """
     try:
         table = _load(data, Path(data.source).expanduser(), cache_dir)
@@ -76,7 +76,7 @@ def _load(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
         return _load_picture_folder(data, folder, cache_dir)
     if folder.is_dir() and not any(folder.iterdir()):
         raise FileNotFoundError("the folder is empty")
-    # no hub name is written like these, so the hub need not be asked
+    # no hub name looks like these, so there is no need to ask the hub
     remote = data.source.startswith(("hf://", "buckets/"))
     is_path = data.source.startswith((".", "/", "~")) or (data.source.count("/") > 1 and not remote)
     if is_path and not folder.exists():
@@ -88,7 +88,7 @@ def _load(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
 def _load_picture_folder(data: Data, folder: Path, cache_dir: Path) -> datasets.Dataset:
     metadata = _find_metadata(folder)
     if metadata and metadata.suffix in TEXT_SUFFIXES:
-        read_text(metadata)  # datasets does not say which encoding it found
+        read_text(metadata)  # checks the encoding: datasets does not say which it found
     files = [metadata] if metadata else _list_pictures(folder)
     table = datasets.load_dataset(
         "imagefolder",
@@ -119,10 +119,10 @@ def _read_text_beside(picture: Path) -> str:
 
 
 def read_text(file: Path) -> str:
-    """Read a file in UTF-8, without a byte-order mark.
+    """Read a file in UTF-8, dropping any byte-order mark.
 
     Raises:
-        UserError: if it is in another encoding.
+        UserError: if the file is in another encoding.
     """
     content = file.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
@@ -137,7 +137,7 @@ def read_text(file: Path) -> str:
 
 
 def read_captions(data: Data, table: datasets.Dataset) -> list[str]:
-    """Read the caption of each row, with white space around it removed."""
+    """Read the caption of each row, without the white space around it."""
     if data.prompt is not None:
         return [data.prompt] * len(table)
     _check_column(data, table, "caption_column", CAPTION_FEATURES)
@@ -168,10 +168,10 @@ def _list_pictures(folder: Path) -> list[Path]:
 
 
 def select_pictures(data: Data, table: datasets.Dataset) -> datasets.Dataset:
-    """Select the column of pictures alone, undecoded.
+    """Select only the column of pictures, undecoded.
 
     Raises:
-        UserError: if there is no such column, or it holds something else.
+        UserError: if there is no such column, or if it does not hold pictures.
     """
     _check_column(data, table, "image_column", PICTURE_FEATURES)
     images = table.select_columns([data.image_column])
@@ -195,7 +195,7 @@ def _check_column(data: Data, table: datasets.Dataset, field: str, features: Seq
 
 
 def read_content(image: dict[str, Any] | None, row: str) -> tuple[str, bytes]:
-    """Read an undecoded picture: its path, or the row's name, and the bytes of its file."""
+    """Read an undecoded picture: its path (or the row's name) and the bytes of its file."""
     if image is None:
         raise UserError(f"There is no picture in {row}.")
     source, content = image["path"] or row, image["bytes"]

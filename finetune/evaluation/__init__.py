@@ -1,1 +1,1 @@
-"""Scores of what a run learnt, and pictures of the base and the fine-tuned cascade."""
+"""Scores of a run, and pictures of the base and the fine-tuned cascade."""

@@ -1,4 +1,4 @@
-"""The base beside the fine-tuned cascade: one picture to look at, and its CLIP scores."""
+"""A comparison of the base and the fine-tuned cascade: one picture to look at, and CLIP scores."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from finetune.run.folders import Folders
 from finetune.step.stages import STAGES
 
 Scores: TypeAlias = dict[str, float | None]
-"""Scores by name and by what they are of, such as ``clip_i/base``; ``None``: not defined."""
+"""Scores by name and cascade, such as ``clip_i/base``; ``None``: not defined."""
 
 TITLES = {
     "clip_i": "CLIP-I, generated to real pictures",
@@ -34,7 +34,7 @@ TITLES = {
 }
 
 FAR = 3
-"""A score this many spreads below the expected one is no accident: something is broken."""
+"""The number of spreads below the expected score at which chance no longer explains the score."""
 
 
 def compare(recipe: Recipe) -> tuple[str, Scores]:
@@ -44,7 +44,7 @@ def compare(recipe: Recipe) -> tuple[str, Scores]:
         The scores as a table to print, and by name.
 
     Raises:
-        UserError: if the recipe has no ``comparison`` section, or the run no adapters.
+        UserError: if the recipe has no ``comparison`` section, or the run has no adapters.
     """
     comparison, folders = recipe.comparison, Folders(recipe.folder)
     if comparison is None:
@@ -116,7 +116,7 @@ def score(
     base: Sequence[Image.Image],
     fine_tuned: Sequence[Image.Image],
 ) -> Scores:
-    """Compute CLIP-I and CLIP-T of the subject's prompts and of the others."""
+    """Compute CLIP-I of the subject's prompts, and CLIP-T of these and of the other prompts."""
     scorer = ClipScorer(comparison.clip)
     real, subjects = scorer.images(photos), len(comparison.prompts)
     texts = scorer.texts(
@@ -136,7 +136,7 @@ def score(
 
 
 def tabulate(scores: Mapping[str, float | None]) -> str:
-    """Set scores out as a table."""
+    """Lay scores out as a table."""
     columns = {"base": "base", "fine-tuned": "fine_tuned", "ceiling": "real_to_real"}
     rows = [
         (title, *(_format(scores, f"{key}/{name}") for name in columns.values()))
@@ -152,16 +152,16 @@ def _format(scores: Mapping[str, float | None], key: str) -> str:
 
 
 def judge(scores: Scores, expected: Expected) -> str:
-    """Say whether scores are where they should be.
+    """Say in a sentence how the scores compare with the expected ones.
 
     Raises:
-        UserError: if one is far below.
+        UserError: if a score is far below the expected one.
     """
-    known = {key for key in TITLES if f"{key}/fine_tuned" in scores}  # others may not be asked for
+    known = {key for key in TITLES if f"{key}/fine_tuned" in scores}  # CLIP-T of others is optional
     shortfalls, sentences = [], []
     for key, wanted in expected.model_dump(include=known, exclude_none=True).items():
         score = scores[f"{key}/fine_tuned"]
-        # a score that is not defined, or not a number, is as far off as can be
+        # a score that is undefined or not a number counts as the worst possible
         found = -1.0 if score is None or math.isnan(score) else score
         shortfalls.append(wanted - found)
         if wanted - found > expected.spread:

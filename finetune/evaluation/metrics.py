@@ -1,6 +1,6 @@
 """CLIP-I, likeness to the subject, and CLIP-T, likeness to the prompt.
 
-As DreamBooth measures them (arXiv 2208.12242, section 4.2).
+Both are measured as in DreamBooth (arXiv 2208.12242, section 4.2).
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from adapters.errors import UserError
 
 
 class ClipScorer:
-    """A CLIP model, in whose joint space pictures and texts are compared."""
+    """A CLIP model that maps pictures and texts to unit vectors in its joint space."""
 
     def __init__(self, clip: str, device: torch.device | str = "cpu") -> None:
         """Load a CLIP model from a folder or hub name.
 
         Raises:
-            UserError: if there is none, or none in safetensors.
+            UserError: if there is no such model, or it has no safetensors weights.
         """
         try:
             self.model = CLIPModel.from_pretrained(clip, use_safetensors=True).eval().to(device)
@@ -33,12 +33,12 @@ class ClipScorer:
             ) from error
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors of pictures, [N, E]."""
+        """Compute the unit vectors of pictures, [N, E]."""
         inputs = self.processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt")
         return self._unit(self.model.get_image_features, inputs)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors of texts, [N, E]."""
+        """Compute the unit vectors of texts, [N, E]."""
         inputs = self.processor(
             text=list(texts), return_tensors="pt", padding=True, truncation=True
         )
@@ -51,14 +51,14 @@ class ClipScorer:
 
 
 def clip_i(generated: Tensor, real: Tensor) -> float:
-    """Mean pairwise cosine of generated to real pictures: subject fidelity, at most 1."""
+    """Average the cosines of all generated and real pictures: subject fidelity, at most 1."""
     return float((generated @ real.T).mean())
 
 
 def clip_i_ceiling(real: Tensor) -> float | None:
-    """Mean pairwise cosine of different real pictures of the subject: the most CLIP-I can reach.
+    """Average the cosines of all pairs of different real pictures: the most CLIP-I can reach.
 
-    ``None`` if there is only one picture.
+    Returns ``None`` if there is only one picture.
     """
     count = len(real)
     if count == 1:
@@ -67,5 +67,5 @@ def clip_i_ceiling(real: Tensor) -> float | None:
 
 
 def clip_t(generated: Tensor, texts: Tensor) -> float:
-    """Mean cosine of each picture to its own prompt: prompt fidelity."""
+    """Average the cosine of each picture and its own prompt: prompt fidelity."""
     return float((generated * texts).sum(-1).mean())

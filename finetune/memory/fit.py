@@ -18,12 +18,12 @@ from finetune.step.stages import STAGES, Stage
 from unets.tally import GIB, reserved
 
 BASES = ("bf16", "nf4")
-"""The precisions of a base that settings are chosen from: the fastest, and the smallest."""
+"""The precisions tried for a base: the fastest, and the smallest."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A stage's section of a recipe, and the memory and time that it takes."""
+    """A stage's section of a recipe, with the memory and time that it takes."""
 
     training: Training
     rehearsal: Rehearsal
@@ -31,13 +31,13 @@ class Choice:
 
     @property
     def work(self) -> float:
-        """A measure of the time of an optimizer step."""
+        """A relative measure of an optimizer step's time."""
         return self.training.accumulation * self.footprint.work
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run, and the bytes that PyTorch reserves of the GPU in it."""
+    """A part of a run, and the bytes that PyTorch reserves on the GPU during it."""
 
     name: str
     bytes: int
@@ -45,30 +45,30 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory that a recipe takes of a device."""
+    """The memory that a recipe takes on a device."""
 
     recipe: Recipe
     device: torch.device
     choices: Mapping[Stage, Choice]
-    """The choice of each stage that is trained."""
+    """The choice for each trained stage."""
     phases: tuple[Phase, ...]
-    """In the order of the run."""
+    """The phases in the order of the run."""
 
     @property
     def peak(self) -> Phase:
-        """The phase that takes most."""
+        """The phase that takes the most memory."""
         return max(self.phases, key=lambda phase: phase.bytes)
 
 
 def plan(recipe: Recipe, device: torch.device = GPU) -> Plan:
-    """Estimate the memory that a recipe takes of a device, which need not be there.
+    """Estimate the memory that a recipe takes on a device, which this machine need not have.
 
     Args:
-        recipe: the run; caches are taken to be empty.
-        device: a GPU of whatever kind, or a CPU.
+        recipe: the run; its caches are assumed to be empty.
+        device: any kind of GPU, or a CPU.
 
     Raises:
-        UserError: where a base's configuration is not there, or a target matches nothing.
+        UserError: if a base's configuration is missing, or a target matches nothing.
     """
     sources, choices = _sources(recipe), {}
     for stage in recipe.trained:
@@ -79,14 +79,14 @@ def plan(recipe: Recipe, device: torch.device = GPU) -> Plan:
 
 
 def _sources(recipe: Recipe) -> dict[int, Source]:
-    """The bases of the stages that are trained, and of Stage I, by number."""
+    """Return the bases of the trained stages and of Stage I, by number."""
     return {stage.number: recipe.source(stage) for stage in {STAGES[1], *recipe.trained}}
 
 
 def _phases(
     recipe: Recipe, device: torch.device, choices: Mapping[Stage, Choice]
 ) -> Iterator[Phase]:
-    """The phases of a run; drawing resides beside what training keeps."""
+    """Yield the phases of a run; validation's memory adds to what training keeps."""
     prior, validation = recipe.prior, recipe.validation
     if recipe.text.device == "auto":
         size = _text_bytes(recipe.text, recipe.source(STAGES[1]), device)
@@ -94,8 +94,8 @@ def _phases(
     rehearsals = {stage: choice.rehearsal for stage, choice in choices.items()}
     below, draws_prior = STAGES[1], prior is not None and not prior.folder
     if below not in rehearsals and (validation.prompts or draws_prior):
-        # in the precision of the stage that needs its pictures; that one's adapter may fit none of
-        # its modules, while the default one fits any and takes next to nothing
+        # Stage I runs in the precision of the stage that needs its pictures; that stage's adapter
+        # may fit none of its modules, while the default one fits any and takes next to nothing
         other = next(iter(choices.values())).training
         untrained = other.model_copy(update={"adapter": AdapterSpec()})
         first = Rehearsal.of(below, untrained, {1: recipe.source(below)}, device)
@@ -120,7 +120,7 @@ def _phases(
 
 
 def _text_bytes(text: Text, source: Source, device: torch.device) -> int:
-    """The bytes that PyTorch reserves while captions are encoded."""
+    """Estimate the bytes that PyTorch reserves while captions are encoded."""
     precision = text.precision_on(device)
     return reserved(sum(text_encoder_bytes(source, precision)))
 
@@ -128,15 +128,15 @@ def _text_bytes(text: Text, source: Source, device: torch.device) -> int:
 def fitting_settings(
     stage: Stage, training: Training, sources: Mapping[int, Source], budget: float
 ) -> list[Choice]:
-    """Settings of a stage that fit a budget and train as its own do, the fastest first.
+    """Find settings that fit a budget and train a stage as its own do, the fastest first.
 
-    Each keeps the recipe's pictures a step: batches that are smaller are accumulated. A base in
-    bf16 and in NF4 is tried, without and with gradient checkpointing; of each, the largest batch
+    All keep the recipe's number of pictures per step: smaller batches are accumulated. The base is
+    tried in bf16 and in NF4, without and with gradient checkpointing, each with the largest batch
     that fits.
 
     Args:
         stage: the stage.
-        training: its section of the recipe.
+        training: the stage's section of the recipe.
         sources: see :meth:`Rehearsal.of`.
         budget: the bytes that PyTorch may reserve.
     """
@@ -145,7 +145,7 @@ def fitting_settings(
     tried = [(precision, checkpointed) for precision in BASES for checkpointed in (False, True)]
     for precision, checkpointed in tqdm(tried, f"Settings of {stage.name}", leave=False, delay=2):
         fields: dict[str, Any] = {"gradient_checkpointing": checkpointed}
-        if training.precision_on(GPU) != precision:  # "auto" stays where it comes to the same
+        if training.precision_on(GPU) != precision:  # else keep "auto"
             fields["precision"] = precision
         rehearsal = Rehearsal.of(stage, training.model_copy(update=fields), sources, GPU)
         for size in (n for n in range(pictures, 0, -1) if pictures % n == 0):
@@ -163,15 +163,15 @@ class Fit:
     """The fastest settings of a recipe that fit a budget."""
 
     choices: Mapping[Stage, Sequence[Choice]]
-    """By stage, the fastest first; empty where nothing fits."""
+    """Settings that fit, by stage, the fastest first; empty for a stage that nothing fits."""
     plan: Plan | None = None
-    """The recipe with the settings, planned; ``None``: nothing fits."""
+    """The plan of the recipe with the fastest settings; ``None``: nothing fits."""
     overrides: tuple[str, ...] = ()
-    """Its differences from the recipe that was given, as the command line takes them."""
+    """The plan's differences from the given recipe, in the form of the command line."""
 
 
 def fit(recipe: Recipe, budget: float) -> Fit:
-    """Find the fastest settings of a recipe that fit a budget in bytes in all phases."""
+    """Find a recipe's fastest settings with which all phases fit a budget in bytes."""
     sources = _sources(recipe)
     choices = {
         stage: fitting_settings(stage, recipe.training(stage), sources, budget)
@@ -180,7 +180,7 @@ def fit(recipe: Recipe, budget: float) -> Fit:
     if not all(choices.values()):
         return Fit(choices)
     text = _fit_text(recipe.text, sources[1], budget)
-    for rank in range(max(map(len, choices.values()))):  # the fastest of all stages, then the next
+    for rank in range(max(map(len, choices.values()))):  # each stage's fastest, then its next
         chosen = {stage: found[min(rank, len(found) - 1)] for stage, found in choices.items()}
         sections = {stage.name: choice.training for stage, choice in chosen.items()}
         settled = recipe.model_copy(update={"text": text, **sections})
@@ -194,7 +194,7 @@ def fit(recipe: Recipe, budget: float) -> Fit:
 
 
 def _fit_text(text: Text, source: Source, budget: float) -> Text:
-    """The text section whose encoder fits: as it is, in NF4, or else on the CPU."""
+    """Return a text section that fits the budget: unchanged, in NF4, or else on the CPU."""
     for changed in (text, text.model_copy(update={"precision": BASES[-1]})):
         if text.device == "cpu" or _text_bytes(changed, source, GPU) <= budget:
             return changed
@@ -202,7 +202,7 @@ def _fit_text(text: Text, source: Source, budget: float) -> Text:
 
 
 def _sample_at_once(recipe: Recipe, at_once: int) -> Recipe:
-    """The recipe with at most so many pictures sampled at once."""
+    """Limit the number of pictures that a recipe samples at once."""
     changes = {}
     for name, section in (("prior", recipe.prior), ("validation", recipe.validation)):
         if section is not None and section.sampling.batch_size > at_once:
@@ -212,7 +212,7 @@ def _sample_at_once(recipe: Recipe, at_once: int) -> Recipe:
 
 
 def _differences(path: str, one: Any, other: Any) -> Iterator[str]:
-    """The fields in which ``other`` differs, as overrides."""
+    """Yield the fields of ``other`` that differ from ``one``, as overrides."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in other:
             yield from _differences(f"{path}.{key}".lstrip("."), one.get(key), other[key])
@@ -221,11 +221,11 @@ def _differences(path: str, one: Any, other: Any) -> Iterator[str]:
 
 
 def explain_out_of_memory(recipe: Recipe, device: torch.device) -> UserError:
-    """The error of a GPU that ran out of memory: one sentence, with overrides that would fit."""
+    """Explain in one error that a GPU ran out of memory, with overrides that would fit."""
     free, _ = torch.cuda.mem_get_info(device)
     available = free + torch.cuda.memory_reserved(device)
     taken = plan(recipe, device).peak
-    # the plan may have fitted by calculation and was no good, so the next smaller one is wanted
+    # the plan may have fitted by calculation and still failed, so look for a smaller one
     found = fit(recipe, min(available, 0.97 * taken.bytes))
     advice = "no settings of this recipe fit, so take a smaller base"
     if found.plan:

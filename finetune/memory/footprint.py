@@ -1,7 +1,7 @@
 """The memory that training a stage takes, estimated on any machine and without weights.
 
-The stage's own step runs on tensors that have no values (:mod:`unets.tally`), so that what is
-counted is what will run.
+The stage's own step runs on tensors without values (:mod:`unets.tally`), so that the operations
+counted are those that will run.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from unets.loading import blank_unet
 from unets.tally import META, Tally, forward_bytes, reserved, total_bytes
 
 OPERATIONS_A_BYTE = 200
-"""Floating-point operations that a GPU does while it moves a byte; data-centre and desktop cards of
-the last generations are alike in this (H100: 230, RTX 4090: 165)."""
+"""Floating-point operations that a GPU does while it moves a byte; recent data-centre and desktop
+cards are alike in this (H100: 230, RTX 4090: 165)."""
 
 OPERATIONS_A_KERNEL = 1.5e9
 """Floating-point operations that a GPU could do in the time that a tiny kernel takes."""
@@ -35,7 +35,7 @@ class Footprint:
     weights: int
     """The frozen UNet."""
     adapter: int
-    """The adapter's weights and gradient, and its average where one is kept."""
+    """The adapter's weights and gradient, and its average if one is kept."""
     optimizer: int
     """The optimizer's state."""
     activations: int
@@ -43,8 +43,8 @@ class Footprint:
     flops: int
     """Floating-point operations."""
     work: float
-    """A measure of the time it takes, to compare settings by: floating-point operations, and those
-    that could be done while memory is moved and kernels are started."""
+    """A relative measure of the batch's time: its floating-point operations, plus those that could
+    be done while memory is moved and kernels are started."""
 
     @property
     def resident(self) -> int:
@@ -53,7 +53,7 @@ class Footprint:
 
     @property
     def reserved(self) -> int:
-        """Bytes that PyTorch reserves in training."""
+        """Bytes that PyTorch reserves during training."""
         return reserved(self.resident + self.activations)
 
 
@@ -67,27 +67,28 @@ class Rehearsal:
     low_res_px: int | None
     """The picture size of the stage below; ``None`` in Stage I."""
     guard_bytes: int
-    """The safety checker, which visits wherever the stage draws."""
+    """The bytes of the safety checker, which is loaded on the device while the stage samples."""
     _drawing_bytes: dict[int, int] = field(default_factory=dict, init=False, repr=False)
-    """The results of :meth:`drawing_bytes`, by pictures."""
+    """The results of :meth:`drawing_bytes`, by the number of pictures."""
 
     @classmethod
     def of(
         cls, stage: Stage, training: Training, sources: Mapping[int, Source], device: torch.device
     ) -> "Rehearsal":
-        """Set a stage up as it would be on a device, which need not be there.
+        """Set a stage up as it would be on a device, which this machine need not have.
 
         Args:
             stage: the stage.
-            training: its section of a recipe.
-            sources: its base and that of the stage below, by number.
+            training: the stage's section of a recipe.
+            sources: the bases of the stage and of the stage below, by number.
             device: a GPU or a CPU.
 
         Raises:
-            UserError: where the base's configuration is not there, or a target matches nothing.
+            UserError: if the base's configuration is missing, or a target matches nothing.
         """
         source = sources[stage.number]
-        # its state is counted by the algorithm's own figure, and not all can be made without a GPU
+        # a stand-in: some optimizers cannot be built without a GPU, and footprint() counts the
+        # state of the recipe's own from its algorithm's figure
         plain = training.optimizer.model_copy(update={"name": "adamw_8bit"})
         trainee = Trainee(
             stage,
@@ -101,7 +102,7 @@ class Rehearsal:
         return cls(trainee, training.optimizer.name, below, guard)
 
     def batch(self, batch_size: int) -> Batch:
-        """A batch of the stage's shapes."""
+        """Make a batch of the stage's shapes."""
         unet, n = self.trainee.unet, batch_size
         picture = (n, 3, unet.config.sample_size, unet.config.sample_size)
         floats = {"pixels": picture, "noise": picture, "weight": (n,)}
@@ -120,7 +121,7 @@ class Rehearsal:
         )
 
     def footprint(self, batch_size: int | None = None) -> Footprint:
-        """Estimate a training step, with the recipe's batch size or another."""
+        """Estimate a training step's footprint, with the recipe's batch size or another."""
         batch = self.batch(batch_size or self.trainee.training.batch_size)
         flat, average = self.trainee.weights, self.trainee.average
         vectors = [flat.values, flat.gradient, flat.working, flat.working_gradient]
@@ -144,7 +145,7 @@ class Rehearsal:
         return total_bytes(self._weights())
 
     def drawing_bytes(self, pictures: int) -> int:
-        """The most bytes held while so many pictures are drawn at once."""
+        """Estimate the most bytes held while some number of pictures is sampled at once."""
         if pictures not in self._drawing_bytes:
             with self.trainee.final_weights() as unet:
                 inputs = drawing_inputs(unet, pictures)

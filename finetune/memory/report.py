@@ -1,4 +1,4 @@
-"""Plans, settings that fit and downloads as text for the terminal."""
+"""Plans, fitting settings and downloads, as text for the terminal."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from finetune.step.stages import STAGES
 from unets.tally import GIB
 
 LIBRARIES_BYTES = 0.6 * GIB
-"""The main memory of a process that has imported the trainer, and done nothing yet."""
+"""The main memory of a process that has only imported the trainer."""
 
 
 def format_plan(plan: Plan) -> str:
@@ -25,7 +25,7 @@ def format_plan(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """The rows of each stage's memory in training and arithmetic."""
+    """Yield the rows for each stage's training memory and arithmetic."""
     where, kept = ("GPU", ", kept by the CUDA graph")
     if plan.device.type == "cpu":
         where, kept = ("Main", "")
@@ -53,7 +53,7 @@ def format_fit(recipe: Recipe, vram: str) -> str:
     """Write the settings that fit a card, and the plan of the fastest.
 
     Raises:
-        UserError: where ``vram`` is no memory of a card, and as :func:`finetune.memory.fit.plan`.
+        UserError: if ``vram`` is not a size of memory, or as :func:`finetune.memory.fit.plan`.
     """
     budget = parse_memory(vram, "--vram")
     found = fit(recipe, budget)
@@ -76,19 +76,19 @@ def format_fit(recipe: Recipe, vram: str) -> str:
     if found.plan is None:
         return "\n\n".join([*blocks, "No settings of this recipe fit: take a smaller base."])
     overrides = " ".join(found.overrides) or "(none: the recipe fits as it is)"
-    # planned again: the first step of a rehearsal also builds tables that later ones reuse
+    # planned again, because a rehearsal's first step also builds tables that later steps reuse
     fastest = f"The fastest, as overrides:\n{overrides}"
     return "\n\n".join([*blocks, fastest, format_plan(plan(found.plan.recipe))])
 
 
 def format_downloads(recipe: Recipe) -> str:
-    """Write the files that a run will download, by component; empty where all are here.
+    """List the files that a run will download, by component; empty if all are on this machine.
 
-    Caches of encodings and class pictures are taken to be empty. One sentence where the hub has
-    never listed the files and cannot be asked.
+    Caches of encodings and class pictures are assumed to be empty. If the hub has never listed the
+    files and cannot be reached, the text is one sentence that says so.
 
     Raises:
-        UserError: where a base lacks weights that the run needs.
+        UserError: if a base lacks weights that the run needs.
     """
     draws = bool(recipe.validation.prompts or (recipe.prior and not recipe.prior.folder))
     rows: list[tuple[str, ...]] = []

@@ -1,4 +1,4 @@
-"""Reading a recipe: its file, overrides of the command line, and its mistakes in words."""
+"""Reading of recipes: the file, overrides from the command line, and mistakes in words."""
 
 import re
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ from finetune.recipe.schema import Place, Recipe
 from finetune.recipe.yaml12 import Loader
 
 NAMING_TOKENS = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)
-"""The YAML tokens that name a value, or its type."""
+"""The YAML tokens that name a value or its type."""
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-"""The errors of reading YAML: of ``!!int abc`` and of deep nesting it is no YAMLError."""
+"""The errors of reading YAML; ``!!int abc`` and deep nesting do not raise a YAMLError."""
 
 PLAIN_WORDS = {
     r"a valid dictionary or instance of \w+": "a section of keys and values",
@@ -28,7 +28,7 @@ PLAIN_WORDS = {
     "^Tuple": "List",
     " after validation": "",
 }
-"""Replacements for what pydantic says of Python's types and not of YAML's."""
+"""Replacements for pydantic's words about Python types, which a reader of YAML does not know."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -36,12 +36,12 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Args:
         path: a YAML file.
-        overrides: ``dotted.key=value`` pairs that replace its values. A field that holds a text
-            takes the value letter for letter (``null``: none, if allowed); others take YAML.
+        overrides: ``dotted.key=value`` pairs that replace the file's values. A text field takes the
+            value letter for letter (``null``: none, if allowed); other fields read it as YAML.
 
     Raises:
-        UserError: listing every mistake with its path: unknown keys and names (with the closest
-            valid one), wrong types, values out of range, sections that do not go together.
+        UserError: with every mistake and its path: unknown keys and names (with the closest valid
+            one), wrong types, values out of range, and sections that do not go together.
     """
     path = Path(path)
     try:
@@ -63,7 +63,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
-    """Replace one value in a copy; values that YAML aliases share stay the same elsewhere."""
+    """Replace one value in a copy; other places that share it by a YAML alias keep theirs."""
     dotted, equals, text = override.partition("=")
     *sections, key = dotted.split(".")
     if not equals:
@@ -83,7 +83,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _parse_value(text: str, override: str) -> Any:
-    """Read a value as YAML, if YAML reads all of its text as a value."""
+    """Read a value as YAML, provided that YAML reads all of its text as the value."""
     try:
         value = yaml.load(text, Loader=Loader)
         tokens = [t for t in yaml.scan(text) if not isinstance(t, yaml.StreamEndToken)]
@@ -107,7 +107,7 @@ def _parse_value(text: str, override: str) -> Any:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    """One line for each mistake: path, expected, found."""
+    """Write one line for each mistake: its path, and the values expected and found."""
     rows = []
     found = [(_path(mistake["loc"]), mistake) for mistake in error.errors(include_url=False)]
     for _, field in groupby(found, lambda pair: [p for p in pair[0] if isinstance(p, str)]):
@@ -138,7 +138,7 @@ def _row(path: Place, mistakes: list[ErrorDetails]) -> str:
 
 
 def _path(place: Place) -> Place:
-    """Drop the names that pydantic gives the branches of unions from a place."""
+    """Drop from a place the names that pydantic gives to the branches of unions."""
     path: Place = ()
     for part in place:
         if isinstance(part, int) or _section(_types_at(path)):
@@ -147,7 +147,7 @@ def _path(place: Place) -> Place:
 
 
 def _types_at(path: Place) -> set[Any]:
-    """The types that the field at a path may hold; empty if there is no such field."""
+    """Return the types that the field at a path may hold; none if there is no such field."""
     types: set[Any] = {Recipe}
     for part in path:
         section = _section(types)
@@ -158,6 +158,6 @@ def _types_at(path: Place) -> set[Any]:
 
 
 def _section(types: Iterable[Any]) -> type[BaseModel] | None:
-    """The section among some types; ``None``: there is none."""
+    """Find the section among some types; ``None``: there is none."""
     classes = (kind for kind in types if isinstance(kind, type))
     return next((kind for kind in classes if issubclass(kind, BaseModel)), None)

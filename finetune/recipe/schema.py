@@ -1,7 +1,7 @@
-"""Recipes: one YAML file says all there is to say about a run, checked before anything is loaded.
+"""Recipes: one YAML file describes a whole run and is checked before anything is loaded.
 
-Every section is a pydantic model: its fields, their types and ranges are the schema, and the text
-under each field is its documentation.
+Every section is a pydantic model: its fields, with their types and ranges, are the schema, and the
+text under each field is its documentation.
 """
 
 from collections.abc import Iterator
@@ -33,16 +33,16 @@ from finetune.step.stages import STAGES, Stage
 from finetune.step.timesteps import DENSITIES
 from unets.precision import Precision, automatic_precision
 
-if TYPE_CHECKING:  # a mistyped recipe is answered before these are imported
+if TYPE_CHECKING:  # so that mistakes are reported without these slow imports
     import torch
 
     from adapters.base.source import Source
 
 KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
-"""The kinds of adapter that have no B matrices, which LoRA+ is about."""
+"""The kinds of adapter without the B matrices that LoRA+ needs."""
 
 LARGEST_SHAPE = 1e6
-"""The largest parameter of a density: beyond it all timesteps are one, and arithmetic fails."""
+"""The largest parameter of a density; beyond it all timesteps are the same, or arithmetic fails."""
 
 LEAST_SCALE = 0.1
 """The least sensible learning rate of an optimizer that finds its own step size."""
@@ -55,7 +55,7 @@ def _check_ascending(levels: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-    others = info.data.get("prompts", prompts)  # absent where they are a mistake themselves
+    others = info.data.get("prompts", prompts)  # absent if they have a mistake themselves
     if len(prompts) != len(others):
         raise ValueError(f"must be one for each of the {len(others)} prompts (got {len(prompts)})")
     return prompts
@@ -95,18 +95,18 @@ class Base(Section):
     """The cascade to fine-tune: folders or hub names (``owner/name@revision``) for diffusers."""
 
     stage_1: str
-    """Stage I; its text encoder and tokenizer are those of the whole cascade."""
+    """Stage I; the whole cascade uses its text encoder and tokenizer."""
     stage_2: str | None = None
     """Stage II; needed to train it, and used for validation pictures if given."""
     stage_3: str | None = None
     """The x4 upscaler, for pictures only."""
     revision: str | None = None
-    """The hub revision of Stage I and II if their names have none; ``None``: the newest."""
+    """The hub revision of Stages I and II if their names have none; ``None``: the newest."""
     variant: str | None = None
-    """The weights' variant, such as ``fp16``, of components that have it; ``None``: plain files."""
+    """The weights' variant, such as ``fp16``, for components with it; ``None``: plain files."""
 
     def source(self, stage: Stage) -> "Source":
-        """The files of a stage's model."""
+        """Return the source of a stage's model."""
         from adapters.base.source import Source
 
         name = {1: self.stage_1, 2: self.stage_2}[stage.number]
@@ -118,8 +118,8 @@ class Data(Section):
     """The pictures and captions to train on, and the cropping of the pictures."""
 
     source: str
-    """A folder of pictures (with ``metadata.jsonl`` or ``.txt`` captions, or none), or whatever
-    ``datasets.load_dataset`` takes: a hub name or a local path."""
+    """A folder of pictures (with ``metadata.jsonl`` or ``.txt`` captions, or none), or anything
+    that ``datasets.load_dataset`` takes: a hub name or a local path."""
     config: str | None = None
     """The dataset's configuration, for datasets that have several; ``None``: its default."""
     revision: str | None = None
@@ -135,45 +135,46 @@ class Data(Section):
     center_shift: Fraction = 0.1
     """The largest shift of the square crop's centre, as a fraction of the crop's side."""
     horizontal_flip: bool = False
-    """Mirror every other picture at random."""
+    """Mirror half of the pictures, at random."""
     caption_dropout: Fraction = 0.1
-    """The share of captions replaced by the empty one, which guidance leads away from."""
+    """The share of captions replaced by the empty one, from which guidance leads away."""
 
 
 class Prior(Section):
     """Prior preservation: pictures of the subject's class, so that the class is not forgotten."""
 
     prompts: Annotated[Prompts, Field(min_length=1)]
-    """Prompts of the class pictures, in turn; also their captions."""
+    """Prompts of the class pictures, used in rotation, and their captions."""
     count: Positive = 100
     """The number of class pictures."""
     folder: str | None = None
     """A folder of class pictures to use instead of sampling them from the base cascade."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """The share of class pictures in each optimizer step, on all processes and accumulated batches
-    together: at least one, never all."""
+    """The share of class pictures in each optimizer step, over all processes and accumulated
+    batches: at least one picture, never all."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """The weight of the class pictures' mean loss beside that of the subject's."""
+    """The weight of the class pictures' mean loss, relative to the subject's."""
     caption_dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """The share of class pictures whose caption is replaced by the empty one, whatever
-    ``data.caption_dropout`` is: what guidance leads away from is preserved too."""
+    """The share of class pictures captioned with the empty caption, whatever
+    ``data.caption_dropout`` is. It is above zero so that the empty caption, from which guidance
+    leads away, is preserved too."""
     sampling: Sampling = Sampling()
-    """Steps, guidance and noise level of the class pictures, by stage."""
+    """Steps, guidance and noise level for the class pictures, by stage."""
 
 
 class Text(Section):
     """The text encoder: its precision, its device, and the cleaning of its captions."""
 
     precision: ChosenPrecision = "auto"
-    """The text encoder's weights; ``auto``: bf16 on a GPU, fp32 on a CPU."""
+    """The precision of the text encoder's weights; ``auto``: bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu"] = "auto"
     """The device that encodes captions; ``auto``: the training device."""
     clean_caption: bool = True
-    """Clean captions as IF's pipelines do by default: HTML, links and odd punctuation go, but so
-    do words such as ``<sks>``, ``j0hn``, ``#3``, ``@mydog``, and all Chinese."""
+    """Clean captions as IF's pipelines do by default. This removes HTML, links and odd
+    punctuation, but also words such as ``<sks>``, ``j0hn``, ``#3``, ``@mydog``, and all Chinese."""
 
     def precision_on(self, device: "torch.device") -> Precision:
-        """The precision of the text encoder on the device that encodes."""
+        """Return the precision of the text encoder on the device that encodes."""
         return _resolve(self.precision, device)
 
 
@@ -183,18 +184,18 @@ class Optimizer(Section):
     name: Annotated[str, name_in(OPTIMIZERS)] = "adamw_8bit"
     """One of the names in ``finetune.step.optimizers.OPTIMIZERS``."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """The peak learning rate; ``prodigy`` finds its own scale, and wants 1."""
+    """The peak learning rate; 1 for ``prodigy``, which finds its own scale."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] | None = None
-    """Decay of the first and second moment; ``None``: the optimizer's own."""
+    """Decay rates of the first and second moments; ``None``: the optimizer's own."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
-    """LoRA+: the learning rate of the B matrices over that of the A matrices."""
+    """LoRA+: the ratio of the B matrices' learning rate to the A matrices'."""
     schedule: Annotated[str, name_in(SCHEDULES)] = "constant"
     """One of the names in ``finetune.step.schedules.SCHEDULES``."""
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from zero, fewer than the stage's ``steps``;
-    ``one_cycle`` rises from 1/25, and over 0.3 of the steps if this is 0."""
+    ``one_cycle`` rises from 1/25 of the peak, and over 0.3 of the steps if this is 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient to this norm; ``None``: never."""
 
@@ -202,7 +203,7 @@ class Optimizer(Section):
     @classmethod
     def _check_optimizer_takes(cls, value: Any, info: ValidationInfo) -> Any:
         name, field = info.data.get("name"), info.field_name
-        if name is None:  # a mistake that is reported by itself
+        if name is None:  # the name's own mistake is reported
             return value
         algorithm = OPTIMIZERS[name]
         if field == "betas" and value is not None and algorithm.betas is None:
@@ -221,18 +222,18 @@ class Optimizer(Section):
 
 
 class Timesteps(Section):
-    """The distribution of the timesteps that a stage is trained at: 0 has the least noise."""
+    """The distribution of the timesteps that a stage is trained at; 0 has the least noise."""
 
     low: NonNegative = 0
-    """The first timestep that is drawn."""
+    """The lowest timestep drawn."""
     high: NonNegative | None = None
-    """The last timestep that is drawn; ``None``: the last of the base's schedule."""
+    """The highest timestep drawn; ``None``: the last of the base's schedule."""
     density: Annotated[str, name_in(DENSITIES)] = "uniform"
-    """Their density in between: one of the names in ``finetune.step.timesteps.DENSITIES``."""
+    """The density from low to high: one of the names in ``finetune.step.timesteps.DENSITIES``."""
     shape: Annotated[tuple[float, float], Field(strict=False)] | None = None
-    """The parameters of ``beta``, [a, b], or of ``logit_normal``, [mean, std]: for ``beta``, [1, 2]
-    is more of the low timesteps (detail), [2, 1] of the high ones (composition) and [2, 2] of those
-    between; ``None``: for ``uniform``, which has none."""
+    """The parameters of ``beta``, [a, b], or of ``logit_normal``, [mean, std]. With ``beta``,
+    [1, 2] favours low timesteps (detail), [2, 1] high ones (composition) and [2, 2] those between.
+    ``None``: for ``uniform``, which has no parameters."""
 
     @field_validator("high")
     @classmethod
@@ -247,7 +248,7 @@ class Timesteps(Section):
     def _check_shape(
         cls, shape: tuple[float, float] | None, info: ValidationInfo
     ) -> tuple[float, float] | None:
-        if (name := info.data.get("density")) is None:  # a mistake that is reported by itself
+        if (name := info.data.get("density")) is None:  # its own mistake is reported
             return shape
         parameters, values = DENSITIES[name].parameters, shape or ()
         if len(values) != len(parameters):
@@ -262,7 +263,7 @@ class Timesteps(Section):
         return shape
 
     def draw(self, rng: np.random.Generator, count: int) -> int:
-        """Draw a timestep of a schedule of ``count``; each has an equal part of 0 to 1."""
+        """Draw a timestep below ``count``; each has an equal part of the range 0 to 1."""
         high = count - 1 if self.high is None else self.high
         place = DENSITIES[self.density].draw(rng, *self.shape or ())
         return min(self.low + int(place * (high + 1 - self.low)), high)  # a place may round to 1
@@ -272,93 +273,94 @@ class Training(Section):
     """The training of one stage: adapter, optimizer, length and precision."""
 
     steps: Positive
-    """Optimizer steps."""
+    """The number of optimizer steps."""
     batch_size: Positive = 4
     """Pictures at a time on each GPU, class pictures included."""
     accumulation: Positive = 1
-    """Batches whose gradients are averaged into one optimizer step: 2 batches of 2 train the same
-    as one of 4."""
+    """Batches whose gradients are averaged into one optimizer step: two batches of 2 pictures train
+    the same as one of 4."""
     adapter: AdapterSpec = AdapterSpec()
     """The adapter: kind, rank, targets."""
     optimizer: Optimizer = Optimizer()
     """The optimizer and its schedule."""
     precision: ChosenPrecision = "auto"
-    """The frozen UNet's weights; ``auto``: bf16 on a GPU, fp32 on a CPU. An adapter's weights and
-    optimizer are always fp32."""
+    """The precision of the frozen UNet's weights; ``auto``: bf16 on a GPU, fp32 on a CPU. An
+    adapter's weights and optimizer are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cuda_graph: bool = True
-    """On a GPU, record the step as one CUDA graph and replay it."""
+    """Record the step as one CUDA graph, on a GPU, and replay it."""
     compile: bool = False
-    """Compile the UNet, on a GPU: a step takes about 3 % less time, and the first takes minutes."""
+    """Compile the UNet, on a GPU: steps take about 3 % less time, but the first takes minutes."""
     timesteps: Timesteps = Timesteps()
-    """The distribution that each picture's timestep is drawn from."""
+    """The distribution of each picture's timestep."""
     noise_level: Levels | None = None
     """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
     ``None``: all levels of the model's schedule."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """Min-SNR weighting of the MSE term; ``None``: none."""
+    """Gamma of the Min-SNR weighting of the MSE term; ``None``: no weighting."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Keep an exponential moving average of the adapter and export that; ``None``: no. The decay
-    after t steps is at most (1 + t) / (10 + t), so that short runs average what they learnt."""
+    """The decay of an exponential moving average of the adapter, which is then exported; ``None``:
+    no average. The decay after t steps is at most (1 + t) / (10 + t), so that the average of a
+    short run holds little of the initial weights."""
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
     """The number of newest checkpoints to keep."""
 
     def precision_on(self, device: "torch.device") -> Precision:
-        """The precision of the frozen UNet on a device."""
+        """Return the precision of the frozen UNet on a device."""
         return _resolve(self.precision, device)
 
 
 class Validation(Section):
-    """Pictures sampled while training, for TensorBoard."""
+    """Pictures sampled during training, for TensorBoard."""
 
     prompts: Prompts = ()
     """Prompts to sample; none: no validation."""
     stage_2_prompts: StagePrompts | None = None
-    """Prompts of Stage II instead, one for each of ``prompts``: often these without the
-    subject's identifier; ``None``: the same."""
+    """Prompts for Stage II, one for each of ``prompts``, often the same without the subject's
+    identifier; ``None``: the same."""
     every: Positive = 500
-    """Steps between validations; one is always made at the end."""
+    """Steps between validations; there is always one at the end."""
     seed: NonNegative = 0
-    """The seed of every validation, so that pictures differ by training alone."""
+    """The seed of every validation, so that only training changes the pictures."""
     sampling: Sampling = Sampling()
     """Steps, guidance and noise level, by stage."""
 
 
 class Expected(Section):
-    """Scores at which a run on certain data should end, those of a run on another machine."""
+    """Scores that a run on certain data should reach, measured on another machine's run."""
 
     data: str
-    """The ``data.source`` of that run; runs on other data are not judged."""
+    """The ``data.source`` of the measured run; runs on other data are not judged."""
     clip_i: Annotated[float, Field(gt=-1, le=1)]
-    """CLIP-I, the subject's pictures to the real ones."""
+    """CLIP-I, generated pictures of the subject to real ones."""
     clip_t: Annotated[float, Field(gt=-1, le=1)]
     """CLIP-T of the subject's prompts."""
     clip_t_others: Annotated[float, Field(gt=-1, le=1)] | None = None
     """CLIP-T of the other prompts; ``None``: there are none."""
     spread: Annotated[float, Field(gt=0)]
-    """The distance from these at which runs with other seeds or on other processors end."""
+    """The distance from these scores that other seeds or processors can make."""
 
 
 class Comparison(Section):
-    """The picture of the base beside the fine-tuned cascade (``python -m finetune.compare``)."""
+    """The comparison of base and fine-tuned cascade (``python -m finetune.compare``)."""
 
     prompts: Annotated[Prompts, Field(min_length=1)]
     """Prompts that should show the subject."""
     stage_2_prompts: StagePrompts | None = None
-    """Prompts of Stage II instead, one for each of ``prompts``; ``None``: the same."""
+    """Prompts for Stage II, one for each of ``prompts``; ``None``: the same."""
     other_prompts: Prompts = ()
-    """Prompts of other things, which should not have changed."""
+    """Prompts without the subject; training should not change their pictures."""
     subject: str
     """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
     identifier: str
-    """The words of the prompts that name the subject, such as ``sks octopus``."""
+    """The words that name the subject in the prompts, such as ``sks octopus``."""
     clip: str
-    """The CLIP model of the scores: folder or hub name."""
+    """The CLIP model that scores the pictures: a folder or hub name."""
     expected: Expected | None = None
-    """The scores at which the run should end; ``None``: not known."""
+    """The scores that the run should reach; ``None``: not known."""
     seed: NonNegative = 0
     """The seed of the pictures."""
     sampling: Sampling | None = None
@@ -371,14 +373,15 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's name: its folder under ``runs_dir``."""
     seed: NonNegative = 0
-    """All randomness of the run derives from it and from each picture's position in the run: a
-    global batch (of all processes and accumulated batches) is the same however it is divided."""
+    """The seed of the run. All its randomness derives from the seed and each picture's position in
+    the run, so a global batch (over all processes and accumulated batches) is the same however it
+    is divided."""
     base: Base
     """The cascade to fine-tune."""
     data: Data
     """The pictures to train on."""
     prior: Prior | None = None
-    """Prior preservation; ``None``: without."""
+    """Prior preservation; ``None``: none."""
     text: Text = Text()
     """The text encoder and its captions."""
     stage_1: Training | None = None
@@ -386,9 +389,9 @@ class Recipe(Section):
     stage_2: Training | None = None
     """The training of Stage II, after Stage I if both are given; ``None``: it is not trained."""
     validation: Validation = Validation()
-    """The pictures sampled while training."""
+    """The pictures sampled during training."""
     comparison: Comparison | None = None
-    """The picture and scores of base and fine-tuned cascade; ``None``: none."""
+    """The comparison of base and fine-tuned cascade; ``None``: none."""
     log_every: Positive = 10
     """Steps between TensorBoard points."""
     runs_dir: str = "runs"
@@ -422,17 +425,17 @@ class Recipe(Section):
         return tuple(stage for number, stage in STAGES.items() if sections[number] is not None)
 
     def training(self, stage: Stage) -> Training:
-        """The training section of a stage that is trained."""
+        """Return the section of a trained stage."""
         section = {1: self.stage_1, 2: self.stage_2}[stage.number]
         assert section is not None
         return section
 
     def source(self, stage: Stage) -> "Source":
-        """The files of a stage's base model."""
+        """Return the source of a stage's base model."""
         return self.base.source(stage)
 
     def precisions_on(self, device: "torch.device") -> dict[int, Precision]:
-        """The precision of each stage's UNet on a device; an untrained stage has the other's."""
+        """Return the precision of each UNet on a device; an untrained stage takes the other's."""
         trained = {s.number: self.training(s).precision_on(device) for s in self.trained}
         return {number: trained.get(number, next(iter(trained.values()))) for number in STAGES}
 
@@ -452,15 +455,15 @@ class Recipe(Section):
         return Path(self.cache_dir)
 
     def to_yaml(self) -> str:
-        """The resolved recipe, defaults included; loading it gives the same recipe."""
+        """Write the resolved recipe, defaults included; loading it gives the same recipe."""
         tree = self.model_dump(mode="json")
         return yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=100, allow_unicode=True)
 
 
 def _mistakes_between_sections(tree: Any) -> Iterator[tuple[str, str]]:
-    """Path and message of each mistake that no section shows alone.
+    """Yield the path and message of each mistake that involves several sections.
 
-    They are found in the tree as it was given, as its sections may have mistakes of their own.
+    They are sought in the tree as given, because its sections may have mistakes of their own.
     """
 
     def given(path: str) -> Any:

@@ -1,6 +1,6 @@
-"""YAML 1.2 as people write it: 1e-4 is a number, 0100 a hundred, 12:30 a text, and keys are unique.
+"""YAML 1.2 with unique keys: 1e-4 is a number, 0100 is a hundred and 12:30 is a text.
 
-In the YAML 1.1 of PyYAML these are a text, 64 and 750.
+PyYAML's YAML 1.1 reads these as a text, 64 and 750.
 """
 
 import re
@@ -15,10 +15,10 @@ NUMBERS = {
         r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
     ),
 }
-"""Patterns of plain scalars that are numbers (YAML 1.2.2, section 10.3.2), whole ones first."""
+"""Patterns of plain scalars that are numbers (YAML 1.2.2, section 10.3.2), integers first."""
 
 YAML_1_1_ONLY = (*NUMBERS, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
-"""Tags that PyYAML recognises in ways that YAML 1.2 does not."""
+"""Tags that PyYAML resolves differently from YAML 1.2."""
 
 
 class Loader(yaml.SafeLoader):
@@ -45,7 +45,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Safe YAML that means the same to :class:`Loader` and to readers of YAML 1.1."""
+    """Safe YAML that :class:`Loader` and readers of YAML 1.1 read alike."""
 
 
 Loader.yaml_implicit_resolvers = {

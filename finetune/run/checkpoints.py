@@ -1,7 +1,7 @@
 """Checkpoints: a tree of tensors and plain values, as one safetensors and one JSON file.
 
-A checkpoint is written beside its place and renamed into it, and renamed out of it before it is
-deleted, so that one with its final name is whole. Nothing is ever unpickled.
+A checkpoint is written under another name and then renamed, and renamed again before it is
+deleted, so that one with its final name is complete. Nothing is ever unpickled.
 """
 
 import json
@@ -18,14 +18,14 @@ from adapters.atomic import replace_folder, writing_to
 from adapters.errors import UserError
 
 FORMAT = 2
-"""The version of a checkpoint's contents. 2: tensors start blocks of their own in the optimizer."""
+"""The version of a checkpoint's contents. Since 2, each tensor starts an optimizer block."""
 
 
 def save_checkpoint(root: Path, step: int, tree: dict[str, Any], keep: int) -> Path:
     """Write ``root/step-NNNNNN``, then delete all but the newest ``keep`` checkpoints.
 
     Raises:
-        UserError: if the disk refuses.
+        UserError: if the disk cannot be written to.
     """
     folder, partial = root / f"step-{step:06d}", root / "partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -44,7 +44,7 @@ def save_checkpoint(root: Path, step: int, tree: dict[str, Any], keep: int) -> P
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """List the folders of the whole checkpoints below ``root``, oldest first."""
+    """List the folders of complete checkpoints in ``root``, oldest first."""
     steps = {folder: folder.name.removeprefix("step-") for folder in root.glob("step-*")}
     return sorted((f for f in steps if steps[f].isdecimal()), key=lambda f: int(steps[f]))
 
@@ -53,7 +53,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """Read the tree that was saved, with its tensors on the CPU.
 
     Raises:
-        UserError: if the files are damaged, or of a version that stored other contents.
+        UserError: if the files are damaged, or have another :data:`FORMAT`.
     """
     try:
         tensors = load_file(folder / "state.safetensors")
@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A JSON value in which each tensor, tuple and mapping is marked; fills ``tensors``."""
+    """Return a JSON value with marks for tensors, tuples and mappings; fills ``tensors``."""
     if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().cpu().clone().contiguous()

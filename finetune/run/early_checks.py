@@ -1,4 +1,4 @@
-"""Checks that find in seconds, without weights, what would stop a run after hours."""
+"""Checks that find in seconds, without weights, the mistakes that would stop a run after hours."""
 
 from collections.abc import Collection
 
@@ -21,8 +21,8 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
     """Find in seconds, without weights, the mistakes that would stop a run after hours.
 
     Raises:
-        UserError: if cleaning empties a prompt, the folder of class pictures is missing, or a stage
-            cannot be trained as :func:`check_stage` says.
+        UserError: if cleaning empties a prompt, if the folder of class pictures is missing, or as
+            :func:`check_stage`.
     """
     check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
     if recipe.prior:
@@ -44,7 +44,7 @@ def check_stage(
 
     Raises:
         UserError: if the base is missing or of another stage, a target matches no module, a setting
-            needs a GPU, or noise levels or timesteps are not those of the base's schedule.
+            needs a GPU, or noise levels or timesteps are outside the base's schedule.
     """
     unet = empty_unet(source.unet_config, "fp32", torch.device("cpu"))
     peft_config(unet, training.adapter)

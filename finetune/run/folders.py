@@ -1,4 +1,4 @@
-"""The folders of a run, and what must stay the same for it to continue."""
+"""The folders of a run, and the settings that must stay the same for it to continue."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SHARED = ("seed", "base", "data", "prior", "text")
 """The parts of a recipe that every stage depends on."""
 
 FREE = ("steps", "checkpoint_every", "keep_checkpoints", "cuda_graph", "compile")
-"""The settings of a stage that may change before its run continues."""
+"""The settings of a stage that may change when its run continues."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Folders:
 
     @property
     def adapters(self) -> Path:
-        """The exported adapters, which the user keeps."""
+        """The folder of the exported adapters, which the user keeps."""
         return self.run / "adapters"
 
     def checkpoints(self, stage: Stage) -> Path:
-        """The checkpoints of a stage."""
+        """Return the folder of a stage's checkpoints."""
         return self.run / "checkpoints" / stage.name
 
     def logs(self, stage: Stage) -> Path:
-        """The TensorBoard events of a stage."""
+        """Return the folder of a stage's TensorBoard events."""
         return self.run / "logs" / stage.name
 
 
 def select_identity(recipe: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
-    """The settings of a dumped recipe that must stay the same for a stage's run to continue."""
+    """Select from a dumped recipe the settings that must not change for a stage to continue."""
     section = recipe[stage.name] or {}
     own = {name: value for name, value in section.items() if name not in FREE}
     return {name: recipe[name] for name in SHARED} | {stage.name: own}
@@ -51,7 +51,7 @@ def select_identity(recipe: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
 def check_same(
     identity: Mapping[str, Any], saved: Mapping[str, Any], place: Path, run: Path
 ) -> None:
-    """Raise a UserError if the identity saved at a place in a run is that of another recipe."""
+    """Raise a UserError if the identity saved at a place in a run is another recipe's."""
     changed = [key for key, value in identity.items() if saved.get(key) != value]
     if changed:
         raise UserError(
@@ -64,7 +64,7 @@ def is_finished(stage: Stage, steps: int, identity: Mapping[str, Any], folders: 
     """Tell whether a stage has been trained to its last step and exported.
 
     Raises:
-        UserError: if the exported adapter or the newest checkpoint is of another recipe, or the
+        UserError: if the exported adapter or the newest checkpoint is another recipe's, or if the
             checkpoints to continue from are gone.
     """
     adapter = folders.adapters / stage.name
@@ -84,7 +84,7 @@ def is_finished(stage: Stage, steps: int, identity: Mapping[str, Any], folders: 
 
 
 def _read_identity(text: str, stage: Stage) -> dict[str, Any]:
-    """The identity in an exported recipe; empty if this version cannot read it."""
+    """Read the identity from an exported recipe; empty if this version cannot read the recipe."""
     try:
         recipe = Recipe.model_validate(yaml.safe_load(text))
     except (ValidationError, yaml.YAMLError):

@@ -41,15 +41,15 @@ from finetune.step.stages import STAGES, Stage
 from unets.memory import forget_peak_memory, free_memory
 
 CARD_PROMPTS = 8
-"""The number of captions that an adapter names if the recipe has no validation prompts."""
+"""The number of captions listed with an adapter if the recipe has no validation prompts."""
 
 SIZE_POINTS = 25
-"""At most so many points of a run measure the size of the update, which changes slowly."""
+"""The most points of a run that measure the size of the update, which changes slowly."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """Everything that a run teaches: pictures, and the encodings of all their captions."""
+    """Everything that a run trains on: pictures, and the encodings of all their captions."""
 
     pictures: Sequence[Picture]
     class_pictures: Sequence[Picture]
@@ -57,13 +57,13 @@ class Material:
 
 
 def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: Accelerator) -> None:
-    """Teach one stage and export its adapter; continues from the newest checkpoint, if any."""
+    """Train one stage from its newest checkpoint, if any, and export its adapter."""
     folders, device = Folders(recipe.folder), accelerator.device
     training, source = recipe.training(stage), recipe.source(stage)
     settings, base, embeds = recipe.validation, recipe.base, material.prompt_embeds
     seed = derived_seed(recipe.seed, stage.number)
     low_res_px = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
-    free_memory(device)  # of the stage before
+    free_memory(device)  # the previous stage's
     trainee = load_trainee(stage, training, source, seed, device)
     if saved := list_checkpoints(folders.checkpoints(stage)):
         trainee.load_state(load_checkpoint(saved[-1]))
@@ -131,7 +131,7 @@ def run_steps(
     checkpoints: Path,
     identity: Mapping[str, Any],
 ) -> None:
-    """Take every step that is left, and log, validate and save on the way.
+    """Take all remaining steps; log, validate and save on the way.
 
     Checkpoints hold the ``identity`` of the recipe, so that no other recipe continues from them.
     """
@@ -174,7 +174,7 @@ def run_steps(
 
 
 def show(validator: Validator | None, tracker: Tracker, step: int) -> dict[str, Image.Image]:
-    """Sample and track pictures, and return those of the first row by prompt."""
+    """Sample and track pictures; return those of the first row, by prompt."""
     samples = validator.sample() if validator else {}
     for title, row in samples.items():
         prompts, pictures = zip(*row, strict=True)
@@ -210,7 +210,7 @@ def build_batches(
     seed: int,
     accelerator: Accelerator,
 ) -> Batches:
-    """Build the batches that this process trains a stage with; see :class:`Batches`."""
+    """Build the batches on which this process trains a stage."""
     training, schedulers = trainee.training, trainee.schedulers
     levels = (0, schedulers[-1].config.num_train_timesteps - 1)
     return Batches(

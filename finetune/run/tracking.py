@@ -1,4 +1,4 @@
-"""The view of a run: a progress bar, and TensorBoard."""
+"""The display of a run: a progress bar, and TensorBoard."""
 
 import time
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from unets.memory import peak_memory_gib
 
 
 class Meter:
-    """Sums of what steps report, kept on the device so that no step waits to read them."""
+    """Sums of the steps' figures, kept on the device so that no step waits to read them."""
 
     QUARTERS = 4
 
@@ -28,7 +28,7 @@ class Meter:
         self.since = time.perf_counter()
 
     def add(self, losses: Losses, weight: Tensor, timesteps: Tensor) -> None:
-        """Count one batch: its weighted losses, and each picture's loss by noise-level quarter."""
+        """Count one batch: its weighted losses, and each picture's loss by timestep quarter."""
         quarter = timesteps * self.QUARTERS // self.num_train_timesteps
         hot = torch.nn.functional.one_hot(quarter, self.QUARTERS).double()
         values = torch.stack([losses.total.detach(), losses.mse, losses.bound]).double()
@@ -66,16 +66,16 @@ class Meter:
         return points
 
     def skip_time(self, seconds: float) -> None:
-        """Leave time that was not training out of the rates."""
+        """Leave time not spent training out of the rates."""
         self.since += seconds
 
 
 class Tracker:
-    """TensorBoard and the progress bar of one stage, on the main process alone."""
+    """TensorBoard and the progress bar of one stage, on the main process only."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, title: str, first: int, steps: int):
         main = accelerator.is_main_process
-        # a run that continues hides the points after its checkpoint
+        # a continued run hides the points after its checkpoint, as it makes them again
         purge_step = first + 1 if first else None
         self.writer = SummaryWriter(str(folder), purge_step=purge_step) if main else None
         self.bar = tqdm(
@@ -88,7 +88,7 @@ class Tracker:
         )
 
     def text(self, tag: str, text: str) -> None:
-        """Add a text panel that keeps the text's lines."""
+        """Add a text panel that keeps line breaks."""
         if self.writer:
             self.writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()))
 
@@ -106,7 +106,7 @@ class Tracker:
             self.writer.flush()
 
     def close(self) -> None:
-        """Write out what is pending."""
+        """Close both, writing pending events."""
         self.bar.close()
         if self.writer:
             self.writer.close()

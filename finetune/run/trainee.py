@@ -1,4 +1,4 @@
-"""The UNet being taught, and all the state that training it changes."""
+"""The UNet in training, and all the state that training changes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,9 +27,9 @@ from unets.lora_layers import fuse_adapters
 class Trainee:
     """A frozen UNet with a fresh adapter, the adapter's optimizer, and the progress of training.
 
-    A checkpoint is ``state``, and a step is ``accumulate`` and ``update``. Both are functions of
-    tensors with fixed shapes that never wait for the device, so that on a GPU ``accumulate`` is
-    one CUDA graph.
+    A checkpoint holds :meth:`state`; a step is :meth:`accumulate`, then :meth:`update`. These two
+    are functions of tensors with fixed shapes and never wait for the device, so that on a GPU
+    ``accumulate`` can be one CUDA graph.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class Trainee:
         if unet.device.type != "cpu":
             fuse_adapters(unet)
         self.dropout_keys = key_dropout(unet, training.adapter.dropout)
-        if training.gradient_checkpointing:  # nothing draws: there is no random state to keep
+        if training.gradient_checkpointing:  # nothing draws, so there is no random state
             unet.enable_gradient_checkpointing(
                 partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             )
         unet.train()
         as_unet = KINDS[training.adapter.kind].trains_in_unet_precision
         self.weights = FlatWeights(parameters, unet.dtype if as_unet else torch.float32)
-        """The adapter's parameters: the only ones that train."""
+        """The adapter's parameters, the only ones that train."""
         options = training.optimizer
         self.optimizer = build_optimizer(
             options.name,
@@ -69,7 +69,7 @@ class Trainee:
         self.watch = GradientWatch(self.weights, training.adapter.dropout)
         self.tables = NoiseTables.of(schedulers[0], unet.device)
         self.predict: Callable[..., Any] = unet
-        """The UNet's forward pass, compiled if the recipe says so."""
+        """The UNet's forward pass, compiled after :meth:`compile`."""
         self.recorded = Replayed(
             self._forward_backward, "The training step", enabled=training.cuda_graph
         )
@@ -98,12 +98,12 @@ class Trainee:
         return replace(losses, total=losses.total.detach())
 
     def compile(self) -> None:
-        """Compile the UNet, which takes minutes at the next batch."""
+        """Have the UNet compiled at the next batch, which then takes minutes."""
         self.recorded.forget()
         self.predict = torch.compile(self.unet, dynamic=False)
 
     def update(self) -> Tensor:
-        """Take an optimizer step with the gradients so far and return their norm."""
+        """Take an optimizer step with the accumulated gradients; return their norm."""
         gradient = self.weights.gradient
         self.watch.observe(gradient, self.optimizer.param_groups[0]["lr"])
         norm = gradient.norm()
@@ -113,8 +113,8 @@ class Trainee:
         gradient.zero_()
         self.weights.publish()
         if self.average is not None and self.training.ema_decay is not None:
-            # low at first, or the average of a short run would be that of its first weights; as
-            # in diffusers' EMAModel but for its first update
+            # low at first, or a short run's average would be mostly its initial weights; as in
+            # diffusers' EMAModel except for the first update
             decay = min(self.training.ema_decay, (1 + self.step) / (10 + self.step))
             self.average.lerp_(self.weights.values, 1 - decay)
         self.step += 1
@@ -122,10 +122,10 @@ class Trainee:
 
     @contextmanager
     def final_weights(self) -> Iterator[UNet2DConditionModel]:
-        """The UNet as it would be exported now: evaluating, with averaged weights if kept."""
-        self.recorded.forget()  # its memory is for sampling
+        """Yield the UNet in evaluation mode, with the weights that an export would have now."""
+        self.recorded.forget()  # sampling needs its memory
         values = self.weights.values
-        trained = values.clone()  # a schedule-free average is undone but for rounding
+        trained = values.clone()  # leaving a schedule-free average restores them only to rounding
         self.unet.eval()
         with (
             averaged_weights(self.training.optimizer.name, self.optimizer),
@@ -136,7 +136,7 @@ class Trainee:
         self.unet.train()
 
     def state(self) -> dict[str, Any]:
-        """All that training has changed, as a tree of tensors and plain values."""
+        """Return all that training has changed, as a tree of tensors and plain values."""
         views = self.weights.views
         return {
             "step": self.step,

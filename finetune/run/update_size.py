@@ -1,4 +1,4 @@
-"""The size of what an adapter in training adds to its UNet's weights, by block."""
+"""The size of the update that an adapter in training adds to its UNet's weights, by block."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,9 +13,9 @@ from adapters.weights.updates import as_matrix, delta, low_rank
 
 
 class UpdateSize:
-    """‖ΔW‖ / ‖W‖ (Frobenius) over the adapted modules of each block of a UNet.
+    """The ratio ‖ΔW‖ / ‖W‖ (Frobenius) over the adapted modules of each block of a UNet.
 
-    It shows where the adapter acts: a block whose figure stays at zero learns nothing.
+    The ratios show which blocks the adapter changes: one that stays at zero learns nothing.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
@@ -27,13 +27,13 @@ class UpdateSize:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """Measure now, by block; waits for the device once."""
+        """Measure the current ratios by block, waiting for the device once."""
         if not self._weights:
             self._weights = {
                 name: _square(layer.get_base_layer().weight) for name, layer in self.layers.items()
             }
         training = self.unet.training
-        self.unet.eval()  # an OFT that trains drops blocks of its rotation
+        self.unet.eval()  # in training mode OFT drops blocks of its rotation
         updates = {name: squared_norm(layer) for name, layer in self.layers.items()}
         self.unet.train(training)
         ratios = [
@@ -44,7 +44,7 @@ class UpdateSize:
 
 
 def squared_norm(layer: BaseTunerLayer) -> Tensor:
-    """The squared Frobenius norm of what an adapter adds to a layer's weight, a scalar."""
+    """Compute the squared Frobenius norm of an adapter's update of a layer's weight, a scalar."""
     if isinstance(layer, LoraLayer):
         a, b = (side[ADAPTER_NAME].weight.float() for side in (layer.lora_A, layer.lora_B))
         scaling = layer.scaling[ADAPTER_NAME]

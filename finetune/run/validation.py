@@ -1,4 +1,4 @@
-"""Pictures sampled during training: a person sees in them what the curves do not show."""
+"""Pictures sampled during training, which show a person more than the curves do."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Samples = list[tuple[str, Image.Image]]
 """Prompts, each with its picture."""
 
 PHOTOS = 4
-"""The number of training pictures that Stage II is shown downsampled."""
+"""The number of training pictures that Stage II upsamples from a downsampled copy."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class PromptRow:
     title: str
     prompts: tuple[str, ...]
     low_res: Tensor | None = None
-    """[N, 3, s, s] in [-1, 1], Stage II only."""
+    """The pictures to upsample, [N, 3, s, s] in [-1, 1], Stage II only."""
     stage_2_prompts: tuple[str, ...] | None = None
-    """The prompts of Stage II; ``None``: the same."""
+    """The prompts for Stage II; ``None``: the same."""
 
 
 class Validator:
-    """The cascade of the UNet in training, sampled with the same prompts and seeds each time."""
+    """A cascade with the UNet in training, sampled with the same prompts and seeds each time."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Validator:
         )
 
     def sample(self) -> dict[str, Samples]:
-        """Sample each row; returns its prompts and pictures by its title."""
+        """Sample each row; return the rows' prompts and pictures by title."""
         samples = {}
         for row in self.rows:
             pictures = self.cascade(
@@ -72,7 +72,7 @@ class Validator:
                 low_res=row.low_res,
             )
             samples[row.title] = list(zip(row.prompts, pictures.final, strict=True))
-        self.cascade.free_graphs()  # their memory is the training step's
+        self.cascade.free_graphs()  # the training step needs their memory
         return samples
 
 
@@ -93,14 +93,14 @@ def sample_stage_1(
         variant=base.variant,
         device=device,
         dtype=precisions,
-        parts=Parts(text_encoder=False, originals="cpu"),  # the adapter stays
+        parts=Parts(text_encoder=False, originals="cpu"),  # rarely needed, as the adapter stays
     )
     pictures = cascade(prompts, embeds=embeds, seed=settings.seed, sampling=settings.sampling)
     return PromptRow("from_stage_1", prompts, pictures.low_res, settings.stage_2_prompts)
 
 
 def downsample_photos(pictures: Sequence[Picture], size_px: int, low_res_px: int) -> PromptRow:
-    """Crop training pictures at their centre and downsample them, for Stage II."""
+    """Crop the first training pictures at their centre and downsample them, for Stage II."""
     pictures, rng = pictures[:PHOTOS], np.random.default_rng(0)
     crops = [crop(each, size_px, rng, center_shift=0.0, horizontal_flip=False) for each in pictures]
     return PromptRow(

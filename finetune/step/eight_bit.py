@@ -1,4 +1,4 @@
-"""bitsandbytes' 8-bit optimizers, with the bits of their state set for each group of parameters."""
+"""bitsandbytes' 8-bit optimizers, with the bits of the state set per group of parameters."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import bitsandbytes as bnb
 
 
 class _BitsByGroup:
-    """An 8-bit optimizer that keeps each group's state in the group's ``optim_bits``."""
+    """An 8-bit optimizer that keeps each group's state in the group's own ``optim_bits``."""
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-        """Settings of one parameter, as bitsandbytes asks for them."""
+        """Return the settings of one parameter, which bitsandbytes asks for by index."""
         config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[misc]
         return config | {"optim_bits": group["optim_bits"], "min_8bit_size": 0}
 

@@ -1,4 +1,4 @@
-"""The adapter's weights as one flat vector: an operation on all of them is one kernel."""
+"""The adapter's weights as one flat vector, so that an operation on all of them is one kernel."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,25 +11,25 @@ from finetune.step.optimizers import BLOCK, SMALL, Slice
 
 
 class FlatWeights:
-    """An adapter's weights and their gradient, each one float32 vector.
+    """An adapter's weights and their gradient, each as one float32 vector.
 
-    The UNet's parameters are views of ``values`` or, in training with another precision, of a copy
-    that :meth:`publish` brings up to date: updates add up in float32, where small ones are not lost
-    to rounding (Mixed Precision Training, arXiv 1710.03740).
+    The UNet's parameters are views of ``values`` or, if they train in another precision, of a copy
+    that :meth:`publish` brings up to date: updates add up in float32, so that small ones are not
+    lost to rounding (Mixed Precision Training, arXiv 1710.03740).
 
-    Every tensor starts a :data:`BLOCK` of its own: in a block of two tensors, the larger gradients
-    of one would drown those of the other.
+    Every tensor starts a :data:`BLOCK` of its own: in a block with two tensors, the larger
+    gradients of one would drown those of the other.
 
     Args:
-        parameters: by name; kept in an order in which every :class:`Slice` is one piece.
-        dtype: the precision that the UNet trains them in.
+        parameters: the parameters by name, reordered so that every :class:`Slice` is one piece.
+        dtype: the precision in which the UNet trains them.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
         self.parameters = dict(sorted(parameters.items(), key=lambda item: _kind(*item)))
         sizes = [parameter.numel() for parameter in self.parameters.values()]
         self.lengths = [-(-size // BLOCK) * BLOCK for size in sizes]
-        """Values of each tensor, including those that fill up its last block."""
+        """The length of each tensor in the vector, including the padding of its last block."""
         self.values = torch.cat(
             [
                 F.pad(parameter.detach().float().flatten(), (0, length - parameter.numel()))
@@ -46,7 +46,7 @@ class FlatWeights:
             parameter.grad = gradients[name]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """A flat vector by the names and shapes of the parameters."""
+        """View a flat vector as tensors with the names and shapes of the parameters."""
         return {
             name: part[: parameter.numel()].view(parameter.shape)
             for (name, parameter), part in zip(
@@ -58,7 +58,7 @@ class FlatWeights:
         """Divide the values into as few pieces as an optimizer can treat alike.
 
         Args:
-            whole_tensors: whether it needs every tensor by itself.
+            whole_tensors: make each tensor its own piece.
         """
         kinds = [_kind(*item) for item in self.parameters.items()]
         if whole_tensors:
@@ -90,7 +90,7 @@ class FlatWeights:
 
     @contextmanager
     def use(self, values: Tensor) -> Iterator[None]:
-        """Give the UNet these values, in float32, while the block runs."""
+        """Give the UNet float32 ``values`` while the ``with`` block runs."""
         self._point_at(values)
         yield
         self._point_at(self.working)
@@ -101,5 +101,5 @@ class FlatWeights:
 
 
 def _kind(name: str, parameter: nn.Parameter) -> tuple[bool, bool]:
-    """``fast`` and ``small`` of a :class:`Slice`; B matrices have PEFT's name."""
+    """Tell ``fast`` and ``small`` of a :class:`Slice`; B matrices are known by PEFT's name."""
     return ".lora_B." in name, parameter.numel() < SMALL

@@ -1,4 +1,4 @@
-"""A check that every trainable tensor receives a gradient: without one it stays as it began."""
+"""A check that every trainable tensor receives a gradient, without which it never changes."""
 
 import math
 from collections.abc import Mapping
@@ -12,21 +12,22 @@ from finetune.step.flat_weights import FlatWeights
 from finetune.step.optimizers import BLOCK
 
 CHANCES = 2
-"""Steps in which every tensor could have had a gradient, before one without is an error."""
+"""The steps in which each tensor can get a gradient before the lack of one is an error."""
 
 UNLUCKY = 1e-9
-"""The probability at which dropout no longer explains that a tensor has had no gradient."""
+"""The probability below which dropout no longer explains the lack of a gradient."""
 
 
 class GradientWatch:
-    """A note on the device of the tensors that have received a finite gradient that is not zero.
+    """A record of the tensors that have received a finite, non-zero gradient.
 
-    No step waits for it; :meth:`check` does, until all have received one. LoRA's A has no gradient
-    as long as B is zero, so a tensor's chances count from the first update at a rate above zero.
+    It is kept on the device, so that no step waits for it; only :meth:`check` waits, until all have
+    received one. LoRA's A has no gradient while B is zero, so chances count from the first update
+    at a rate above zero.
 
     Args:
         weights: the tensors.
-        dropout: the probability with which the adapter drops parts of itself in a step.
+        dropout: the probability with which a step drops parts of the adapter.
     """
 
     def __init__(self, weights: FlatWeights, dropout: float) -> None:
@@ -47,19 +48,19 @@ class GradientWatch:
         """Note the tensors that a step's gradient reaches, before the update.
 
         Args:
-            gradient: of all tensors, as one flat vector.
+            gradient: the gradient of all tensors, as one flat vector.
             rate: the learning rate of the update.
         """
         self.chances += self.moved
         self.moved |= rate > 0
         if self.complete:
             return
-        largest = gradient.view(-1, BLOCK).abs().amax(1)  # of NaN it is NaN
+        largest = gradient.view(-1, BLOCK).abs().amax(1)  # keeps NaN
         finite, some = largest.isfinite(), largest > 0
         self.received |= self._count(some).bool() & ~self._count(~finite).bool()
 
     def _count(self, blocks: Tensor) -> Tensor:
-        """Count each tensor's blocks that are true."""
+        """Count the true blocks of each tensor."""
         counts = torch.zeros(len(self.names), dtype=torch.int32, device=blocks.device)
         return counts.index_add_(0, self._owners, blocks.int())
 
@@ -78,7 +79,7 @@ class GradientWatch:
             )
 
     def state(self) -> dict[str, Any]:
-        """The part of a checkpoint that it needs to continue."""
+        """Return the watch's part of a checkpoint."""
         return {"received": self.received, "chances": self.chances, "moved": self.moved}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

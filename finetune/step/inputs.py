@@ -1,6 +1,6 @@
-"""The UNet's input in each stage, in training exactly as at inference.
+"""The UNet's input in each stage, exactly the same in training as at inference.
 
-Shapes: B pictures a batch, S the stage's picture size, s the size of the stage below, T text
+Shapes: B pictures in a batch, S the stage's picture size, s the size of the stage below, T text
 tokens, D text width. Pixels are in [-1, 1].
 """
 
@@ -18,38 +18,38 @@ from finetune.step.stages import Stage
 class Batch:
     """All that one training step consumes; every shape is fixed for the whole run.
 
-    A step draws nothing: all that is random about a picture was drawn from (seed, position in the
+    A step draws nothing: everything random about a picture was drawn from (seed, position in the
     run), so a step is a function of these tensors alone.
     """
 
     pixels: Tensor
-    """[B, 3, S, S], the pictures to learn, in [-1, 1]."""
+    """The pictures to learn, [B, 3, S, S] in [-1, 1]."""
     prompt_embeds: Tensor
-    """[B, T, D], text encodings, padding included (IF's UNets attend to all of it)."""
+    """The text encodings, [B, T, D], padding included (IF's UNets attend to all of it)."""
     weight: Tensor
-    """[B], each picture's weight in the loss. Over a step's batches on all processes, the weighted
-    sums of the losses average to the mean of the instance pictures' losses, and beside it that of
-    the class pictures' times ``prior.weight``."""
+    """Each picture's weight in the loss, [B]. Over a step's batches on all processes, the weighted
+    sums of the losses average to the instance pictures' mean loss plus ``prior.weight`` times the
+    class pictures' mean loss."""
     noise: Tensor
-    """[B, 3, S, S], standard normal."""
+    """Standard normal noise, [B, 3, S, S]."""
     timesteps: Tensor
-    """[B] int64, 0 .. num_train_timesteps - 1."""
+    """Timesteps, [B] int64, 0 .. num_train_timesteps - 1."""
     low_res: Tensor | None = None
-    """[B, 3, s, s], Stage II only: the same pictures as the stage below sees them."""
+    """The same pictures at the size of the stage below, [B, 3, s, s]; Stage II only."""
     low_res_noise: Tensor | None = None
-    """[B, 3, S, S], Stage II only: standard normal."""
+    """Standard normal noise for the low-res pictures, [B, 3, S, S]; Stage II only."""
     noise_level: Tensor | None = None
-    """[B] int64, Stage II only: the augmentation level of the low-res picture."""
+    """The low-res pictures' augmentation levels, [B] int64; Stage II only."""
     dropout_keys: Tensor | None = None
-    """[B, 2] int64, the keys of each picture and of the optimizer step that the adapter's dropout
-    derives from (:mod:`unets.dropout`); ``None``: no dropout."""
+    """The keys of each picture and of the optimizer step, [B, 2] int64, from which the adapter's
+    dropout derives (:mod:`unets.dropout`); ``None``: no dropout."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are given, by field name."""
+        """Return the tensors that are given, by field name."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to a device, without waiting for it where the memory is pinned."""
+        """Copy to a device, without waiting for the copy if the memory is pinned."""
         moved = {name: t.to(device, non_blocking=True) for name, t in self.tensors().items()}
         return replace(self, **moved)
 
@@ -58,13 +58,13 @@ class Batch:
         return replace(self, **{name: t.pin_memory() for name, t in self.tensors().items()})
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory of a batch that was copied on another stream until this one is done."""
+        """Keep the memory of a batch copied on another stream until ``stream`` is done with it."""
         for tensor in self.tensors().values():
             tensor.record_stream(stream)
 
 
 def add_noise(batch: Batch, scheduler: DDPMScheduler) -> Tensor:
-    """Return x_t, the pictures under the forward process (DDPM, eq. 4), [B, 3, S, S]."""
+    """Return x_t, the pictures after the forward process (DDPM, eq. 4), [B, 3, S, S]."""
     return scheduler.add_noise(batch.pixels, batch.noise, batch.timesteps)
 
 
@@ -77,8 +77,8 @@ def unet_inputs(
 ) -> dict[str, Tensor]:
     """Build the UNet's keyword arguments for a batch, as the stage's pipeline does.
 
-    ``noisy`` is :func:`add_noise` of the batch. Noise is added in the pictures' own precision, and
-    only the result is cast to ``dtype``, the precision of the UNet.
+    ``noisy`` is the batch's :func:`add_noise`. Noise is added in the pictures' own precision, and
+    only the result is cast to ``dtype``, the UNet's precision.
     """
     inputs = {"sample": noisy, "encoder_hidden_states": batch.prompt_embeds}
     labels = {}

@@ -1,9 +1,9 @@
 """The loss IF was trained with: epsilon MSE plus the variational bound of the learned variance.
 
-Improved DDPM (arXiv 2102.09672), L_hybrid. IF's UNet predicts six channels: epsilon, and v, which
-interpolates the reverse process's log variance between its two bounds (eq. 15). The bound term is
-in bits and sees the predicted mean detached, so it trains the variance alone; its factor 1/1000
-cancels against IF's 1000 steps, as in upstream's code.
+This is L_hybrid of Improved DDPM (arXiv 2102.09672). IF's UNet predicts six channels: epsilon, and
+v, which interpolates the reverse process's log variance between its two bounds (eq. 15). The bound
+term is in bits and sees the predicted mean detached, so it trains only the variance; its factor
+1/1000 cancels against IF's 1000 steps, as in upstream's code.
 """
 
 import math
@@ -18,8 +18,8 @@ from torch import Tensor
 class NoiseTables:
     """Coefficients of a DDPM by timestep, each [num_train_timesteps] float32.
 
-    Computed in float64 from the scheduler's betas. Notation: DDPM (arXiv 2006.11239),
-    eq. 6 and 7, for q(x_{t-1} | x_t, x_0).
+    They are computed in float64 from the scheduler's betas. The notation is that of DDPM (arXiv
+    2006.11239), eq. 6 and 7, for q(x_{t-1} | x_t, x_0).
     """
 
     snr: Tensor
@@ -34,7 +34,7 @@ class NoiseTables:
 
     @classmethod
     def of(cls, scheduler: DDPMScheduler, device: torch.device | str = "cpu") -> "NoiseTables":
-        """Compute the tables of a published scheduler."""
+        """Compute the tables of a scheduler."""
         betas = scheduler.betas.double().cpu()
         alphas = 1 - betas
         alphas_cumprod = alphas.cumprod(0)
@@ -60,7 +60,7 @@ class Losses:
     total: Tensor
     mse: Tensor
     bound: Tensor
-    """Bits a channel and pixel."""
+    """The bound term, in bits per channel and pixel."""
 
 
 def hybrid_loss(
@@ -82,7 +82,7 @@ def hybrid_loss(
         noisy: [B, 3, S, S], x_t.
         timesteps: [B] int64.
         tables: the schedule's coefficients, on the same device.
-        min_snr_gamma: weigh the MSE by min(SNR, gamma) / SNR (arXiv 2303.09556); ``None``: by 1.
+        min_snr_gamma: weight the MSE by min(SNR, gamma) / SNR (arXiv 2303.09556); ``None``: by 1.
     """
     epsilon, v = prediction.float().chunk(2, dim=1)
     mse = (epsilon - noise.float()).square().mean(dim=(1, 2, 3))
@@ -101,9 +101,9 @@ def variational_bound(
     timesteps: Tensor,
     tables: NoiseTables,
 ) -> Tensor:
-    """The term L_t of the variational bound in bits a dimension, [B] (Improved DDPM, section 3.1).
+    """Compute the variational bound's L_t in bits per dimension, [B] (Improved DDPM, section 3.1).
 
-    It is the KL divergence of the predicted reverse step from the true posterior; at t = 0 the
+    It is the KL divergence of the predicted reverse step from the true posterior or, at t = 0, the
     negative log likelihood of the 8-bit picture under a discretised Gaussian.
     """
 
@@ -128,7 +128,7 @@ def variational_bound(
 
 
 def normal_kl(mean_1: Tensor, log_var_1: Tensor, mean_2: Tensor, log_var_2: Tensor) -> Tensor:
-    """KL(N_1 || N_2) of diagonal Gaussians in nats, elementwise."""
+    """Compute KL(N_1 || N_2) of diagonal Gaussians in nats, elementwise."""
     return 0.5 * (
         log_var_2
         - log_var_1
@@ -139,7 +139,7 @@ def normal_kl(mean_1: Tensor, log_var_1: Tensor, mean_2: Tensor, log_var_2: Tens
 
 
 def discretized_nll(pixels: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Negative log likelihood of 8-bit pixels in [-1, 1] in nats, elementwise (DDPM, eq. 13)."""
+    """Compute 8-bit pixels' negative log likelihood in nats, elementwise (DDPM, eq. 13)."""
     inverse_scale = (-log_scale).exp()
     upper = normal_cdf((pixels - mean + 1 / 255) * inverse_scale)
     lower = normal_cdf((pixels - mean - 1 / 255) * inverse_scale)
@@ -149,5 +149,5 @@ def discretized_nll(pixels: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    """The standard normal's distribution function."""
+    """Evaluate the standard normal's cumulative distribution function."""
     return 0.5 * (1 + torch.erf(x / math.sqrt(2)))

@@ -1,7 +1,7 @@
 """Optimizers by name.
 
-Recipes are checked against this table, so torch and the optimizers' libraries are imported only
-when an optimizer is built.
+Recipes are checked against this table, so torch and the optimizers' libraries, which are slow to
+import, are imported only when an optimizer is built.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,10 +21,10 @@ ADAM_BETAS = (0.9, 0.999)
 LION_BETAS = (0.9, 0.99)
 
 BLOCK = 2**8
-"""Values that share a float32 scale in bitsandbytes' 8-bit states."""
+"""The number of values that share a float32 scale in bitsandbytes' 8-bit states."""
 
 SMALL = 2**12
-"""Tensors of fewer values keep their state in 32 bits, as bitsandbytes keeps it by default."""
+"""The size below which a tensor keeps its state in 32 bits, as is bitsandbytes' default."""
 
 FLOAT32_BYTES = 4
 
@@ -35,7 +35,7 @@ class Slice:
 
     parameter: "nn.Parameter"
     fast: bool
-    """True for B matrices, which LoRA+ gives a higher rate."""
+    """True for B matrices, which LoRA+ gives a higher learning rate."""
     small: bool
     """True for tensors that are too small for a state in 8 bits."""
 
@@ -47,24 +47,24 @@ class Algorithm:
     optimizer: str
     """``module:class``; takes parameter groups, ``weight_decay``, and ``betas`` if it has any."""
     betas: Betas | None
-    """Its own betas, for recipes that give none; ``None``: it has no betas."""
+    """The default betas, for recipes that give none; ``None``: the optimizer has no betas."""
     moments: int
-    """The number of values kept on the device for each value that is updated."""
+    """The number of state values kept on the device for each updated value."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the class."""
     eight_bit: bool = False
-    """Its moments are kept in 8 bits, except those of small tensors."""
+    """True if moments are kept in 8 bits, except those of small tensors."""
     whole_tensors: bool = False
-    """It needs each matrix by itself, because it treats one as more than its elements."""
+    """True if each matrix must be its own tensor, because its rows and columns matter."""
     finds_scale: bool = False
-    """It finds its own step size, which the learning rate only multiplies."""
+    """True if the optimizer finds its own step size, which the learning rate only multiplies."""
     needs_gpu: bool = False
-    """It runs on a GPU alone."""
+    """True if the optimizer runs only on a GPU."""
     averages: bool = False
-    """The weights to use are an average, kept beside those that train."""
+    """True if the weights to use are an average, kept separately from those that train."""
 
     def state_bytes(self, slices: Iterable[Slice]) -> int:
-        """Bytes of the device's memory that its state takes for what it updates."""
+        """Compute the bytes of device memory that the state of some slices takes."""
         eight_bit = 1 + FLOAT32_BYTES / BLOCK
         return sum(
             int(
@@ -115,8 +115,8 @@ def build_optimizer(
 ) -> "Optimizer":
     """Build the optimizer of an adapter's parameters.
 
-    With ``lora_plus_ratio`` above 1 the B matrices, which start at zero, learn that much faster
-    than the rest (LoRA+, arXiv 2402.12354). ``betas``: ``None`` for the optimizer's own.
+    The B matrices, which start at zero, have a learning rate ``lora_plus_ratio`` times that of the
+    rest (LoRA+, arXiv 2402.12354). ``betas``: ``None`` for the optimizer's own.
     """
     algorithm = OPTIMIZERS[name]
     assert betas is None or algorithm.betas is not None, f"{name} has no betas"
@@ -136,14 +136,14 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: "Optimizer", factor: float) -> None:
-    """Set every group's learning rate to ``factor`` times its peak."""
+    """Set each group's learning rate to ``factor`` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 @contextmanager
 def averaged_weights(name: str, optimizer: Any) -> Iterator[None]:
-    """Give the parameters the values to use, where the optimizer keeps these as an average."""
+    """Give the parameters their averaged values, if the optimizer keeps an average."""
     if OPTIMIZERS[name].averages:
         optimizer.eval()
     yield

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 Schedule = Callable[[int, int, int], float]
-"""Takes a step (from 0), the steps of the run and those of its warm-up; returns the learning rate
-over its peak."""
+"""A function of a step (from 0), the run's steps and its warm-up steps that returns the ratio of
+the learning rate to its peak."""
 
 
 def _cosine(progress: float) -> float:
@@ -26,16 +26,16 @@ def _after_warmup(fall: Callable[[float], float]) -> Schedule:
 
 
 ONE_CYCLE_ENDS = 1 / 25, 1e-4
-"""The first and last factor of one-cycle: upstream's 4e-6 and 1e-8 for a peak of 1e-4."""
+"""The first and last factors of one-cycle: upstream's 4e-6 and 1e-8 for a peak of 1e-4."""
 
 ONE_CYCLE_WARMUP = 0.3
-"""The share of one-cycle's steps that is warm-up where the recipe gives none."""
+"""The share of one-cycle's steps that is warm-up if the recipe gives none."""
 
 
 def _one_cycle(step: int, steps: int, warmup_steps: int) -> float:
-    """Torch's ``OneCycleLR``, whose warm-up ends with its last step at the peak.
+    """Rise and fall as Torch's ``OneCycleLR``, with the last step of the warm-up at the peak.
 
-    Runs of fewer than four steps, 0.3 of which are no step, start at the peak.
+    Runs of fewer than four steps start at the peak, since 0.3 of them is less than one step.
     """
     start, end = ONE_CYCLE_ENDS
     peak = max((warmup_steps or ONE_CYCLE_WARMUP * steps) - 1, 0)

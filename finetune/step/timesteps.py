@@ -1,4 +1,4 @@
-"""Densities that the timesteps of training may be drawn from, by name."""
+"""Densities from which training timesteps are drawn, by name."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,9 +13,9 @@ class Density:
     """A distribution on 0 to 1, from the least noise to the most."""
 
     draw: Callable[..., float]
-    """Takes a generator and the values of the parameters."""
+    """A function that takes a generator and the values of the parameters."""
     parameters: Mapping[str, float]
-    """The names of the parameters, and the bound that each must be above."""
+    """The names of the parameters, each with the bound that it must exceed."""
 
 
 def _logit_normal(rng: np.random.Generator, mean: float, std: float) -> float:
