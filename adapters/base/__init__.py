@@ -1,1 +1,1 @@
-"""The model below an adapter: where it is, what it holds, what guards it."""
+"""The model that an adapter changes: its files, its weights, its safety checker."""

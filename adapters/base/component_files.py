@@ -1,6 +1,6 @@
-"""The files of a model's components: which of them are read, and how they get here.
+"""The files of a model's components: choosing, downloading and converting them.
 
-The variant of weights that is asked for is read, or else the plain files; of these the safetensors
+Weights of the requested variant are read, or else the plain files; of either, the safetensors
 files, or else the pickled ``.bin`` files, which are converted once.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import huggingface_hub  # which imports its parts when they are used
+import huggingface_hub  # imports its parts only when they are used
 from filelock import FileLock
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -56,18 +56,18 @@ LOADING_ERRORS = (
     *(OSError, ValueError, SafetensorError),
     *(TypeError, AttributeError, KeyError, NotImplementedError, StrictDataclassError),
 )
-"""Errors of diffusers and transformers where files are missing or hold something else."""
+"""Errors that diffusers and transformers raise if files are missing or hold something else."""
 
 
 class Form(NamedTuple):
-    """The way in which weights are stored; the form to prefer sorts first."""
+    """A way of storing weights; the preferred form sorts first."""
 
     is_plain: bool
-    """True where they lack the variant that was asked for."""
+    """True if the weights lack the requested variant."""
     is_pickled: bool
     shards: int
     has_old_names: bool
-    """True where the variant stands at the end of the shards' names."""
+    """True if the variant stands at the end of the shards' names."""
     stem: str
 
 
@@ -79,12 +79,12 @@ def choose_weights(
     Args:
         component: its name, for messages.
         names: the files in its folder.
-        variant: the one to prefer, such as ``fp16``; ``None``: the plain files.
+        variant: the preferred one, such as ``fp16``; ``None``: the plain files.
 
     Raises:
-        FileNotFoundError: where there are neither weights of the variant nor plain ones, or a shard
-            is missing.
-        ValueError: where two complete sets lie side by side.
+        FileNotFoundError: if there are neither weights of the variant nor plain ones, or a shard is
+            missing.
+        ValueError: if two complete sets lie side by side.
     """
     sets: dict[Form, dict[int, str]] = defaultdict(dict)
     others = set()
@@ -120,9 +120,9 @@ def choose_weights(
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model: a folder, or a repository of the hub that is downloaded in parts.
+    """The files of a model: a folder, or a hub repository that is downloaded in parts.
 
-    All properties and methods raise a UserError where there is no such model, the hub does not show
+    All properties and methods raise a UserError if there is no such model, the hub does not show
     it or cannot be reached, or files are missing or damaged.
     """
 
@@ -130,11 +130,11 @@ class ModelFiles:
     """A folder or ``owner/name``."""
     revision: str | None = None
     variant: str | None = None
-    """The variant of weights to prefer."""
+    """The preferred variant of the weights."""
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Turn errors of files that are missing or damaged into a UserError."""
+        """Turn errors over missing or damaged files into a UserError."""
         try:
             yield
         except LOADING_ERRORS as error:
@@ -146,7 +146,7 @@ class ModelFiles:
 
     @cached_property
     def root(self) -> Path:
-        """The model's folder; of the hub's, that of the commit, with the model's index in it."""
+        """The model's folder; for a hub model, that of its commit in the cache, with the index."""
         if self._is_here:
             return Path(self.name)
         if self.name.count("/") != 1:
@@ -165,7 +165,7 @@ class ModelFiles:
     @property
     def parts(self) -> dict[str, str]:
         """The model's components by name, and the class of each."""
-        # a name is a folder's too, and must not lead out of the model
+        # a name is also that of a folder, which must not lie outside of the model
         return {
             name: str(value[-1])
             for name, value in self.index.items()
@@ -174,9 +174,9 @@ class ModelFiles:
 
     @cached_property
     def listing(self) -> Mapping[str, int]:
-        """The sizes of the repository's files in bytes, by their place in it.
+        """The sizes of the repository's files in bytes, by their path in it.
 
-        Empty where the model is a folder, or the hub has not been asked and cannot be.
+        Empty if the model is a folder, or if the hub was never asked and cannot be reached.
         """
         if self._is_here:
             return {}
@@ -188,18 +188,18 @@ class ModelFiles:
 
     @property
     def is_listed(self) -> bool:
-        """True where all files are known, rather than only those in the local cache."""
+        """True if all files are known, rather than only those in the local cache."""
         return self._is_here or bool(self.listing)
 
     def places(self, component: str) -> list[str]:
-        """The files that a component needs: configuration and weights, or all that it has."""
+        """List the files that a component needs: configuration and weights, or all of its files."""
         names = self._names(component)
         if self._has_weights(component):
             names = [CONFIG, *self._weights(component)[0]]
         return [f"{component}/{name}" for name in names]
 
     def absent_bytes(self, component: str) -> list[int]:
-        """The sizes of the files that a component needs and that are still to be downloaded.
+        """List the bytes of each file that a component needs and that is still to be downloaded.
 
         Empty for a folder, which need not hold any weights.
         """
@@ -207,11 +207,11 @@ class ModelFiles:
         return [self.listing[place] for place in places if not (self.root / place).is_file()]
 
     def fetch(self, places: Iterable[str]) -> Path:
-        """Download files where they are not here yet, and return the model's folder."""
-        if not self.listing:  # a folder, or no others are to be had
+        """Download the files that are not here yet, and return the model's folder."""
+        if not self.listing:  # a folder, or the hub cannot be reached
             return self.root
         with self.reading():
-            # the commit rather than the branch: all files of a model are of one moment
+            # by commit rather than branch, so that all files of a model are of one version
             return self._download(self.root.name, places)
 
     def read_config(self, place: str) -> dict[str, Any]:
@@ -228,9 +228,9 @@ class ModelFiles:
             return config
 
     def safetensors(self, component: str) -> list[Path]:
-        """The safetensors files of a component's weights, downloaded or converted where need be.
+        """Return the safetensors files of a component, downloaded or converted if necessary.
 
-        What is read instead of what was asked for is printed, once.
+        If plain files are read in place of the requested variant, a line says so, once.
         """
         names, form = self._weights(component)
         folder = self.fetch(self.places(component)) / component
@@ -244,7 +244,7 @@ class ModelFiles:
 
     @contextmanager
     def plain_folder(self, components: Collection[str]) -> Iterator[Path]:
-        """A folder of links to the model, for loaders that know neither fallbacks nor old names.
+        """Yield a folder of links to the model, for loaders that know no fallbacks or old names.
 
         It holds the model's index and these components, their weights as plain safetensors files.
         """
@@ -282,21 +282,21 @@ class ModelFiles:
     def _names(self, component: str) -> list[str]:
         if not self.listing:
             files = (self.root / component).glob("*")
-            return [path.name for path in files if path.is_file()]  # a pipe would be waited for
+            return [path.name for path in files if path.is_file()]  # reading a pipe would hang
         start = f"{component}/"
         return [place.removeprefix(start) for place in self.listing if place.startswith(start)]
 
 
 def as_safetensors(path: Path, model: str) -> Path:
-    """The safetensors file of a file of weights; a pickled one is converted into the cache, once.
+    """Return weights as a safetensors file; a pickled file is converted into the cache, once.
 
     Args:
         path: a safetensors file, or one of PyTorch's own.
         model: the model's name, for messages.
 
     Raises:
-        UserError: where a pickled file is damaged or holds more than tensors, or the cache cannot
-            be written.
+        UserError: if a pickled file is damaged or holds more than tensors, or the cache cannot be
+            written.
     """
     if path.suffix == ".safetensors":
         return path
@@ -311,7 +311,7 @@ def as_safetensors(path: Path, model: str) -> Path:
         assets_dir=huggingface_hub.constants.HF_ASSETS_CACHE,
     )
     converted = folder / f"{path.stem}.safetensors"
-    with FileLock(folder / ".lock"):  # of several processes, one converts
+    with FileLock(folder / ".lock"):  # only one of several processes converts
         if not converted.is_file():
             tensors = _read_pickled(path, model)
             write_tensors(converted, tensors, tensors.__getitem__)
@@ -322,18 +322,18 @@ def as_safetensors(path: Path, model: str) -> Path:
 
 
 def _read_pickled(path: Path, model: str) -> "dict[str, Tensor]":
-    """Read the tensors of a file that PyTorch has pickled; no code in it runs."""
+    """Read the tensors of a file that PyTorch has pickled, without running any code in it."""
     import torch
 
     from adapters.base.tensor_files import DTYPE_NAMES
 
     try:
-        # files of before PyTorch 1.6 are no archives, and cannot be mapped
+        # files from before PyTorch 1.6 are not zip archives, and cannot be mapped
         mapped = zipfile.is_zipfile(path)
-        with warnings.catch_warnings(action="ignore"):  # what is wrong with it is said below
+        with warnings.catch_warnings(action="ignore"):  # the error below says what is wrong
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         plain = all(t.layout == torch.strided and t.dtype in DTYPE_NAMES for t in found.values())
-    except Exception:  # what is not PyTorch's may fail anywhere in its reader
+    except Exception:  # a file that is not PyTorch's may fail anywhere in its reader
         plain = False
     if not plain:
         raise UserError(
@@ -348,7 +348,7 @@ def _link_weights(files: Sequence[Path], folder: Path) -> None:
     """Link safetensors files as one plain file, or as shards and their index."""
     match = WEIGHTS.fullmatch(files[0].name)
     assert match is not None
-    # pickled files of transformers are named otherwise than its safetensors files
+    # transformers names its pickled files differently from its safetensors files
     stem = "model" if match["stem"] == "pytorch_model" else match["stem"]
     if len(files) == 1:
         (folder / f"{stem}.safetensors").symlink_to(files[0].absolute())
@@ -365,6 +365,6 @@ def _link_weights(files: Sequence[Path], folder: Path) -> None:
 
 @cache
 def _print_once(line: str) -> None:
-    """Print a line on standard error, once; of several processes, the first prints."""
+    """Print a line on standard error, once; of several processes, only the first prints."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Estimates of the memory that a model's components take, made without their weights."""
+"""Estimates of the memory that a model's components take, without loading their weights."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,9 +17,9 @@ and the ``max_position_embeddings`` of the x4 upscaler's text encoder."""
 
 
 def text_encoder_bytes(source: Source, precision: str) -> tuple[int, int]:
-    """The bytes of a text encoder's weights, and those of the largest of them once restored.
+    """Estimate the bytes of a text encoder's weights, and of the largest one once restored.
 
-    Prompts are encoded one at a time, which takes less than restoring the largest weight does.
+    Encoding takes less than restoring the largest weight, as prompts are encoded one at a time.
     """
     weights = list(source.text_encoder(precision, META).state_dict().values())
     largest = max(weight.numel() for weight in weights)
@@ -27,7 +27,7 @@ def text_encoder_bytes(source: Source, precision: str) -> tuple[int, int]:
 
 
 def safety_checker_bytes(source: Source, dtype: torch.dtype) -> int:
-    """The bytes of a stage's safety checker, which visits the device wherever the stage draws."""
+    """Estimate the bytes of a stage's safety checker, which visits the stage's device."""
     if not source.has_safety_checker:
         return 0
     config = source.files.read_config(f"{CHECKER}/{CONFIG}")
@@ -39,12 +39,12 @@ def safety_checker_bytes(source: Source, dtype: torch.dtype) -> int:
 def drawing_inputs(
     unet: UNet2DConditionModel, pictures: int, size_px: int | None = None
 ) -> dict[str, Tensor]:
-    """A UNet's inputs for pictures and their unguided twins, without values.
+    """Create a UNet's inputs, without values, for pictures and their unguided twins.
 
     Args:
         unet: the UNet, on the meta device.
-        pictures: how many are drawn at once.
-        size_px: the side of the UNet's input; ``None``: as its configuration says.
+        pictures: the number of pictures drawn at once.
+        size_px: the side of the UNet's input; ``None``: that of its configuration.
     """
     config, count = unet.config, 2 * pictures
     side = size_px or config.sample_size

@@ -1,4 +1,4 @@
-"""IF's safety checker, which visits the device of the pictures that it is shown."""
+"""IF's safety checker, which visits the device of the pictures that it checks."""
 
 import logging
 from collections.abc import Collection, Iterator
@@ -19,8 +19,8 @@ logging.getLogger("diffusers.pipelines.pipeline_loading_utils").addFilter(
 class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is untyped
     """IF's safety checker in main memory, made to load and run with current libraries.
 
-    In diffusers 0.42 it omits the ``post_init`` without which transformers 5 cannot load it, and it
-    blackens arrays only, while the x4 upscaler hands it a tensor.
+    In diffusers 0.42 it omits the ``post_init`` without which transformers 5 cannot load it, and
+    blackens only arrays, while the x4 upscaler passes a tensor.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
@@ -41,11 +41,11 @@ class SafetyChecker(IFSafetyChecker):  # type: ignore[misc]  # diffusers is unty
 
 @contextmanager
 def visit(models: Collection[nn.Module], device: torch.device) -> Iterator[None]:
-    """Copy models' weights to a device, and drop the copies afterwards, as work changes none."""
+    """Copy models' weights to a device, and drop the copies afterwards, as nothing changes them."""
     resting: dict[int, Tensor] = {}
 
     def there(weight: Tensor) -> Tensor:
-        if weight.device == device:  # models and their layers may share it
+        if weight.device == device:  # models and their layers may share a weight
             return weight
         copied = weight.detach().to(device)
         resting[copied.data_ptr()] = weight.detach()

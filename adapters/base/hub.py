@@ -22,14 +22,14 @@ from huggingface_hub.errors import (
 from adapters.errors import UserError
 
 STAGE_FOLDERS = ("stage_1", "stage_2")
-"""The folders of an export, one a stage."""
+"""The folders of an export, one per stage."""
 
 HUB_NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     rf"(?:/(?P<inside>{'|'.join(STAGE_FOLDERS)}|[^@]+\.safetensors))?"
     r"(?:@(?P<revision>.+))?"
 )
-"""``owner/name``, and the stage or file in it, and the revision: ``owner/name/stage_1@v2``."""
+"""``owner/name``, with an optional stage or file in it and revision: ``owner/name/stage_1@v2``."""
 
 MISTAKES: Mapping[type[Exception], str] = MappingProxyType(
     {
@@ -69,29 +69,29 @@ REFUSED = "The hub refuses {name}: {reason}"
 
 
 def is_hub_name(name: str) -> bool:
-    """Tell whether a model's name is ``owner/name`` on the hub, and not a path here."""
+    """Tell whether a model's name is ``owner/name`` on the hub, and not a local path."""
     match = HUB_NAME.fullmatch(name)
     return match is not None and match["repo"] == name and not Path(name).exists()
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """``owner/name@v2`` as ``owner/name`` and ``v2``; what exists here is a path, and has none."""
+    """Split ``owner/name@v2`` into ``owner/name`` and ``v2``; an existing path has no revision."""
     match = None if Path(name).exists() else HUB_NAME.fullmatch(name)
     return (name, None) if match is None or match["inside"] else (match["repo"], match["revision"])
 
 
 def with_revision(name: str, revision: str | None) -> str:
-    """The name of a model at a revision, as :func:`split_revision` takes it; of a path, itself."""
+    """Append a revision to a hub name, as :func:`split_revision` takes it; a path has none."""
     return f"{name}@{revision}" if revision and is_hub_name(name) else name
 
 
 @contextmanager
 def asking_the_hub(name: str) -> Iterator[None]:
-    """Turn errors between here and the hub over a hub name into a UserError."""
+    """Turn errors in requests to the hub for a name into a UserError."""
     try:
         yield
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        # the hub's client wraps what went wrong with a single file
+        # the hub's client wraps errors over a single file
         cause = error.__cause__ if isinstance(error, RuntimeError) else None
         raise UserError(_explain(cause or error, name)) from None
 

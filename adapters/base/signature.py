@@ -1,4 +1,4 @@
-"""Signatures: telling one base UNet from another by its configuration and a few weights."""
+"""Signatures that tell one base UNet from another by its configuration and a few weights."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -9,31 +9,31 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 SIGNATURE_LENGTH = 16
-"""The number of values of a parameter that a signature holds."""
+"""The number of values that a signature holds of each parameter."""
 
 SIGNATURE_PARAMETERS = {
     "conv_in": "bias",
     "mid_block.resnets.0.conv1": "bias",
 }
-"""The parameters it holds values of, by module: those that no quantiser touches."""
+"""The parameters that a signature holds values of, by module: no quantiser touches these."""
 
 HALF_PRECISION = (2.0**-7, 1e-6)
-"""The largest relative (two roundings of bfloat16) and absolute difference of equal values."""
+"""The largest relative (two roundings of bfloat16) and absolute difference of equal parameters."""
 
 
 class BaseSignature(BaseModel):
-    """Configuration and values that tell one base UNet from another, in whatever precision."""
+    """Configuration and values that tell one base UNet from another, in any precision."""
 
     model_config = ConfigDict(frozen=True)
 
     config: dict[str, Any]
     """The UNet's configuration."""
     values: dict[str, tuple[float, ...]]
-    """The first values of a parameter of the base itself, by the module's name."""
+    """The first values of a parameter of the base itself, by module name."""
 
     @classmethod
     def of(cls, unet: "UNet2DConditionModel") -> "BaseSignature":
-        """The signature of a UNet, with an adapter attached or without, but none merged."""
+        """Take the signature of a UNet; an adapter may be attached to it, but none merged."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         values = {}
@@ -44,15 +44,15 @@ class BaseSignature(BaseModel):
             values[name] = tuple(first.float().tolist())
         public = {key: value for key, value in unet.config.items() if not key.startswith("_")}
         return cls(
-            config=json.loads(json.dumps(public)),  # with lists for tuples, as when read back
+            config=json.loads(json.dumps(public)),  # lists for tuples, as JSON reads them back
             values=values,
         )
 
     def difference(self, other: "BaseSignature") -> str | None:
-        """The first difference of two bases; ``None``: they are one and the same.
+        """Describe the first difference between two bases; ``None``: they are the same.
 
-        Configuration fields that only one of them has are those of another diffusers version.
-        Values may differ by half precision's rounding.
+        Configuration fields that only one of them has come from another diffusers version, and are
+        ignored. Values may differ by the rounding of half precision.
         """
         for key in self.config.keys() & other.config.keys():
             if self.config[key] != other.config[key]:

@@ -1,6 +1,6 @@
 """Loading the stages of a cascade from folders or hub names, with diffusers' own pipelines.
 
-Recipes name sources, so this module imports what is heavy where it is used.
+Recipes name sources, so heavy libraries are imported only in the functions that use them.
 """
 
 import inspect
@@ -24,7 +24,7 @@ PIPELINES = {1: "IFPipeline", 2: "IFSuperResolutionPipeline", 3: "StableDiffusio
 """The name of each stage's pipeline in diffusers."""
 
 CHECKER = "safety_checker"
-"""The component that always rests: it visits the device of the pictures that it is shown."""
+"""The component that stays in main memory and visits the device of the pictures that it checks."""
 
 GUARDS = (CHECKER, "feature_extractor", "watermarker")
 """The components that guard a stage's pictures; always kept as the base has them."""
@@ -34,9 +34,9 @@ GUARDS = (CHECKER, "feature_extractor", "watermarker")
 class Source:
     """The place of a stage's files: a folder, or a hub name with a revision and a variant.
 
-    A revision in the name (``owner/name@v2``) goes before ``revision``, and is no part of ``name``
-    afterwards. All properties and methods raise a UserError where there is no such model, or one of
-    another stage.
+    A revision in the name (``owner/name@v2``) takes precedence over ``revision``, and is removed
+    from ``name``. All properties and methods raise a UserError if there is no such model, or it is
+    of another stage.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Source:
 
     @cached_property
     def files(self) -> ModelFiles:
-        """The model's files, once it is of the stage's class."""
+        """The model's files, once the model is found to be of the stage's class."""
         if self.class_name != PIPELINES[self.stage]:
             raise UserError(
                 f"Stage {self.stage} needs a model of class {PIPELINES[self.stage]}, but"
@@ -70,7 +70,7 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The model's folder with all of its components; of the hub's, those its pipeline loads."""
+        """The model's folder with all components; of a hub model, those that its pipeline loads."""
         places = [place for part in self.files.parts for place in self.files.places(part)]
         return self.files.fetch(places)
 
@@ -86,11 +86,11 @@ class Source:
 
     @property
     def has_safety_checker(self) -> bool:
-        """True where its pictures are guarded by IF's own."""
+        """True if IF's own safety checker guards its pictures."""
         return self.files.parts.get(CHECKER) == "IFSafetyChecker"
 
     def pipeline(self, dtype: "torch.dtype", **components: Any) -> "DiffusionPipeline":
-        """Load the stage's pipeline with all of its guards; ``components`` replace others."""
+        """Load the stage's pipeline with all of its guards; ``components`` replace its own."""
         import diffusers
 
         from adapters.base.guards import SafetyChecker
@@ -155,7 +155,7 @@ class Source:
         return self.pipeline(dtype_of(precision), text_encoder=encoder, **no_pictures)
 
     def scheduler(self, name: str) -> "DDPMScheduler":
-        """The noise schedule of a component: ``scheduler``, or ``image_noising_scheduler``."""
+        """Load the noise schedule of ``scheduler`` or ``image_noising_scheduler``."""
         from diffusers import DDPMScheduler
 
         with self.files.reading():
@@ -170,7 +170,7 @@ class Source:
             )
 
     def _check_schedulers(self) -> None:
-        """Check the types of the schedulers' fields, which diffusers would notice while drawing."""
+        """Check the types of scheduler fields, which diffusers would notice only while drawing."""
         import diffusers
 
         for part, name in self.files.parts.items():
@@ -189,10 +189,10 @@ class Source:
 
 
 def source_of(name: str, revision: str | None = None, variant: str | None = None) -> Source:
-    """Stage I or II of a name, whichever its class says it is.
+    """Return the source of Stage I or II, whichever the model's class is for.
 
     Raises:
-        UserError: where there is no such model, or one of another class.
+        UserError: if there is no such model, or it is of another class.
     """
     source = Source(name, 1, revision, variant)
     for stage in (1, 2):
@@ -207,10 +207,10 @@ def source_of(name: str, revision: str | None = None, variant: str | None = None
 def sources_of(
     names: Sequence[str], revision: str | None = None, variant: str | None = None
 ) -> dict[int, Source]:
-    """The models of several names by stage; a folder with ``stage_1`` ... in it is several.
+    """Return named models by stage; a folder with ``stage_1`` ... in it stands for several.
 
     Raises:
-        UserError: as :func:`source_of`, and where two models are of one stage.
+        UserError: as :func:`source_of`, and if two models are of one stage.
     """
     sources: dict[int, Source] = {}
     for name in names:

@@ -17,7 +17,7 @@ from adapters.errors import listed
 
 @dataclass(frozen=True)
 class StoredUNet:
-    """A UNet in diffusers' layout; every property and method raises a UserError where it is not."""
+    """A UNet in diffusers' layout; in any other, properties and methods raise a UserError."""
 
     name: str
     """The model's name, for messages."""
@@ -28,14 +28,14 @@ class StoredUNet:
 
     @classmethod
     def of(cls, source: Source) -> "StoredUNet":
-        """The UNet of a stage."""
+        """Return the UNet of a stage."""
         return cls(source.name, source.files)
 
     @classmethod
     def find(
         cls, name: str, revision: str | None = None, variant: str | None = None
     ) -> "StoredUNet":
-        """The UNet of a stage's folder or hub name, or of a folder of its own."""
+        """Find the UNet of a stage's folder or hub name, or in a folder of its own."""
         folder = Path(name).resolve()
         if (folder / CONFIG).is_file():
             return cls(name, ModelFiles(str(folder.parent), None, variant), folder.name)
@@ -71,13 +71,13 @@ class StoredUNet:
         return BaseSignature.of(self.unet)
 
     def module(self, name: str) -> nn.Module:
-        """One of its modules, without values."""
+        """Return one of its modules, without values."""
         return self.unet.get_submodule(name)
 
     def read(self, name: str) -> Tensor:
         """Read one of its weights, in the precision it is stored in, into memory of its own.
 
-        Read from the file rather than mapped: pages of a mapping count as memory of the process
+        The file is read rather than mapped, as pages of a mapping count as memory of the process
         for as long as the file is open.
         """
         _ = self.weights  # checks that all of them are there

@@ -1,4 +1,4 @@
-"""Safetensors files written one tensor at a time, so that none has to be in memory whole."""
+"""Safetensors files written one tensor at a time, so that no file has to fit into memory."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ def write_tensors(
         advance: called with the number of bytes written, tensor by tensor.
 
     Raises:
-        UserError: where the disk refuses.
+        UserError: if the file cannot be written.
     """
     # wide precisions first, so that each tensor is aligned, as safetensors' own writer does
     order = sorted(blank, key=lambda name: (-blank[name].itemsize, name))
@@ -53,7 +53,7 @@ def write_tensors(
 
 
 def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a safetensors file; the tensors' bytes follow in their order."""
+    """Build the beginning of a safetensors file, before the tensors' bytes in their order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for name, tensor in tensors.items():

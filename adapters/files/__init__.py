@@ -1,1 +1,1 @@
-"""One adapter on disk: where it is, reading, checking, exporting, describing."""
+"""One adapter on disk: finding, reading, checking, exporting and describing it."""

@@ -35,7 +35,7 @@ class Exported:
     tensors: int
     """The number of its tensors."""
     approximation: Approximation | None
-    """The LoRA that stands in for it in plain diffusers; ``None``: they load it itself."""
+    """The LoRA that stands in for it in plain diffusers; ``None``: diffusers loads the adapter."""
 
     def __repr__(self) -> str:
         less = "" if self.approximation is None else f", for diffusers {self.approximation.message}"
@@ -43,7 +43,7 @@ class Exported:
 
     @property
     def message(self) -> str:
-        """Its place and the libraries that load it, for people."""
+        """A sentence on its folder and the libraries that load it."""
         loaders = f"{self.folder}: load_cascade and PEFT load it"
         if self.approximation is None:
             return f"{loaders}, and so does load_lora_weights of diffusers."
@@ -61,11 +61,11 @@ def export_adapter(
     *,
     as_lora_rank: int | None = None,
 ) -> Exported:
-    """Write the attached adapter to ``folder/stage_1`` or ``folder/stage_2``, replacing it whole.
+    """Write the attached adapter to ``folder/stage_1`` or ``stage_2``, replacing that folder.
 
     Args:
-        unet: a UNet with an adapter of :func:`adapters.weights.kinds.attach`, with the weights to
-            export.
+        unet: a UNet with the adapter that :func:`adapters.weights.kinds.attach` attached, in the
+            state to export.
         folder: the folder of the run's adapters.
         info: the adapter's description; the time, the base's signature and its licence's notice
             are filled in.
@@ -84,7 +84,7 @@ def export_adapter(
     """
     info = complete_info(info, unet)
     config = copy(unet.peft_config[ADAPTER_NAME])
-    # on attaching, PEFT shortens names to endings, which may match more in another model
+    # PEFT has shortened the names to endings, which may match more modules in another model
     config.target_modules = adapted_modules(unet)
     tensors = {
         name: tensor.float().cpu().contiguous()
@@ -111,15 +111,15 @@ def as_lora(adapter: StageAdapter, unet: UNet2DConditionModel, rank: int) -> App
 
 
 def write_adapter(adapter: StageAdapter, approximation: Approximation | None = None) -> None:
-    """Write an adapter to its folder, replacing that whole.
+    """Write an adapter to its folder, replacing the folder.
 
-    The folder receives
+    The folder then holds
 
     - ``adapter_model.safetensors`` and ``adapter_config.json``, for ``PeftModel.from_pretrained``
       and :func:`adapters.load_cascade`;
     - ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of the stage's diffusers
-      pipeline. Its keys are PEFT's (``unet.X.lora_A.weight``), the only ones of which diffusers
-      drops none, and its header has the PEFT configuration.
+      pipeline. Its keys are PEFT's (``unet.X.lora_A.weight``), as diffusers drops some keys of
+      every other style, and its header holds the PEFT configuration.
 
     Both safetensors files carry the adapter's ``info`` in their header, and the configurations
     name its base. Values are float32.
@@ -129,7 +129,7 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
         approximation: a LoRA that stands in for it in diffusers.
 
     Raises:
-        UserError: where a tensor is not finite.
+        UserError: if a tensor is not finite.
     """
     target, info, tensors = adapter.folder, adapter.info, adapter.state
     config = copy(adapter.config)
@@ -167,7 +167,7 @@ def approximate_info(info: AdapterInfo, approximation: Approximation) -> Adapter
     """Describe the approximation of an adapter."""
     own = {"kind": "lora", "rank": max(approximation.ranks), "alpha": None, "dropout": 0.0}
     before, error = info.approximation_error or 0.0, approximation.error
-    # truncated once more: what is lost is orthogonal to what was lost before
+    # truncated again: the new loss is orthogonal to the earlier one, so their squares add up
     together = (before**2 + (1 - before**2) * error**2) ** 0.5
     return info.model_copy(
         update={"spec": info.spec.model_copy(update=own), "approximation_error": together}
@@ -190,11 +190,11 @@ def save_adapters(adapters: Mapping[int, StageAdapter], folder: Path) -> None:
     """Write LoRAs as :func:`export_adapter` does, with a card if they name their base.
 
     Args:
-        adapters: by stage.
+        adapters: the LoRAs, by stage.
         folder: a new or empty folder; it appears whole.
 
     Raises:
-        UserError: where the folder is not empty or cannot be written, or one is not a LoRA.
+        UserError: if the folder is not empty or cannot be written, or an adapter is not a LoRA.
     """
     for adapter in adapters.values():
         if not isinstance(adapter.config, LoraConfig):

@@ -1,4 +1,4 @@
-"""LoRA files for plain diffusers: written, and tried with diffusers' own loader without a base."""
+"""Writing LoRA files for plain diffusers, and trying them with its own loader, without a base."""
 
 import json
 import warnings
@@ -20,10 +20,10 @@ from adapters.weights.kinds import ADAPTER_NAME, adapted_modules
 
 
 class AdaptedOnly(nn.Module, PeftAdapterMixin):  # type: ignore[misc]  # diffusers is untyped
-    """A UNet of nothing but the modules that an adapter adapts, without biases."""
+    """A UNet with only the modules that an adapter adapts, without biases."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """Create the modules of weights [out, in] or [out, in, height, width], by name."""
+        """Create the modules from weights [out, in] or [out, in, height, width], by name."""
         super().__init__()
         for name, weight in weights.items():
             *parents, last = name.split(".")
@@ -44,11 +44,11 @@ class AdaptedOnly(nn.Module, PeftAdapterMixin):  # type: ignore[misc]  # diffuse
 def blank_weights(
     state: Mapping[str, Tensor], device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """The weights that LoRAs adapt, by module, as zeros that take no memory.
+    """Create the weights that LoRAs adapt, by module, as zeros that take no memory.
 
     Args:
         state: the tensors of LoRAs under PEFT's names.
-        device: where the weights are.
+        device: the device of the weights.
     """
     zero = torch.zeros((), device=device)
     return {
@@ -60,7 +60,7 @@ def blank_weights(
 def save_for_diffusers(
     tensors: dict[str, Tensor], config: PeftConfig, path: Path, header: dict[str, str]
 ) -> None:
-    """Write what ``load_lora_weights`` reads; only settings that differ from PEFT's own defaults.
+    """Write a file for ``load_lora_weights``, with only the settings that are not PEFT's defaults.
 
     Fewer settings keep the file loadable by PEFT versions that lack the newest ones.
     """
@@ -79,9 +79,9 @@ def save_for_diffusers(
 
 
 def list_arriving(file: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
-    """List the tensors of a LoRA file that diffusers' own ``load_lora_weights`` puts to use.
+    """List the tensors of a LoRA file that diffusers' own ``load_lora_weights`` uses.
 
-    It loads the file into a pipeline whose UNet is only what the LoRA adapts.
+    The file is loaded into a pipeline with a UNet of only the modules that the LoRA adapts.
 
     Args:
         file: the file.
@@ -89,22 +89,23 @@ def list_arriving(file: Path, config: LoraConfig, state: Mapping[str, Tensor]) -
         state: its tensors under PEFT's names.
 
     Returns:
-        The names of those that arrive unchanged, in modules that scale them by alpha as meant.
+        The names of the tensors that arrive unchanged, in modules that scale them as ``config``
+        says.
     """
     pipe = IFPipeline(*[None] * 7, requires_safety_checker=False)
     pipe.unet = AdaptedOnly(blank_weights(state))
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # of unknown keys, which the result tells
+    logging.set_verbosity(logging.CRITICAL)  # no warnings of unknown keys: the result shows them
     try:
         with warnings.catch_warnings(action="ignore"):
             pipe.load_lora_weights(file, adapter_name=ADAPTER_NAME)
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError):
-        return []  # it refuses the file
+        return []  # diffusers refuses the file
     finally:
         logging.set_verbosity(verbosity)
     adapted = adapted_modules(pipe.unet)
     if not adapted:
-        return []  # it found nothing to load
+        return []  # diffusers found nothing to load
     loaded = get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER_NAME)
     scaled = {
         name

@@ -18,18 +18,18 @@ NOTICE = (
     "DeepFloyd is licensed under the DeepFloyd License,"
     " Copyright (c) Stability AI Ltd. All Rights Reserved."
 )
-"""The attribution that the DeepFloyd licence asks of whatever is derived from its weights."""
+"""The attribution that the DeepFloyd licence requires of anything derived from its weights."""
 
 
 class AdapterInfo(BaseModel):
-    """An adapter's description of itself, of one stage."""
+    """The description that an exported adapter of one stage carries."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     base_model: str
     """The base it was trained on: a hub name or a folder."""
     base_revision: str | None = None
-    """The base's hub revision, where one was asked for."""
+    """The base's hub revision, if one was given."""
     stage: int = Field(ge=1, le=2)
     """The stage it belongs to."""
     spec: AdapterSpec
@@ -39,7 +39,7 @@ class AdapterInfo(BaseModel):
     step: int
     """Optimizer steps it was trained for."""
     recipe: str = Field(repr=False)
-    """The resolved recipe of the run, YAML."""
+    """The resolved recipe of the run, as YAML."""
     version: str
     """The version of this toolkit."""
     created: str | None = None
@@ -47,7 +47,7 @@ class AdapterInfo(BaseModel):
     licence_notice: str | None = None
     """The attribution notice that its base's licence asks for."""
     approximation_error: float | None = None
-    """The relative Frobenius error, where this approximates another adapter or a model."""
+    """The relative Frobenius error, if this approximates another adapter or a model."""
     base_signature: BaseSignature | None = Field(default=None, repr=False)
     """Signature of its base's weights; filled in at export."""
 
@@ -59,7 +59,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
         folder: the stage's folder, such as ``adapters/stage_1``.
 
     Raises:
-        UserError: where there is no adapter that this toolkit exported.
+        UserError: if there is no adapter that this toolkit exported.
 
     Example:
         >>> read_info("runs/quickstart/adapters/stage_1")
@@ -82,7 +82,7 @@ def parse_info(header: Mapping[str, str], path: Path) -> AdapterInfo:
     """Parse the description in the header of an adapter's file.
 
     Raises:
-        UserError: where there is no valid one.
+        UserError: if the header has no valid description.
     """
     try:
         return AdapterInfo.model_validate_json(header[HEADER_KEY], strict=False)

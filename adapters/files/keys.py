@@ -1,4 +1,4 @@
-"""Keys of adapter files: every tool's spelling becomes PEFT's or LyCORIS' name, none is skipped."""
+"""Renaming the keys of any tool's adapter files to PEFT's or LyCORIS' names, skipping none."""
 
 import re
 from collections import Counter
@@ -28,7 +28,7 @@ WITHIN = {
         r"\.(lora_[AB]|lora_magnitude_vector|(?:hada|lokr|oft)_\w+)\.(?!weight$|bias$)[^.]+(?=\.|$)"
     ): r".\1",
 }
-"""Parts within a name, and their replacement."""
+"""Parts within a name, and their replacements."""
 
 ENDINGS = {
     ".lora.down.weight": ".lora_A.weight",  # convert_state_dict_to_diffusers
@@ -41,15 +41,15 @@ ENDINGS = {
     ".lora_up.weight": ".lora_B.weight",
     ".lora_magnitude_vector.weight": ".lora_magnitude_vector",  # PEFT's parameter, PEFT's file
 }
-"""Other tools' endings of names, and PEFT's."""
+"""Other tools' endings of names, and PEFT's ending for each."""
 
 TENSOR = re.compile(
     r"(.+?)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector"  # PEFT
     r"|(?:hada|lokr|oft)_\w+(?:\.weight)?"  # PEFT, LyCORIS
     r"|alpha|lora_mid\.weight|dora_scale|rescale|[ab][12]\.weight|diff|weight|on_input"  # LyCORIS
-    r"|ia3_scale)"  # LyCORIS' two, see adapters.weights.lycoris.simplify
+    r"|ia3_scale)"  # LyCORIS' weight and on_input in one, see adapters.weights.lycoris.simplify
 )
-"""A module's name, and PEFT's or LyCORIS' name of one of its tensors."""
+"""A module's name, and PEFT's or LyCORIS' name for one of its tensors."""
 
 FOREIGN = {
     r"(base_model\.model\.)?(text_encoder|te\d?\.|lora_te)": "adapt a text encoder: save the"
@@ -68,7 +68,7 @@ FOREIGN = {
     r".*\.(weight|bias)$": "are weights of a model itself: make an adapter of a whole model with"
     " `python -m adapters.extract`",
 }
-"""Patterns of unusable keys, what these do and what to do about it; the first match counts."""
+"""Patterns of unusable keys, with what such keys do and the remedy; the first match counts."""
 
 _UNDERSCORED = (
     *ROOTS,
@@ -79,17 +79,17 @@ _PART = re.compile(rf"(?:{'|'.join(_UNDERSCORED)})(?=_|$)|[^_]+")
 
 
 def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Return tensors, by the keys of a file, under PEFT's names, or LyCORIS' where PEFT has none.
+    """Rename tensors from the keys of a file to PEFT's names, or to LyCORIS' if PEFT has none.
 
     Raises:
-        UserError: listing the keys that are unknown or spelled twice, and why each is unusable.
+        UserError: if keys are unknown or spelled twice, listing them and why each is unusable.
     """
     names = {key: peft_name(key) for key in tensors}
     count = Counter(names.values())
     problems: dict[str, list[str]] = {}
     for key, name in names.items():
         module, part = split_name(name) if name else ("", "")
-        # a vector of IA3 is called weight, as are weights of models: its on_input tells
+        # an IA3 vector is called weight, like the weights of models; only IA3 has an on_input
         if name is None or (part == "weight" and f"{module}.on_input" not in count):
             known = (problem for pattern, problem in FOREIGN.items() if re.match(pattern, key))
             problem = next(known, "belong to no known kind of adapter: remove them")
@@ -108,8 +108,8 @@ def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tenso
 
 
 def peft_name(key: str) -> str | None:
-    """Return PEFT's name of a tensor, without prefix; ``None``: no key of an IF UNet's adapter."""
-    name = key[PREFIX.match(key).end() :]  # type: ignore[union-attr]  # it matches anything
+    """Return PEFT's name for a key, without prefix; ``None``: no key of an IF UNet's adapter."""
+    name = key[PREFIX.match(key).end() :]  # type: ignore[union-attr]  # PREFIX matches anything
     for pattern, rest in WITHIN.items():
         name = pattern.sub(rest, name)
     ending = next(filter(name.endswith, ENDINGS), "")
@@ -120,19 +120,19 @@ def peft_name(key: str) -> str | None:
     if "." not in module:
         module = ".".join(_PART.findall(module))
     if module.endswith(".to_out"):
-        module += ".0"  # attention processors knew the projection without its list
+        module += ".0"  # attention processors named the projection without its index in a list
     return f"{module}.{part}" if module.partition(".")[0] in ROOTS else None
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a tensor's name, as :func:`peft_name` returns it, into its module's and its own."""
+    """Split a tensor's name, as :func:`peft_name` returns it, into module and rest."""
     match = TENSOR.fullmatch(name)
     assert match is not None
     return match[1], match[2]
 
 
 def by_module(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each module, by their names without the module's."""
+    """Group tensors by module, under their names without the module's."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         module, part = split_name(name)

@@ -1,4 +1,4 @@
-"""The licences of base models, and the notice that adapters derived from them have to carry."""
+"""The licences of base models, and the notice that adapters derived from them must carry."""
 
 import shutil
 from pathlib import Path
@@ -8,19 +8,19 @@ from huggingface_hub.errors import HFValidationError
 
 from adapters.base.hub import STAGE_FOLDERS
 
-# the hub's client matches case by case
+# the usual spellings, as the hub's client matches case-sensitively
 NAMES = tuple(f"{name}*" for name in ("LICENSE", "LICENCE", "License", "license", "NOTICE"))
 
 DEEPFLOYD = "DeepFloyd/"
-"""The beginning of the hub names of DeepFloyd's models."""
+"""The prefix of the hub names of DeepFloyd's models."""
 
 
 def licence_files(base_model: str, revision: str | None = None) -> tuple[Path, ...]:
-    """Find the licence files of a base; none where they cannot be had.
+    """Find the licence files of a base; none if they cannot be obtained.
 
     Args:
-        base_model: a folder, with the files in it (one named ``stage_1`` ...: or beside it), or a
-            hub name, of which they are downloaded.
+        base_model: a folder with the files in it (or next to it, if its name is ``stage_1`` ...),
+            or a hub name, from which they are downloaded.
         revision: the hub revision.
     """
     folder = Path(base_model).resolve()
@@ -37,7 +37,7 @@ def licence_files(base_model: str, revision: str | None = None) -> tuple[Path, .
 
 
 def is_deepfloyd(base_model: str, revision: str | None = None) -> bool:
-    """Tell by a base's hub name or licence file whether it is under the DeepFloyd licence."""
+    """Tell from a base's hub name or licence files whether it is under the DeepFloyd licence."""
     return base_model.startswith(DEEPFLOYD) or any(
         "DeepFloyd" in path.read_text(encoding="utf-8", errors="replace")
         for path in licence_files(base_model, revision)
@@ -50,6 +50,6 @@ def find_copies(folder: Path, stage: int) -> tuple[Path, ...]:
 
 
 def copy_licences(base_model: str, revision: str | None, folder: Path, stage: int) -> None:
-    """Copy a base's licence files into a folder, as ``stage_1-LICENSE``."""
+    """Copy a base's licence files into a folder, named as in ``stage_1-LICENSE``."""
     for path in licence_files(base_model, revision):
         shutil.copyfile(path, folder / f"stage_{stage}-{path.name}")

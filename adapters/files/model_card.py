@@ -1,6 +1,6 @@
-"""Model cards: of an exported folder, and of a model that adapters have been merged into.
+"""Model cards of exported folders, and of models that adapters have been merged into.
 
-Export writes the first; ``python -m adapters.card FOLDER`` writes it again.
+Export writes the former; ``python -m adapters.card FOLDER`` rewrites it.
 """
 
 import re
@@ -84,8 +84,8 @@ def merged_card(
 
     Args:
         source: the base.
-        adapters: the merged adapters, and how much of each.
-        variant: that of its UNet's files.
+        adapters: the merged adapters, each with its scale.
+        variant: the variant that its UNet's files are named after.
     """
     infos = [adapter.info for adapter, _ in adapters if adapter.info is not None]
     deepfloyd = is_deepfloyd(source.name, source.revision)
@@ -115,7 +115,7 @@ def _compose(
 
 
 def hub_bases(infos: Sequence[AdapterInfo]) -> list[str]:
-    """The bases of adapters that are on the hub, each once: the ``base_model`` of their card."""
+    """List the adapters' bases that are on the hub, each once: the ``base_model`` of their card."""
     return list(dict.fromkeys(i.base_model for i in infos if is_hub_name(i.base_model)))
 
 
@@ -176,7 +176,7 @@ def _name_base(base_model: str, revision: str | None) -> str:
 
 
 def _prompts(infos: Sequence[AdapterInfo]) -> list[str]:
-    """The prompts of all adapters, each once."""
+    """List the prompts of all adapters, each once."""
     return list(dict.fromkeys(prompt for info in infos for prompt in info.prompts))
 
 
@@ -185,7 +185,7 @@ def _list_prompts(infos: Sequence[AdapterInfo]) -> str:
 
 
 def _use_here(infos: Sequence[AdapterInfo]) -> str:
-    """Tell how to load adapters with this toolkit."""
+    """Explain how to load adapters with this toolkit."""
     bases = {info.stage: with_revision(info.base_model, info.base_revision) for info in infos}
     names = ", ".join(f'stage_{stage}="{base}"' for stage, base in bases.items())
     prompt = next(iter(_prompts(infos)), "")
@@ -199,7 +199,7 @@ def _use_here(infos: Sequence[AdapterInfo]) -> str:
 
 
 def _use_diffusers(info: AdapterInfo) -> str:
-    """Tell how to load a stage, or its approximation, with plain diffusers."""
+    """Explain how to load a stage, or its approximation, with plain diffusers."""
     pipeline = PIPELINES[info.stage]
     revision = f', revision="{info.base_revision}"' * bool(info.base_revision)
     kind, caution = info.spec.kind, ""
@@ -225,7 +225,7 @@ def _use_diffusers(info: AdapterInfo) -> str:
 
 
 def _link_licence(subject: str, base_model: str, files: Sequence[str]) -> str:
-    """Link to the licence of a base: its files, or else the base's page."""
+    """Link to the licence files of a base, or else to the base's page."""
     base = f"`{base_model}`"
     if is_hub_name(base_model):
         base = f"[{base_model}]({_base_page(base_model)})"
@@ -238,7 +238,7 @@ def _base_page(base_model: str) -> str:
 
 
 def save_samples(folder: Path, pictures: Mapping[str, Image.Image]) -> dict[str, str]:
-    """Replace the sample pictures in a folder; returns their prompts by file."""
+    """Replace the sample pictures in a folder, and return their prompts by file."""
     shutil.rmtree(folder / SAMPLES, ignore_errors=True)
     samples = {}
     for index, (prompt, picture) in enumerate(pictures.items()):
@@ -251,7 +251,7 @@ def save_samples(folder: Path, pictures: Mapping[str, Image.Image]) -> dict[str,
 def load_samples(folder: Path) -> dict[str, Image.Image]:
     """Load the sample pictures that a folder's card shows, by prompt; none without a card.
 
-    Pictures keep the texts of their files.
+    Each picture keeps the PNG texts of its file.
     """
     card, samples = folder / CARD, dict[str, Image.Image]()
     if card.is_file():

@@ -1,16 +1,16 @@
-"""The place of an adapter: a path or a hub name as users give it becomes a local folder or file."""
+"""The place of an adapter: the local folder or file behind a path or hub name that a user gives."""
 
 from pathlib import Path
 
 from adapters.base.hub import HUB_NAME, STAGE_FOLDERS, asking_the_hub
 from adapters.errors import UserError, listed
 
-# the names that PEFT and diffusers give their files, which take seconds to import
+# written out here, as importing PEFT and diffusers, which define them, takes seconds
 PEFT_WEIGHTS = "adapter_model.safetensors"
 """The file of an exported stage that PEFT and our own loader read."""
 
 PEFT_CONFIG = "adapter_config.json"
-"""The configuration beside it."""
+"""The configuration next to :data:`PEFT_WEIGHTS`."""
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file of an exported stage that diffusers reads."""
@@ -22,26 +22,26 @@ ADAPTER_FILES = (
     *(f"{stage}/{name}" for stage in STAGE_FOLDERS for name in (PEFT_WEIGHTS, PEFT_CONFIG)),
     *STAGE_FILES,
 )
-"""The files to download of a repository: our own exports, PEFT's adapters, diffusers'."""
+"""The files to download from a repository: our exports, and PEFT's and diffusers' adapters."""
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-"""The endings of files that only Python's pickle reads."""
+"""The endings of files that only Python's pickle can read."""
 
 
 def adapter_path(name: str | Path) -> Path:
     """Return the local folder or file of an adapter that a user names, downloaded if necessary.
 
-    A path that exists comes first. Otherwise the name is the hub's: ``owner/name``, of which the
-    adapter's safetensors and JSON files are downloaded and no others. ``owner/name/stage_1`` is
-    one stage of it, ``owner/name/FILE.safetensors`` one file, and ``@revision`` at the end a
-    branch, a tag, a commit, or a pull request (``@refs/pr/1``); without one it is ``main``.
+    An existing path comes first. Otherwise the name is a hub name: for ``owner/name``, only the
+    adapter's safetensors and JSON files are downloaded; ``owner/name/stage_1`` is one of its
+    stages, and ``owner/name/FILE.safetensors`` one of its files. ``@revision`` at the end is a
+    branch, a tag, a commit or a pull request (``@refs/pr/1``); the default is ``main``.
 
     Args:
-        name: a path, or a hub name. One that can be neither is returned as it is.
+        name: a path or a hub name; a name that can be neither is returned unchanged.
 
     Raises:
-        UserError: where the hub has no such adapter, does not show it, or cannot be reached and
-            the adapter is not in the local cache.
+        UserError: if the hub has no such adapter, does not show it, or cannot be reached and the
+            adapter is not in the local cache.
     """
     if not isinstance(name, str | Path):
         raise UserError(f"An adapter is named by its folder or hub name (got {name!r}); give that.")
@@ -70,10 +70,10 @@ def adapter_path(name: str | Path) -> Path:
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """List the stage folders of an exported folder; itself where it is a single adapter.
+    """List the stage folders of an exported folder; for a single adapter, its own folder.
 
     Raises:
-        UserError: where it is neither.
+        UserError: if it is neither.
     """
     inside = [folder / name for name in STAGE_FOLDERS if (folder / name).is_dir()]
     if not inside:
@@ -85,7 +85,7 @@ def export_stages(folder: Path) -> list[Path]:
     """List the stage folders of an exported folder, which holds one or both.
 
     Raises:
-        UserError: where it is something else, such as one of its stage folders.
+        UserError: if it is something else, such as one of its stage folders.
     """
     places = stage_folders(folder)
     if places == [folder]:
@@ -97,11 +97,11 @@ def export_stages(folder: Path) -> list[Path]:
 
 
 def find_weights(path: Path) -> Path:
-    """Find the safetensors file of a single adapter: itself, or in a folder.
+    """Find the safetensors file of a single adapter: the path itself, or a file in that folder.
 
     Raises:
-        UserError: where there is none, there are only pickled ones, or several and no name that
-            tells which.
+        UserError: if there is none, only pickled ones, or several and no name that tells which to
+            use.
     """
     file = weights_file(path)
     if file is not None:
@@ -130,7 +130,7 @@ def find_weights(path: Path) -> Path:
 
 
 def weights_file(path: Path) -> Path | None:
-    """Find the file as :func:`find_weights` does; ``None``: there is none, or not one alone."""
+    """Find the file as :func:`find_weights` does; ``None``: there is no single one."""
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
     names = [path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)]

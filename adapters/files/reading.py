@@ -1,4 +1,4 @@
-"""Reading adapters of any tool: their tensors, and the settings that say what these mean."""
+"""Reading any tool's adapters: their tensors, and the settings to interpret them by."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 Number = TypeVar("Number", int, float)
 
 PEFT_TYPES = tuple(dict.fromkeys(kind.peft_type for kind in KINDS.values()))
-"""PEFT's names of the kinds of adapter that a UNet takes here."""
+"""PEFT's names for the kinds of adapter that a UNet takes here."""
 
 
 def read_adapter(
@@ -49,18 +49,18 @@ def read_adapter(
 ) -> tuple[PeftConfig | LycorisConfig, dict[str, Tensor], dict[str, str]]:
     """Read an adapter from a safetensors file, or a folder that holds one.
 
-    Rank and alpha come from the tensors, ``adapter_config.json`` (beside PEFT's file), the header's
-    ``lora_adapter_metadata`` or ``if_adapter``, or ``.alpha`` tensors; where none says, alpha is
-    the rank, as diffusers takes it; a warning says so where PEFT's file lacks its configuration.
+    Rank and alpha come from the tensors, ``adapter_config.json`` (next to PEFT's file), the
+    header's ``lora_adapter_metadata`` or ``if_adapter``, or ``.alpha`` tensors; otherwise alpha is
+    the rank, as in diffusers, with a warning if PEFT's file lacks its configuration.
 
     Returns:
-        PEFT's configuration with whole module names, or that of a file of LyCORIS that has none;
-        the tensors under the names that PEFT, or LyCORIS, has for them without prefix
+        PEFT's configuration with full module names, or the settings of a LyCORIS file; the tensors
+        under PEFT's or LyCORIS' names, without prefix
         (``mid_block.attentions.0.to_q.lora_A.weight``); and the file's header.
 
     Raises:
-        UserError: where the file cannot be read, has keys that are unknown or lack their other
-            half, values that are not finite, or not all that its configuration names.
+        UserError: if the file cannot be read, has unknown keys, keys without their counterpart or
+            values that are not finite, or lacks tensors that its configuration names.
     """
     file = find_weights(path)
     try:
@@ -93,10 +93,13 @@ def read_adapter(
 
 
 def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
-    """Read the configuration beside a file, or in its header.
+    """Read the configuration next to a file, or in its header.
 
-    ``None``: there is none, or it is that of a LoRA with each module's rank as alpha. A UserError
-    says that it is damaged.
+    Returns:
+        ``None``: there is none, or it is that of a LoRA with each module's rank as alpha.
+
+    Raises:
+        UserError: if it is damaged.
     """
     beside, metadata = file.parent / PEFT_CONFIG, header.get(LORA_ADAPTER_METADATA_KEY)
     own = file.name == PEFT_WEIGHTS and beside.exists()
@@ -126,14 +129,14 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
 
 
 def _check_type(settings: Any) -> None:
-    """Raise a ValueError unless JSON is a configuration of a kind that a UNet takes here."""
+    """Raise a ValueError unless JSON settings are of a kind that a UNet takes here."""
     found = settings.get("peft_type") if isinstance(settings, dict) else settings
     if found not in PEFT_TYPES:
         raise ValueError(f"its peft_type should be one of {', '.join(PEFT_TYPES)}, not {found!r}")
 
 
 def _unet_settings(metadata: Any) -> dict[str, Any]:
-    """The UNet's settings in the JSON of a header; empty: it is of another model.
+    """Return the UNet's settings in the JSON of a header; empty: they are of another model.
 
     Pipelines write ``unet.r``, ``UNet2DConditionModel.save_lora_adapter`` writes ``r``.
     """
@@ -159,7 +162,7 @@ def _is_lycoris(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> 
 
 
 def _join(modules: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    """The tensors of all modules by their full names."""
+    """Return the tensors of all modules by their full names."""
     return {f"{name}.{part}": t for name, own in modules.items() for part, t in own.items()}
 
 
@@ -168,7 +171,7 @@ def _check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path)
     for name, tensors in modules.items():
         algorithm = algorithm_of(tensors)
         if algorithm is None or tensors.keys() >= WHOLE_MATRICES:
-            continue  # PEFT's OFT, which scales by no rank; whole matrices, which may have any
+            continue  # PEFT's OFT, which does not scale by rank; whole matrices, which may have any
         stated, found = rank_of(config, name), algorithm.rank(tensors)
         if stated != found:
             raise UserError(
@@ -178,11 +181,11 @@ def _check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path)
 
 
 def _lycoris_config(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> LycorisConfig:
-    """Gather the settings of a file of LyCORIS; alpha is the rank by default (OFT: 0)."""
+    """Gather the settings of a LyCORIS file; alpha is the rank by default (OFT: 0)."""
     algorithms = {n: found for n, own in modules.items() if (found := algorithm_of(own))}
     ranks = {name: algorithm.rank(modules[name]) for name, algorithm in algorithms.items()}
     scaled = {
-        # of two whole matrices the library takes no alpha
+        # the library ignores alpha if both matrices are whole
         name: rank if modules[name].keys() >= WHOLE_MATRICES else alphas.get(name, rank)
         for name, rank in ranks.items()
     }
@@ -197,12 +200,12 @@ def lora_config(
     alphas: Mapping[str, float] | None = None,
     stored: LoraConfig | None = None,
 ) -> LoraConfig:
-    """Build the configuration of LoRA tensors, with whole names, their own ranks and alphas.
+    """Build the configuration of LoRA tensors, with full names, and each module's rank and alpha.
 
     Args:
         state: the tensors under PEFT's names.
-        alphas: alpha of some modules; the others' are those of ``stored``.
-        stored: a configuration to complete; ``None``: the others' alphas are their ranks.
+        alphas: the alphas of some modules; ``stored`` has those of the others.
+        stored: a configuration to complete; ``None``: the alphas of the others are their ranks.
     """
     config = LoraConfig() if stored is None else copy(stored)
     ranks = {name: len(own["lora_A.weight"]) for name, own in by_module(state).items()}
@@ -219,13 +222,13 @@ def lora_config(
 
 
 def scaling(config: LoraConfig, state: Mapping[str, Tensor], module: str) -> float:
-    """The factor by which PEFT multiplies a module's B A."""
+    """Return the factor by which PEFT multiplies a module's B A."""
     rank = len(state[f"{module}.lora_A.weight"])
     return _lora_alpha(config, module) / (rank**0.5 if config.use_rslora else rank)
 
 
 def kind_of(config: PeftConfig | LycorisConfig) -> str:
-    """The kind of an adapter by its configuration: a row of ``weights.kinds.KINDS``."""
+    """Return an adapter's kind: a key of ``weights.kinds.KINDS``, or the algorithms of LyCORIS."""
     if isinstance(config, LycorisConfig):
         return config.kind
     if not isinstance(config, LoraConfig):
@@ -234,14 +237,14 @@ def kind_of(config: PeftConfig | LycorisConfig) -> str:
 
 
 def rank_of(config: PeftConfig | LycorisConfig, module: str) -> int:
-    """A module's rank (PEFT's OFT: the number of blocks; 0: its algorithm has none)."""
+    """Return a module's rank (PEFT's OFT: the number of blocks; 0: its algorithm has none)."""
     if isinstance(config, OFTConfig):
         return int(config.r)
     return int(_of_module(config.rank_pattern, module, config.r))
 
 
 def alpha_of(config: PeftConfig | LycorisConfig, module: str) -> float | None:
-    """A module's alpha; ``None``: its kind has none."""
+    """Return a module's alpha; ``None``: its kind has none."""
     if isinstance(config, OFTConfig):
         return None
     if isinstance(config, LoraConfig):
@@ -254,11 +257,11 @@ def _lora_alpha(config: LoraConfig, module: str) -> float:
 
 
 def _of_module(own: Mapping[str, Number], module: str, others: Number) -> Number:
-    """The value of a module: by the first pattern that matches its name, or that of all others."""
+    """Return a module's value: that of the first pattern matching its name, or else ``others``."""
     return own.get(get_pattern_key(own, module), others)
 
 
 def _most_and_others(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
-    """The most common value, and the names that have another."""
+    """Return the most common value, and all other values by name."""
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {name: value for name, value in values.items() if value != most}

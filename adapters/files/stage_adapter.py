@@ -58,7 +58,7 @@ IN_FACTORS = {
 
 @dataclass(frozen=True)
 class StageAdapter:
-    """The adapter of one stage, loaded: an exported one, or one that another tool wrote."""
+    """A loaded adapter of one stage, exported here or written by another tool."""
 
     folder: Path
     """Its folder or file."""
@@ -66,7 +66,7 @@ class StageAdapter:
     """Its description of itself; ``None``: another tool wrote it."""
     config: PeftConfig | LycorisConfig
     state: dict[str, Tensor]
-    """Its tensors under PEFT's names, or LyCORIS', without prefix, on the CPU."""
+    """Its tensors under PEFT's or LyCORIS' names, without prefix, on the CPU."""
 
     @classmethod
     def load(cls, folder: Path) -> "StageAdapter":
@@ -114,8 +114,8 @@ class StageAdapter:
         """Find the stage it belongs to: the one it names, or the only one whose UNet it fits.
 
         Raises:
-            UserError: where it names none and fits no UNet of these configurations, listing what
-                does not fit, or fits both.
+            UserError: if it names none, and fits either no UNet of these configurations (what does
+                not fit is listed) or both.
         """
         if self.info is not None:
             return self.info.stage
@@ -137,7 +137,7 @@ class StageAdapter:
         return fitting[0]
 
     def misfits(self, config: Mapping[str, Any]) -> list[str]:
-        """List the tensors that PEFT would not load into a configuration's UNet, or would miss."""
+        """List the tensors that do not fit a configuration's UNet, and those that it would lack."""
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
             present = dict(unet.named_modules())
@@ -148,7 +148,7 @@ class StageAdapter:
             if self.modules.keys() & present.keys():
                 with explain_peft_errors(self.folder):
                     inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
-                # by its default PEFT asks the hub about the base's vocabulary
+                # by default PEFT asks the hub about the base's vocabulary
                 needed = get_peft_model_state_dict(
                     unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
                 )
@@ -157,10 +157,10 @@ class StageAdapter:
         return [n for n in names if n not in both or self.state[n].shape != needed[n].shape]
 
     def check_base(self, base: BaseSignature, name: str) -> None:
-        """Check that it was trained on a base of a name; warn where it does not say on which.
+        """Check that it was trained on the base of this name; warn if it does not say on which.
 
         Raises:
-            UserError: where it was trained on another.
+            UserError: if it was trained on another.
         """
         if self.info is None or self.info.base_signature is None:
             logger.warning(
@@ -179,7 +179,7 @@ class StageAdapter:
 
     @cached_property
     def digest(self) -> str:
-        """The digest of settings and tensors, to order adapters the same however they came."""
+        """A digest of settings and tensors, to order adapters the same however they were loaded."""
         settings = json.dumps(self.config.to_dict(), sort_keys=True, default=sorted)
         digest = hashlib.sha256(settings.encode())
         for name, tensor in sorted(self.state.items()):
@@ -189,13 +189,13 @@ class StageAdapter:
 
     @cached_property
     def has_factors(self) -> bool:
-        """True if a :class:`adapters.weights.updates.LowRank` is all that it does to a weight."""
+        """True if it changes weights only by a :class:`adapters.weights.updates.LowRank`."""
         biases = any(name.endswith(".bias") for name in self.state)
         if biases or not isinstance(self.config, LoraConfig):
             return False
         own, usual = self.config.to_dict(), LoraConfig().to_dict()
         changed = {key for key, value in own.items() if value != usual[key]}
-        start = own["init_lora_weights"]  # some others change the base too
+        start = own["init_lora_weights"]  # some other initialisations change the base too
         return changed <= IN_FACTORS and (isinstance(start, bool) or start == "gaussian")
 
     def update(self, name: str, weight: Tensor) -> Update:
@@ -206,7 +206,7 @@ class StageAdapter:
             weight: its weight in the base, [out, in, ...].
 
         Raises:
-            UserError: where its tensors do not fit the weight, or it changes more than the weight.
+            UserError: if its tensors do not fit the weight, or it changes more than the weight.
         """
         tensors = self.modules[name]
         if f"{name}.lora_B.bias" in tensors:
@@ -225,17 +225,17 @@ class StageAdapter:
         return low_rank(weight, b, a, scaling(self.config, self.state, name), magnitude)
 
     def delta(self, name: str, weight: Tensor) -> Tensor:
-        """Compute what merging adds to a module's weight, [out, in, ...], float32; see update."""
+        """Compute what merging adds to a module's weight, [out, in, ...], in float32."""
         return delta(weight, self.update(name, weight))
 
     def _parts(self, name: str) -> Tensors:
-        """The tensors of a module without its name in theirs."""
+        """Return a module's tensors, by their names without the module's."""
         return {
             tensor.removeprefix(f"{name}."): values for tensor, values in self.modules[name].items()
         }
 
     def _fits(self, name: str, module: nn.Module | None) -> bool:
-        """Tell by their shapes whether LyCORIS' tensors fit a module."""
+        """Tell from their shapes whether LyCORIS' tensors fit a module."""
         if not isinstance(module, nn.Linear | nn.Conv2d):
             return False
         try:
@@ -245,7 +245,7 @@ class StageAdapter:
         return True
 
     def _by_formula(self, name: str, weight: Tensor) -> Tensor:
-        """Compute what LyCORIS' formulas add, which are also PEFT's of a LoHa and LoKr."""
+        """Compute what LyCORIS' formulas add, which are also PEFT's for LoHa and LoKr."""
         alpha, rank = alpha_of(self.config, name), rank_of(self.config, name)
         assert alpha is not None
         try:
@@ -265,10 +265,10 @@ class StageAdapter:
             config.r, config.rank_pattern = rank_of(config, name), {}
             config.lora_alpha, config.alpha_pattern = alpha_of(config, name), {}
         with torch.random.fork_rng(devices=[]), explain_peft_errors(self.folder):
-            inject_adapter_in_model(config, root, ADAPTER_NAME)  # draws values to overwrite
+            inject_adapter_in_model(config, root, ADAPTER_NAME)  # draws values, overwritten below
         try:
             result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
-        except RuntimeError as error:  # of a tensor of another shape
+        except RuntimeError as error:  # a tensor has another shape
             raise self._misfit(name, weight) from error
         mark = f"{name}.{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
         missing = [key for key in result.missing_keys if key.startswith(mark)]
@@ -300,13 +300,13 @@ def merged_weight(
     """Merge adapters into a module's weight, in float32.
 
     Args:
-        adapters: adapters of its stage, and how much of each.
+        adapters: adapters of the module's stage, each with its scale.
         name: the module's full name.
-        weight: its weight in the base, which stays as it is.
+        weight: its weight in the base, which is not changed.
     """
     on = [each for each in adapters if name in each[0].modules and each[1]]
     if len(on) > 1:
-        on.sort(key=lambda each: (each[0].digest, each[1]))  # sums depend on the order
+        on.sort(key=lambda each: (each[0].digest, each[1]))  # a sum's rounding depends on its order
     terms = [Term(scale, adapter.update(name, weight)) for adapter, scale in on]
     if not terms:
         return weight.to(torch.float32, copy=True)

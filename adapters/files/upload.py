@@ -1,4 +1,4 @@
-"""Publish an exported adapter on the hub, once all of it is found fit for that."""
+"""Publishing an exported adapter on the hub, once all of its files have passed the checks."""
 
 from collections.abc import Sequence
 from glob import escape
@@ -29,18 +29,17 @@ def push(
     message: str | None = None,
     pull_request: bool = False,
 ) -> str:
-    """Publish an exported folder, in one commit, with the files of the export and no others.
+    """Publish an exported folder in one commit, with only the files of the export.
 
-    The branch ``revision`` (``None``: ``main``) then holds this export alone: files of an earlier
-    one that it lacks are deleted there; other files stay. Repository and branch are created where
-    they do not exist.
+    The branch ``revision`` (``None``: ``main``) then holds this export alone: leftover files of
+    an earlier one are deleted there; other files stay. A missing repository or branch is created.
 
     Returns:
         The address of the repository, branch or pull request.
 
     Raises:
-        UserError: where the folder is not fit to be published (nothing is sent then), or the hub
-            does not let you.
+        UserError: if the folder is not fit to be published (then nothing is sent), or the hub
+            refuses.
     """
     folder = Path(folder)
     infos = [_check_stage(stage) for stage in export_stages(folder)]
@@ -112,7 +111,7 @@ def _check_card(folder: Path, infos: Sequence[AdapterInfo]) -> list[str]:
 
 
 def _check_licence(folder: Path, info: AdapterInfo) -> list[str]:
-    """Check that a stage's licence files are there where they must be; return them."""
+    """Check that a stage's licence files are there if they must be; return their names."""
     files = find_copies(folder, info.stage)
     if _is_deepfloyd(info) and not files:
         raise UserError(

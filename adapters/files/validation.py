@@ -1,4 +1,4 @@
-"""Checks that what was read of an adapter can be used, and is all of it."""
+"""Checks that an adapter's tensors and settings are usable and complete."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +23,7 @@ FLOATS = {
     torch.float32: "fp32",
     torch.float64: "fp64",
 }
-"""The types of values that adapters are read in, and their names in sentences."""
+"""The types of values that adapters are read in, and their names in messages."""
 
 LARGEST_RANK = 2**31 - 1
 """The largest rank or number of blocks that a configuration may state."""
@@ -37,7 +37,7 @@ PEFT_ERRORS = (
 
 @contextmanager
 def explain_peft_errors(place: Path) -> Iterator[None]:
-    """Turn what PEFT raises over an adapter's settings into a UserError."""
+    """Turn PEFT's errors over an adapter's settings into a UserError."""
     try:
         yield
     except PEFT_ERRORS as error:
@@ -49,11 +49,11 @@ def explain_peft_errors(place: Path) -> Iterator[None]:
 
 
 def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Check that tensors, by the keys of a file, hold numbers that can be computed with.
+    """Check that tensors, by the keys of a file, hold usable numbers.
 
     Raises:
-        UserError: where one is empty, of a type other than :data:`FLOATS` (alphas may be integers),
-            not finite in float32, or an alpha of several values.
+        UserError: if a tensor is empty, of a type other than :data:`FLOATS` (alphas may be
+            integers), not finite in float32, or an alpha of several values.
     """
     alphas = {key for key in tensors if key.endswith((".alpha", ".on_input"))}
     factors = {key: tensor for key, tensor in tensors.items() if key not in alphas}
@@ -80,13 +80,13 @@ def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def check_settings(config: PeftConfig) -> None:
-    """Check the settings of a configuration that are computed with.
+    """Check the settings of a configuration that enter computations.
 
     Raises:
-        ValueError: naming the first that is not of its type or range.
+        ValueError: naming the first setting that is of another type or out of range.
     """
     settings = config.to_dict()
-    least = 0 if settings.get("oft_block_size") else 1  # OFT has the one or the other
+    least = 0 if settings.get("oft_block_size") else 1  # OFT has either r or this
 
     def is_rank(value: object) -> bool:
         return isinstance(value, int) and least <= value <= LARGEST_RANK
@@ -105,7 +105,7 @@ def check_settings(config: PeftConfig) -> None:
         raise ValueError(f"its target_modules are {targets!r}")
     for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         value = settings.get(name)
-        # one string, and what values are stated by, are regular expressions
+        # a single string is a regular expression, and so is each key of a mapping
         patterns = [value] if isinstance(value, str) else value if isinstance(value, dict) else ()
         for pattern in patterns:
             try:
@@ -122,7 +122,7 @@ def check_modules(
     """Return the tensors of each module, checked and simplified (``lycoris.simplify``).
 
     Raises:
-        UserError: where a module lacks tensors that its others, or an alpha, need, or has some
+        UserError: if a module lacks tensors that its other tensors or its alpha need, or has some
             that cannot be multiplied.
     """
     whole: dict[str, dict[str, Tensor]] = {}
@@ -155,11 +155,11 @@ def check_modules(
 def check_whole(config: PeftConfig | None, modules: Mapping[str, Tensors], file: Path) -> None:
     """Check that an adapter has the tensors, and the modules, that its configuration names.
 
-    Modules are known to be missing where the configuration has their full names; endings and
-    regular expressions may mean modules that the UNet does not have. LoRAs need no configuration.
+    Only full names show that a module is missing: endings and regular expressions may match
+    modules that the UNet does not have. LoRAs need no configuration.
 
     Raises:
-        UserError: listing what is missing, or of another kind.
+        UserError: if tensors are missing or of another kind, listing them.
     """
     kind = "LORA" if config is None else str(config.peft_type.value)
     mark = PEFT_TYPE_TO_PREFIX_MAPPING[kind]
@@ -183,7 +183,7 @@ def check_whole(config: PeftConfig | None, modules: Mapping[str, Tensors], file:
             name
             for name in sorted(full)
             if name.partition(".")[0] in ROOTS
-            and check_target_module_exists(config, name)  # exclude_modules may except it
+            and check_target_module_exists(config, name)  # exclude_modules may name it
             and name not in modules
         ]
     if missing:

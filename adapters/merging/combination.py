@@ -1,4 +1,4 @@
-"""Combine LoRAs into one by PEFT's methods."""
+"""Combining LoRAs into one by PEFT's methods."""
 
 import math
 import warnings
@@ -44,7 +44,7 @@ class Part(NamedTuple):
         return {module: len(state[f"{module}.lora_A.weight"]) for module in self.adapter.modules}
 
     def shape_of(self, module: str) -> tuple[int, ...]:
-        """The shape of the weight that a module has."""
+        """Return the shape of a module's weight."""
         b, a = (self.adapter.state[f"{module}.lora_{side}.weight"] for side in "BA")
         return (len(b), *a.shape[1:])
 
@@ -53,11 +53,11 @@ def load_parts(adapters: Sequence[tuple[str, Scale]], stage: int | None) -> dict
     """Load the adapters of a combination, by stage.
 
     Args:
-        adapters: folders or hub names, each with its scale; with the scale 0 it takes no part.
-        stage: that of adapters which do not say it themselves.
+        adapters: folders or hub names, each with its scale; those with the scale 0 take no part.
+        stage: the stage of adapters that do not state theirs.
 
     Raises:
-        UserError: where one cannot be read, belongs to another base than the others, or says no
+        UserError: if one cannot be read, belongs to another base than the others or has no known
             stage, or all have the scale 0.
     """
     stages: dict[int, list[Part]] = {}
@@ -81,7 +81,7 @@ def _find_stage(adapter: StageAdapter, otherwise: int | None) -> int:
 
 
 def _check_bases(parts: Sequence[Part]) -> None:
-    """Check that those adapters that say on which base they were trained say the same."""
+    """Check that all adapters that state the base they were trained on state the same."""
     infos = [part.adapter.info for part in parts if part.adapter.info is not None]
     signed = [(info, info.base_signature) for info in infos if info.base_signature is not None]
     for info, signature in signed[1:]:
@@ -100,16 +100,16 @@ def combine(
     """Combine adapters of one base.
 
     Args:
-        parts: LoRAs and rsLoRAs; of a module that only some of them adapt, those are combined.
+        parts: LoRAs and rsLoRAs; in each module, those that adapt it are combined.
         how: the method.
         name: what to call the result.
-        device: where to compute.
+        device: the device to compute on.
 
     Returns:
         A LoRA with alpha = rank.
 
     Raises:
-        UserError: where PEFT or the method cannot combine them, naming what can.
+        UserError: if PEFT or the method cannot combine them, naming what can.
     """
     modules = sorted({module for part in parts for module in part.adapter.modules})
     _check_parts(parts, how, modules)
@@ -136,10 +136,10 @@ def _combine_module(
     configs: Mapping[str, LoraConfig],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Combine one module by PEFT, on a model of nothing else.
+    """Combine one module by PEFT, on a model that has no other.
 
-    ``configs`` are those of all parts by their names within PEFT, which must know them even where
-    they do not adapt the module.
+    ``configs`` are those of all parts by their names within PEFT, which must know even the parts
+    that do not adapt the module.
     """
     tensors = {
         index: part.adapter.modules[module]
@@ -166,7 +166,7 @@ def _combine_module(
         COMBINED,
         how.method,
         svd_rank=how.rank,
-        svd_full_matrices=False,  # the others would be cut off
+        svd_full_matrices=False,  # the other vectors would be cut off
         density=how.density,
         majority_sign_method=how.majority_sign or "total",
     )
@@ -177,8 +177,8 @@ def _combine_module(
 def _plain_config(part: Part) -> LoraConfig:
     """Build the configuration of a LoRA with the same scalings.
 
-    The result has that of the first part but for its alpha, by which one of rsLoRAs would be scaled
-    once more.
+    PEFT gives the result the first part's configuration except for its alpha; if that is an
+    rsLoRA's, it would scale the result once more.
     """
     config, state = part.adapter.config, part.adapter.state
     ranks = part.ranks.items()
@@ -187,7 +187,7 @@ def _plain_config(part: Part) -> LoraConfig:
 
 
 def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]) -> None:
-    """Check the parts against each other, and what PEFT asks of them."""
+    """Check the parts against each other and against PEFT's requirements."""
     for part in parts:
         if not part.adapter.has_factors or part.adapter.kind == "dora":
             raise UserError(
@@ -205,7 +205,7 @@ def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]
             found = ", ".join(f"{list(shape)} in {name!r}" for name, shape in shapes.items())
             raise UserError(f"These are of different models: {module} has the shape {found}.")
         rows, *columns = next(iter(shapes.values()))
-        # PEFT asks for that many singular values of a convolution, of which there may be fewer
+        # PEFT takes that many singular values of a convolution, which may have fewer
         limit, rank = min(rows, math.prod(columns)), how.rank or max(largest.values())
         if how.asks.cuts and len(columns) > 1 and rank > limit:
             raise UserError(
@@ -215,7 +215,7 @@ def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]
 
 
 def _check_ranks(how: Combination, ranks: Mapping[str, int], where: str) -> None:
-    """Check that ranks, by adapter, are equal where the method asks for it."""
+    """Check that ranks, by adapter, are equal if the method requires it."""
     if how.asks.pairs and len(set(ranks.values())) > 1:
         found = ", ".join(f"{rank} in {name!r}" for name, rank in ranks.items())
         raise UserError(

@@ -1,4 +1,4 @@
-"""Compare what two adapters do to a UNet, or two UNets."""
+"""Comparison of two adapters' effects on a UNet, or of two UNets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from adapters.tables import format_facts, format_range, format_table
 from adapters.weights.updates import LowRank
 
 Read: TypeAlias = Callable[[str], LowRank | Tensor | None]
-"""Reads the update of a module by name, or a weight."""
+"""A reader of a module's update, or of a weight, by name; ``None``: there is none."""
 
 SETTINGS = {"rank": rank_of, "alpha": alpha_of}
 """The settings in which two adapters of one module may differ."""
@@ -39,10 +39,10 @@ def is_model(path: Path) -> bool:
 def pair_stages(
     a: Sequence[StageAdapter], b: Sequence[StageAdapter]
 ) -> list[tuple[StageAdapter, StageAdapter]]:
-    """Pair adapters of one stage; where one does not say its own, those with most in common.
+    """Pair adapters of one stage or, if any does not state its own, the two with most in common.
 
     Raises:
-        UserError: where there are none.
+        UserError: if no two are of one stage.
     """
     pairs = [(one, other) for one in a for other in b]
     if any(each.info is None for each in (*a, *b)):
@@ -62,7 +62,7 @@ def compare_adapters(
     """Compare two adapters of a stage, of any kinds, in JSON's types, by module or by block.
 
     Raises:
-        UserError: where a base is needed and not given, or they are of UNets of different sizes.
+        UserError: if a base is needed and not given, or the UNets are of different sizes.
     """
     only = [[name for name in x.modules if name not in y.modules] for x, y in ((a, b), (b, a))]
     both = [name for name in a.modules if name in b.modules]
@@ -87,7 +87,7 @@ def compare_unets(a: StoredUNet, b: StoredUNet, *, by_module: bool) -> dict[str,
     """Compare the weights of two UNets, in JSON's types.
 
     Raises:
-        UserError: where one cannot be read, or they are of different architectures.
+        UserError: if one cannot be read, or they are of different architectures.
     """
     check_architecture(a, b)
     return {
@@ -112,7 +112,7 @@ def _reader(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> Read:
 
 
 def _compare(names: Sequence[str], a: Read, b: Read, by_module: bool) -> list[dict[str, Any]]:
-    """The rows of the table: what differs most comes first, and all together last."""
+    """Build the rows of the table: largest differences first, and the sum of all last."""
     products = {}
     for name in tqdm(names, "Comparing", delay=2, leave=False):
         one, other = a(name), b(name)
@@ -135,7 +135,7 @@ def _compare(names: Sequence[str], a: Read, b: Read, by_module: bool) -> list[di
 
 
 def _row(name: str, modules: int, products: Sequence[float]) -> dict[str, Any]:
-    """Norms, distance relative to A's norm, and cosine; ``None`` where a norm is zero."""
+    """Compute norms, distance relative to A's norm, and cosine; ``None`` if a norm is zero."""
     aa, bb, ab = products
     distance = max(aa + bb - 2 * ab, 0.0) ** 0.5
     return {
@@ -149,7 +149,7 @@ def _row(name: str, modules: int, products: Sequence[float]) -> dict[str, Any]:
 
 
 def format_comparison(found: Mapping[str, Any]) -> str:
-    """Lay out a comparison, for people."""
+    """Lay out a comparison as text."""
     facts = [("A", found["a"]), ("B", found["b"])]
     for side in "AB":
         if names := found.get(f"only_in_{side.lower()}"):

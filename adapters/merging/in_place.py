@@ -1,10 +1,10 @@
-"""Merge adapters into a UNet's weights in place, so that recordings of it stay valid.
+"""Merging adapters into a UNet's weights in place, so that recordings of it stay valid.
 
-The weight of a layer in full precision is written over, and a copy of the base's own is kept. A
-quantised layer keeps its codes and needs no copy: terms are laid over the weight that it restores
-at every reading, from tensors at addresses that stay. Their factors are rounded to the layer's
-precision, and cost one or two more passes over the weight at each reading, even while they are
-switched off.
+The weight of a layer in full precision is overwritten, and a copy of the base's own is kept. A
+quantised layer keeps its codes and needs no copy: at every reading, terms are added to the restored
+weight from an overlay of tensors at fixed addresses. Their factors are rounded to the layer's
+precision, and cost one or two more passes over the weight at each reading, even while the adapters
+are switched off.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,12 +32,12 @@ from adapters.weights.updates import (
 from unets.frozen import Overlay, Quantised
 
 RANK_STEP = 8
-"""Ranks of overlays are multiples of this, as matrix units ask for; the rest is zero."""
+"""Ranks of overlays are multiples of this, as matrix units require; the padding is zero."""
 
 
 @dataclass
 class FullPrecisionLayer:
-    """A layer in full precision; its weight is written over, never replaced."""
+    """A layer in full precision; its weight is overwritten, never replaced."""
 
     module: nn.Linear | nn.Conv2d
     kept_on: torch.device | None
@@ -45,13 +45,13 @@ class FullPrecisionLayer:
     own: Tensor = field(init=False)
     """The base's own weight."""
     terms: Terms = ()
-    """The terms that are merged into the weight at present."""
+    """The terms that are currently merged into the weight."""
 
     def __post_init__(self) -> None:
         weight = self.module.weight.detach()
         self.own = weight.to(self.kept_on or weight.device, copy=True)
         if weight.is_cuda and not self.own.is_cuda:
-            self.own = self.own.pin_memory()  # copied to the GPU while that computes
+            self.own = self.own.pin_memory()  # so that it is copied while the GPU computes
 
     @property
     def base(self) -> Tensor:
@@ -59,7 +59,7 @@ class FullPrecisionLayer:
         return self.own.to(self.module.weight.device, non_blocking=True)
 
     def write(self, terms: Terms) -> bool:
-        """Merge terms into the base's own weight; without any it is that, to the bit.
+        """Merge terms into the base's own weight; without terms, restore it to the bit.
 
         Returns:
             ``False``: recordings of the layer stay valid, as they read the weight where it is.
@@ -74,7 +74,7 @@ class FullPrecisionLayer:
         return False
 
     def release(self) -> bool:
-        """Leave the layer as it was before any adapter; returned is as in :meth:`write`."""
+        """Return ``False`` as :meth:`write` does, which has already restored the weight."""
         return False
 
 
@@ -82,13 +82,13 @@ class FullPrecisionLayer:
 class QuantisedLayer:
     """A quantised layer; its overlay only grows, until the last adapter of the layer is removed.
 
-    Recordings are no longer valid then, and where the overlay grows: for terms that have together
-    a larger rank than any before, are the first ones of DoRA, or the first ones without factors.
+    Recordings become invalid then, and whenever the overlay grows: for terms with a larger total
+    rank than any before, for the first ones of DoRA, and for the first ones without factors.
     """
 
     module: Quantised
     terms: Terms = ()
-    """The terms that are in the overlay at present."""
+    """The terms that are currently in the overlay."""
 
     @property
     def base(self) -> Tensor:
@@ -96,7 +96,7 @@ class QuantisedLayer:
         return self.module.own_weight
 
     def write(self, terms: Terms) -> bool:
-        """Write terms over the overlay, on a larger one where it is too small."""
+        """Write terms into the overlay, or into a larger one (``True``) if it is too small."""
         before = self.module.overlay
         if before is None and not terms:
             return False
@@ -106,7 +106,7 @@ class QuantisedLayer:
         return overlay is not before
 
     def release(self) -> bool:
-        """Drop the overlay."""
+        """Drop the overlay; ``True``: there was one."""
         overlay, self.module.overlay = self.module.overlay, None
         return overlay is not None
 
@@ -153,28 +153,28 @@ def _fill(overlay: Overlay, terms: Terms) -> None:
 
 @dataclass
 class MergedAdapters:
-    """The adapters of one UNet; each weight is W + Σ scale · (W merged - W), W the base's own.
+    """The adapters of one UNet; each weight is W + Σ scale · (W merged - W), with the base's W.
 
-    The sum is in an order that adapters have by themselves, so the same adapters with the same
-    scales give the same bits, whatever came before; with no adapter the weights are W to the bit.
+    The order of the sum depends on the adapters and scales alone, so the same adapters with the
+    same scales give the same bits, whatever came before; without any, the weights are W to the bit.
 
-    An adapter's update of each W is computed once, when it is added: the factors of LoRA, rsLoRA
-    and DoRA, which stay in float32 on the UNet's device; of other kinds W merged - W, which stays
-    in float32 in main memory. Of a base in full precision a copy of each W that adapters change
-    stays in its precision, on the UNet's device unless ``originals`` says otherwise: with
-    attention as target a sixth of Stage I XL (1.4 GB in bf16), with convolutions nine tenths.
-    A quantised base needs none (:mod:`adapters.merging.in_place`).
+    An adapter's update of each W is computed once, when it is added, and kept in float32: for
+    LoRA, rsLoRA and DoRA as factors on the UNet's device, for other kinds as W merged - W in main
+    memory. For a base in full precision, a copy of each W that adapters change is kept in its
+    precision, on the UNet's device unless ``originals`` says otherwise: with attention as target a
+    sixth of Stage I XL (1.4 GB in bf16), with convolutions nine tenths. A quantised base needs no
+    copy (:mod:`adapters.merging.in_place`).
     """
 
     unet: UNet2DConditionModel
     originals: torch.device | None = None
     """The device of copies of the base's weights; ``None``: the UNet's."""
     renew: Callable[[], None] = lambda: None
-    """Called where recordings of the UNet are no longer valid."""
+    """Called when recordings of the UNet become invalid."""
     adapters: dict[str, StageAdapter] = field(default_factory=dict)
-    """By name, in the order in which they came."""
+    """The adapters by name, in the order in which they were added."""
     scales: dict[str, float] = field(default_factory=dict)
-    """By name; 0: the adapter is loaded, and changes nothing."""
+    """The scales by name; 0: the adapter is loaded, but changes nothing."""
     base: BaseSignature = field(init=False)
     """The base's signature, from before any merging."""
     _updates: dict[str, dict[str, Update]] = field(default_factory=dict, init=False)
@@ -182,7 +182,7 @@ class MergedAdapters:
     _layers: dict[str, FullPrecisionLayer | QuantisedLayer] = field(
         default_factory=dict, init=False
     )
-    """The modules that adapters change, whether they are on or off."""
+    """The layers that adapters change, by module, whether the adapters are on or off."""
 
     def __post_init__(self) -> None:
         self.base = BaseSignature.of(self.unet)
@@ -192,8 +192,8 @@ class MergedAdapters:
         """Load one more adapter, at the scale 0.
 
         Raises:
-            UserError: where it does not fit the UNet, or the device has no room for what is kept;
-                nothing has changed then.
+            UserError: if it does not fit the UNet, or the device has no room for what is kept; then
+                nothing has changed.
         """
         present = dict(self.unet.named_modules())
         updates = {}
@@ -233,7 +233,7 @@ class MergedAdapters:
         """
         self.scales = {name: scales.get(name, 0.0) for name in self.adapters}
         on = [name for name, scale in self.scales.items() if scale]
-        if len(on) > 1:  # in an order that does not depend on when they came
+        if len(on) > 1:  # in an order that does not depend on when they were added
             on.sort(key=lambda name: (self.adapters[name].digest, self.scales[name]))
         for module, layer in self._layers.items():
             terms = tuple(
@@ -245,14 +245,14 @@ class MergedAdapters:
                 self.renew()
 
     def remove(self, name: str) -> None:
-        """Take an adapter out, and give back what was kept for it."""
+        """Remove an adapter, and free what was kept for it."""
         self.set(self.scales | {name: 0.0})
         for kept in (self.adapters, self.scales, self._updates):
             del kept[name]
         self._release()
 
     def _release(self) -> None:
-        """Let go of the layers that no adapter changes any more."""
+        """Release the layers that no adapter changes any more."""
         changed = {module for updates in self._updates.values() for module in updates}
         for module in self._layers.keys() - changed:
             if self._layers.pop(module).release():

@@ -1,4 +1,4 @@
-"""Describe an adapter: its origin, its settings, its files, and how strongly it acts where."""
+"""Description of an adapter: its origin, settings, files, and its strength in each block."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,8 +51,8 @@ def _compare_base(
 ) -> tuple[StoredUNet | None, str | None]:
     """Find the base of an adapter's stage, and how it differs from the one it was trained on.
 
-    An adapter that does not say on which base it was trained is compared by names and shapes, and
-    one that does not say of which stage it is, with the base that it fits best.
+    An adapter that does not state the base it was trained on is compared by names and shapes, with
+    the base that it fits best.
     """
     if adapter.info is not None and adapter.info.base_signature is not None:
         own = bases.get(adapter.info.stage)
@@ -77,7 +77,7 @@ def _load_by_diffusers(adapter: StageAdapter, file: Path) -> dict[str, Any]:
 
 
 def _measure_norms(adapter: StageAdapter, base: StoredUNet | None) -> dict[str, Any]:
-    """Measure the Frobenius norms, by block, of updates, or else of the adapter's parameters."""
+    """Measure the Frobenius norms of updates, or else of the adapter's parameters, by block."""
     squares, of = {}, "update"
     for module, tensors in tqdm(adapter.modules.items(), "Measuring", delay=2, leave=False):
         update = read_update(adapter, module, base)
@@ -105,7 +105,7 @@ def _measure_norms(adapter: StageAdapter, base: StoredUNet | None) -> dict[str, 
 
 
 def format_inspection(found: Mapping[str, Any]) -> str:
-    """Lay out what :func:`inspect_adapter` found, for people."""
+    """Lay out the result of :func:`inspect_adapter` as text."""
     info = found["info"] and AdapterInfo.model_validate(found["info"], strict=False)
     named, training, prompts, error = "unknown: written by another tool", "", "", None
     if info:
@@ -137,7 +137,7 @@ def format_inspection(found: Mapping[str, Any]) -> str:
 
 
 def _format_targets(info: AdapterInfo | None, modules: Mapping[str, int]) -> str:
-    """Name the targets as they were asked for, or else the endings of the modules' names."""
+    """Name the targets as the recipe gave them, or else the endings of the modules' names."""
     endings = dict.fromkeys(name.removesuffix(".0").rpartition(".")[2] for name in modules)
     asked = info.spec.targets if info else tuple(endings)
     names = asked if isinstance(asked, str) else listed(asked)
@@ -172,7 +172,7 @@ def _format_size(found: Mapping[str, Any]) -> str:
 
 
 def _format_blocks(found: Mapping[str, Any]) -> str:
-    """The norms by block, with bars."""
+    """Lay out the norms by block, with bars."""
     *blocks, whole = found["blocks"]
     relative = whole["relative"] is not None
     largest = max(row["norm"] for row in blocks) or 1

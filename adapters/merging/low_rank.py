@@ -1,4 +1,4 @@
-"""Write LoRAs of a low rank: of an adapter of any kind, and of the difference of two UNets."""
+"""Writing LoRAs of a low rank: of an adapter of any kind, and of the difference of two UNets."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -41,8 +41,8 @@ def resize(
     """Write adapters as LoRAs of a lower rank, by singular value decomposition of their updates.
 
     Args:
-        path: an exported folder, of which all stages are resized, or another tool's adapter.
-        out: the new folder; it is laid out as the old one.
+        path: an exported folder (all of its stages are resized), or another tool's adapter.
+        out: the new folder, laid out like the old one.
         rank: the largest rank of a module; ``None``: no limit.
         error: the relative Frobenius error that a module may have; ``None``: any.
         bases: the bases by stage, which kinds other than LoRA need.
@@ -106,10 +106,10 @@ def extract(
     prompts: Sequence[str],
     device: torch.device,
 ) -> str:
-    """Write the LoRA that is nearest to what sets a UNet apart from its base.
+    """Write the LoRA that is nearest to the difference between a tuned UNet and its base.
 
-    Weights are read and decomposed one at a time. What differs outside of the targets, or is no
-    matrix (biases, norms), cannot be in a LoRA, and counts as lost.
+    Weights are read and decomposed one at a time. Differences outside of the targets, or in
+    biases and norms, which are no matrices, cannot be in a LoRA, and count as lost.
 
     Args:
         tuned: the fine-tuned UNet.
@@ -118,13 +118,13 @@ def extract(
         lora: an empty approximation, with the limits of the LoRA.
         targets: the modules that the LoRA may adapt; those that do not differ are left out.
         prompts: examples that show its effect, for the card.
-        device: where to decompose.
+        device: the device to decompose on.
 
     Returns:
         A sentence about the LoRA and its error.
 
     Raises:
-        UserError: where the UNets have different architectures or do not differ.
+        UserError: if the UNets have different architectures or do not differ.
     """
     base = StoredUNet.of(source)
     check_architecture(tuned, base)
@@ -167,14 +167,14 @@ def extract(
 def _subtract(tuned: Tensor, base: Tensor) -> Tensor | None:
     """Subtract a base's weight from a tuned one in float32; ``None``: they are equal."""
     if tuned.element_size() < base.element_size():
-        # rounded as it was before tuning or when that was saved: rounding is not tuning
+        # rounded as the tuned weight was, before tuning or on saving: rounding is not tuning
         base = base.to(tuned.dtype)
     change = tuned.float() - base.float()
     return change if change.any() else None
 
 
 def _format_outside(outside: Mapping[str, float], lora: Approximation) -> str:
-    """The weights that differ outside of the LoRA's modules, from their squared norms."""
+    """Describe the weights that differ outside of the LoRA's modules, from their squared norms."""
     if not outside:
         return ""
     total = sum(whole for _, whole in lora.squares.values())

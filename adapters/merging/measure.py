@@ -1,7 +1,7 @@
 """The size of an adapter's updates, by module and block of the UNet.
 
-The update of a weight [out, in, ...] is a matrix D [out, in * ...]. Of a LoRA it is B A, which is
-measured without being formed. Computed in float64.
+The update of a weight [out, in, ...] is a matrix D [out, in * ...]. For a LoRA it is B A, which is
+measured without being formed. Norms are computed in float64.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,10 +34,10 @@ def find_bases(
 
 
 def choose_base(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> StoredUNet | None:
-    """Choose the base that an adapter's updates depend on; ``None``: a LoRA's depend on none.
+    """Choose the base that an adapter's updates depend on; ``None``: a LoRA's need none.
 
     Raises:
-        UserError: where it is not among ``bases``, which are by stage.
+        UserError: if it is not among ``bases``, which are by stage.
     """
     if _is_product(adapter):
         return None
@@ -53,7 +53,7 @@ def choose_base(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> Store
 
 
 def check_weights_only(adapter: StageAdapter) -> None:
-    """Raise a UserError where an adapter changes biases too."""
+    """Raise a UserError if an adapter changes biases too."""
     if biases := [name for name in adapter.state if name.endswith(".bias")]:
         raise UserError(
             f"{adapter.folder} changes biases too (PEFT's lora_bias: {listed(biases, 4)}), which is"
@@ -62,7 +62,7 @@ def check_weights_only(adapter: StageAdapter) -> None:
 
 
 def check_architecture(one: StoredUNet, other: StoredUNet) -> None:
-    """Raise a UserError where two UNets differ in more than their weights."""
+    """Raise a UserError if two UNets differ in more than their weights."""
     if difference := one.signature.model_copy(update={"values": {}}).difference(other.signature):
         raise UserError(
             f"{one.name} and {other.name} are UNets of different architectures ({difference}); name"
@@ -77,11 +77,11 @@ def read_update(
 
     Args:
         adapter: an adapter that fits the base.
-        module: one that it adapts.
+        module: a module that it adapts.
         base: its base, which kinds other than LoRA need.
 
     Returns:
-        B A in float64, or [out, in, ...]; ``None`` where the base is needed and not given.
+        B A in float64, or a tensor [out, in, ...]; ``None`` if the base is needed and not given.
     """
     if _is_product(adapter):
         tensors, factor = adapter.modules[module], scaling(adapter.config, adapter.state, module)
@@ -108,14 +108,14 @@ def inner(one: LowRank | Tensor, other: LowRank | Tensor) -> float:
 def sum_by_group(
     groups: Mapping[str, Sequence[str]], values: Mapping[str, Sequence[float]]
 ) -> Iterator[tuple[str, int, list[float]]]:
-    """Sum values of modules by group, column by column, and last of all modules together.
+    """Sum modules' values by group, column by column, and finally over all modules.
 
     Args:
         groups: the modules of each group.
-        values: as many of each module.
+        values: the values of each module, as many for every one.
 
     Returns:
-        The name of each group, how many modules it has, and its sums.
+        The name of each group, its number of modules, and its sums.
     """
     for group, names in (dict(groups) | {"all": list(values)}).items():
         columns = zip(*(values[name] for name in names), strict=True)

@@ -1,4 +1,4 @@
-"""Write models with adapters merged into their UNets, one weight at a time."""
+"""Writing models with adapters merged into their UNets, one weight at a time."""
 
 import json
 import os
@@ -34,16 +34,16 @@ UNET = "unet"
 
 @dataclass(frozen=True)
 class Storage:
-    """The files of a merged model."""
+    """Settings for the files of a merged model."""
 
     precision: str | None = None
     """The precision of the UNet's weights, by name; ``None``: the base's."""
     variant: str | None = None
     """The variant that the UNet's files are named after, such as ``fp16``."""
     max_shard_size: str = "5GB"
-    """The size of the largest file."""
+    """The largest size of a file."""
     link: bool = False
-    """Make hard links to the base's files that do not change, which takes no space."""
+    """True to make hard links to the base's unchanged files, which takes no space."""
 
 
 def merge(
@@ -60,14 +60,14 @@ def merge(
     """Merge adapters into their base, in a new folder that appears once it is whole.
 
     The base's weights are read, merged and written one at a time. Each weight W becomes
-    W + scale * (W merged - W), in float32 and rounded once, the same as in
-    :meth:`adapters.Cascade.add_adapter`; adapters add up.
+    W + scale * (W merged - W), in float32 and rounded once, as in
+    :meth:`adapters.Cascade.add_adapter`; the changes of several adapters add up.
 
     Args:
         paths: exported folders, or other tools' files or folders.
         out: the new folder. One stage is written to it, two to ``stage_1`` and ``stage_2`` in it.
         storage: precision, names and sizes of the files.
-        scales: how much of each adapter, or of all; ``None``: 1.
+        scales: a scale for each adapter, or one for all; ``None``: 1.
         bases: a model for each stage; without any, those that the adapters name.
         stage: merge this stage only; ``None``: all that have an adapter and a base.
         revision: the bases' hub revision; ``None``: the adapter's own.
@@ -101,7 +101,7 @@ def merge(
 
 
 def _scale_each(scales: Sequence[float] | None, count: int) -> list[float]:
-    """Give each of ``count`` adapters one of as many scales, or the only one."""
+    """Return a scale for each of ``count`` adapters, from as many scales or only one."""
     given = list(scales or [1.0])
     if len(given) not in (1, count) or not all(map(is_factor, given)):
         raise UserError(
@@ -114,7 +114,7 @@ def _scale_each(scales: Sequence[float] | None, count: int) -> list[float]:
 def _own_bases(
     adapters: Sequence[Sequence[StageAdapter]], revision: str | None, variant: str | None
 ) -> dict[int, Source]:
-    """Find the bases that adapters name, by stage; the first that names one decides."""
+    """Find the bases that adapters name, by stage; the first adapter of a stage decides."""
     infos = [adapter.info for stages in adapters for adapter in stages if adapter.info]
     if not infos:
         raise UserError("The adapters do not say on which base they were trained; name it, --base.")
@@ -131,7 +131,7 @@ def _sort_by_stage(
     *,
     say_left_out: bool,
 ) -> dict[int, list[tuple[StageAdapter, float]]]:
-    """Sort adapters and their scales by stage, once they are found to belong to these bases."""
+    """Sort adapters and their scales by stage, and check that they belong to these bases."""
     configs = {number: unet.unet.config for number, unet in unets.items()}
     merged: dict[int, list[tuple[StageAdapter, float]]] = {}
     left_out = []
@@ -161,7 +161,7 @@ class MergedModel:
     source: Source
     unet: StoredUNet
     adapters: Sequence[tuple[StageAdapter, float]]
-    """Adapters that fit the UNet, and how much of each."""
+    """Adapters that fit the UNet, each with its scale."""
     storage: Storage
 
     @cached_property
@@ -175,7 +175,7 @@ class MergedModel:
 
     @cached_property
     def shards(self) -> StateDictSplit:
-        """The weights of each file; a UserError where the size of shards cannot be understood."""
+        """The weights of each file; a UserError if ``max_shard_size`` is not a size."""
         size = self.storage.max_shard_size
         name = Path(_add_variant(SAFETENSORS_WEIGHTS_NAME, self.storage.variant))
         pattern = f"{name.stem}{{suffix}}{name.suffix}"
@@ -190,7 +190,7 @@ class MergedModel:
 
     @cached_property
     def copied(self) -> dict[Path, Path]:
-        """The files that do not change, by their place in the new folder: all but UNet and card."""
+        """Unchanged files by their place in the new folder: all but UNet weights and card."""
         base = self.source.folder
         files: dict[Path, Path] = {}
         for directory, folders, names in os.walk(base, followlinks=True):
@@ -205,17 +205,17 @@ class MergedModel:
 
     @property
     def new_bytes(self) -> int:
-        """The space that it takes."""
+        """The disk space that it takes, in bytes."""
         copied = () if self.storage.link else self.copied.values()
         return sum(weight.nbytes for weight in self.weights.values()) + sum(
             path.stat().st_size for path in copied
         )
 
     def write(self, folder: Path, advance: Callable[[int], object]) -> None:
-        """Write the model; ``advance`` is told now and then how many bytes have been written.
+        """Write the model, calling ``advance`` with the bytes written since its last call.
 
         Raises:
-            UserError: where a merged weight has values that its precision cannot hold.
+            UserError: if a merged weight has values that its precision cannot hold.
         """
         (folder / UNET).mkdir(parents=True)
         self._write_weights(folder / UNET, advance)
@@ -247,7 +247,7 @@ class MergedModel:
         if leaf == "weight" and any(module in adapter.modules for adapter, _ in self.adapters):
             weight = merged_weight(self.adapters, module, weight)
         result = weight.to(self.weights[name].dtype).contiguous()
-        low, high = result.aminmax()  # takes no memory, where isfinite takes a copy
+        low, high = result.aminmax()  # takes no memory, whereas isfinite takes a copy
         if not (low.isfinite() and high.isfinite()):
             raise UserError(
                 f"{name} has values that {result.dtype} cannot hold once merged; choose another"
@@ -257,7 +257,7 @@ class MergedModel:
 
 
 def _link(path: Path, place: Path) -> None:
-    """Make a hard link to a file, or a copy where the disk is another."""
+    """Make a hard link to a file, or a copy if it is on another disk."""
     try:
         place.hardlink_to(path.resolve())
     except OSError:

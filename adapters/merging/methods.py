@@ -1,4 +1,4 @@
-"""The methods of PEFT that combine LoRAs into one, and their settings."""
+"""PEFT's methods of combining LoRAs into one, and their settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from adapters.errors import UserError
 
 
 class Method(NamedTuple):
-    """The settings and adapters that a method asks for, beside scales."""
+    """The settings and adapters that a method requires, besides scales."""
 
     pairs: bool = False
-    """It combines A with A and B with B: their ranks must be equal."""
+    """True if it combines A with A and B with B, so that their ranks must be equal."""
     prunes: bool = False
-    """It keeps a part of the values: their density."""
+    """True if it keeps only a share of the values, the density."""
     elects: bool = False
-    """It keeps the values of one sign: how that is found."""
+    """True if it keeps the values of one sign only, elected by ``majority_sign``."""
     cuts: bool = False
-    """It combines B A, and cuts that off at a rank by SVD."""
+    """True if it combines the products B A, and cuts the result off at a rank by SVD."""
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -39,8 +39,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 """PEFT's methods, by its names.
 
-The result of ``cat`` is the sum of updates, as merging all of them is, and that of ``svd`` the
-nearest to it of a rank. Those that combine A with A and B with B are no such sum.
+``cat`` gives the sum of the updates, as merging all of them does, and ``svd`` the nearest to that
+sum of a given rank. Methods that combine A with A and B with B give no such sum.
 """
 
 
@@ -50,17 +50,17 @@ class Combination:
 
     method: str = "linear"
     density: float | None = None
-    """The share of values that methods which prune keep, above 0 and up to 1."""
+    """The share of values that pruning methods keep, above 0 and up to 1."""
     rank: int | None = None
-    """The rank that methods by SVD cut off at; ``None``: the largest of their adapters."""
+    """The rank that SVD methods cut off at; ``None``: the largest of the adapters."""
     majority_sign: str | None = None
     """The rule that elects a sign: the ``total`` of values (also ``None``) or their
     ``frequency``."""
     seed: int = 0
-    """The seed of the values that DARE drops, which are others on a GPU than on a CPU."""
+    """The seed of the values that DARE drops, which differ between GPU and CPU."""
 
     def __post_init__(self) -> None:
-        """Raise a UserError where a setting is missing, not valid, or one the method ignores."""
+        """Raise a UserError if a setting is missing, invalid, or ignored by the method."""
         check_seeds([self.seed])
         if self.method not in METHODS:
             raise UserError(f"method must be one of {', '.join(METHODS)} (got {self.method!r}).")
@@ -83,5 +83,5 @@ class Combination:
 
     @property
     def asks(self) -> Method:
-        """The demands of the method."""
+        """The method's requirements."""
         return METHODS[self.method]

@@ -1,8 +1,8 @@
 """The best approximation of updates by a LoRA, and its error.
 
-The update of a weight [out, in, ...] is a matrix D [out, in * ...]; a LoRA has it as B A with
-B [out, rank] and A [rank, in * ...]. The best in the Frobenius norm are D's leading singular
-vectors (Eckart and Young 1936). Computed in float64, kept in float32.
+The update of a weight [out, in, ...] is a matrix D [out, in * ...]; a LoRA approximates it by
+B A, with B [out, rank] and A [rank, in * ...]. The best B A in the Frobenius norm consists of D's
+leading singular vectors (Eckart and Young 1936). It is computed in float64 and kept in float32.
 """
 
 from dataclasses import dataclass, field
@@ -17,23 +17,23 @@ from adapters.weights.updates import LowRank
 
 @dataclass
 class Approximation:
-    """A LoRA that approximates the updates of modules, one after the other."""
+    """A LoRA that approximates the updates of modules, which are added one by one."""
 
     rank: int | None
-    """The largest rank of a module, one with a smaller update has less; ``None``: no limit."""
+    """The largest rank of a module, which has less if its update needs less; ``None``: no limit."""
     tolerance: float = 0.0
-    """The relative Frobenius error that a module may have: its rank is the lowest that keeps it."""
+    """The relative Frobenius error allowed in a module, which gets the lowest rank within it."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """Its tensors under PEFT's names, float32 on the CPU, for alpha = rank."""
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Squared Frobenius norms of what was lost and of the update, by module or weight."""
+    """Squared Frobenius norms of the lost part and of the update, by module or weight."""
 
     @classmethod
     def limited(cls, rank: int | None, error: float | None) -> "Approximation":
-        """Create an approximation with the limits of a command line, at least one of them.
+        """Create an approximation with the limits of a command line, which needs at least one.
 
         Raises:
-            UserError: where both are missing, or one is out of range.
+            UserError: if both are missing, or one is out of range.
         """
         if rank is None and error is None:
             raise UserError("Nothing limits the rank; give --rank, --error or both.")
@@ -46,8 +46,8 @@ class Approximation:
     def add_update(self, module: str, update: LowRank | Tensor) -> None:
         """Approximate the update of a module, [out, in, ...].
 
-        That of a product is found by QR and SVD, without forming it; that of a tensor by the
-        eigenvectors of its smaller Gram matrix.
+        A product is approximated by QR and SVD, without being formed; a tensor by the eigenvectors
+        of its smaller Gram matrix.
         """
         if isinstance(update, LowRank):
             assert update.gain is None, "B A is not the whole update of a DoRA"
@@ -77,7 +77,7 @@ class Approximation:
 
     def _choose_rank(self, squares: Tensor) -> int:
         """Choose the rank by squared singular values in descending order."""
-        lost = squares.flip(0).cumsum(0).flip(0)  # by the rank that is kept
+        lost = squares.flip(0).cumsum(0).flip(0)  # squared errors, by the rank that is kept
         needed = max(int((lost > self.tolerance**2 * lost[0]).sum()), 1)
         return needed if self.rank is None else min(self.rank, needed)
 
@@ -100,7 +100,7 @@ class Approximation:
 
     @property
     def message(self) -> str:
-        """Rank and errors, for people."""
+        """A summary of its ranks and errors."""
         worst, error = self.worst
         return (
             f"rank {format_range(self.ranks)}, relative Frobenius error {self.error:.2g}"

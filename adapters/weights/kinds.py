@@ -1,6 +1,6 @@
-"""The kinds of adapter, where they attach, and attaching them.
+"""The kinds of adapter, the modules that they attach to, and attaching them.
 
-Recipes are checked by these names, so that torch, diffusers and PEFT are imported on use only.
+Checking a recipe needs these names, so torch, diffusers and PEFT are imported only on use.
 """
 
 import difflib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ADAPTER_NAME = "default"
-"""The name that PEFT knows the adapter by within a UNet."""
+"""PEFT's name for the adapter within a UNet."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 """All projections of IF's attention; text enters through the last two alone."""
@@ -67,24 +67,24 @@ class AdapterSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of adapter: its PEFT configuration, and who can load it."""
+    """A kind of adapter: its PEFT configuration, and what can load it."""
 
     peft_type: str
-    """PEFT's name of it, by which PEFT has its configuration."""
+    """PEFT's name for it, under which PEFT registers its configuration."""
     fields: Mapping[str, str]
-    """The configuration's fields that an :class:`AdapterSpec` decides, and the spec's."""
+    """Configuration fields set from an :class:`AdapterSpec`, and the spec's field for each."""
     settings: Mapping[str, int] = field(default_factory=dict)
     """The configuration's fields that make it this kind."""
     has_b: bool = False
-    """It has the matrices B of a LoRA; ``load_lora_weights`` of the diffusers pipelines loads these
-    kinds and no others."""
+    """True if it has the matrices B of a LoRA; ``load_lora_weights`` of the diffusers pipelines
+    loads only such kinds."""
     alone: bool = False
-    """These pipelines load it alone only, without ``set_adapters`` and ``hotswap``."""
+    """True if these pipelines load it only on its own, without ``set_adapters`` and ``hotswap``."""
     convolutions: bool = True
-    """It adapts ``Conv2d`` modules beside ``Linear`` ones."""
+    """True if it adapts ``Conv2d`` modules as well as ``Linear`` ones."""
     trains_in_unet_precision: bool = False
-    """It trains well with forward and backward passes in the UNet's precision; those of other kinds
-    are in float32, as weights and optimizer always are."""
+    """True if it trains well with forward and backward passes in the UNet's precision; other kinds'
+    passes are in float32, as weights and optimizer always are."""
 
     def peft_config(self, spec: AdapterSpec) -> "PeftConfig":
         """Build the PEFT configuration of a spec, without targets."""
@@ -107,14 +107,14 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "dora": Kind("LORA", _LORA, {"use_dora": True}, has_b=True, alone=True),
         "loha": Kind("LOHA", _LYCORIS),
         "lokr": Kind("LOKR", _LYCORIS),
-        # PEFT rotates the patches of a convolution without its padding: no identity to start from
+        # PEFT rotates a convolution's patches without its padding, so it cannot start as identity
         "oft": Kind("OFT", {"r": "rank"}, {"oft_block_size": 0}, convolutions=False),
     }
 )
 
 
 def match_targets(unet: "nn.Module", targets: str | Iterable[str]) -> tuple[str, ...]:
-    """Find the full names of the modules that targets mean, in the model's order.
+    """Find the full names of the modules that targets match, in the model's order.
 
     Args:
         unet: the model; only its ``Linear`` and ``Conv2d`` modules can be targets.
@@ -122,7 +122,7 @@ def match_targets(unet: "nn.Module", targets: str | Iterable[str]) -> tuple[str,
             that matches a module's full name or any ending of it that follows a dot.
 
     Raises:
-        UserError: where a pattern matches no module, naming the closest names.
+        UserError: if a pattern matches no module, naming the closest names.
     """
     from torch import nn
 
@@ -134,7 +134,7 @@ def match_targets(unet: "nn.Module", targets: str | Iterable[str]) -> tuple[str,
         globs = (pattern, f"*.{pattern}")
         matching = [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
         if not (matching or preset):
-            dots = pattern.count(".")  # as many as in the endings of names to compare with
+            dots = pattern.count(".")  # compared with endings of names that have as many
             endings = dict.fromkeys(".".join(name.split(".")[-dots - 1 :]) for name in names)
             closest = difflib.get_close_matches(pattern, endings, n=3, cutoff=0)
             raise UserError(
@@ -146,10 +146,10 @@ def match_targets(unet: "nn.Module", targets: str | Iterable[str]) -> tuple[str,
 
 
 def peft_config(unet: "nn.Module", spec: AdapterSpec) -> "PeftConfig":
-    """Build the PEFT configuration of a spec, its targets as full module names.
+    """Build the PEFT configuration of a spec, with its targets as full module names.
 
     Raises:
-        UserError: where a target matches no module, or one that the kind does not adapt.
+        UserError: if a target matches no module, or one that the kind does not adapt.
     """
     from torch import nn
 
@@ -172,12 +172,12 @@ def peft_config(unet: "nn.Module", spec: AdapterSpec) -> "PeftConfig":
 def attach(
     unet: "UNet2DConditionModel", spec: AdapterSpec, *, seed: int = 0
 ) -> "dict[str, nn.Parameter]":
-    """Freeze a UNet and attach a fresh adapter, which changes nothing yet (OFT: but rounding).
+    """Freeze a UNet and attach a fresh adapter, which changes nothing yet (OFT: except rounding).
 
     Args:
         unet: the base, in any precision.
         spec: the adapter.
-        seed: its initial values; the global generator is left as it was.
+        seed: the seed of its initial values; the global generator is left as it was.
 
     Returns:
         :func:`adapter_parameters`: float32, trainable, on the UNet's device.
@@ -195,7 +195,7 @@ def attach(
 
     config = peft_config(unet, spec)
     unet.requires_grad_(False)
-    blank = unet.device.type == "meta"  # nothing is drawn then: threads may do it at once
+    blank = unet.device.type == "meta"  # nothing is drawn then, so that threads may attach at once
     with unet.device if blank else torch.random.fork_rng(devices=[]):
         if not blank:
             torch.default_generator.manual_seed(seed)  # PEFT initialises on the CPU
@@ -219,9 +219,10 @@ def _check_trainable(unet: "nn.Module") -> None:
 
 
 def _measure_magnitudes(unet: "nn.Module") -> None:
-    """Take DoRA's initial magnitudes in float32, as its forward pass takes them.
+    """Measure DoRA's initial magnitudes in float32, as its forward pass does.
 
-    PEFT took them in the base's precision, so that in bfloat16 a fresh DoRA is not the identity.
+    PEFT has measured them in the base's precision, but in bfloat16 a fresh DoRA would then not be
+    the identity.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -244,7 +245,7 @@ def adapted_modules(unet: "UNet2DConditionModel") -> list[str]:
 
 
 def adapter_parameters(unet: "UNet2DConditionModel") -> "dict[str, nn.Parameter]":
-    """The parameters of the attached adapter by their names in the UNet."""
+    """Return the parameters of the attached adapter by their names in the UNet."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     mark = PEFT_TYPE_TO_PREFIX_MAPPING[unet.peft_config[ADAPTER_NAME].peft_type]
@@ -252,5 +253,5 @@ def adapter_parameters(unet: "UNet2DConditionModel") -> "dict[str, nn.Parameter]
 
 
 def adapter_state(unet: "UNet2DConditionModel") -> "dict[str, Tensor]":
-    """The values of :func:`adapter_parameters`, sharing their memory."""
+    """Return the values of :func:`adapter_parameters`, sharing their memory."""
     return {name: parameter.detach() for name, parameter in adapter_parameters(unet).items()}

@@ -1,4 +1,4 @@
-"""LyCORIS' algorithms: the change that a module's tensors make to its weight, without its package.
+"""LyCORIS' algorithms, without its package: the change that a module's tensors make to its weight.
 
 Each formula is that of the library's own forward pass (github.com/KohakuBlueleaf/LyCORIS, 4.1) at
 a multiplier of 1. W is a weight [out, in, ...], r a rank; ``scale`` is alpha / r. PEFT's LoHa and
@@ -21,44 +21,44 @@ WHOLE_MATRICES = {"lokr_w1", "lokr_w2"}
 
 @dataclass
 class LycorisConfig:
-    """Settings of a file of LyCORIS, gathered from its tensors: such files have no others."""
+    """Settings of a LyCORIS file, gathered from its tensors, as such files have no others."""
 
     kind: str
-    """Its algorithms, ``+`` between them."""
+    """Its algorithms, joined by ``+``."""
     r: int
     """The most common rank; 0: the algorithm has none."""
     alpha: float
-    """The most common alpha (of OFT: its constraint)."""
+    """The most common alpha (for OFT: its constraint)."""
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     target_modules: list[str]
     base_model_name_or_path: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON takes them."""
+        """Return the settings in JSON's types."""
         return asdict(self)
 
 
 class Algorithm(NamedTuple):
-    """An algorithm: the tensors it needs, its formula, and its rank by the tensors."""
+    """An algorithm: the tensors it needs, its formula, and its rank from the tensors."""
 
     kind: str
     needs: Sequence[Sequence[Sequence[str]]]
-    """Alternatives: of each need, all tensors of one of them have to be there."""
+    """Needs, each with its alternatives: all tensors of one alternative have to be there."""
     change: Callable[[Tensors, Tensor, float], Tensor]
     """Computes what is added to W, [out, in, ...] or [out, in * ...], from the tensors, W and
-    ``scale`` (of OFT: alpha itself)."""
+    ``scale`` (for OFT: alpha itself)."""
     rank: Callable[[Tensors], int] = lambda tensors: 0
-    """0: it has none."""
+    """Returns the rank; 0: the algorithm has none."""
     alpha: bool = False
     """Its files always have an alpha, which scales the change."""
 
 
 def _rank_of_lokr(t: Tensors) -> int:
-    """The rank of the factors; of whole matrices the largest that these can have.
+    """Return the rank of the factors; for whole matrices, the largest that they can have.
 
-    The file does not keep the rank that whole matrices were trained with, so that, as in the
-    library's own loading of files, ``rs_lora`` is lost on them.
+    The file does not keep the rank that whole matrices were trained with, so ``rs_lora`` is
+    lost on them, as it is when the library itself loads the file.
     """
     factors = [t[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in t]
     if factors:
@@ -71,7 +71,7 @@ def _lora(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 
 
 def _loha(t: Tensors, weight: Tensor, scale: float) -> Tensor:
-    """(w1_a w1_b) ⊙ (w2_a w2_b), equation 2 of arXiv 2108.06098."""
+    """Compute (w1_a w1_b) ⊙ (w2_a w2_b), equation 2 of arXiv 2108.06098."""
     one, two = (
         _product(t.get(f"hada_t{side}"), t[f"hada_w{side}_a"], t[f"hada_w{side}_b"])
         for side in (1, 2)
@@ -80,7 +80,7 @@ def _loha(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 
 
 def _lokr(t: Tensors, weight: Tensor, scale: float) -> Tensor:
-    """w1 ⊗ w2, the Kronecker product of arXiv 2212.10650."""
+    """Compute w1 ⊗ w2, the Kronecker product of arXiv 2212.10650."""
     one = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
     two = (
         t["lokr_w2"]
@@ -92,12 +92,12 @@ def _lokr(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 
 
 def _product(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Compute A B, or with a core [r, r, ...] its Tucker product with A [r, out] and B [r, in]."""
+    """Compute A B or, with a core [r, r, ...], its Tucker product with A [r, out] and B [r, in]."""
     return a @ b if core is None else torch.einsum("ij...,ip,jq->pq...", core, a, b)
 
 
 def _glora(t: Tensors, weight: Tensor, scale: float) -> Tensor:
-    """W A + B, with the low-rank A = a1 a2 and B = b1 b2."""
+    """Compute W A + B, with the low-rank A = a1 a2 and B = b1 b2."""
     a1, a2, b1, b2 = (t[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
     return (torch.einsum("oi...,ij->oj...", weight, a1 @ a2).flatten(1) + b1 @ b2) * scale
 
@@ -109,7 +109,7 @@ def _ia3(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 
 
 def _oft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
-    """(R - I) W with R of orthogonal blocks [number, size, size]; the blocks are transposed."""
+    """Compute (R - I) W with R of orthogonal blocks [number, size, size], applied transposed."""
     blocks = _rotations(t["oft_blocks"], scale * len(weight))
     rows = weight.unflatten(0, blocks.shape[:2])
     turned = torch.einsum("knm,kn...->km...", blocks, rows).flatten(0, 1)
@@ -117,10 +117,13 @@ def _oft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 
 
 def _boft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
-    """(R - I) W with R a butterfly, arXiv 2311.06243, of blocks [stages, number, size, size]."""
+    """Compute (R - I) W, R a butterfly of blocks [stages, number, size, size].
+
+    See arXiv 2311.06243.
+    """
     turned = weight
     for stage, blocks in enumerate(_rotations(t["oft_blocks"], scale * len(weight))):
-        apart = 2**stage * (blocks.shape[-1] // 2)  # between the rows that a stage mixes
+        apart = 2**stage * (blocks.shape[-1] // 2)  # the distance between rows that a stage mixes
         rows = turned.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2)
         rows = torch.einsum("bij,bj...->bi...", blocks, rows.unflatten(0, blocks.shape[:2]))
         turned = rows.flatten(0, 1).unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
@@ -130,7 +133,7 @@ def _boft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 def _rotations(blocks: Tensor, constraint: float) -> Tensor:
     """Compute orthogonal blocks [..., size, size], by Cayley's transform of a skew-symmetric part.
 
-    The constraint is the largest norm of that part; 0: any.
+    The constraint is the largest norm of that part; 0: no limit.
     """
     skew = blocks - blocks.mT
     if constraint:
@@ -176,11 +179,11 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "oft_blocks": Algorithm("diag-oft", [[["oft_blocks"]]], _oft),
     "boft": Algorithm("boft", [[["oft_blocks"]]], _boft),
 }
-"""The algorithms by the beginning of a tensor's name that only they have (``boft``: its shape)."""
+"""The algorithms, each by a prefix that only its tensors' names have (``boft``: known by shape)."""
 
 
 def algorithm_of(tensors: Tensors) -> Algorithm | None:
-    """The algorithm of a module's tensors; ``None``: none of these (PEFT's own OFT)."""
+    """Return the algorithm of a module's tensors; ``None``: none of these (PEFT's own OFT)."""
     if "oft_blocks" in tensors and tensors["oft_blocks"].ndim == 4:
         return ALGORITHMS["boft"]
     marks = (mark for mark in ALGORITHMS for name in tensors if name.startswith(mark))
@@ -197,10 +200,10 @@ def missing_tensors(tensors: Tensors) -> list[str]:
 
 
 def check_shapes(tensors: Tensors) -> None:
-    """Check that a whole module's tensors are matrices, or more, and those of a LoRA of one rank.
+    """Check that a complete module's tensors have two or more dimensions, and a LoRA's one rank.
 
     Raises:
-        RuntimeError: where they are not.
+        RuntimeError: if they do not.
     """
     algorithm = algorithm_of(tensors)
     needs = algorithm.needs if algorithm else ()
@@ -214,13 +217,13 @@ def check_shapes(tensors: Tensors) -> None:
 
 
 def simplify(tensors: Tensors) -> dict[str, Tensor]:
-    """Rewrite a module's tensors as those of another algorithm that is known, to the same effect.
+    """Rewrite a module's tensors as equivalent ones of :data:`ALGORITHMS`.
 
-    The core of a LoRA (``lora_mid``) goes into its A, and IA3's vector gets the dimensions that
-    multiply a weight.
+    The core of a LoRA (``lora_mid``) is multiplied into its A, and IA3's vector gets a shape that
+    can multiply a weight.
 
     Raises:
-        RuntimeError: where a core does not fit its factors.
+        RuntimeError: if a core does not fit its factors, or ``on_input`` is not 0 or 1.
     """
     own = dict(tensors)
     if {"lora_mid.weight", "lora_A.weight"} <= own.keys():
@@ -237,7 +240,7 @@ def simplify(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def with_peft_magnitude(tensors: Tensors) -> dict[str, Tensor]:
-    """Rename the DoRA magnitude of a LoRA as PEFT does, where it is one by output."""
+    """Rename the DoRA magnitude of a LoRA as PEFT does, if it has one value per output."""
     own = dict(tensors)
     if {"dora_scale", "lora_A.weight", "lora_B.weight"} <= own.keys():
         scale, outputs = own["dora_scale"], len(own["lora_B.weight"])
@@ -251,16 +254,16 @@ def weight_change(tensors: Tensors, weight: Tensor, scale: float) -> Tensor:
     """Compute what the tensors of a module add to its weight.
 
     Args:
-        tensors: of one of :data:`ALGORITHMS`, whole; with ``dora_scale``, DoRA's magnitude, over
+        tensors: all those of one of :data:`ALGORITHMS`; with ``dora_scale``, DoRA's magnitude, over
             outputs [out, 1, ...] or inputs [1, in, ...].
-        weight: the base's own W, [out, in, ...]; the result has its device.
-        scale: alpha / rank; of OFT alpha; unused by others without a rank.
+        weight: the base's own W, [out, in, ...]; the result is on its device.
+        scale: alpha / rank; for OFT alpha; unused by other algorithms without a rank.
 
     Returns:
         [out, in, ...] in float32.
 
     Raises:
-        RuntimeError: where the shapes do not fit the weight.
+        RuntimeError: if the shapes do not fit the weight.
     """
     own = {name: t.to(weight.device, torch.float32) for name, t in tensors.items()}
     algorithm, base = algorithm_of(own), weight.to(torch.float32)

@@ -1,11 +1,11 @@
 """Updates: the change that an adapter makes to one weight, and the weighted sum of several.
 
-Here a weight [out, in, ...] is a matrix W [out, in]; a convolution's columns are in the order in
-which its memory has them. Adapters with factors c make of it
+Here a weight [out, in, ...] is a matrix W [out, in]; a convolution's columns are in the order of
+its memory. Adapters with factors c turn it into
 
     W + Σ c (W merged - W)
 
-as PEFT merges each of them into the base's own W. All sums are in float32.
+where W merged is the base's own W with one adapter merged as PEFT does. All sums are in float32.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-# rows of two matrices of different precision that are added at once: each takes a copy
+# rows added at once, as adding matrices of different precisions takes a copy of them
 ROWS = 512
 
 
@@ -24,12 +24,12 @@ class LowRank:
     """The update of LoRA, rsLoRA and DoRA: W merged = gain ⊙ W + scaling B A."""
 
     b: Tensor
-    """[out, rank]; float32 where it is merged."""
+    """[out, rank]; float32 if it is merged."""
     a: Tensor
-    """[rank, in], or [rank, in, ...] where it is only measured; in the precision of B."""
+    """[rank, in], or [rank, in, ...] if it is only measured; in the precision of B."""
     scaling: float = 1.0
     gain: Tensor | None = None
-    """[out, 1], float32; DoRA's magnitude by the norm of W + scaling B A. ``None``: one."""
+    """[out, 1], float32; DoRA's magnitude divided by the norm of W + scaling B A. ``None``: 1."""
 
     @property
     def rank(self) -> int:
@@ -79,14 +79,14 @@ Update: TypeAlias = LowRank | Dense
 
 
 class Term(NamedTuple):
-    """One adapter's part in a weight."""
+    """One adapter's contribution to a weight."""
 
     factor: float
     update: Update
 
 
 Terms: TypeAlias = tuple[Term, ...]
-"""The adapters that are switched on, in an order that does not depend on when they came."""
+"""The adapters that are switched on, in an order that does not depend on when they were added."""
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def in_shape_of(weight: Tensor, matrix: Tensor) -> Tensor:
-    """View a matrix such as :func:`as_matrix` makes in the shape of the weight."""
+    """View a matrix from :func:`as_matrix` in the shape of its weight."""
     shape = in_order_of(weight, weight).shape
     return matrix.view(shape) if weight.is_contiguous() else matrix.view(shape).permute(0, 3, 1, 2)
 
@@ -114,8 +114,8 @@ def low_rank(
         weight: the base's own, [out, in, ...].
         b: [out, rank] or [out, rank, 1, 1].
         a: [rank, in, ...].
-        scaling: of B A.
-        magnitude: DoRA's, with ``out`` values; its gain is that of ``merge`` in PEFT, equation 5 of
+        scaling: the factor of B A.
+        magnitude: DoRA's, with ``out`` values; its gain is that of PEFT's ``merge``, equation 5 of
             arXiv 2402.09353. ``None``: no DoRA.
     """
     device = weight.device
@@ -139,7 +139,7 @@ def change(terms: Sequence[Term], device: torch.device) -> Tensor | None:
 
 
 def gain(terms: Sequence[Term], device: torch.device) -> Tensor | None:
-    """Sum what terms multiply W by, [out, 1] in float32; ``None``: one."""
+    """Sum what terms multiply W by, [out, 1] in float32; ``None``: 1."""
     gains = [
         (factor, update.gain)
         for factor, update in terms
@@ -159,7 +159,7 @@ def merge(base: Tensor, terms: Sequence[Term], out: Tensor | None = None) -> Ten
     Args:
         base: W, [out, in] in the base's precision.
         terms: at least one.
-        out: where to, [out, in], rounded to its precision once; ``None``: a new one in float32.
+        out: the result, [out, in], rounded to its precision once; ``None``: a new one in float32.
     """
     added = change(terms, base.device)
     assert added is not None
