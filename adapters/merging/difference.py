@@ -25,7 +25,7 @@ from adapters.tables import format_facts, format_range, format_table
 from adapters.weights.updates import LowRank
 
 Read: TypeAlias = Callable[[str], LowRank | Tensor | None]
-"""A reader of a module's update, or of a weight, by name; ``None``: there is none."""
+"""A reader of a module's update, or of a weight, by name; ``None`` if it is missing."""
 
 SETTINGS = {"rank": rank_of, "alpha": alpha_of}
 """The settings in which two adapters of one module may differ."""

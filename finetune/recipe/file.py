@@ -158,6 +158,6 @@ def _types_at(path: Place) -> set[Any]:
 
 
 def _section(types: Iterable[Any]) -> type[BaseModel] | None:
-    """Find the section among some types; ``None``: there is none."""
+    """Find the section among some types; ``None`` if none of them is one."""
     classes = (kind for kind in types if isinstance(kind, type))
     return next((kind for kind in classes if issubclass(kind, BaseModel)), None)

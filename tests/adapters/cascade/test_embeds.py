@@ -1,4 +1,4 @@
-"""Text encodings as a file: made where the text encoder is, used where there is none."""
+"""Text encodings as a file: made with the text encoder, used without it."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A saved picture says all that it was drawn with, and can be drawn anew from that."""
+"""A saved picture records all that it was drawn with, and can be drawn again from that."""
 
 import io
 import json
