@@ -27,7 +27,7 @@ def compare_and_judge(recipe: "Recipe", options: argparse.Namespace) -> str:
 
     quiet_libraries()
     text, scores = compare(recipe)
-    if recipe.comparison is None or (expected := recipe.comparison.expected) is None:
+    if recipe.evaluation is None or (expected := recipe.evaluation.expected) is None:
         return text
     sys.stdout.write(text)  # shown even if the judgement is an error
     if expected.data == recipe.data.source:

@@ -20,7 +20,7 @@ from adapters.tables import format_facts, format_table
 from finetune.data.captions import CaptionCache, collect_prompts, embed_captions
 from finetune.data.pictures import crop, load_pictures
 from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
-from finetune.recipe.schema import Comparison, Expected, Recipe
+from finetune.recipe.schema import Evaluation, Expected, Recipe
 from finetune.run.folders import Folders
 from finetune.step.stages import STAGES
 
@@ -44,15 +44,15 @@ def compare(recipe: Recipe) -> tuple[str, Scores]:
         The scores as a table to print, and by name.
 
     Raises:
-        UserError: if the recipe has no ``comparison`` section, or the run has no adapters.
+        UserError: if the recipe has no ``evaluation`` section, or the run has no adapters.
     """
-    comparison, folders = recipe.comparison, Folders(recipe.folder)
-    if comparison is None:
-        raise UserError("The recipe needs a `comparison` section: prompts, subject and clip.")
+    settings, folders = recipe.evaluation, Folders(recipe.folder)
+    if settings is None:
+        raise UserError("The recipe needs a `evaluation` section: prompts, subject and clip.")
     if not folders.adapters.is_dir():
         raise UserError(f"There are no adapters in {folders.adapters}: train the recipe first.")
-    prompts = comparison.prompts + comparison.other_prompts
-    base, fine_tuned = sample_both(recipe, comparison, prompts, folders.adapters)
+    prompts = settings.prompts + settings.other_prompts
+    base, fine_tuned = sample_both(recipe, settings, prompts, folders.adapters)
     last = STAGES[2 if recipe.base.stage_2 else 1]
     size_px, rng = recipe.source(last).picture_size_px, np.random.default_rng(0)
     photos = [
@@ -65,7 +65,7 @@ def compare(recipe: Recipe) -> tuple[str, Scores]:
         column_captions=prompts,
         title=f"{recipe.name}: the base, and the fine-tuned cascade",
     )
-    scores = score(comparison, photos, base, fine_tuned)
+    scores = score(settings, photos, base, fine_tuned)
     picture = folders.run / "before_after.png"
     sheet.save(picture)
     write_text(folders.run / "before_after.json", json.dumps(scores, indent=2) + "\n")
@@ -78,12 +78,12 @@ def compare(recipe: Recipe) -> tuple[str, Scores]:
 
 
 def sample_both(
-    recipe: Recipe, comparison: Comparison, prompts: Sequence[str], adapters: Path
+    recipe: Recipe, settings: Evaluation, prompts: Sequence[str], adapters: Path
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Sample the final stage's picture of each prompt, without and with the adapters."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    own = comparison.stage_2_prompts
-    stage_2_prompts = None if own is None else own + comparison.other_prompts
+    own = settings.stage_2_prompts
+    stage_2_prompts = None if own is None else own + settings.other_prompts
     written = collect_prompts(recipe)
     captions = {text: written[text] for text in [*prompts, *(own or ()), ""]}
     embeds = embed_captions(captions, CaptionCache.of(recipe, device))
@@ -101,8 +101,8 @@ def sample_both(
             prompts,
             stage_2_prompt=stage_2_prompts,
             embeds=embeds,
-            seed=comparison.seed,
-            sampling=comparison.sampling or recipe.validation.sampling,
+            seed=settings.seed,
+            sampling=settings.sampling or recipe.validation.sampling,
         )
 
     base = sample()
@@ -111,18 +111,18 @@ def sample_both(
 
 
 def score(
-    comparison: Comparison,
+    settings: Evaluation,
     photos: Sequence[Image.Image],
     base: Sequence[Image.Image],
     fine_tuned: Sequence[Image.Image],
 ) -> Scores:
     """Compute CLIP-I of the subject's prompts, and CLIP-T of these and of the other prompts."""
-    scorer = ClipScorer(comparison.clip)
-    real, subjects = scorer.images(photos), len(comparison.prompts)
+    scorer = ClipScorer(settings.clip)
+    real, subjects = scorer.images(photos), len(settings.prompts)
     texts = scorer.texts(
         [
-            prompt.replace(comparison.identifier, comparison.subject)
-            for prompt in comparison.prompts + comparison.other_prompts
+            prompt.replace(settings.identifier, settings.subject)
+            for prompt in settings.prompts + settings.other_prompts
         ]
     )
     scores: Scores = {"clip_i/real_to_real": clip_i_ceiling(real)}
@@ -130,7 +130,7 @@ def score(
         vectors = scorer.images(pictures)
         scores[f"clip_i/{name}"] = clip_i(vectors[:subjects], real)
         scores[f"clip_t/{name}"] = clip_t(vectors[:subjects], texts[:subjects])
-        if comparison.other_prompts:
+        if settings.other_prompts:
             scores[f"clip_t_others/{name}"] = clip_t(vectors[subjects:], texts[subjects:])
     return scores
 

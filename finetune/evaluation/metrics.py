@@ -28,7 +28,7 @@ class ClipScorer:
             self.processor = AutoProcessor.from_pretrained(clip)
         except (OSError, ValueError) as error:
             raise UserError(
-                "comparison.clip must name a CLIP model with safetensors weights, as a folder or on"
+                "evaluation.clip must name a CLIP model with safetensors weights, as a folder or on"
                 f" the hub (got {clip!r}): {error}"
             ) from error
 

@@ -21,6 +21,9 @@ NAMING_TOKENS = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 """The errors of reading YAML; ``!!int abc`` and deep nesting do not raise a YAMLError."""
 
+RENAMED = {"comparison": "evaluation"}
+"""The new names of keys, by their old paths."""
+
 PLAIN_WORDS = {
     r"a valid dictionary or instance of \w+": "a section of keys and values",
     "a valid boolean": "true or false",
@@ -126,7 +129,9 @@ def _row(path: Place, mistakes: list[ErrorDetails]) -> str:
     if first["type"] == "extra_forbidden":
         section = _section(_types_at(path[:-1]))
         assert section is not None
-        message = f"unknown key; {closest(str(path[-1]), list(section.model_fields))}"
+        new = RENAMED.get(".".join(map(str, path)))
+        hint = f"is now {new}" if new else closest(str(path[-1]), list(section.model_fields))
+        message = f"unknown key; {hint}"
     elif first["type"] not in ("missing", "value_error"):
         others = [mistake["msg"].removeprefix("Input should be ") for mistake in mistakes[1:]]
         message = " or ".join([message, *others])

@@ -344,27 +344,27 @@ class Expected(Section):
     """The distance from these scores that other seeds or processors can make."""
 
 
-class Comparison(Section):
-    """The comparison of base and fine-tuned cascade (``python -m finetune.compare``)."""
+class Evaluation(Section):
+    """The subject, and how well it was learnt (``python -m finetune.evaluate``)."""
 
+    identifier: str
+    """The words that name the subject in prompts, such as ``sks octopus``."""
+    subject: str
+    """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
     prompts: Annotated[Prompts, Field(min_length=1)]
     """Prompts that should show the subject."""
     stage_2_prompts: StagePrompts | None = None
     """Prompts for Stage II, one for each of ``prompts``; ``None``: the same."""
     other_prompts: Prompts = ()
     """Prompts without the subject; training should not change their pictures."""
-    subject: str
-    """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
-    identifier: str
-    """The words that name the subject in the prompts, such as ``sks octopus``."""
     clip: str
     """The CLIP model that scores the pictures: a folder or hub name."""
-    expected: Expected | None = None
-    """The scores that the run should reach; ``None``: not known."""
-    seed: NonNegative = 0
-    """The seed of the pictures."""
+    seed: NonNegative = 1000
+    """The seed of the pictures, other than ``validation.seed``."""
     sampling: Sampling | None = None
     """Steps, guidance and noise level, by stage; ``None``: as in validation."""
+    expected: Expected | None = None
+    """The scores that the run should reach; ``None``: not known."""
 
 
 class Recipe(Section):
@@ -390,8 +390,8 @@ class Recipe(Section):
     """The training of Stage II, after Stage I if both are given; ``None``: it is not trained."""
     validation: Validation = Validation()
     """The pictures sampled during training."""
-    comparison: Comparison | None = None
-    """The comparison of base and fine-tuned cascade; ``None``: none."""
+    evaluation: Evaluation | None = None
+    """The scores of what was learnt; ``None``: none."""
     log_every: Positive = 10
     """Steps between TensorBoard points."""
     runs_dir: str = "runs"

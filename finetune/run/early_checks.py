@@ -27,7 +27,7 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
     check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
     if recipe.prior:
         own_folder(recipe.prior)
-    sections = (recipe.prior, recipe.validation, recipe.comparison)
+    sections = (recipe.prior, recipe.validation, recipe.evaluation)
     samplings = [section.sampling for section in sections if section and section.sampling]
     for stage in recipe.trained:
         check_stage(stage, recipe.training(stage), recipe.source(stage), samplings, device)

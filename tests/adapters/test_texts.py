@@ -304,7 +304,7 @@ def recipe_tree(base: RandomCascade, folder: Path) -> dict[str, Any]:
         "data": {"source": str(folder / "pictures"), "prompt": "a sks dog"},
         "prior": {"prompts": ["a dog"]},
         "validation": {"prompts": ["a sks dog"], "stage_2_prompts": ["a dog"]},
-        "comparison": {
+        "evaluation": {
             "prompts": ["a sks dog"],
             "stage_2_prompts": ["a dog"],
             "other_prompts": ["a cat"],
@@ -319,7 +319,7 @@ def recipe_tree(base: RandomCascade, folder: Path) -> dict[str, Any]:
 
 FIELDS = [
     *("data.prompt", "prior.prompts", "validation.prompts", "validation.stage_2_prompts"),
-    *("comparison.prompts", "comparison.stage_2_prompts", "comparison.other_prompts"),
+    *("evaluation.prompts", "evaluation.stage_2_prompts", "evaluation.other_prompts"),
 ]
 
 
@@ -342,7 +342,7 @@ def test_no_caption_of_a_recipe_is_emptied(
         embed_captions(collect_captions(with_text("#3"), ()), CaptionCache.of(with_text("#3"), CPU))
     check_recipe(with_text("a dog #3"), CPU)
     assert f"{field} 'a dog #3'" in caplog.messages[0]
-    if section == "comparison":
+    if section == "evaluation":
         (tmp_path / "runs/test/adapters").mkdir(parents=True)
         with pytest.raises(UserError, match=sentence):
             compare(with_text("#3", runs_dir=str(tmp_path / "runs")))

@@ -40,7 +40,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
     overrides = [
         *("prior=null", "stage_2=null", "validation.prompts=[]", "data.source=" + str(PHOTOS)),
         *("stage_1.steps=60", "stage_1.optimizer.learning_rate=3.0e-3"),
-        *(f"base.stage_1={BASE}", "base.stage_2=null", "comparison.stage_2_prompts=null"),
+        *(f"base.stage_1={BASE}", "base.stage_2=null", "evaluation.stage_2_prompts=null"),
         *(f"runs_dir={folder / 'runs'}", f"cache_dir={folder / 'cache'}"),
     ]
     recipe = load_recipe(str(ROOT / "recipes/quickstart.yaml"), overrides)
@@ -76,10 +76,10 @@ def test_the_denoising_loss_falls_as_attention_and_convolutions_learn(recipe: Re
 
 
 def test_pictures_show_the_subject(recipe: Recipe) -> None:
-    assert recipe.comparison is not None
+    assert recipe.evaluation is not None
     cascade = load_cascade(BASE, adapters=[recipe.folder / "adapters"])
     sampling = Sampling(stage_1=StageSampling(steps=25, guidance=3.0))
-    pictures = cascade(recipe.comparison.prompts, seed=0, sampling=sampling)
-    scorer = ClipScorer(str(ROOT / recipe.comparison.clip))
+    pictures = cascade(recipe.evaluation.prompts, seed=0, sampling=sampling)
+    scorer = ClipScorer(str(ROOT / recipe.evaluation.clip))
     drawn, real = scorer.images(pictures.final), scorer.images(photographs(128))
     assert clip_i(drawn, real) > LEAST_CLIP_I

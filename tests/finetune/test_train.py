@@ -64,7 +64,7 @@ def recipe_of(cascade: RandomCascade, pictures: Path, **changes: Any) -> dict[st
             "every": 2,
             "sampling": {"stage_1": {"steps": 2}, "stage_2": {"steps": 2}},
         },
-        "comparison": {
+        "evaluation": {
             "prompts": ["a sks dog on blue"],
             "other_prompts": ["a cat"],
             "identifier": "sks dog",

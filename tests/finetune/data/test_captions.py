@@ -320,7 +320,7 @@ def test_all_collect_captions_a_run_are_found(make_recipe: MakeRecipe, tmp_path:
             "prompts": ["a sks cat on blue", "a cat"],
             "stage_2_prompts": ["a cat on blue", "a cat"],
         },
-        comparison={
+        evaluation={
             "prompts": ["a sks cat on red"],
             "stage_2_prompts": ["a cat on red"],
             "other_prompts": ["a tree"],
@@ -348,7 +348,7 @@ def test_all_collect_captions_a_run_are_found(make_recipe: MakeRecipe, tmp_path:
         "data.prompt",
         "prior.prompts",
         "validation.stage_2_prompts",
-        "comparison.other_prompts",
+        "evaluation.other_prompts",
     ]
     assert captions["a cat of the class"] == f"a caption of prior.folder {tmp_path / 'class'}"
 

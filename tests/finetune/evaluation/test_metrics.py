@@ -16,7 +16,7 @@ from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.errors import UserError
 from finetune.evaluation import comparison
 from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
-from finetune.recipe.schema import Base, Comparison, Data, Expected, Recipe, Training, Validation
+from finetune.recipe.schema import Base, Data, Evaluation, Expected, Recipe, Training, Validation
 from tests.builders import ROOT
 from tests.builders.random_cascade import RandomCascade
 
@@ -123,7 +123,7 @@ def test_a_comparison_is_sampled_as_it_says(
         data=Data(source="unread"),
         stage_1=Training(steps=1),
         validation=Validation(sampling=Sampling(stage_1=StageSampling(steps=2))),
-        comparison=Comparison(
+        evaluation=Evaluation(
             prompts=("a cat",),
             stage_2_prompts=None if own is None else ("a pet",),
             other_prompts=("a dog",),
@@ -144,13 +144,13 @@ def test_a_comparison_is_sampled_as_it_says(
     draw = Cascade.__call__
     monkeypatch.setattr(Cascade, "__call__", recording)
     monkeypatch.setattr(Cascade, "add_adapter", lambda *_: None)
-    assert recipe.comparison is not None
+    assert recipe.evaluation is not None
     expected = {
         "sampling": own or recipe.validation.sampling,
         "seed": 5,
         "stage_2_prompt": None if own is None else ("a pet", "a dog"),
     }
-    before, after = comparison.sample_both(recipe, recipe.comparison, ["a cat", "a dog"], tmp_path)
+    before, after = comparison.sample_both(recipe, recipe.evaluation, ["a cat", "a dog"], tmp_path)
     assert seen == [expected, expected]
     assert [image.tobytes() for image in before] == [image.tobytes() for image in after]
 
@@ -181,5 +181,5 @@ def test_a_pickled_clip_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_missing_clip_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"comparison\.clip must name a CLIP model"):
+    with pytest.raises(UserError, match=r"evaluation\.clip must name a CLIP model"):
         ClipScorer(str(tmp_path / "nowhere"))

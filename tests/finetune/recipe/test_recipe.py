@@ -310,15 +310,21 @@ def test_every_field_is_documented() -> None:
 def test_stage_2s_prompts_are_one_for_each(tmp_path: Path) -> None:
     sections = """
 validation: {prompts: [a sks cat, a sks dog], stage_2_prompts: [a cat]}
-comparison: {prompts: [a sks cat], subject: cat, identifier: sks cat, clip: c, stage_2_prompts: []}
+evaluation: {prompts: [a sks cat], subject: cat, identifier: sks cat, clip: c, stage_2_prompts: []}
 """
     assert mistakes(tmp_path, SMALL + sections) == {
         "validation.stage_2_prompts": "must be one for each of the 2 prompts (got 1)",
-        "comparison.stage_2_prompts": "must be one for each of the 1 prompts (got 0)",
+        "evaluation.stage_2_prompts": "must be one for each of the 1 prompts (got 0)",
     }
     right = "validation: {prompts: [a sks cat], stage_2_prompts: [a cat]}"
     recipe = load_recipe(write(tmp_path, SMALL + right))
     assert recipe.validation.stage_2_prompts == ("a cat",)
+
+
+def test_the_old_name_of_a_section_gets_the_new_one(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, SMALL + "comparison: {clip: c}") == {
+        "comparison": "unknown key; is now evaluation"
+    }
 
 
 def test_an_override_deeper_than_any_key_is_a_sentence() -> None:
