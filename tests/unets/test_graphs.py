@@ -1,17 +1,19 @@
 """Recorded functions against the same functions run as they are; a recording needs a GPU."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from adapters.base.source import Source
+from adapters.weights.kinds import KINDS, AdapterSpec
 from finetune.recipe.schema import Training
 from finetune.run.trainee import Trainee
 from finetune.step.stages import STAGES
 from tests.builders.random_cascade import RandomCascade
-from tests.builders.trainees import batch_of
+from tests.builders.trainees import batch_of, trainee_of
 from unets.graphs import KEPT, GraphMemory, Replayed
 
 
@@ -104,3 +106,33 @@ def test_200_fast_steps_are_the_plain_ones_within_the_noise_of_bf16(
     fast = (losses(source.unet("bf16", cuda), recorded=True) - exact).abs().view(-1, 20).mean(1)
     assert exact[-20:].mean() < exact[:20].mean()
     assert fast.mean() < 1.5 * noise.mean(), f"{fast} against {noise}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_steps_that_preserve_the_bases_output_are_the_plain_ones(
+    random_cascade: RandomCascade, kind: str
+) -> None:
+    """With one preserved row, then two, then none, each recorded by itself."""
+    torch.backends.cudnn.allow_tf32 = False
+
+    def train(*, recorded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        spec = AdapterSpec(
+            kind=kind, targets="attention+conv" if KINDS[kind].convolutions else "all"
+        )
+        trainee = trainee_of(
+            random_cascade.stage_2, 2, device="cuda", adapter=spec, cuda_graph=recorded
+        )
+        losses = []
+        for step in range(12):
+            batch = batch_of(trainee, step, pictures=4)
+            if count := (1, 2, 0)[step % 3]:
+                batch = replace(batch, preserved=torch.arange(4 - count, 4))
+            losses.append(trainee.accumulate(batch.to(trainee.unet.device)).total.clone())
+            trainee.update()
+        assert len(trainee.recorded._graphs) == (3 if recorded else 0)
+        return torch.stack(losses), trainee.weights.values
+
+    (plain, weights), (fast, recorded_weights) = train(recorded=False), train(recorded=True)
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(recorded_weights, weights, rtol=1e-2, atol=1e-3)
