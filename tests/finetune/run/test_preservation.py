@@ -7,14 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from adapters.weights.kinds import KINDS, AdapterSpec
+from finetune.data.captions import CaptionCache, embed_captions
+from finetune.data.pictures import load_pictures
+from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.run.checkpoints import list_checkpoints
 from finetune.run.folders import Folders
+from finetune.run.trainee import Trainee
 from finetune.step.losses import preservation_loss
 from finetune.step.stages import STAGES
+from finetune.train import gather
+from tests.builders import ROOT
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import batches_for, flat, logged, material_of, recipe_of, train
 from tests.builders.small_runs import trainee_of as trainee_of_run
@@ -155,3 +162,59 @@ def test_that_a_quantised_bases_own_output_is_preserved_is_said_once(
     stage = {"steps": 2, "precision": precision, "batch_size": 4}
     train(recipe_of(random_cascade, tmp_path, stage=stage, prior=PRIOR))
     assert capsys.readouterr().out.count(f"the base in {precision}") == said
+
+
+BASE = ROOT / "models/if-tiny/stage_1"
+
+KNOWN = [
+    f"a {thing} on a {colour} background"
+    for thing in ("dog face", "pizza", "rocket", "tulip")
+    for colour in ("purple", "green", "white")
+]
+"""Captions for which the embedded cascade's output is preserved."""
+
+OTHERS = ("a cat face on a blue background", "a red apple on a black background")
+"""Captions that are neither taught nor preserved."""
+
+
+def test_other_captions_drift_less_where_output_is_preserved(tmp_path: Path) -> None:
+    """And the embedded cascade learns the octopus all the same."""
+    drifts = []
+    for prior in (None, {"kind": "output", "prompts": KNOWN}):
+        recipe = load_recipe(
+            ROOT / "recipes/quickstart.yaml",
+            [
+                *("stage_2=null", "base.stage_2=null", "evaluation=null", "prior=null"),
+                *(f"base.stage_1={BASE}", f"data.source={ROOT / 'datasets/octopus'}"),
+                *("stage_1.steps=8", "stage_1.adapter.targets=attention"),
+                *("stage_1.optimizer.learning_rate=5e-3", f"cache_dir={tmp_path}"),
+            ],
+        )
+        recipe = Recipe.model_validate(recipe.model_dump() | {"prior": prior})
+        pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
+        material = gather(recipe, pictures, Accelerator(cpu=True))
+        trainee, batches = trainee_of_run(recipe), batches_for(recipe, material)
+        errors = []
+        for index in (*range(recipe.training(STAGES[1]).steps), 0):  # the first again
+            batch = batches(index)
+            errors.append(float((trainee.accumulate(batch).mse * batch.weight).sum()))
+            trainee.update()
+        assert errors[-1] < 0.95 * errors[0]
+        cache = CaptionCache.of(recipe, torch.device("cpu"))
+        drifts.append(drift(trainee, embed_captions(OTHERS, cache)))
+    assert drifts[1] < 0.7 * drifts[0]
+
+
+@torch.no_grad()
+def drift(trainee: Trainee, embeds: Mapping[str, Tensor]) -> float:
+    """The mean squared distance from the base's prediction of noise, over its captions."""
+    text = torch.stack([embeds[caption] for caption in embeds])
+    size = trainee.unet.config.sample_size
+    inputs = {
+        "sample": torch.randn(len(text), 3, size, size, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.full((len(text),), 700),
+        "encoder_hidden_states": text,
+    }
+    expected = trainee.predict_as_base(inputs)
+    with trainee.final_weights() as unet:
+        return preservation_loss(unet(**inputs).sample, expected).mean().item()
