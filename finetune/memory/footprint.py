@@ -137,11 +137,8 @@ class Rehearsal:
         self, batch_size: int | None = None, accumulation: int | None = None
     ) -> Footprint:
         """Estimate the footprint of training, with the recipe's batches or others."""
-        training, flat, average = (
-            self.trainee.training,
-            self.trainee.weights,
-            self.trainee.average,
-        )
+        training = self.trainee.training
+        flat, average = self.trainee.weights, self.trainee.average
         size = batch_size or training.batch_size
         counts = self.preserved_counts(size, accumulation or training.accumulation)
         vectors = [flat.values, flat.gradient, flat.working, flat.working_gradient]

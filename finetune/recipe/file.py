@@ -156,7 +156,7 @@ def _explain_unknown_key(path: Place, place: Place) -> str:
     own = sections[0] if len(sections) == 1 else next(s for s in sections if _kind(s) == place[-2])
     others = [_kind(section) for section in sections if key in section.model_fields]
     if others:
-        return f"is for kind: {others[0]} alone (this is kind: {_kind(own)})"
+        return f"belongs to kind: {others[0]}, but this is kind: {_kind(own)}"
     return f"unknown key; {closest(key, list(own.model_fields))}"
 
 

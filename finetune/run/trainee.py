@@ -111,12 +111,13 @@ class Trainee:
         This pass is never compiled: a second compilation would take minutes, and save little of a
         pass without gradients over a part of the batch.
         """
+        training = self.unet.training
         self.unet.eval()  # or the base's own dropout, if it has any, would change its prediction
         try:
             with without_adapter(self.unet):
                 return self.unet(**inputs, return_dict=False)[0]
         finally:
-            self.unet.train()
+            self.unet.train(training)
 
     def compile(self) -> None:
         """Have the UNet compiled at the next batch, which then takes minutes."""

@@ -205,7 +205,7 @@ def test_a_prior_is_of_class_pictures_unless_it_says_otherwise(tmp_path: Path) -
         ),
         (
             "{kind: output, prompts: [a], count: 4}",
-            "prior.count: is for kind: pictures alone (this is kind: output)",
+            "prior.count: belongs to kind: pictures, but this is kind: output",
         ),
         (
             "{kind: output, prompts: [a], wight: 4}",
