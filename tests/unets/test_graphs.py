@@ -113,26 +113,31 @@ def test_200_fast_steps_are_the_plain_ones_within_the_noise_of_bf16(
 def test_recorded_steps_that_preserve_the_bases_output_are_the_plain_ones(
     random_cascade: RandomCascade, kind: str
 ) -> None:
-    """With one preserved row, then two, then none, each recorded by itself."""
+    """With one preserved row, two, or none, each of which is a recording of its own."""
     torch.backends.cudnn.allow_tf32 = False
 
-    def train(*, recorded: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        spec = AdapterSpec(
-            kind=kind, targets="attention+conv" if KINDS[kind].convolutions else "all"
-        )
+    def steps(*, recorded: bool) -> list[torch.Tensor]:
+        """The losses and the gradient of each batch, at weights that stay the same."""
+        targets = "attention+conv" if KINDS[kind].convolutions else "attention"
+        spec = AdapterSpec(kind=kind, targets=targets)
         trainee = trainee_of(
             random_cascade.stage_2, 2, device="cuda", adapter=spec, cuda_graph=recorded
         )
-        losses = []
-        for step in range(12):
-            batch = batch_of(trainee, step, pictures=4)
-            if count := (1, 2, 0)[step % 3]:
+        draw = torch.Generator().manual_seed(0)
+        moved = 0.02 * torch.randn(trainee.weights.values.shape, generator=draw)
+        trainee.weights.values += moved.to("cuda")
+        trainee.weights.publish()
+        found = []
+        for index in range(9):  # the third of each number replays
+            batch = batch_of(trainee, index, pictures=4)
+            if count := (1, 2, 0)[index % 3]:
                 batch = replace(batch, preserved=torch.arange(4 - count, 4))
-            losses.append(trainee.accumulate(batch.to(trainee.unet.device)).total.clone())
-            trainee.update()
+            losses = trainee.accumulate(batch.to(trainee.unet.device))
+            gradient = trainee.weights.gradient
+            found += [losses.total.clone(), gradient / gradient.norm()]
+            gradient.zero_()
         assert len(trainee.recorded._graphs) == (3 if recorded else 0)
-        return torch.stack(losses), trainee.weights.values
+        return found
 
-    (plain, weights), (fast, recorded_weights) = train(recorded=False), train(recorded=True)
-    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(recorded_weights, weights, rtol=1e-2, atol=1e-3)
+    for plain, fast in zip(steps(recorded=False), steps(recorded=True), strict=True):
+        assert (fast - plain).norm() < 1e-3 * plain.norm()
