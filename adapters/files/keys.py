@@ -121,6 +121,11 @@ def split_name(name: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
+def by_name(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of all modules by their full names."""
+    return {f"{name}.{part}": t for name, own in modules.items() for part, t in own.items()}
+
+
 def by_module(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group tensors by module, under their names without the module's."""
     modules: dict[str, dict[str, Tensor]] = {}

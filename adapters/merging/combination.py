@@ -20,7 +20,8 @@ from adapters.arguments import STAGES, Scale, split_scale
 from adapters.errors import UserError
 from adapters.files.for_diffusers import AdaptedOnly, blank_weights
 from adapters.files.info import AdapterInfo
-from adapters.files.reading import lora_config, scaling
+from adapters.files.keys import by_name
+from adapters.files.reading import lora_config, rank_of, scaling
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.methods import METHODS, Combination
 from adapters.weights.kinds import AdapterSpec
@@ -40,21 +41,16 @@ class Part(NamedTuple):
     @property
     def ranks(self) -> dict[str, int]:
         """The ranks of its modules."""
-        state = self.adapter.state
-        return {module: len(state[f"{module}.lora_A.weight"]) for module in self.adapter.modules}
+        return {module: rank_of(self.adapter.config, module) for module in self.adapter.modules}
 
     def shape_of(self, module: str) -> tuple[int, ...]:
         """Return the shape of a module's weight."""
-        b, a = (self.adapter.state[f"{module}.lora_{side}.weight"] for side in "BA")
+        b, a = (self.adapter.modules[module][f"lora_{side}.weight"] for side in "BA")
         return (len(b), *a.shape[1:])
 
 
 def load_parts(adapters: Sequence[tuple[str, Scale]], stage: int | None) -> dict[int, list[Part]]:
-    """Load the adapters of a combination, by stage.
-
-    Args:
-        adapters: folders or hub names, each with its scale; those with the scale 0 take no part.
-        stage: the stage of adapters that do not state theirs.
+    """Load the adapters of a combination, by stage; those with the scale 0 take no part.
 
     Raises:
         UserError: if one cannot be read, belongs to another base than the others or has no known
@@ -97,16 +93,7 @@ def _check_bases(parts: Sequence[Part]) -> None:
 def combine(
     parts: Sequence[Part], how: Combination, name: str, device: torch.device
 ) -> StageAdapter:
-    """Combine adapters of one base.
-
-    Args:
-        parts: LoRAs and rsLoRAs; in each module, those that adapt it are combined.
-        how: the method.
-        name: what to call the result.
-        device: the device to compute on.
-
-    Returns:
-        A LoRA with alpha = rank.
+    """Combine LoRAs and rsLoRAs of one base into a LoRA with alpha = rank, module by module.
 
     Raises:
         UserError: if PEFT or the method cannot combine them, naming what can.
@@ -142,7 +129,7 @@ def _combine_module(
     that do not adapt the module.
     """
     tensors = {
-        index: part.adapter.modules[module]
+        index: by_name({module: part.adapter.modules[module]})
         for index, part in zip(configs, parts, strict=True)
         if module in part.adapter.modules
     }
@@ -180,10 +167,9 @@ def _plain_config(part: Part) -> LoraConfig:
     PEFT gives the result the first part's configuration except for its alpha; if that is an
     rsLoRA's, it would scale the result once more.
     """
-    config, state = part.adapter.config, part.adapter.state
-    ranks = part.ranks.items()
-    alphas = {module: rank * scaling(config, state, module) for module, rank in ranks}
-    return lora_config(state, alphas)
+    config = part.adapter.config
+    alphas = {module: rank * scaling(config, module) for module, rank in part.ranks.items()}
+    return lora_config(part.adapter.state, alphas)
 
 
 def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from adapters.base.stored_unet import StoredUNet
@@ -80,28 +81,25 @@ def _measure_norms(adapter: StageAdapter, base: StoredUNet | None) -> dict[str, 
     """Measure the Frobenius norms of updates, or else of the adapter's parameters, by block."""
     squares, of = {}, "update"
     for module, tensors in tqdm(adapter.modules.items(), "Measuring", delay=2, leave=False):
-        update = read_update(adapter, module, base)
-        if update is None:
-            of = "parameters"
-            own = sum(float(tensor.double().square().sum()) for tensor in tensors.values())
-        else:
+        if (update := read_update(adapter, module, base)) is not None:
             own = inner(update, update)
-        weight = base.read(f"{module}.weight") if base else None
-        squares[module] = own, 0.0 if weight is None else float(weight.double().square().sum())
-    return {
-        "norm_of": of,
-        "blocks": [
-            {
-                "block": block,
-                "modules": count,
-                "norm": own**0.5,
-                "relative": (own / weight) ** 0.5 if base else None,
-            }
-            for block, count, (own, weight) in sum_by_group(
-                group_by_block(adapter.modules), squares
-            )
-        ],
-    }
+        else:
+            own, of = sum(map(_square, tensors.values())), "parameters"
+        squares[module] = own, _square(base.read(f"{module}.weight")) if base else 0.0
+    blocks = [
+        {
+            "block": block,
+            "modules": count,
+            "norm": own**0.5,
+            "relative": (own / weight) ** 0.5 if base else None,
+        }
+        for block, count, (own, weight) in sum_by_group(group_by_block(adapter.modules), squares)
+    ]
+    return {"norm_of": of, "blocks": blocks}
+
+
+def _square(tensor: Tensor) -> float:
+    return float(tensor.double().square().sum())
 
 
 def format_inspection(found: Mapping[str, Any]) -> str:
