@@ -72,12 +72,9 @@ class Request:
 
 
 def draw(pipe: Stage, request: Request, recorded: Replayed[Tensor]) -> Drawn:
-    """Draw with Stage I or II, from noise or from given pictures.
+    """Draw with Stage I or II by its UNet's recorded forward pass.
 
-    Args:
-        pipe: the stage's pipeline; another one over its modules draws from given pictures.
-        request: the pictures to draw.
-        recorded: the UNet's forward pass.
+    From given pictures, another pipeline over the same modules draws.
     """
     own = sharing(pipe, WAYS[request.conditioning.way].pipelines[request.stage])
     pixels: list[Tensor] = []
@@ -108,14 +105,8 @@ def upscale(pipe: StableDiffusionUpscalePipeline, request: Request) -> Drawn:
 def finish(pipe: Stage, pixels: Tensor) -> tuple[list[Image.Image], list[bool]]:
     """Finish pictures as the pipeline does: run its safety checker, then its watermarker.
 
-    These are steps 8 to 11 of ``IFPipeline.__call__``, done there only for PIL output.
-
-    Args:
-        pipe: the stage's pipeline.
-        pixels: [N, 3, S, S].
-
-    Returns:
-        The pictures, and a flag for each, True if it was blackened.
+    These are steps 8 to 11 of ``IFPipeline.__call__``, done there only for PIL output. Returns the
+    pictures of pixels [N, 3, S, S], and a flag for each, True if it was blackened.
     """
     images = (pixels / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
     dtype = pipe.unet.dtype if pipe.safety_checker is None else pipe.safety_checker.dtype

@@ -20,14 +20,7 @@ def tabulate(
     names: Mapping[int, str],
     merged: Mapping[int, MergedAdapters],
 ) -> list[Sequence[str]]:
-    """Make the table's rows: its header, each stage, the text encoder, and the guards.
-
-    Args:
-        stages: the pipelines of the loaded stages, by number.
-        text: the pipeline with the text encoder, if any.
-        names: the models' names, by stage.
-        merged: the adapters, by stage.
-    """
+    """Make the table's rows: its header, each stage, the text encoder, and the guards."""
     rows: list[Sequence[str]] = [COLUMNS]
     size_px = 0
     for number in (1, 2, 3):

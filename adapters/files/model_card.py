@@ -41,13 +41,8 @@ def write_card(
 ) -> Path:
     """Write ``README.md``, the sample pictures and the base's licence files into an export.
 
-    Args:
-        folder: the folder with ``stage_1``, ``stage_2`` or both in it.
-        infos: the descriptions of its adapters, by stage.
-        sample_pictures: pictures that the fine-tuned cascade has drawn, by prompt.
-
-    Returns:
-        The path of the card.
+    The folder has ``stage_1``, ``stage_2`` or both in it, which ``infos`` describe; the pictures
+    are by prompt. Returns the path of the card.
     """
     folder = Path(folder)
     samples = save_samples(folder, sample_pictures or {})
@@ -80,13 +75,7 @@ def write_card(
 def merged_card(
     source: Source, adapters: Sequence[tuple[StageAdapter, float]], variant: str | None
 ) -> str:
-    """Compose the card of a merged model: its base and adapters, its use, its licence.
-
-    Args:
-        source: the base.
-        adapters: the merged adapters, each with its scale.
-        variant: the variant that its UNet's files are named after.
-    """
+    """Compose the card of a merged model: its base, adapters and scales, its use, its licence."""
     infos = [adapter.info for adapter, _ in adapters if adapter.info is not None]
     deepfloyd = is_deepfloyd(source.name, source.revision)
     licences = [path.name for path in licence_files(source.name, source.revision)]

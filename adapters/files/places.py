@@ -70,11 +70,7 @@ def adapter_path(name: str | Path) -> Path:
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """List the stage folders of an exported folder; for a single adapter, its own folder.
-
-    Raises:
-        UserError: if it is neither.
-    """
+    """List an export's stage folders, or a single adapter's own; a UserError if it is neither."""
     inside = [folder / name for name in STAGE_FOLDERS if (folder / name).is_dir()]
     if not inside:
         find_weights(folder)

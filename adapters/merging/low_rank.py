@@ -40,15 +40,9 @@ def resize(
 ) -> str:
     """Write adapters as LoRAs of a lower rank, by singular value decomposition of their updates.
 
-    Args:
-        path: an exported folder (all of its stages are resized), or another tool's adapter.
-        out: the new folder, laid out like the old one.
-        rank: the largest rank of a module; ``None``: no limit.
-        error: the relative Frobenius error that a module may have; ``None``: any.
-        bases: the bases by stage, which kinds other than LoRA need.
-
-    Returns:
-        A table of the ranks before and after, and of the errors.
+    All stages of an exported folder are resized. The limits are those of
+    :meth:`Approximation.limited`, and kinds other than LoRA need their bases, by stage. Returns a
+    table of the ranks before and after, and of the errors.
     """
     path = adapter_path(path)
     adapters = StageAdapter.load_all(path)
@@ -109,7 +103,8 @@ def extract(
     """Write the LoRA that is nearest to the difference between a tuned UNet and its base.
 
     Weights are read and decomposed one at a time. Differences outside of the targets, or in
-    biases and norms, which are no matrices, cannot be in a LoRA, and count as lost.
+    biases and norms, which are no matrices, cannot be in a LoRA, and count as lost. Returns a
+    sentence about the LoRA and its error.
 
     Args:
         tuned: the fine-tuned UNet.
@@ -119,9 +114,6 @@ def extract(
         targets: the modules that the LoRA may adapt; those that do not differ are left out.
         prompts: examples that show its effect, for the card.
         device: the device to decompose on.
-
-    Returns:
-        A sentence about the LoRA and its error.
 
     Raises:
         UserError: if the UNets have different architectures or do not differ.
