@@ -80,7 +80,7 @@ def draw(pipe: Stage, request: Request, recorded: Replayed[Tensor]) -> Drawn:
     pixels: list[Tensor] = []
     pictures: list[Image.Image] = []
     flags: list[bool] = []
-    with evaluating(pipe.unet), replaying(pipe.unet, recorded):
+    with replaying(pipe.unet, recorded):
         for batch in request.batches():
             drawn = own(**batch.arguments(own), output_type="pt").images
             finished, flagged = finish(pipe, drawn)
@@ -120,26 +120,18 @@ def finish(pipe: Stage, pixels: Tensor) -> tuple[list[Image.Image], list[bool]]:
 
 
 @contextmanager
-def evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Sample from a UNet in training without its dropout."""
-    training = unet.training
-    unet.eval()
-    try:
-        yield
-    finally:
-        unet.train(training)
-
-
-@contextmanager
 def replaying(unet: UNet2DConditionModel, recorded: Replayed[Tensor]) -> Iterator[None]:
-    """Replace a UNet's forward pass, as IF's pipelines call it, with its recording."""
+    """Draw by a UNet's recorded forward pass, as IF's pipelines call it, without dropout."""
+    training = unet.training
 
     def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor]:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         return (recorded(sample=sample, timestep=timestep, **tensors),)
 
+    unet.eval()
     unet.forward = forward
     try:
         yield
     finally:
         del unet.forward
+        unet.train(training)

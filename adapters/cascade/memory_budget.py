@@ -21,7 +21,8 @@ from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.in_place import QuantisedLayer
 from adapters.weights.updates import Dense, LowRank, Term, Update, as_matrix
 from unets.frozen import Quantised
-from unets.loading import Precision, blank_unet
+from unets.loading import blank_unet
+from unets.precision import Precision
 from unets.tally import DRIVER_BYTES, GIB, META, forward_bytes, reserved, total_bytes
 
 TEXT = "text encoder"

@@ -18,7 +18,6 @@ from adapters.base.source import PIPELINES, Source
 from adapters.files.info import NOTICE, AdapterInfo
 from adapters.files.licence import copy_licences, find_copies, is_deepfloyd, licence_files
 from adapters.files.places import DIFFUSERS_WEIGHTS
-from adapters.files.reading import alpha_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.pictures.png import Signed
 from adapters.tables import format_range
@@ -143,8 +142,7 @@ def _table_of_stages(infos: Sequence[AdapterInfo]) -> str:
 def _table_of_merged(adapters: Sequence[tuple[StageAdapter, float]]) -> str:
     rows = []
     for adapter, scale in adapters:
-        rank = format_range(rank_of(adapter.config, name) for name in adapter.modules)
-        alpha = format_range(alpha_of(adapter.config, name) for name in adapter.modules)
+        rank, alpha = (format_range(own.values()) for own in (adapter.ranks, adapter.alphas))
         steps = adapter.info.step if adapter.info else ""
         path = adapter.folder.resolve()
         name = path.name if adapter.info is None else f"{path.parent.name}/{path.name}"

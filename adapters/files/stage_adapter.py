@@ -83,10 +83,9 @@ class StageAdapter:
     def __repr__(self) -> str:
         rank = self.config.r if self.info is None else self.info.spec.rank
         stage = "" if self.info is None else f"Stage {self.info.stage}, "
-        size = sum(tensor.numel() for tensor in self.state.values())
         return (
             f"StageAdapter({str(self.folder)!r}, {stage}{self.kind} of rank {rank},"
-            f" {len(self.modules)} modules, {size} parameters)"
+            f" {len(self.modules)} modules, {self.parameters} parameters)"
         )
 
     @property
@@ -98,6 +97,21 @@ class StageAdapter:
     def modules(self) -> dict[str, dict[str, Tensor]]:
         """Its tensors by module, under their names without the module's."""
         return by_module(self.state)
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The modules' ranks, see :func:`adapters.files.reading.rank_of`."""
+        return {name: rank_of(self.config, name) for name in self.modules}
+
+    @cached_property
+    def alphas(self) -> dict[str, float | None]:
+        """The modules' alphas, see :func:`adapters.files.reading.alpha_of`."""
+        return {name: alpha_of(self.config, name) for name in self.modules}
+
+    @property
+    def parameters(self) -> int:
+        """The number of its parameters."""
+        return sum(tensor.numel() for tensor in self.state.values())
 
     def stage_among(self, configs: Mapping[int, Mapping[str, Any]]) -> int:
         """Find the stage it belongs to: the one it names, or the only one whose UNet it fits.
@@ -221,7 +235,7 @@ class StageAdapter:
 
     def _by_formula(self, name: str, weight: Tensor) -> Tensor:
         """Compute what LyCORIS' formulas add, which are also PEFT's for LoHa and LoKr."""
-        alpha, rank = alpha_of(self.config, name), rank_of(self.config, name)
+        alpha, rank = self.alphas[name], self.ranks[name]
         assert alpha is not None
         try:
             return weight_change(self.modules[name], weight, alpha / rank if rank else alpha)
@@ -237,8 +251,8 @@ class StageAdapter:
         config = copy(self.config)
         config.target_modules = {name}  # PEFT would shorten many names to ambiguous endings
         if isinstance(config, LoraConfig):
-            config.r, config.rank_pattern = rank_of(config, name), {}
-            config.lora_alpha, config.alpha_pattern = alpha_of(config, name), {}
+            config.r, config.rank_pattern = self.ranks[name], {}
+            config.lora_alpha, config.alpha_pattern = self.alphas[name], {}
         with torch.random.fork_rng(devices=[]), explain_peft_errors(self.folder):
             inject_adapter_in_model(config, root, ADAPTER_NAME)  # draws values, overwritten below
         try:

@@ -21,7 +21,7 @@ from adapters.errors import UserError
 from adapters.files.for_diffusers import AdaptedOnly, blank_weights
 from adapters.files.info import AdapterInfo
 from adapters.files.keys import by_name
-from adapters.files.reading import lora_config, rank_of, scaling
+from adapters.files.reading import lora_config, scaling
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.methods import METHODS, Combination
 from adapters.weights.kinds import AdapterSpec
@@ -37,11 +37,6 @@ class Part(NamedTuple):
     """Its name in messages."""
     adapter: StageAdapter
     scale: float
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """The ranks of its modules."""
-        return {module: rank_of(self.adapter.config, module) for module in self.adapter.modules}
 
     def shape_of(self, module: str) -> tuple[int, ...]:
         """Return the shape of a module's weight."""
@@ -167,9 +162,9 @@ def _plain_config(part: Part) -> LoraConfig:
     PEFT gives the result the first part's configuration except for its alpha; if that is an
     rsLoRA's, it would scale the result once more.
     """
-    config = part.adapter.config
-    alphas = {module: rank * scaling(config, module) for module, rank in part.ranks.items()}
-    return lora_config(part.adapter.state, alphas)
+    adapter = part.adapter
+    alphas = {name: rank * scaling(adapter.config, name) for name, rank in adapter.ranks.items()}
+    return lora_config(adapter.state, alphas)
 
 
 def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]) -> None:
@@ -181,11 +176,11 @@ def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]
                 f" which is what PEFT's methods ({', '.join(METHODS)}) combine; merge it beside"
                 " others with set_adapters, which takes every kind."
             )
-    largest = {part.name: max(part.ranks.values()) for part in parts}
+    largest = {part.name: max(part.adapter.ranks.values()) for part in parts}
     _check_ranks(how, largest, "altogether")
     for module in modules:
         own = [part for part in parts if module in part.adapter.modules]
-        _check_ranks(how, {part.name: part.ranks[module] for part in own}, f"in {module}")
+        _check_ranks(how, {part.name: part.adapter.ranks[module] for part in own}, f"in {module}")
         shapes = {part.name: part.shape_of(module) for part in own}
         if len(set(shapes.values())) > 1:
             found = ", ".join(f"{list(shape)} in {name!r}" for name, shape in shapes.items())

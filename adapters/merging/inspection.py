@@ -14,7 +14,6 @@ from adapters.errors import listed
 from adapters.files.for_diffusers import list_arriving
 from adapters.files.info import AdapterInfo
 from adapters.files.places import find_weights
-from adapters.files.reading import alpha_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import group_by_block, inner, read_update, sum_by_group
 from adapters.tables import format_facts, format_range, format_table
@@ -35,11 +34,11 @@ def inspect_adapter(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> d
         "file": str(file),
         "bytes": {path.name: path.stat().st_size for path in sorted(files)},
         "tensors": len(tensors),
-        "parameters": sum(tensor.numel() for tensor in tensors),
+        "parameters": adapter.parameters,
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
         "kind": adapter.kind,
-        "ranks": {name: rank_of(adapter.config, name) for name in adapter.modules},
-        "alphas": {name: alpha_of(adapter.config, name) for name in adapter.modules},
+        "ranks": adapter.ranks,
+        "alphas": adapter.alphas,
         "info": info and info.model_dump(mode="json", exclude={"base_signature"}),
         "for_diffusers": _load_by_diffusers(adapter, file),
         "base": base and {"name": base.name, "matches": not difference, "difference": difference},
