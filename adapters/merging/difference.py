@@ -92,10 +92,9 @@ def compare_unets(a: StoredUNet, b: StoredUNet, *, by_module: bool) -> dict[str,
 
 
 def _headline(adapter: StageAdapter) -> str:
-    settings = {"rank": format_range(adapter.ranks.values())}
-    settings["alpha"] = format_range(adapter.alphas.values())
-    told = "".join(f", {setting} {values}" for setting, values in settings.items() if values)
-    return f"{adapter.folder}: {adapter.kind}{told}, {len(adapter.modules)} modules"
+    rank, alpha = (format_range(own.values()) for own in (adapter.ranks, adapter.alphas))
+    settings = f"rank {rank}" + f", alpha {alpha}" * bool(alpha)
+    return f"{adapter.folder}: {adapter.kind}, {settings}, {len(adapter.modules)} modules"
 
 
 def _reader(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> Read:
