@@ -59,7 +59,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     from finetune.run.folders import Folders, is_finished, select_identity
     from finetune.run.loop import train_stage
     from unets.fused_norms import compile_ahead
-    from unets.loading import compute_dtype
+    from unets.precision import compute_dtype
 
     device = accelerator.device
     if device.type == "cpu":  # the launcher leaves each process a single thread

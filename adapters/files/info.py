@@ -79,11 +79,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
 
 
 def parse_info(header: Mapping[str, str], path: Path) -> AdapterInfo:
-    """Parse the description in the header of an adapter's file.
-
-    Raises:
-        UserError: if the header has no valid description.
-    """
+    """Parse the description in the header of an adapter's file; a UserError if it has none."""
     try:
         return AdapterInfo.model_validate_json(header[HEADER_KEY], strict=False)
     except (KeyError, ValidationError) as error:
