@@ -45,7 +45,7 @@ def evaluate_and_save(recipe: "Recipe", options: argparse.Namespace) -> str:
     """Evaluate, and write the report into the run's folder; return the scores as a table."""
     from adapters.tables import format_facts
     from finetune.evaluation.measurement import evaluate
-    from finetune.evaluation.results import SCORES, check_folder
+    from finetune.evaluation.report import SCORES, check_folder
     from finetune.run.folders import Folders
 
     quiet_libraries()

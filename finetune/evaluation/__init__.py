@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.evaluation.measurement import evaluate as evaluate
-    from finetune.evaluation.results import EvaluationReport as EvaluationReport
+    from finetune.evaluation.report import EvaluationReport as EvaluationReport
 
-MODULES = MappingProxyType({"evaluate": "measurement", "EvaluationReport": "results"})
+MODULES = MappingProxyType({"evaluate": "measurement", "EvaluationReport": "report"})
 """The module of each public name, imported when the name is first used."""
 
 __all__ = list(MODULES)

@@ -12,7 +12,7 @@ from adapters.tables import format_facts
 from finetune.evaluation.drawing import BASE, FINE_TUNED
 from finetune.evaluation.intervals import Score
 from finetune.evaluation.measurement import evaluate
-from finetune.evaluation.results import EvaluationReport
+from finetune.evaluation.report import EvaluationReport
 from finetune.evaluation.scoring import TITLES
 from finetune.recipe.schema import Expected, Recipe
 from finetune.run.folders import Folders

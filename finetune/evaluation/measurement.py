@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 
 from adapters.arguments import find_device
@@ -21,7 +22,8 @@ from finetune.evaluation.encoders import (
     PictureEncoder,
     encode_pictures,
 )
-from finetune.evaluation.results import EvaluationReport, Photo
+from finetune.evaluation.report import EvaluationReport
+from finetune.evaluation.results import Photo
 from finetune.evaluation.scoring import Vectors, Yardstick, changes
 from finetune.recipe.schema import Evaluation, Recipe
 from finetune.run.folders import Folders
@@ -156,8 +158,8 @@ def find_pictures(folder: Path) -> list[Path]:
     Raises:
         UserError: if there are fewer than two, from which no covariance can be computed.
     """
-    endings = Image.registered_extensions()
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
+    found = [path for path in folder.rglob("*") if not path.name.startswith(".")]
+    files = sorted(path for path in found if path.suffix.lower() in ImageFolder.EXTENSIONS)
     if len(files) < 2:
         raise UserError(
             f"--reference must be a folder with two pictures or more, but {folder} has"

@@ -2,18 +2,22 @@
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
+from adapters.arguments import Scale, format_scales
 from finetune.evaluation.drawing import Group
-from finetune.evaluation.results import CEILING, VARIANTS, EvaluationReport
+from finetune.evaluation.results import CEILING, VARIANTS, Results
 from finetune.evaluation.scoring import MEANINGS, TITLES, Scores
 
 PICTURE_PX, PHOTO_PX = 256, 96
 """The largest sides of embedded pictures; the files beside the page have them in full."""
+
+PHOTOS = 24
+"""The number of training pictures shown together; a nearest one is also beside its picture."""
 
 QUALITY = 85
 """The quality of embedded pictures, which are JPEG."""
@@ -31,8 +35,9 @@ NEUTRAL = ("nearest",)
 """The scores whose changes are neither good nor bad."""
 
 
-def write_page(report: EvaluationReport) -> str:
+def write_page(report: Results) -> str:
     """Write the page: scores, their meanings, training pictures, and all pictures by prompt."""
+    more = len(report.photos) - PHOTOS
     title = escape(f"{report.recipe}: evaluation")
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     parts = [
@@ -46,8 +51,9 @@ def write_page(report: EvaluationReport) -> str:
         *_score_table(report),
         "<h2>Training pictures</h2>",
         '<div class="photos">',
-        *(_photo(report, number) for number in range(len(report.photos))),
+        *(_photo(report, number) for number in range(min(len(report.photos), PHOTOS))),
         "</div>",
+        f'<p class="faint">and {more} more</p>' * (more > 0),
         *_pictures(report),
         "<h2>What the scores mean</h2><dl>",
         *(
@@ -63,19 +69,25 @@ def write_page(report: EvaluationReport) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _describe(report: EvaluationReport) -> str:
+def _describe(report: Results) -> str:
     models = " and ".join(report.encoders.values())
-    adapters = ", ".join(f"{name} at {scale}" for name, scale in report.adapters.items())
+    adapters = ", ".join(
+        f"{name} at {_describe_scale(scale)}" for name, scale in report.adapters.items()
+    )
     drawn = f"{len(report.shots)} pictures for each variant, scored by {models}."
     return f"{drawn} Adapters: {adapters or 'none'}."
 
 
-def _shown(report: EvaluationReport) -> list[str]:
+def _describe_scale(scale: Scale) -> str:
+    return format_scales(scale) if isinstance(scale, Mapping) else f"{scale:g}"
+
+
+def _shown(report: Results) -> list[str]:
     """List the scores that are defined for some variant."""
     return [n for n in TITLES if any(scores.get(n) for scores in report.variants.values())]
 
 
-def _score_table(report: EvaluationReport) -> Iterator[str]:
+def _score_table(report: Results) -> Iterator[str]:
     yield '<div class="scroll"><table><thead><tr><th></th>'
     yield "".join(f"<th>{escape(VARIANTS[name])}</th>" for name in report.variants)
     yield f"<th>{CEILING}</th></tr></thead><tbody>"
@@ -97,7 +109,7 @@ def _score(scores: Scores, name: str) -> str:
     return f"{score.value:.3f}{interval}"
 
 
-def _change(report: EvaluationReport, variant: str, name: str) -> str:
+def _change(report: Results, variant: str, name: str) -> str:
     """Format the change from the base, coloured if its interval leaves out zero."""
     change = report.changes.get(variant, {}).get(name)
     if change is None:
@@ -110,7 +122,7 @@ def _change(report: EvaluationReport, variant: str, name: str) -> str:
     return f"<small{colour}>{change.value:+.3f}</small>"
 
 
-def _pictures(report: EvaluationReport) -> Iterator[str]:
+def _pictures(report: Results) -> Iterator[str]:
     for group, title in GROUPS.items():
         rows: dict[int, list[int]] = {}
         for number, shot in enumerate(report.shots):
@@ -128,7 +140,7 @@ def _pictures(report: EvaluationReport) -> Iterator[str]:
             yield "</div></section>"
 
 
-def _figure(report: EvaluationReport, variant: str, number: int) -> str:
+def _figure(report: Results, variant: str, number: int) -> str:
     sample, shot = report.samples[variant][number], report.shots[number]
     score = report.picture_scores[variant][number]
     text = f"seed {shot.seed}<br>CLIP-T {score.clip_t:.3f}<br>nearest {score.similarity:.3f}"
@@ -141,7 +153,7 @@ def _figure(report: EvaluationReport, variant: str, number: int) -> str:
     )
 
 
-def _photo(report: EvaluationReport, number: int) -> str:
+def _photo(report: Results, number: int) -> str:
     """Show a training picture, which the style sheet holds once."""
     source = escape(report.photos[number].source)
     return (
@@ -149,8 +161,10 @@ def _photo(report: EvaluationReport, number: int) -> str:
     )
 
 
-def _photo_styles(report: EvaluationReport) -> Iterator[str]:
-    for number, photo in enumerate(report.photos):
+def _photo_styles(report: Results) -> Iterator[str]:
+    nearest = {score.nearest for scores in report.picture_scores.values() for score in scores}
+    for number in sorted({*range(min(len(report.photos), PHOTOS)), *nearest}):
+        photo = report.photos[number]
         yield f".t{number} {{ background-image: url({_embed(photo.picture, PHOTO_PX)}); }}\n"
 
 

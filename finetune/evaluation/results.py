@@ -1,17 +1,12 @@
-"""The result of an evaluation: scores, pictures, and the files that show both."""
+"""The result of an evaluation: scores and pictures, as a table and as JSON."""
 
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from adapters.atomic import replace_folder, write_text, writing_to
 from adapters.cascade.results import Sample, picture_name
-from adapters.errors import UserError
 from adapters.tables import format_table
 from finetune.evaluation.drawing import Shot
 from finetune.evaluation.scoring import (
@@ -26,9 +21,11 @@ from finetune.evaluation.scoring import (
 FORMAT = 1
 """The version of the JSON's layout."""
 
-SCORES, PAGE, PICTURES = "scores.json", "report.html", "pictures"
+PICTURES = "pictures"
+"""The folder of the pictures' files."""
 
-CEILING = "real pictures among themselves"
+CEILING = "real pictures"
+"""The title of the training pictures' scores among themselves."""
 
 VARIANTS = {
     "base": "base",
@@ -49,7 +46,7 @@ class Photo:
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
+class Results:
     """Scores and pictures of the variants of a cascade, all drawn from the same seeds."""
 
     recipe: str
@@ -93,10 +90,10 @@ class EvaluationReport:
             if any(scores.get(name) for scores in self.variants.values()):
                 cells = [_format(scores, name, intervals=intervals) for scores in columns]
                 lines.append((self.title(name), *cells))
-        return format_table([("", *titles, "ceiling"), *lines])
+        return format_table([("", *titles, CEILING), *lines])
 
     def as_json(self) -> dict[str, Any]:
-        """Return all figures, as ``scores.json`` holds them; undefined ones are ``None``."""
+        """Return all figures, as the saved file holds them; undefined ones are ``None``."""
         return {
             "format": FORMAT,
             "recipe": self.recipe,
@@ -136,42 +133,6 @@ class EvaluationReport:
             f"{variant}/{picture_name(number, shot.prompt, shot.seed)}.png"
             for number, shot in enumerate(self.shots)
         ]
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the pictures, ``scores.json`` and ``report.html``; return the path of the report.
-
-        Args:
-            folder: a new folder, or that of an earlier evaluation, which is replaced as a whole.
-
-        Raises:
-            UserError: if something else is in the folder, or it cannot be written.
-        """
-        from finetune.evaluation.page import write_page
-
-        folder = Path(folder)
-        check_folder(folder)
-        with writing_to(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
-                new = Path(temporary) / "new"
-                for variant, samples in self.samples.items():
-                    for file, sample in zip(self.files(variant), samples, strict=True):
-                        sample.save(new / PICTURES / file)
-                text = json.dumps(self.as_json(), indent=2, allow_nan=False, ensure_ascii=False)
-                write_text(new / SCORES, text + "\n")
-                write_text(new / PAGE, write_page(self))
-                replace_folder(new, folder)
-        return folder / PAGE
-
-
-def check_folder(folder: Path) -> None:
-    """Raise a UserError if a folder holds something other than an earlier evaluation."""
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty and not (folder / SCORES).is_file():
-        raise UserError(
-            f"{folder} is there already and is no earlier evaluation, so it stays as it is; name a"
-            " new folder."
-        )
 
 
 def _format(scores: Scores, name: str, *, intervals: bool) -> str:

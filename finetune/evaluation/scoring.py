@@ -156,15 +156,17 @@ class Yardstick:
         return choose_judge(self.real)
 
     def ceiling(self) -> Scores:
-        """Score the training pictures among themselves; ``None``: there is only one."""
-        scores: dict[str, Score | None] = dict.fromkeys(("clip_i", "dino", "div", "nearest"))
+        """Score the training pictures among themselves; ``None``: there is only one.
+
+        Their DIV would say nothing, as they are not pictures of one prompt.
+        """
+        scores: dict[str, Score | None] = dict.fromkeys(("clip_i", "dino", "nearest"))
         judged = self.real[self.judge]
         if len(judged) < 2:
             return scores
         for name, encoder in (("clip_i", "clip"), ("dino", "dino")):
             if encoder in self.real:
                 scores[name] = _summarize(likeness_among(self.real[encoder]))
-        scores["div"] = _summarize(1 - likeness_among(judged))
         scores["nearest"] = _summarize(nearest_among(judged))
         return scores
 

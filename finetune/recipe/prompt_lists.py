@@ -30,8 +30,10 @@ def read_prompts(name: str) -> tuple[str, ...]:
         )
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the list {name} cannot be read ({error})") from error
+    except OSError as error:
+        raise ValueError(f"the list {name} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError:
+        raise ValueError(f"the list {name} is not text in UTF-8; save it as such") from None
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise ValueError(f"the list {name} has no prompts")

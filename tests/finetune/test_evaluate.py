@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -47,7 +48,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *(f"stage_{stage}.{setting}" for stage in (1, 2) for setting in small),
         ],
     )
+    threads = torch.get_num_threads()
     train(recipe, Accelerator(cpu=True))
+    torch.set_num_threads(threads)
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     return file

@@ -83,7 +83,6 @@ def test_the_ceiling_is_real_to_real() -> None:
         real = REAL[encoder].double().numpy()
         pairs = [a @ b for a, b in combinations(real, 2)]
         assert value(ceiling, name) == pytest.approx(np.mean(pairs))
-    assert value(ceiling, "div") == pytest.approx(1 - value(ceiling, "dino"))
     assert value(ceiling, "nearest") > value(ceiling, "dino")
     alone = Yardstick({"clip": REAL["clip"][:1]}, TEXTS, SHOTS)
     assert set(alone.ceiling().values()) == {None}
