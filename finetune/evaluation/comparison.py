@@ -50,7 +50,7 @@ def before_after(report: EvaluationReport) -> Image.Image:
     """Arrange training pictures and the first picture of each prompt, by both cascades."""
     first = [number for number, shot in enumerate(report.shots) if shot.number == 0]
     drawn = [[report.samples[name][n].final for n in first] for name in (BASE, FINE_TUNED)]
-    photos = [photo.picture for photo in report.photos[: len(first)]]
+    photos = [photo.image for photo in report.photos[: len(first)]]
     return contact_sheet(
         [photos, *drawn],
         row_captions=["your pictures", "base", "fine-tuned"],

@@ -1,11 +1,12 @@
 """The evaluation of a run: what its adapters have learnt, copied and forgotten."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import torch
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
@@ -14,7 +15,7 @@ from adapters.arguments import find_device
 from adapters.errors import UserError
 from adapters.pictures.reading import read_picture
 from finetune.data.captions import check_cleaning, collect_prompts
-from finetune.data.pictures import crop, load_pictures
+from finetune.data.pictures import load_pictures
 from finetune.evaluation.drawing import Adapters, check_adapters, draw_variants, list_shots
 from finetune.evaluation.encoders import (
     ClipScorer,
@@ -28,6 +29,8 @@ from finetune.evaluation.scoring import Vectors, Yardstick, changes
 from finetune.recipe.schema import Evaluation, Recipe
 from finetune.run.folders import Folders
 from finetune.step.stages import STAGES
+
+Holder = TypeVar("Holder")
 
 
 def evaluate(
@@ -67,14 +70,14 @@ def evaluate(
     shots = list_shots(settings)
     samples = draw_variants(recipe, settings, shots, adapters, device, apart=apart)
     yardstick = Yardstick(
-        real=encoders.encode([photo.picture for photo in photos], "Scoring training pictures"),
+        real=encoders.encode(photos, attrgetter("image"), "Scoring training pictures"),
         texts=encoders.clip.texts([shot.text for shot in shots]),
         shots=shots,
         reference=encoders.encode_reference(files) if files else None,
     )
     measured = {
         name: yardstick.measure(
-            encoders.encode([each.final for each in drawn], f"Scoring {name}"),
+            encoders.encode(drawn, attrgetter("final"), f"Scoring {name}"),
             [each.flagged for each in drawn],
         )
         for name, drawn in samples.items()
@@ -114,10 +117,12 @@ class Encoders:
     def _all(self) -> dict[str, PictureEncoder]:
         return {"clip": self.clip} | ({} if self.dino is None else {"dino": self.dino})
 
-    def encode(self, pictures: Sequence[Image.Image], title: str) -> Vectors:
-        """Compute the vectors of pictures by each model."""
+    def encode(
+        self, holders: Sequence[Holder], take: Callable[[Holder], Image.Image], title: str
+    ) -> Vectors:
+        """Compute by each model the vectors of pictures, each taken out when its turn comes."""
         return {
-            name: encode_pictures(encoder, pictures, len(pictures), title)
+            name: encode_pictures(encoder, map(take, holders), len(holders), title)
             for name, encoder in self._all.items()
         }
 
@@ -140,16 +145,11 @@ def own_adapters(recipe: Recipe) -> Adapters:
 
 
 def load_photos(recipe: Recipe) -> list[Photo]:
-    """Load the training pictures, cropped at their centre to the size that the cascade draws."""
+    """Load the training pictures, to be cropped to the size that the cascade draws."""
     last = STAGES[2 if recipe.base.stage_2 else 1]
-    size_px, rng = recipe.source(last).picture_size_px, np.random.default_rng(0)
-    return [
-        Photo(
-            picture.source,
-            crop(picture, size_px, rng, center_shift=0.0, horizontal_flip=False),
-        )
-        for picture in load_pictures(recipe.data, recipe.cache, size_px)
-    ]
+    size_px = recipe.source(last).picture_size_px
+    pictures = load_pictures(recipe.data, recipe.cache, size_px)
+    return [Photo(picture, size_px) for picture in pictures]
 
 
 def find_pictures(folder: Path) -> list[Path]:

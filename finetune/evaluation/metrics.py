@@ -11,6 +11,9 @@ from torch import Tensor
 
 from finetune.evaluation.encoders import ClipScorer as ClipScorer
 
+ROWS = 1024
+"""The number of pictures compared with all others at once, which bounds the memory."""
+
 
 def likeness(generated: Tensor, real: Tensor) -> Tensor:
     """Average the cosines of each generated picture with all real ones, [N]."""
@@ -46,8 +49,12 @@ def nearest(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 def nearest_among(real: Tensor) -> Tensor:
     """Compute the cosine of each real picture with the most similar other one, [M], M > 1."""
-    cosines = real.double() @ real.double().T
-    return cosines.fill_diagonal_(-torch.inf).max(dim=-1).values
+    real, found = real.double(), []
+    for start in range(0, len(real), ROWS):
+        cosines = real[start : start + ROWS] @ real.T
+        cosines.diagonal(start).fill_(-torch.inf)  # of each picture with itself
+        found.append(cosines.max(dim=-1).values)
+    return torch.cat(found)
 
 
 def frechet_distance(generated: Tensor, real: Tensor) -> float:

@@ -165,7 +165,7 @@ def _photo_styles(report: Results) -> Iterator[str]:
     nearest = {score.nearest for scores in report.picture_scores.values() for score in scores}
     for number in sorted({*range(min(len(report.photos), PHOTOS)), *nearest}):
         photo = report.photos[number]
-        yield f".t{number} {{ background-image: url({_embed(photo.picture, PHOTO_PX)}); }}\n"
+        yield f".t{number} {{ background-image: url({_embed(photo.image, PHOTO_PX)}); }}\n"
 
 
 def _embed(picture: Image.Image, size_px: int) -> str:

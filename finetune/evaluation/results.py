@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from adapters.cascade.results import Sample, picture_name
 from adapters.tables import format_table
+from finetune.data.pictures import Picture, crop
 from finetune.evaluation.drawing import Shot
 from finetune.evaluation.scoring import (
     BY_JUDGE,
@@ -38,11 +40,21 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Photo:
-    """A training picture as it was compared."""
+    """A training picture, as it is compared: cropped at its centre."""
 
-    source: str
-    """Its origin: a path, or dataset and row."""
-    picture: Image.Image
+    picture: Picture
+    size_px: int
+
+    @property
+    def source(self) -> str:
+        """Its origin: a path, or dataset and row."""
+        return self.picture.source
+
+    @property
+    def image(self) -> Image.Image:
+        """The crop, read from the cache each time, as there may be thousands."""
+        rng = np.random.default_rng(0)
+        return crop(self.picture, self.size_px, rng, center_shift=0.0, horizontal_flip=False)
 
 
 @dataclass(frozen=True)

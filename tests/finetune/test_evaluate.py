@@ -2,7 +2,9 @@
 
 import json
 import re
+from contextlib import redirect_stdout
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,13 @@ from tests.builders import ROOT
 TINY = ROOT / "models/if-tiny"
 PHOTOS = ROOT / "datasets/octopus"
 PROMPTS = ("a sks octopus on a black background", "a sks octopus & <b>friends</b>")
+SCALES: dict[str, list[dict[int, float]]] = {
+    "base": [],
+    "fine_tuned": [{1: 1, 2: 1}],
+    "stage_1": [{1: 1}],
+    "stage_2": [{2: 1}],
+}
+"""The recorded scales of the run's adapter by stage, in each variant."""
 STEPS = "{stage_1: {steps: 2, guidance: 1.5}, stage_2: {steps: 2, guidance: 1.0}}"
 
 
@@ -64,14 +73,9 @@ def recipe(recipe_file: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def shown(recipe_file: Path) -> str:
     """What the command prints after an evaluation of all variants."""
-    capture = pytest.MonkeyPatch()
-    written: list[str] = []
-    capture.setattr("sys.stdout.write", written.append)
-    try:
+    with redirect_stdout(StringIO()) as written:
         main([str(recipe_file), "--stages", "apart", "--reference", str(PHOTOS)])
-    finally:
-        capture.undo()
-    return "".join(written)
+    return written.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +138,7 @@ def test_pictures_carry_the_same_seeds_in_all_variants(
         assert [row["seed"] for row in own] == seeds
         info = read_picture_info(folder / own[0]["file"])
         assert (info.seed, info.prompt) == (1000, PROMPTS[0])
-        scales = [adapter.scales for adapter in info.adapters.values()]
-        stages = {"base": [], "fine_tuned": [{1: 1, 2: 1}]}
-        assert scales == stages.get(name, [{int(name[-1:]): 1}] if name in stages else scales)
+        assert [adapter.scales for adapter in info.adapters.values()] == SCALES[name]
 
 
 def test_the_table_names_every_score_that_is_defined(shown: str) -> None:
