@@ -25,7 +25,7 @@ FAR = 3
 
 
 def compare(recipe: Recipe) -> tuple[str, EvaluationReport]:
-    """Evaluate a run, and write ``before_after.png`` into its folder besides the report.
+    """Evaluate a run, and write ``before_after.png`` next to its report.
 
     Returns:
         The scores as a table to print, and the evaluation.
@@ -80,6 +80,6 @@ def judge(scores: Mapping[str, Score | None], expected: Expected) -> str:
     if max(shortfalls) > FAR * expected.spread:
         raise UserError(
             f"The run did not learn what it should: {'; '.join(sentences)}. Compare its recipe with"
-            " the one that these figures are of, and look at its curves."
+            " the one that the expected scores come from, and look at its curves."
         )
     return f"Lower than expected: {'; '.join(sentences)}. Another seed may do better.\n"

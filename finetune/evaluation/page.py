@@ -14,17 +14,17 @@ from finetune.evaluation.results import CEILING, VARIANTS, Results
 from finetune.evaluation.scoring import MEANINGS, TITLES, Scores
 
 PICTURE_PX, PHOTO_PX = 256, 96
-"""The largest sides of embedded pictures; the files beside the page have them in full."""
+"""The largest sides of embedded pictures; the files next to the page have them in full."""
 
 PHOTOS = 24
-"""The number of training pictures shown together; a nearest one is also beside its picture."""
+"""The number of training pictures shown together; the nearest one to each picture is also shown next to it."""
 
 QUALITY = 85
 """The quality of embedded pictures, which are JPEG."""
 
 GROUPS: dict[Group, str] = {
     "subject": "Prompts with the subject",
-    "others": "Prompts of other things",
+    "others": "Prompts without the subject",
     "class": "Prompts of the subject's class",
 }
 """The titles of the groups of prompts."""

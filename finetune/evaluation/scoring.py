@@ -32,14 +32,14 @@ Vectors: TypeAlias = Mapping[str, Tensor]
 
 TITLES = MappingProxyType(
     {
-        "clip_i": "CLIP-I, generated to real pictures",
-        "dino": "DINO, generated to real pictures",
-        "clip_t": "CLIP-T, picture to prompt",
-        "clip_t_others": "CLIP-T, prompts of other things",
-        "div": "DIV, pictures of one prompt apart",
-        "pres": "PRES, class to real pictures",
+        "clip_i": "CLIP-I, generated vs. real pictures",
+        "dino": "DINO, generated vs. real pictures",
+        "clip_t": "CLIP-T, picture vs. prompt",
+        "clip_t_others": "CLIP-T, prompts without the subject",
+        "div": "DIV, among pictures of one prompt",
+        "pres": "PRES, class vs. real pictures",
         "nearest": "nearest training picture",
-        "copied": "share nearer than real ones are",
+        "copied": "share nearer than real pictures are",
         "frechet": "Fréchet distance to the reference",
     }
 )

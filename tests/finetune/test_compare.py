@@ -29,7 +29,7 @@ QUICKSTART = str(ROOT / "recipes/quickstart.yaml")
     [
         ([], 0, "As expected"),
         ([], -0.3, None),
-        (["data.source=my_dog"], -0.3, "Not judged: the expected scores are of datasets/octopus,"),
+        (["data.source=my_dog"], -0.3, "Not judged: the expected scores are for datasets/octopus,"),
         (["data.source=my_dog", "evaluation.expected.data=my_dog"], -0.3, None),
         (["evaluation.expected=null"], -0.3, ""),
     ],
@@ -60,9 +60,9 @@ def test_scores_of_other_data_are_not_judged(
         ((0.46, 0.62, 0.60), "As expected, to within 0.05"),
         (
             (0.44, 0.62, 0.60),
-            "Lower than expected: CLIP-I, generated to real pictures is 0.440",
+            "Lower than expected: CLIP-I, generated vs. real pictures is 0.440",
         ),
-        ((0.46, 0.62, 0.40), "Lower than expected: CLIP-T, prompts of other things is 0.400"),
+        ((0.46, 0.62, 0.40), "Lower than expected: CLIP-T, prompts without the subject is 0.400"),
         ((0.34, 0.50, 0.60), None),
         ((0.50, 0.66, 0.34), None),
     ],

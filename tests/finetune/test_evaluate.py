@@ -146,7 +146,7 @@ def test_the_table_names_every_score_that_is_defined(shown: str) -> None:
     for title in VARIANTS.values():
         assert title in header
     assert any(re.match(r"CLIP-I, .* 0\.\d{3} \(", row) for row in rows)
-    assert any(row.startswith("DIV, pictures of one prompt apart (CLIP)") for row in rows)
+    assert any(row.startswith("DIV, among pictures of one prompt (CLIP)") for row in rows)
     assert "DINO" not in shown
     assert "report.html" in shown
 
