@@ -17,7 +17,7 @@ PICTURE_PX, PHOTO_PX = 256, 96
 """The largest sides of embedded pictures; the files next to the page have them in full."""
 
 PHOTOS = 24
-"""The number of training pictures shown together; the nearest one to each picture is also shown next to it."""
+"""The number of training pictures shown together; the nearest ones are next to pictures too."""
 
 QUALITY = 85
 """The quality of embedded pictures, which are JPEG."""
@@ -132,7 +132,7 @@ def _pictures(report: Results) -> Iterator[str]:
             yield f"<h2>{escape(title)}</h2>"
         for numbers in rows.values():
             yield f'<section class="row"><h3>{escape(report.shots[numbers[0]].prompt)}</h3>'
-            yield '<div class="variants">'
+            yield f'<div class="variants" style="--count: {len(report.variants)}">'
             for variant in report.variants:
                 yield f'<div><h4>{escape(VARIANTS[variant])}</h4><div class="shots">'
                 yield from (_figure(report, variant, number) for number in numbers)

@@ -224,12 +224,12 @@ def test_a_later_evaluation_replaces_the_earlier_one(
     ("arguments", "said"),
     [
         (["--adapters", "nowhere"], "nowhere has no exported adapter"),
-        (["--adapters", "a=b"], "'a=b' ends in 'b', which is no scale"),
-        (["evaluation.clip=nowhere"], "evaluation.clip must name a CLIP model"),
-        (["evaluation.dino=nowhere"], "evaluation.dino must name a DINO or DINOv2 model"),
+        (["--adapters", "a=b"], "'a=b' ends in 'b', which is not a scale"),
+        (["evaluation.clip=/nowhere/clip"], "evaluation.clip must name a CLIP model"),
+        (["evaluation.dino=/nowhere/dino"], "evaluation.dino must name a DINO or DINOv2 model"),
         (["--reference", str(ROOT / "recipes")], "two pictures or more, but"),
         (["evaluation=null"], "needs an `evaluation` section"),
-        (["data.source=nowhere"], "nowhere"),
+        (["data.source=/nowhere/pictures"], "/nowhere/pictures"),
         (["name=untrained"], "train the recipe first"),
     ],
 )
