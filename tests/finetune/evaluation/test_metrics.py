@@ -6,6 +6,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finetune.evaluation import metrics
 from finetune.evaluation.metrics import (
     clip_i,
     clip_i_ceiling,
@@ -52,6 +53,13 @@ def test_pictures_are_not_compared_with_themselves() -> None:
     assert clip_i_ceiling(real) == pytest.approx(np.mean(others), rel=1e-12)
     assert diversity(real) == pytest.approx(1 - np.mean(others), rel=1e-12)
     assert clip_i_ceiling(real[:1]) is None
+
+
+def test_many_pictures_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = units(5, 1)
+    whole = nearest_among(real)
+    monkeypatch.setattr(metrics, "ROWS", 2)
+    assert torch.equal(nearest_among(real), whole)
 
 
 def test_equal_pictures_have_no_diversity() -> None:
