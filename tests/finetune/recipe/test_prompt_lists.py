@@ -6,6 +6,7 @@ import pytest
 
 from adapters.errors import UserError
 from adapters.texts import check_captions
+from finetune.data.preserved import EVERYDAY
 from finetune.recipe.file import load_recipe
 from finetune.recipe.prompt_lists import LISTS, SUBJECT, read_prompts
 from finetune.recipe.schema import Evaluation
@@ -29,20 +30,22 @@ def test_there_are_25_prompts_of_a_subject(name: str) -> None:
 
 
 def test_there_are_eight_prompts_or_more_of_other_things() -> None:
-    prompts = read_prompts("everyday")
+    prompts = read_prompts("others")
     assert len(set(prompts)) >= 8
     assert SUBJECT not in "".join(prompts)
     assert not {*prompts} & {*read_prompts("objects"), *read_prompts("live")}
-    assert {"objects", "live", "everyday"} <= set(LISTS)
+    preserved = EVERYDAY.read_text(encoding="utf-8").splitlines()
+    assert not {*prompts} & {*preserved}  # or forgetting would be measured on what is preserved
+    assert set(LISTS) == {"objects", "live", "others"}
 
 
 def test_a_list_is_filled_in_with_the_subject(tmp_path: Path) -> None:
     settings = evaluation_of(
-        tmp_path, ", stage_2_prompts: live, other_prompts: everyday, class_prompts: ['a {}']"
+        tmp_path, ", stage_2_prompts: live, other_prompts: others, class_prompts: ['a {}']"
     )
     assert settings.prompts == tuple(p.replace("{}", "sks cat") for p in read_prompts("live"))
     assert settings.stage_2_prompts == tuple(p.replace("{}", "cat") for p in read_prompts("live"))
-    assert settings.other_prompts == read_prompts("everyday")
+    assert settings.other_prompts == read_prompts("others")
     assert settings.class_prompts == ("a sks cat",)
 
 
