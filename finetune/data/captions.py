@@ -45,7 +45,7 @@ KEPT_ENCODINGS = 100
 
 PROMPT_FIELDS = {
     "validation": ("prompts", "stage_2_prompts"),
-    "evaluation": ("prompts", "stage_2_prompts", "other_prompts"),
+    "evaluation": ("prompts", "stage_2_prompts", "other_prompts", "class_prompts"),
 }
 """The fields of a recipe that hold captions, by section, apart from those of the prior."""
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -28,6 +29,7 @@ from pydantic_core import PydanticCustomError
 from adapters.cascade.sampling import Sampling
 from adapters.errors import name_in
 from adapters.weights.kinds import KINDS, AdapterSpec
+from finetune.recipe.prompt_lists import SUBJECT, read_prompts
 from finetune.recipe.yaml12 import Dumper
 from finetune.step.optimizers import OPTIMIZERS
 from finetune.step.schedules import SCHEDULES
@@ -63,6 +65,19 @@ def _check_one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple
     return prompts
 
 
+def _read_list(field: str) -> BeforeValidator:
+    """Make a validator that reads a list by name, and puts another field's text in for ``{}``."""
+
+    def read(prompts: Any, info: ValidationInfo) -> Any:
+        listed = read_prompts(prompts) if isinstance(prompts, str) else prompts
+        if not isinstance(listed, list | tuple):
+            return listed  # pydantic reports it
+        subject = info.data.get(field, SUBJECT)  # absent if it has a mistake itself
+        return [p.replace(SUBJECT, subject) if isinstance(p, str) else p for p in listed]
+
+    return BeforeValidator(read)
+
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -73,6 +88,7 @@ Levels = Annotated[
 ]
 Prompts = Annotated[tuple[str, ...], Field(strict=False)]
 StagePrompts = Annotated[Prompts, AfterValidator(_check_one_for_each)]
+SubjectPrompts = Annotated[Prompts, _read_list("identifier")]
 ChosenPrecision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 Place = tuple[int | str, ...]
 
@@ -401,16 +417,28 @@ class Evaluation(Section):
     """The words that name the subject in prompts, such as ``sks octopus``."""
     subject: str
     """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
-    prompts: Annotated[Prompts, Field(min_length=1)]
-    """Prompts that should show the subject."""
-    stage_2_prompts: StagePrompts | None = None
-    """Prompts for Stage II, one for each of ``prompts``; ``None``: the same."""
-    other_prompts: Prompts = ()
-    """Prompts without the subject; training should not change their pictures."""
-    clip: str
+    prompts: Annotated[SubjectPrompts, Field(min_length=1)]
+    """Prompts that should show the subject, in which ``{}`` is the identifier; or the name of a
+    shipped list, ``objects`` or ``live``, or of a ``.txt`` file with a prompt on each line."""
+    stage_2_prompts: Annotated[StagePrompts | None, _read_list("subject")] = None
+    """Prompts for Stage II, one for each of ``prompts``, likewise, in which ``{}`` is the subject
+    in plain words; ``None``: the same."""
+    other_prompts: SubjectPrompts = ()
+    """Prompts without the subject, or the name of the list ``others``; training should not
+    change their pictures."""
+    class_prompts: SubjectPrompts = ()
+    """Prompts of the subject's class, such as ``a photo of a dog``, whose pictures should not show
+    the subject (PRES); none: not scored."""
+    pictures_per_prompt: Positive = 1
+    """Pictures of each prompt, each from a seed of its own; DreamBooth takes 4."""
+    clip: str = "openai/clip-vit-base-patch32"
     """The CLIP model that scores the pictures: a folder or hub name."""
+    dino: str | None = None
+    """The DINO or DINOv2 model that scores likeness, such as DreamBooth's ``facebook/dino-vits16``,
+    or ``facebook/dinov2-small``: a folder or hub name; ``None``: not scored."""
     seed: NonNegative = 1000
-    """The seed of the pictures, other than ``validation.seed``."""
+    """The seed of the first picture, other than ``validation.seed``; every variant of the cascade
+    draws from the same seeds."""
     sampling: Sampling | None = None
     """Steps, guidance and noise level, by stage; ``None``: as in validation."""
     expected: Expected | None = None

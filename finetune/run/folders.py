@@ -32,6 +32,11 @@ class Folders:
         """The folder of the exported adapters, which the user keeps."""
         return self.run / "adapters"
 
+    @property
+    def evaluation(self) -> Path:
+        """The folder of the newest evaluation: its report, scores and pictures."""
+        return self.run / "evaluation"
+
     def checkpoints(self, stage: Stage) -> Path:
         """Return the folder of a stage's checkpoints."""
         return self.run / "checkpoints" / stage.name

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -188,9 +189,13 @@ def test_the_comparison_is_drawn_and_scored(
     assert "tensorboard --logdir" in shown
     sheet = Image.open(finished_run / "before_after.png")
     assert sheet.height > 3 * CELL_PX
-    scores = json.loads((finished_run / "before_after.json").read_text())
-    assert {"clip_i/real_to_real", "clip_i/base", "clip_t/fine_tuned"} <= set(scores)
-    assert scores["clip_i/base"] != scores["clip_i/fine_tuned"]
+    assert re.search(
+        r"CLIP-I, generated vs\. real pictures +-?0\.\d{3} +-?0\.\d{3} +0\.\d{3}\n", shown
+    )
+    report = json.loads((finished_run / "evaluation/scores.json").read_text())
+    base, fine_tuned = (report["variants"][name] for name in ("base", "fine_tuned"))
+    assert base["clip_i"] != fine_tuned["clip_i"]
+    assert base["clip_t_others"]["count"] == 1
 
 
 def test_the_same_command_again_has_nothing_to_do(
