@@ -99,8 +99,8 @@ def extract(
 
     Weights are read and decomposed one at a time. Differences outside of the targets, or in
     biases and norms, which are not matrices, cannot be in a LoRA, and count as lost. Targets that
-    do not differ are left out. ``lora`` is empty, with its limits set; the new folder gets the stage's
-    folder, and a card with the prompts. Returns a sentence about the LoRA and its error.
+    do not differ are left out. ``lora`` is empty, with its limits set; the new folder gets the
+    stage's folder, and a card with the prompts. Returns a sentence about the LoRA and its error.
 
     Raises:
         UserError: if the UNets have different architectures or do not differ.
