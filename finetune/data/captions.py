@@ -43,7 +43,7 @@ KEPT_ENCODINGS = 100
 """The number of encodings kept in memory, the most recently used."""
 
 PROMPT_FIELDS = {
-    "validation": ("prompts", "stage_2_prompts"),
+    "validation": ("prompts", "stage_2_prompts", "other_prompts"),
     "prior": ("prompts",),
     "evaluation": ("prompts", "stage_2_prompts", "other_prompts"),
 }
