@@ -30,6 +30,9 @@ SPILL = 0.5
 """The gain in likeness to the subject of other prompts' pictures, as a part of the gain of the
 subject's own, from which the subject leaks."""
 
+LEAST_SPILL = 0.05
+"""The least gain in that likeness that counts as leaking."""
+
 LEAST_GAIN = 0.01
 """The least CLIP-I above the base's that counts as learnt."""
 
@@ -83,7 +86,7 @@ def leaks(course: Course) -> bool:
     if len(text) < 2:
         return False
     spilt, gained = image[-1] - image[0], own[-1] - own[0] if own else 0.0
-    return text[-1] < DROP * text[0] or spilt > max(SPILL * gained, LEAST_GAIN)
+    return text[-1] < DROP * text[0] or spilt > max(SPILL * gained, LEAST_SPILL)
 
 
 def copies(course: Course) -> bool:
