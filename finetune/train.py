@@ -90,7 +90,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     check_held_out(recipe.validation.held_out, len(pictures))
     likeness = None
     if accelerator.is_main_process:
-        if recipe.evaluation and recipe.validation.prompts:
+        if recipe.evaluation and (recipe.validation.prompts or recipe.validation.other_prompts):
             likeness = Likeness(recipe.evaluation)
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
 

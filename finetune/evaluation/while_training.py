@@ -12,13 +12,13 @@ from finetune.data.pictures import Picture, crop
 from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
 from finetune.recipe.schema import Evaluation
 from finetune.run.figures import (
-    ALIKE,
-    CEILING,
     CLIP_I,
     CLIP_T,
     NEAREST,
     OTHERS_CLIP_I,
     OTHERS_CLIP_T,
+    SAMENESS,
+    ceiling_of,
 )
 from finetune.run.measures import Score
 from finetune.run.validation import DrawnRow, Kind
@@ -42,10 +42,10 @@ class Likeness:
             for picture in pictures
         ]
         real = self.scorer.images(photos)
-        ceilings = {CLIP_I + CEILING: clip_i_ceiling(real)}
+        ceilings = {ceiling_of(CLIP_I): clip_i_ceiling(real)}
         if len(real) > 1:
             among = real @ real.T
-            ceilings[NEAREST + CEILING] = float(among.fill_diagonal_(-1).amax(1).mean())
+            ceilings[ceiling_of(NEAREST)] = float(among.fill_diagonal_(-1).amax(1).mean())
         reached = {tag: value for tag, value in ceilings.items() if value is not None}
 
         def score(drawn: Sequence[DrawnRow]) -> dict[str, float]:
@@ -58,7 +58,7 @@ class Likeness:
                     NEAREST: float((images @ real.T).amax(1).mean()),
                 } | reached
                 if len(images) > 1:
-                    figures[ALIKE] = mean_cosine(images)
+                    figures[SAMENESS] = mean_cosine(images)
             if any(each.row.kind == "others" for each in drawn):
                 images, texts = self._encode(drawn, "others")
                 figures |= {

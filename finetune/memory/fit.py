@@ -80,15 +80,8 @@ def plan(recipe: Recipe, device: torch.device = GPU) -> Plan:
 
 def _sources(recipe: Recipe) -> dict[int, Source]:
     """Return the bases of the trained stages and of those that draw for them, by number."""
-    drawing = {STAGES[2]} if _shows_stage_2(recipe) else set()
+    drawing = {STAGES[2]} if recipe.shows_stage_2 else set()
     return {s.number: recipe.source(s) for s in {STAGES[1], *drawing, *recipe.trained}}
-
-
-def _shows_stage_2(recipe: Recipe) -> bool:
-    """Tell whether Stage I's validation pictures are also enlarged by Stage II."""
-    settings, named = recipe.validation, recipe.base.stage_2 is not None
-    drawn = settings.prompts or settings.other_prompts
-    return bool(recipe.stage_1 and named and drawn and settings.through_stage_2 != "never")
 
 
 def _phases(
@@ -103,7 +96,7 @@ def _phases(
     below, above = STAGES[1], STAGES[2]
     draws_prior = prior is not None and not prior.folder
     rows = [row for row in (validation.prompts, validation.other_prompts) if row]
-    needed = {below: bool(rows) or draws_prior, above: _shows_stage_2(recipe)}
+    needed = {below: bool(rows) or draws_prior, above: recipe.shows_stage_2}
     # an untrained stage runs in the precision of the trained one; that stage's adapter may fit none
     # of its modules, while the default one fits any and takes next to nothing
     other = next(iter(choices.values())).training

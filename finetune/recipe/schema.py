@@ -344,8 +344,8 @@ class Validation(Section):
     other_prompts: Prompts = ()
     """Prompts without the subject, whose pictures training should not change."""
     through_stage_2: Literal["never", "last", "always"] = "last"
-    """The validations of Stage I at which its pictures are also enlarged by the base's Stage II,
-    which is loaded for that and freed."""
+    """When Stage I's pictures are also shown enlarged by the base's Stage II, which is
+    loaded for that and freed: never, once at the end, or at each validation."""
     loss_pictures: NonNegative = 50
     """The most training pictures whose loss is measured at fixed noise, each by itself; 0: none."""
     held_out: NonNegative = 0
@@ -474,6 +474,13 @@ class Recipe(Section):
         """Return the precision of each UNet on a device; an untrained stage takes the other's."""
         trained = {s.number: self.training(s).precision_on(device) for s in self.trained}
         return {number: trained.get(number, next(iter(trained.values()))) for number in STAGES}
+
+    @property
+    def shows_stage_2(self) -> bool:
+        """True if Stage I's validation pictures are also shown enlarged by Stage II."""
+        drawn = self.validation.prompts or self.validation.other_prompts
+        shown = self.stage_1 and drawn and self.validation.through_stage_2 != "never"
+        return bool(shown) and self.base.stage_2 is not None
 
     @property
     def crops_px(self) -> list[int]:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.run.figures import (
-    ALIKE,
-    CEILING,
     CLIP_I,
     CLIP_T,
     FIXED_NOISE,
@@ -17,7 +15,9 @@ from finetune.run.figures import (
     NEAREST,
     OTHERS_CLIP_I,
     OTHERS_CLIP_T,
+    SAMENESS,
     Validated,
+    ceiling_of,
 )
 
 RISE = 1.1
@@ -75,8 +75,8 @@ def collapses(course: Course) -> bool:
     Pictures of one subject are alike by nature, so the measure is the likeness among the training
     pictures: half way from there to 1.
     """
-    alike, text = course.curve(ALIKE), course.curve(CLIP_T)
-    natural = course.last(CLIP_I + CEILING) or (alike[0] if alike else 1.0)
+    alike, text = course.curve(SAMENESS), course.curve(CLIP_T)
+    natural = course.last(ceiling_of(CLIP_I)) or (alike[0] if alike else 1.0)
     return bool(alike) and alike[-1] > (1 + natural) / 2 and text[-1] < DROP * max(text)
 
 
@@ -91,7 +91,7 @@ def leaks(course: Course) -> bool:
 
 def copies(course: Course) -> bool:
     """Recognise pictures nearer to training pictures than these are to one another."""
-    nearest, real = course.last(NEAREST), course.last(NEAREST + CEILING)
+    nearest, real = course.last(NEAREST), course.last(ceiling_of(NEAREST))
     return nearest is not None and real is not None and nearest > real
 
 
@@ -115,15 +115,15 @@ SYMPTOMS: Mapping[str, tuple[Callable[[Course], bool], str]] = {
     "collapses": (
         collapses,
         "The pictures collapse: those of different prompts are nearly the same"
-        " ({fidelity/alike}), and the prompts are followed less ({fidelity/clip_t}). Take fewer"
+        " ({fidelity/sameness}), and the prompts are followed less ({fidelity/clip_t}). Take fewer"
         " steps or a lower optimizer.learning_rate, and captions that say what differs from one"
         " picture to the next.",
     ),
     "leaks": (
         leaks,
-        "The subject leaks into other prompts: their CLIP-T goes from {others/clip_t}, their"
-        " likeness to the subject from {others/clip_i}. Add prior preservation or raise its share,"
-        " or take fewer steps or a lower optimizer.learning_rate.",
+        "The subject leaks into other prompts: their CLIP-T goes from {forgetting/others_clip_t},"
+        " their likeness to the subject from {forgetting/others_clip_i}. Add prior preservation or"
+        " raise its share, or take fewer steps or a lower optimizer.learning_rate.",
     ),
     "copies": (
         copies,

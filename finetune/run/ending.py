@@ -41,9 +41,8 @@ def export_run(
         last = trainee.step if trainee.step > step else None
         info = info.model_copy(update={"step": step, "last_step": last, "choice": choice})
     with trainee.final_weights(kept) as unet:
-        samples = measures.samples if step == trainee.step else {}
-        samples = samples or measures.draw_samples()
         tracker.bar.write(export_adapter(unet, folder, info).message)
+        samples = measures.draw_exported(step)
     infos = [read_info(each) for each in stage_folders(folder)]
     write_card(folder, infos, samples)
     tracker.hparams(settings, measures.history[-1].figures if measures.history else ())

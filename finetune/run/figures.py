@@ -1,7 +1,7 @@
 """The figures of a validation: their tags in TensorBoard, and their history in a run.
 
 TensorBoard sorts groups of tags by name, so the groups' names are chosen for their order: ``drawn``
-(pictures), ``fidelity``, ``loss``, ``others``, ``speed``, ``update``.
+(pictures), ``fidelity``, ``forgetting``, ``loss``, ``optimizer``, ``reference``, ``speed``.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ CLIP_T = "fidelity/clip_t"
 NEAREST = "fidelity/nearest_photo"
 """Copying: the mean cosine of each generated picture and the training picture nearest to it."""
 
-ALIKE = "fidelity/alike"
-"""Sameness: the mean cosine of the pictures of different prompts."""
+SAMENESS = "fidelity/sameness"
+"""Collapse: the mean cosine of the pictures of different prompts."""
 
-OTHERS_CLIP_T = "others/clip_t"
+OTHERS_CLIP_T = "forgetting/others_clip_t"
 """CLIP-T of the prompts without the subject."""
 
-OTHERS_CLIP_I = "others/clip_i"
+OTHERS_CLIP_I = "forgetting/others_clip_i"
 """Likeness to the subject of pictures that should not show it."""
 
 FIXED_NOISE = "loss/fixed_noise"
@@ -34,8 +34,15 @@ HELD_OUT = "loss/held_out"
 FLOORED = (CLIP_I, CLIP_T, OTHERS_CLIP_T, OTHERS_CLIP_I)
 """The figures whose value of the base is plotted beside them."""
 
-FLOOR, CEILING = "_base", "_ceiling"
-"""The ends of the tags of the base's value of a figure, and of what real pictures reach."""
+
+def floor_of(tag: str) -> str:
+    """Return the tag of the base's value of a figure."""
+    return f"reference/{tag.rpartition('/')[2]}_base"
+
+
+def ceiling_of(tag: str) -> str:
+    """Return the tag of what real pictures reach of a figure."""
+    return f"reference/{tag.rpartition('/')[2]}_ceiling"
 
 
 @dataclass(frozen=True)
@@ -49,5 +56,5 @@ class Validated:
 
 def add_floors(figures: Mapping[str, float], first: Mapping[str, float]) -> dict[str, float]:
     """Add to the figures of a validation the base's, which are those of the first validation."""
-    floors = {tag + FLOOR: first[tag] for tag in FLOORED if tag in figures and tag in first}
+    floors = {floor_of(tag): first[tag] for tag in FLOORED if tag in figures and tag in first}
     return dict(figures) | floors

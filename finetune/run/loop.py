@@ -100,7 +100,7 @@ def train_stage(
             fixed=FixedLosses(batches, measured) if measured else None,
             held_out=FixedLosses(batches, held_out) if held_out else None,
         )
-        if "measures" in state:
+        if state:
             measures.load_state(state["measures"])
     stopped_early = state.get("stopped_early", False) and settings.patience is not None
     if not stopped_early:
@@ -157,11 +157,11 @@ def run_steps(
     """
     training, options, first = trainee.training, trainee.training.optimizer, trainee.step
     gradient = trainee.weights.gradient
+    if measures and first == 0:
+        measures.validate()  # the base, as a fresh adapter changes nothing
     meter = Meter(batches.num_train_timesteps, accelerator.device)
     update_size = UpdateSize(trainee.unet)
     size_every = math.ceil(training.steps / log_every / SIZE_POINTS) * log_every
-    if measures and not measures.history:
-        measures.validate()  # the base, as a fresh adapter changes nothing
     forget_peak_memory(accelerator.device)
     indices = range(first * training.accumulation, training.steps * training.accumulation)
     feed = prefetch(batches, indices, accelerator.device)

@@ -1,5 +1,6 @@
 """What a run measures at each validation, and what it keeps and says because of that."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,8 +66,8 @@ class Measures:
         """The losses of the training pictures at the first validation."""
         self.said: list[str] = []
         """The kinds of trouble that have been reported."""
-        self.samples: dict[str, Image.Image] = {}
-        """The newest pictures of the validation prompts, by prompt."""
+        self.drawn: list[DrawnRow] = []
+        """The pictures of the newest validation; empty in a run continued after its last one."""
 
     def validate(self) -> None:
         """Measure and show the adapter as an export would have it now; keep it if it is best.
@@ -86,24 +87,33 @@ class Measures:
                 self.tracker.warn(kind, f"Step {step}: {sentence}", step)
         self.tracker.skip_time(time.perf_counter() - started)
 
-    def draw_samples(self) -> dict[str, Image.Image]:
-        """Draw the validation prompts with the weights that the UNet has now, by prompt."""
-        return _samples(self.validator.sample()) if self.validator else {}
+    def draw_exported(self, step: int) -> dict[str, Image.Image]:
+        """Return pictures of the validation prompts by the weights of a step, by prompt.
+
+        They are drawn again, with the weights that the UNet has now, unless the newest validation
+        was of that step. If the recipe wants it, they are shown enlarged by Stage II.
+        """
+        if self.validator is None:
+            return {}
+        newest = step == self.trainee.step and self.drawn
+        drawn = self.drawn if newest else self.validator.sample()
+        if self.enlarge and self.settings.through_stage_2 == "last":
+            self._show(self.enlarge(drawn))
+        own = [each.by_prompt for each in drawn if each.row.kind == "subject"]
+        return own[0] if own else {}
 
     def _draw(self) -> list[DrawnRow]:
         """Draw all rows and show them."""
-        if self.validator is None:
-            return []
-        drawn, step, chosen = self.validator.sample(), self.trainee.step, self.settings
-        self.samples = _samples(drawn)
-        last = step == self.trainee.training.steps
-        shown = list(drawn)
-        if self.enlarge and (chosen.through_stage_2 == "always" or last):
-            shown += self.enlarge(drawn)
-        for each in shown:
+        self.drawn = self.validator.sample() if self.validator else []
+        self._show(self.drawn)
+        if self.enlarge and self.drawn and self.settings.through_stage_2 == "always":
+            self._show(self.enlarge(self.drawn))
+        return self.drawn
+
+    def _show(self, drawn: Sequence[DrawnRow]) -> None:
+        for each in drawn:
             sheet = contact_sheet([each.pictures], column_captions=each.row.prompts)
-            self.tracker.picture(each.row.title, sheet, step)
-        return drawn
+            self.tracker.picture(each.row.title, sheet, self.trainee.step)
 
     def _measure(self, drawn: Sequence[DrawnRow]) -> dict[str, float]:
         """Score the pictures drawn, and compute the losses at fixed noise."""
@@ -124,8 +134,9 @@ class Measures:
         names, step = name_pictures(self.fixed.pictures), self.trainee.step
         points = zip(names, losses, strict=True)
         self.tracker.curves({f"loss_by_picture/{name}": loss for name, loss in points}, step)
-        table = tabulate_losses(names, self.first_losses, losses)
-        self.tracker.markdown("loss_by_picture", table, step)
+        if step > 0:
+            table = tabulate_losses(names, self.first_losses, losses)
+            self.tracker.markdown("loss_by_picture", table, step)
 
     def _keep_best(self) -> None:
         if self.settings.best and choose(self.history, self.settings.best) is self.history[-1]:
@@ -170,10 +181,6 @@ def agree(flag: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(flags, "sum") > 0)
 
 
-def _samples(drawn: Sequence[DrawnRow]) -> dict[str, Image.Image]:
-    return drawn[0].by_prompt if drawn else {}
-
-
 def name_pictures(pictures: Sequence[Picture]) -> list[str]:
     """Name pictures by their files; those that share a name also by their place."""
     names = [Path(picture.source).name for picture in pictures]
@@ -196,7 +203,8 @@ def tabulate_losses(names: Sequence[str], first: Sequence[float], now: Sequence[
     for name in (worst, *others):
         old, new = losses[name]
         lines.append(f"| {name} | {new:.4f} | {old:.4f} | {left[name]:.0%} |")
-    if others and left[worst] > median(left[name] for name in others):
-        peers = median(left[name] for name in others)
-        lines += ["", f"Learnt least: {worst}, {left[worst]:.0%} left; the others {peers:.0%}."]
+    peers = median(left[name] for name in others) if others else math.inf
+    if left[worst] > peers:
+        share = f"{left[worst]:.0%} of its loss is left, of the others' {peers:.0%} (median)."
+        lines += ["", f"Learnt least: {worst}; {share}"]
     return "\n".join(lines)

@@ -16,15 +16,15 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from finetune.run.figures import (
-    CEILING,
     CLIP_I,
     CLIP_T,
     FIXED_NOISE,
-    FLOOR,
     HELD_OUT,
     NEAREST,
     OTHERS_CLIP_I,
     OTHERS_CLIP_T,
+    ceiling_of,
+    floor_of,
 )
 from finetune.step.losses import Losses
 from unets.memory import peak_memory_gib
@@ -38,14 +38,16 @@ def _chart(*tags: str) -> list[Any]:
 LAYOUT = {
     "1. Fidelity, and what it costs": {
         "likeness to the subject (CLIP-I), the base, and real pictures": _chart(
-            CLIP_I, CLIP_I + FLOOR, CLIP_I + CEILING
+            CLIP_I, floor_of(CLIP_I), ceiling_of(CLIP_I)
         ),
-        "other prompts (CLIP-T), and the base": _chart(OTHERS_CLIP_T, OTHERS_CLIP_T + FLOOR),
-        "likeness to the prompts (CLIP-T), and the base": _chart(CLIP_T, CLIP_T + FLOOR),
+        "other prompts (CLIP-T), and the base": _chart(OTHERS_CLIP_T, floor_of(OTHERS_CLIP_T)),
+        "likeness to the prompts (CLIP-T), and the base": _chart(CLIP_T, floor_of(CLIP_T)),
         "the subject in other prompts (CLIP-I), and the base": _chart(
-            OTHERS_CLIP_I, OTHERS_CLIP_I + FLOOR
+            OTHERS_CLIP_I, floor_of(OTHERS_CLIP_I)
         ),
-        "the nearest training picture, and among real pictures": _chart(NEAREST, NEAREST + CEILING),
+        "the nearest training picture, and among real pictures": _chart(
+            NEAREST, ceiling_of(NEAREST)
+        ),
     },
     "2. Loss": {
         "at fixed noise, on training and held-out pictures": _chart(FIXED_NOISE, HELD_OUT),

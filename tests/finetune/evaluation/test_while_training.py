@@ -11,13 +11,13 @@ from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip
 from finetune.evaluation.while_training import Likeness
 from finetune.recipe.schema import Data, Evaluation
 from finetune.run.figures import (
-    ALIKE,
-    CEILING,
     CLIP_I,
     CLIP_T,
     NEAREST,
     OTHERS_CLIP_I,
     OTHERS_CLIP_T,
+    SAMENESS,
+    ceiling_of,
 )
 from finetune.run.validation import DrawnRow, PromptRow
 from tests.builders import ROOT
@@ -55,16 +55,16 @@ def test_figures_are_those_of_the_evaluation(photos: list[Picture]) -> None:
     texts = scorer.texts([prompt.replace("sks ", "") for prompt in prompts])
     expected = {
         CLIP_I: clip_i(vectors, photo_vectors),
-        CLIP_I + CEILING: clip_i_ceiling(photo_vectors),
+        ceiling_of(CLIP_I): clip_i_ceiling(photo_vectors),
         CLIP_T: clip_t(vectors, texts),
-        ALIKE: float(vectors[0] @ vectors[1]),
+        SAMENESS: float(vectors[0] @ vectors[1]),
         NEAREST: (1 + float((photo_vectors @ vectors[1]).max())) / 2,
         OTHERS_CLIP_T: clip_t(vectors[1:], scorer.texts(["a pizza on a red background"])),
         OTHERS_CLIP_I: clip_i(vectors[1:], photo_vectors),
     }
     for tag, value in expected.items():
         assert figures[tag] == pytest.approx(value, abs=1e-4), tag
-    assert expected[CLIP_I] < figures[NEAREST + CEILING] < 1
+    assert expected[CLIP_I] < figures[ceiling_of(NEAREST)] < 1
 
 
 def test_one_photo_has_no_ceiling(photos: list[Picture]) -> None:

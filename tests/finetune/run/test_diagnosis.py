@@ -4,8 +4,6 @@ import pytest
 
 from finetune.run.diagnosis import SYMPTOMS, diagnose
 from finetune.run.figures import (
-    ALIKE,
-    CEILING,
     CLIP_I,
     CLIP_T,
     FIXED_NOISE,
@@ -13,16 +11,18 @@ from finetune.run.figures import (
     NEAREST,
     OTHERS_CLIP_I,
     OTHERS_CLIP_T,
+    SAMENESS,
     Validated,
+    ceiling_of,
 )
 
 GOOD = {
     CLIP_I: [0.3, 0.5, 0.6, 0.7],
-    CLIP_I + CEILING: [0.8] * 4,
+    ceiling_of(CLIP_I): [0.8] * 4,
     CLIP_T: [0.3, 0.31, 0.31, 0.3],
-    ALIKE: [0.4, 0.6, 0.7, 0.8],
+    SAMENESS: [0.4, 0.6, 0.7, 0.8],
     NEAREST: [0.5, 0.6, 0.8, 0.85],
-    NEAREST + CEILING: [0.9] * 4,
+    ceiling_of(NEAREST): [0.9] * 4,
     OTHERS_CLIP_T: [0.3, 0.3, 0.29, 0.29],
     OTHERS_CLIP_I: [0.2, 0.2, 0.21, 0.22],
     FIXED_NOISE: [0.2, 0.15, 0.12, 0.1],
@@ -34,7 +34,7 @@ BAD = [
     ("memorises", {HELD_OUT: [0.2, 0.15, 0.17, 0.2]}, "on those held out (0.200 to 0.200)"),
     (
         "collapses",
-        {ALIKE: [0.4, 0.6, 0.8, 0.97], CLIP_T: [0.3, 0.31, 0.28, 0.25]},
+        {SAMENESS: [0.4, 0.6, 0.8, 0.97], CLIP_T: [0.3, 0.31, 0.28, 0.25]},
         "nearly the same (0.400 to 0.970), and the prompts are followed less (0.300 to 0.250)",
     ),
     ("leaks", {OTHERS_CLIP_T: [0.3, 0.28, 0.27, 0.2]}, "CLIP-T goes from 0.300 to 0.200"),
