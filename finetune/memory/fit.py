@@ -115,24 +115,27 @@ def _phases(
     for stage, choice in choices.items():
         resident = choice.footprint.resident
         at_once = min(max(map(len, rows), default=0), validation.sampling.batch_size)
-        helpers = {}
         if at_once and stage.super_resolution:
-            helpers[f"{stage.name}, {below.name}'s samples"] = drawing[below]
-        yield from _helping(helpers, resident, at_once)
+            name = f"{stage.name}, {below.name}'s samples"
+            yield Phase(name, _bytes_beside(resident, drawing[below], at_once))
         yield Phase(f"{stage.name}, training", choice.footprint.reserved)
         if at_once:
             most = choice.rehearsal.drawing_bytes(at_once)
             yield Phase(f"{stage.name}, validation", reserved(resident + most))
         if not stage.super_resolution and needed[above]:
-            name = f"{stage.name}, validation enlarged by {above.name}"
-            yield from _helping({name: drawing[above]}, resident, at_once)
+            name = f"{stage.name}, samples through {above.name}"
+            yield Phase(name, _bytes_beside(resident, drawing[above], at_once))
 
 
-def _helping(helpers: Mapping[str, Rehearsal], resident: int, at_once: int) -> Iterator[Phase]:
-    """Yield the phases in which another stage is loaded beside one in training, and draws."""
-    for name, helper in helpers.items():
-        most = helper.weights_bytes + helper.drawing_bytes(at_once)
-        yield Phase(name, reserved(resident + most))
+def _bytes_beside(resident: int, other: Rehearsal, at_once: int) -> int:
+    """Estimate the bytes reserved while another stage is loaded beside one in training, and draws.
+
+    Args:
+        resident: the bytes of the one in training.
+        other: the other stage.
+        at_once: the number of pictures drawn at once.
+    """
+    return reserved(resident + other.weights_bytes + other.drawing_bytes(at_once))
 
 
 def _text_bytes(text: Text, source: Source, device: torch.device) -> int:

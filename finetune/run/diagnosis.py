@@ -59,6 +59,11 @@ def rising(values: Sequence[float]) -> bool:
     return len(values) >= 3 and min(values) * RISE < values[-1] > values[-2] > values[-3]
 
 
+def _gain(values: Sequence[float]) -> float:
+    """Return the gain of the last value over the first; none is a gain of 0."""
+    return values[-1] - values[0] if values else 0.0
+
+
 def diverges(course: Course) -> bool:
     """Recognise a loss on training pictures that rises."""
     return rising(course.curve(FIXED_NOISE))
@@ -77,16 +82,15 @@ def collapses(course: Course) -> bool:
     """
     alike, text = course.curve(SAMENESS), course.curve(CLIP_T)
     natural = course.last(ceiling_of(CLIP_I)) or (alike[0] if alike else 1.0)
-    return bool(alike) and alike[-1] > (1 + natural) / 2 and text[-1] < DROP * max(text)
+    one = bool(alike) and alike[-1] > (1 + natural) / 2
+    return one and bool(text) and text[-1] < DROP * max(text)
 
 
 def leaks(course: Course) -> bool:
     """Recognise other prompts that are followed less, or whose pictures show the subject."""
     text, image, own = (course.curve(tag) for tag in (OTHERS_CLIP_T, OTHERS_CLIP_I, CLIP_I))
-    if len(text) < 2:
-        return False
-    spilt, gained = image[-1] - image[0], own[-1] - own[0] if own else 0.0
-    return text[-1] < DROP * text[0] or spilt > max(SPILL * gained, LEAST_SPILL)
+    forgotten = bool(text) and text[-1] < DROP * text[0]
+    return forgotten or _gain(image) > max(SPILL * _gain(own), LEAST_SPILL)
 
 
 def copies(course: Course) -> bool:
