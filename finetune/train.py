@@ -1,4 +1,4 @@
-"""Teach the cascade what a recipe says.
+"""Train the cascade as a recipe says.
 
 accelerate launch --config_file accelerate_config.yaml -m finetune.train RECIPE [key=value …]
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     dry_run = {"action": "store_true", "help": "print the resolved recipe and stop"}
-    about = "Teach the cascade what a recipe says."
+    about = "Train the cascade as a recipe says."
     run_command("train", about, arguments, train_or_print, dry_run=dry_run)
 
 
@@ -47,7 +47,7 @@ def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
 
 
 def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
-    """Run a recipe: gather its material, then teach each of its stages in turn."""
+    """Run a recipe: gather its material, then train each of its stages in turn."""
     import torch
     from tqdm import tqdm
 

@@ -41,8 +41,8 @@ def own_folder(prior: Prior) -> Path | None:
     own = Path(prior.folder).expanduser() if prior.folder else None
     if own and not own.is_dir():
         raise UserError(
-            f"prior.folder {prior.folder!r} is no folder: name one with pictures of the class, or"
-            " leave the field out to sample them from the base."
+            f"prior.folder {prior.folder!r} is not a folder: name one with pictures of the class,"
+            " or leave the field out to sample them from the base."
         )
     return own
 
@@ -208,5 +208,5 @@ class ClassPictures:
                 return samples
         raise UserError(
             f"prior.prompts: the base's safety checker rejected {ATTEMPTS} pictures of"
-            f" {self._prompt(pending[0])!r}; word it otherwise, or give prior.folder."
+            f" {self._prompt(pending[0])!r}; reword it, or give prior.folder."
         )

@@ -246,10 +246,10 @@ def explain_out_of_memory(recipe: Recipe, device: torch.device) -> UserError:
     taken = plan(recipe, device).peak
     # the plan may have fitted by calculation and still failed, so look for a smaller one
     found = fit(recipe, min(available, 0.97 * taken.bytes))
-    advice = "no settings of this recipe fit, so take a smaller base"
+    advice = "no settings of this recipe fit, so use a smaller base"
     if found.plan:
-        advice = f"give the overrides {' '.join(found.overrides)}"
+        advice = f"add the overrides {' '.join(found.overrides)}"
     return UserError(
-        f"The GPU ran out of memory: PyTorch can have {available / GIB:.1f} GiB of it, and the"
-        f" recipe takes about {taken.bytes / GIB:.1f} GiB in {taken.name}; {advice}."
+        f"The GPU ran out of memory: PyTorch can use {available / GIB:.1f} GiB of it, but the"
+        f" recipe needs about {taken.bytes / GIB:.1f} GiB in {taken.name}; {advice}."
     )

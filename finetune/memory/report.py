@@ -57,7 +57,7 @@ def format_fit(recipe: Recipe, vram: str) -> str:
     """
     budget = parse_memory(vram, "--vram")
     found = fit(recipe, budget)
-    blocks = [f"On a card of {vram}, {_gib(budget)} GiB beside the driver's own:"]
+    blocks = [f"Settings that fit {vram} ({_gib(budget)} GiB after the driver's share):"]
     for stage, choices in found.choices.items():
         rows = [(stage.name, "base", "checkpointing", "batch", "accumulation", "GiB", "time")]
         rows += [
@@ -74,7 +74,7 @@ def format_fit(recipe: Recipe, vram: str) -> str:
         ]
         blocks.append(format_table(rows) if choices else f"{stage.name}: nothing fits.")
     if found.plan is None:
-        return "\n\n".join([*blocks, "No settings of this recipe fit: take a smaller base."])
+        return "\n\n".join([*blocks, "No settings of this recipe fit: use a smaller base."])
     overrides = " ".join(found.overrides) or "(none: the recipe fits as it is)"
     # planned again, because a rehearsal's first step also builds tables that later steps reuse
     fastest = f"The fastest, as overrides:\n{overrides}"
@@ -96,7 +96,7 @@ def format_downloads(recipe: Recipe) -> str:
     for stage in dict.fromkeys((STAGES[1], *recipe.trained)):
         files = recipe.source(stage).files
         if not files.is_listed:
-            return f"The downloads of {files.name} are not known offline."
+            return f"The downloads for {files.name} cannot be listed offline."
         needed = {"unet": draws or stage in recipe.trained}
         needed |= dict.fromkeys(GUARDS, draws) | dict.fromkeys(TEXT_PARTS, stage is STAGES[1])
         for part in files.parts:

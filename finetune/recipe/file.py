@@ -78,7 +78,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     for section in sections:
         below = node.get(section)
         if not isinstance(below, dict | None):
-            raise UserError(f"The override {override!r} goes below a value that is no section.")
+            raise UserError(f"The override {override!r} takes the value {section!r} for a section.")
         node[section] = below = dict(below or {})
         node = below
     node[key] = text if literal else _parse_value(text, override)

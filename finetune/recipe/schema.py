@@ -375,7 +375,7 @@ class Expected(Section):
     clip_t: Annotated[float, Field(gt=-1, le=1)]
     """CLIP-T of the subject's prompts."""
     clip_t_others: Annotated[float, Field(gt=-1, le=1)] | None = None
-    """CLIP-T of the other prompts; ``None``: there are none."""
+    """CLIP-T of the other prompts; ``None`` if there are no other prompts."""
     spread: Annotated[float, Field(gt=0)]
     """The distance from these scores that other seeds or processors can make."""
 
@@ -427,7 +427,7 @@ class Recipe(Section):
     validation: Validation = Validation()
     """The pictures sampled during training."""
     evaluation: Evaluation | None = None
-    """The scores of what was learnt; ``None``: none."""
+    """The scores of what was learnt; ``None``: they are not computed."""
     log_every: Positive = 10
     """Steps between TensorBoard points."""
     runs_dir: str = "runs"

@@ -59,7 +59,7 @@ def check_stage(
     ):
         if needs_gpu and device.type == "cpu":
             raise UserError(
-                f"{stage.name}.{setting} needs a GPU, and this run uses none: {advice}."
+                f"{stage.name}.{setting} needs a GPU, but this run uses none: {advice}."
             )
     timesteps, levels = training.timesteps, training.noise_level or (0, 0)
     for setting, given, largest, name in (
@@ -70,7 +70,7 @@ def check_stage(
         last = source.scheduler(name).config.num_train_timesteps - 1
         if largest > last:
             raise UserError(
-                f"{stage.name}.{setting} must be within 0 and {last}, the timesteps of the base's"
+                f"{stage.name}.{setting} must be between 0 and {last}, the timesteps of the base's"
                 f" {name} (got {given})."
             )
     for sampling in samplings:

@@ -269,7 +269,7 @@ def test_out_of_memory_ends_in_overrides_that_fit(
     assert message.partition("overrides ")[2].rstrip(".").split()
     assert "\n" not in message
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (peak / 100, 10 * GIB))
-    assert "take a smaller base" in str(explain_out_of_memory(recipe, GPU))
+    assert "use a smaller base" in str(explain_out_of_memory(recipe, GPU))
 
 
 def test_a_run_that_is_out_of_memory_says_what_fits(

@@ -384,13 +384,13 @@ def test_stage_2s_mistakes_are_found_before_stage_1_trains(
     path = save_recipe(tmp_path, recipe_of(random_cascade, pictures, validation={}, prior=None))
     for override, message in (
         ("stage_2.adapter.targets=[to_x]", "'to_x' matches no"),
-        ("stage_1.timesteps.high=1000", "stage_1.timesteps.high must be within 0 and 999"),
-        ("stage_2.timesteps.low=1000", "stage_2.timesteps.low must be within 0 and 999"),
-        ("stage_2.noise_level=[0, 5000]", "stage_2.noise_level must be within 0 and 999"),
+        ("stage_1.timesteps.high=1000", "stage_1.timesteps.high must be between 0 and 999"),
+        ("stage_2.timesteps.low=1000", "stage_2.timesteps.low must be between 0 and 999"),
+        ("stage_2.noise_level=[0, 5000]", "stage_2.noise_level must be between 0 and 999"),
         (f"base.stage_2={random_cascade.stage_1}", "IFSuperResolutionPipeline"),
         (f"base.stage_1={random_cascade.stage_2}", "IFPipeline"),
         ("data.source=./nowhere", "there is no such folder"),
-        ("prior={prompts: [a dog], folder: nowhere}", "prior.folder 'nowhere' is no folder"),
+        ("prior={prompts: [a dog], folder: nowhere}", "prior.folder 'nowhere' is not a folder"),
     ):
         with pytest.raises(SystemExit):
             run(path, override)

@@ -376,10 +376,14 @@ def test_precompute_leaves_nothing_to_encode(
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     precompute.main([str(file), "text.precision=fp32"])
-    assert capsys.readouterr().out.startswith("3 captions encoded in fp32 on cpu, 0 were in ")
+    assert capsys.readouterr().out.startswith(
+        "3 captions encoded in fp32 on cpu, 0 were already in "
+    )
     request.getfixturevalue("no_text_encoder")
     precompute.main([str(file)])
-    assert capsys.readouterr().out.startswith("0 captions encoded in fp32 on cpu, 3 were in ")
+    assert capsys.readouterr().out.startswith(
+        "0 captions encoded in fp32 on cpu, 3 were already in "
+    )
     embed(collect_captions(recipe, load_pictures(recipe.data, recipe.cache, 16)), recipe)
 
 
