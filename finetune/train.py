@@ -115,7 +115,9 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     board = "tensorboard"
     program = board if shutil.which(board) else str(Path(sys.executable).with_name(board))
     accelerator.print(
-        f"Adapters:    {folders.adapters}\nTensorBoard: {program} --logdir {folders.run / 'logs'}"
+        f"Adapters:    {folders.adapters}\n"
+        # by default it shows ten pictures of a row, and drops some of the others: perhaps the base
+        f"TensorBoard: {program} --logdir {folders.run / 'logs'} --samples_per_plugin images=100"
     )
 
 

@@ -4,6 +4,7 @@ Each row of :data:`SYMPTOMS` is a function of the history alone, and a sentence 
 wrong and what to change.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -149,11 +150,10 @@ tags of curves."""
 def diagnose(history: Sequence[Validated], steps: int) -> dict[str, str]:
     """Return a sentence for each thing that goes wrong now, by kind."""
     course = Course(history, steps)
-    changes = {
-        tag: f"{curve[0]:.3f} to {curve[-1]:.3f}"
-        for tag in history[-1].figures
-        if (curve := course.curve(tag))
-    }
+    changes = defaultdict(lambda: "what was not measured")
+    for tag in history[-1].figures:
+        curve = course.curve(tag)
+        changes[tag] = f"{curve[0]:.3f} to {curve[-1]:.3f}"
     return {
         kind: sentence.format_map(changes)
         for kind, (recognise, sentence) in SYMPTOMS.items()

@@ -149,7 +149,9 @@ def saved_weights(recipe: Recipe, number: int = 1) -> Tensor:
 
 def events_of(recipe: Recipe, number: int = 1) -> EventAccumulator:
     """All that TensorBoard shows of a stage."""
-    events = EventAccumulator(str(Folders(recipe.folder).logs(STAGES[number])))
+    folder = Folders(recipe.folder).logs(STAGES[number])
+    everything = {"images": 0, "scalars": 0, "tensors": 0}  # not a sample of each
+    events = EventAccumulator(str(folder), size_guidance=everything)
     events.Reload()
     return events
 
