@@ -10,7 +10,9 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from adapters.errors import UserError
 from adapters.files.info import read_info
+from finetune.data.batches import Batches
 from finetune.recipe.schema import Recipe, Timesteps
+from finetune.run import loop
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint
 from finetune.run.figures import CLIP_I, FIXED_NOISE, HELD_OUT, OTHERS_CLIP_T, floor_of
 from finetune.run.fixed_losses import FixedLosses, check_held_out, hold_out, spread_timesteps
@@ -65,7 +67,7 @@ def scoring(likeness: Sequence[float], others: Sequence[float] | None = None) ->
     def score(drawn: Sequence[DrawnRow]) -> dict[str, float]:
         found = next(points, None)
         if found is None:
-            raise KeyboardInterrupt
+            raise InterruptedError
         return dict(zip((CLIP_I, OTHERS_CLIP_T), found, strict=True))
 
     return score
@@ -118,7 +120,14 @@ def test_fixed_losses_are_of_evenly_spread_timesteps() -> None:
     assert spread_timesteps(Timesteps(low=500, high=507), 1000) == list(range(500, 508))
 
 
-def test_held_out_pictures_are_not_trained_on(make: Make) -> None:
+def test_held_out_pictures_are_not_trained_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, original = [], loop.build_batches
+
+    def build(*arguments: Any) -> Batches:
+        trained.append(original(*arguments))
+        return trained[-1]
+
+    monkeypatch.setattr(loop, "build_batches", build)
     recipe = make(validation={"held_out": 1, "every": 2})
     pictures = material_of(recipe).pictures
     kept, held_out = hold_out(pictures, 1, recipe.seed)
@@ -127,6 +136,7 @@ def test_held_out_pictures_are_not_trained_on(make: Make) -> None:
     tags = events_of(recipe).Tags()["scalars"]
     own = {tag.partition("/")[2] for tag in tags if tag.startswith("loss_by_picture/")}
     assert own == {picture.source for picture in kept}
+    assert [list(batches.pictures) for batches in trained] == [kept]
     assert [point.step for point in events_of(recipe).Scalars(HELD_OUT)] == [0, 2, 4]
     with pytest.raises(UserError, match="must be less than the number of pictures, 3"):
         check_held_out(3, len(pictures))
@@ -207,7 +217,7 @@ def test_an_interrupted_run_chooses_as_an_uninterrupted_one(make: Make, interrup
     whole = judged(make, {"keep_others": None}, name="whole")
     train(whole, score=scoring(likeness))
     recipe = judged(make, {"keep_others": None})
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedError):
         train(recipe, score=scoring(likeness[:interrupted]))
     train(recipe, score=scoring(likeness[interrupted:]))
     assert_exported(recipe, 2)
