@@ -124,7 +124,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
 def gather(
     recipe: "Recipe", pictures: Sequence["Picture"], accelerator: "Accelerator"
 ) -> "Material":
-    """Encode the captions and, for prior preservation, load or sample class pictures."""
+    """Encode the captions, and load or sample the class pictures of a prior that has them."""
     from finetune.data.captions import CaptionCache, collect_captions, embed_captions
     from finetune.data.prior import ClassPictures
     from finetune.run.loop import Material
@@ -132,7 +132,7 @@ def gather(
     device = accelerator.device
     captions = collect_captions(recipe, pictures)
     embeds = embed_captions(captions, CaptionCache.of(recipe, device))
-    classes = ClassPictures.of(recipe, embeds, device).load() if recipe.prior else []
+    classes = ClassPictures.of(recipe, embeds, device).load() if recipe.class_pictures else []
     return Material(pictures, classes, embeds)
 
 

@@ -150,6 +150,8 @@ class AdaptedConv2d(Conv2d):  # type: ignore[misc]  # PEFT is untyped
 
     def without_bias(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the result before the bias is added, and the bias; ``None``: already added."""
+        if self.disable_adapters and not self.merged:
+            return self.base_layer.without_bias(inputs)
         result = self._fused(inputs, None)
         return (super().forward(inputs), None) if result is None else (result, self.base_layer.bias)
 

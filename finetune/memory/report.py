@@ -7,7 +7,7 @@ from adapters.cascade.memory_budget import GPU, parse_memory
 from adapters.tables import format_table
 from finetune.data.captions import TEXT_PARTS
 from finetune.memory.fit import Plan, fit, plan
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import OutputPrior, Recipe
 from finetune.step.stages import STAGES
 from unets.tally import GIB
 
@@ -42,7 +42,10 @@ def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
     own = [choice.training for choice in plan.choices.values()]
     flops = [part.flops * each.accumulation for part, each in zip(parts, own, strict=True)]
     yield ("base", *(each.precision_on(plan.device) for each in own))
-    yield ("pictures a step", *(f"{each.batch_size * each.accumulation:,}" for each in own))
+    sizes = [each.batch_size * each.accumulation for each in own]
+    yield ("pictures a step", *(f"{size:,}" for size in sizes))
+    if isinstance(prior := plan.recipe.prior, OutputPrior):
+        yield ("of these, preserved as output", *(f"{prior.count_in(size):,}" for size in sizes))
     yield ("TFLOP a step", *(f"{each / 1e12:.3g}" for each in flops))
     yield ("steps", *(f"{each.steps:,}" for each in own))
     totals = [each * training.steps for each, training in zip(flops, own, strict=True)]
@@ -90,7 +93,8 @@ def format_downloads(recipe: Recipe) -> str:
     Raises:
         UserError: if a base lacks weights that the run needs.
     """
-    draws = bool(recipe.validation.prompts or (recipe.prior and not recipe.prior.folder))
+    prior = recipe.class_pictures
+    draws = bool(recipe.validation.prompts or (prior and not prior.folder))
     rows: list[tuple[str, ...]] = []
     everything: list[int] = []
     for stage in dict.fromkeys((STAGES[1], *recipe.trained)):

@@ -1,11 +1,11 @@
 """Reading of recipes: the file, overrides from the command line, and mistakes in words."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -127,11 +127,11 @@ def _row(path: Place, mistakes: list[ErrorDetails]) -> str:
     first = mistakes[0]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        section = _section(_types_at(path[:-1]))
-        assert section is not None
-        new = RENAMED.get(".".join(map(str, path)))
-        hint = f"is now {new}" if new else closest(str(path[-1]), list(section.model_fields))
-        message = f"unknown key; {hint}"
+        message = _explain_unknown_key(path, first["loc"])
+    elif first["type"] == "union_tag_invalid":
+        kinds = [_kind(section) for section in _sections(_types_at(path))]
+        path, found = (*path, "kind"), first["ctx"]["tag"]
+        message = f"unknown name {found!r}; {closest(found, kinds)}"
     elif first["type"] not in ("missing", "value_error"):
         others = [mistake["msg"].removeprefix("Input should be ") for mistake in mistakes[1:]]
         message = " or ".join([message, *others])
@@ -142,12 +142,35 @@ def _row(path: Place, mistakes: list[ErrorDetails]) -> str:
     return f"{place}: {message}" if place else message
 
 
+def _explain_unknown_key(path: Place, place: Place) -> str:
+    """Hint at the key that an unknown one should have been.
+
+    Args:
+        path: the unknown key's path.
+        place: pydantic's place of it, which also names the kind of a section that has several.
+    """
+    new = RENAMED.get(".".join(map(str, path)))
+    if new:
+        return f"unknown key; is now {new}"
+    key, sections = str(path[-1]), _sections(_types_at(path[:-1]))
+    own = sections[0] if len(sections) == 1 else next(s for s in sections if _kind(s) == place[-2])
+    others = [_kind(section) for section in sections if key in section.model_fields]
+    if others:
+        return f"belongs to kind: {others[0]}, but this is kind: {_kind(own)}"
+    return f"unknown key; {closest(key, list(own.model_fields))}"
+
+
 def _path(place: Place) -> Place:
     """Drop from a place the names that pydantic gives to the branches of unions."""
     path: Place = ()
+    kind_named = False
     for part in place:
-        if isinstance(part, int) or _section(_types_at(path)):
+        sections = _sections(_types_at(path))
+        if len(sections) > 1 and not kind_named:
+            kind_named = True
+        elif isinstance(part, int) or sections:
             path += (part,)
+            kind_named = False
     return path
 
 
@@ -155,14 +178,29 @@ def _types_at(path: Place) -> set[Any]:
     """Return the types that the field at a path may hold; none if there is no such field."""
     types: set[Any] = {Recipe}
     for part in path:
-        section = _section(types)
-        field = section.model_fields.get(str(part)) if section else None
-        options = () if field is None else get_args(field.annotation) or (field.annotation,)
-        types = {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in options}
+        fields = [section.model_fields.get(str(part)) for section in _sections(types)]
+        types = {kind for field in fields if field for kind in _options(field.annotation)}
     return types
 
 
-def _section(types: Iterable[Any]) -> type[BaseModel] | None:
-    """Find the section among some types; ``None`` if none of them is one."""
-    classes = (kind for kind in types if isinstance(kind, type))
-    return next((kind for kind in classes if issubclass(kind, BaseModel)), None)
+def _options(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation allows."""
+    if get_origin(annotation) is Annotated:
+        yield from _options(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for option in get_args(annotation):
+            yield from _options(option)
+    else:
+        yield annotation
+
+
+def _sections(types: Iterable[Any]) -> list[type[BaseModel]]:
+    """List the sections among some types, by name; several are told apart by their ``kind``."""
+    classes = (kind for kind in types if isinstance(kind, type) and get_origin(kind) is None)
+    sections = (kind for kind in classes if issubclass(kind, BaseModel))
+    return sorted(sections, key=lambda section: section.__name__)
+
+
+def _kind(section: type[BaseModel]) -> str:
+    """Return the name of the kind that a section is, of those that its key can hold."""
+    return str(get_args(section.model_fields["kind"].annotation)[0])

@@ -25,9 +25,9 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
             show validation pictures through is missing, or as :func:`check_stage`.
     """
     check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
-    if recipe.prior:
-        own_folder(recipe.prior)
-    sections = (recipe.prior, recipe.validation, recipe.evaluation)
+    if recipe.class_pictures:
+        own_folder(recipe.class_pictures)
+    sections = (recipe.class_pictures, recipe.validation, recipe.evaluation)
     samplings = [section.sampling for section in sections if section and section.sampling]
     if recipe.shows_stage_2 and recipe.stage_2 is None:
         above = recipe.source(STAGES[2])

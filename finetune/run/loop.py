@@ -19,7 +19,8 @@ from adapters.files.info import AdapterInfo
 from finetune import __version__
 from finetune.data.batches import Batches, derived_seed, prefetch
 from finetune.data.pictures import Picture
-from finetune.recipe.schema import Data, Prior, Recipe, Training, Validation
+from finetune.data.preserved import list_prompts
+from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe, Training, Validation
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from finetune.run.ending import export_run
 from finetune.run.fixed_losses import FixedLosses, hold_out, select_evenly
@@ -33,6 +34,7 @@ from finetune.step.optimizers import set_learning_rate
 from finetune.step.schedules import SCHEDULES
 from finetune.step.stages import STAGES, Stage
 from unets.memory import forget_peak_memory, free_memory
+from unets.precision import PRECISIONS
 
 CARD_PROMPTS = 8
 """The number of captions listed with an adapter if the recipe has no validation prompts."""
@@ -84,6 +86,12 @@ def train_stage(
         accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
     )
     tracker.text("recipe", recipe.to_yaml())
+    precision = training.precision_on(device)
+    if batches.preserves_output and precision not in PRECISIONS and accelerator.is_main_process:
+        tracker.bar.write(
+            f"{stage.name}: what prior.kind: output preserves is the predictions of the base in"
+            f" {precision}, as it is trained, and not those of its full precision."
+        )
     measures = None
     if accelerator.is_main_process:
         enlarger = None
@@ -159,7 +167,11 @@ def run_steps(
     gradient = trainee.weights.gradient
     if measures and first == 0:
         measures.validate()  # the base, as a fresh adapter changes nothing
-    meter = Meter(batches.num_train_timesteps, accelerator.device)
+    meter = Meter(
+        batches.num_train_timesteps,
+        accelerator.device,
+        preserves_output=batches.preserves_output,
+    )
     update_size = UpdateSize(trainee.unet)
     size_every = math.ceil(training.steps / log_every / SIZE_POINTS) * log_every
     forget_peak_memory(accelerator.device)
@@ -172,7 +184,7 @@ def run_steps(
         for _ in range(training.accumulation):
             batch = next(feed)
             losses = trainee.accumulate(batch)
-            meter.add(losses, batch.weight, batch.timesteps)
+            meter.add(losses, batch)
         if accelerator.num_processes > 1:
             gradient.copy_(accelerator.reduce(gradient, "mean"))
         meter.add_step(trainee.update())
@@ -234,6 +246,7 @@ def build_batches(
     """Build the batches on which this process trains a stage."""
     training, schedulers = trainee.training, trainee.schedulers
     levels = (0, schedulers[-1].config.num_train_timesteps - 1)
+    captions = (picture.caption for picture in material.pictures)
     return Batches(
         data=data,
         pictures=material.pictures,
@@ -250,4 +263,5 @@ def build_batches(
         accumulation=training.accumulation,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        prompts=list_prompts(prior, captions) if isinstance(prior, OutputPrior) else (),
     )

@@ -261,7 +261,11 @@ def test_a_longer_run_continues_and_another_recipe_does_not(
 
 
 @pytest.mark.parametrize(
-    ("processes", "size", "alone"), [(2, 2, [(1, 4), (2, 2), (4, 1)]), (4, 2, [(1, 8), (4, 2)])]
+    ("processes", "size", "alone", "prior"),
+    [
+        (2, 2, [(1, 4), (2, 2), (4, 1)], {"kind": "pictures"}),
+        (4, 2, [(1, 8), (4, 2)], {"kind": "output", "prompts": ["a photo of a dog", "a cat"]}),
+    ],
 )
 def test_a_global_batch_trains_the_same_however_it_is_divided(
     random_cascade: RandomCascade,
@@ -270,12 +274,15 @@ def test_a_global_batch_trains_the_same_however_it_is_divided(
     processes: int,
     size: int,
     alone: list[tuple[int, int]],
+    prior: dict[str, Any],
 ) -> None:
-    """Over processes or over accumulated batches: with prior preservation, of whose class pictures
-    not all have one, with flips, dropped captions and dropout in the adapter."""
+    """Over processes or over accumulated batches: with prior preservation, of whose pictures not
+    all have one, with flips, dropped captions and dropout in the adapter."""
     tree = recipe_of(random_cascade, pictures, stage_2=None, validation={}, log_every=1)
     tree["data"] |= {"horizontal_flip": True, "caption_dropout": 0.3}
-    tree["prior"] |= {"folder": str(pictures), "share": 0.25, "weight": 0.7}
+    if prior["kind"] == "pictures":
+        prior = tree["prior"] | {"folder": str(pictures)}
+    tree["prior"] = prior | {"share": 0.25, "weight": 0.7}
     tree["stage_1"]["adapter"] = {"rank": 4, "targets": "attention+conv", "dropout": 0.2}
     # in full precision, as 8-bit states would magnify what the order of a sum rounds
     tree["stage_1"]["optimizer"] = {"name": "adamw", "learning_rate": 1e-3, "max_grad_norm": 0.1}
