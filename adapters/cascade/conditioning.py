@@ -89,7 +89,7 @@ class Options(TypedDict, total=False):
     low_res: Given | Tensor | None
     embeds: Mapping[str, Tensor] | None
     clean_caption: bool
-    progress: bool
+    progress: bool | str
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class Request:
     sampling: Sampling
     below: Tensor | None
     """[N, 3, s, s], the pictures to enlarge; ``None`` for Stage I."""
-    progress: bool
-    """Show a progress bar for each batch."""
+    progress: bool | str
+    """Show a progress bar for each batch; a text: show it before the bar's name."""
 
     def batches(self) -> Iterator["Request"]:
         """Split the request into batches of ``sampling.batch_size`` pictures."""
@@ -62,8 +62,9 @@ class Request:
 
         Each picture has a generator, on the CPU so that every device draws the same.
         """
-        bar = {"desc": f"Stage {self.stage}", "disable": not self.progress, "leave": False}
-        pipe.set_progress_bar_config(**bar)
+        name = f"Stage {self.stage}"
+        title = f"{self.progress}, {name}" if isinstance(self.progress, str) else name
+        pipe.set_progress_bar_config(desc=title, disable=not self.progress, leave=False)
         seeds = self.conditioning.seeds
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         below = {} if self.below is None else {"image": self.below}

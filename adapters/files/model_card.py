@@ -66,8 +66,9 @@ def write_card(
         "Licence": "\n\n".join([*notices, *links]),
     }
     title = f"{' and '.join(f'Stage {info.stage}' for info in infos)} adapter for DeepFloyd IF"
+    choices = [f"Stage {i.stage}: {i.choice}" for i in infos if i.choice]
     card = folder / CARD
-    write_text(card, _compose(metadata, title, [_table_of_stages(infos)], sections))
+    write_text(card, _compose(metadata, title, [_table_of_stages(infos), *choices], sections))
     return card
 
 
