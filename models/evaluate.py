@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPProcessor
 
-from models.scenes import Placement, compose, contact_sheet, premultiply, to_image
+from finetune.evaluation.metrics import ClipScorer
+from models.scenes import contact_sheet, draw_scenes, to_image
 from models.world import BACKGROUNDS, SEEN, THINGS, caption, fill
 
 log = logging.getLogger(__name__)
@@ -78,29 +77,16 @@ class Judge:
     """The tiny CLIP with the captions of all objects and all backgrounds."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        self.clip = CLIPModel.from_pretrained(folder).to(device).eval()
-        self.processor = CLIPProcessor.from_pretrained(folder)
-        self.device = device
-        self.objects = self.read([fill("{name}", i, 0) for i in range(len(THINGS))])
-        self.backgrounds = self.read([fill("{background}", 0, i) for i in range(len(BACKGROUNDS))])
-
-    @torch.no_grad()
-    def read(self, texts: list[str]) -> Tensor:
-        """Embed texts as vectors of length 1, [N, D]."""
-        inputs = self.processor(text=texts, padding=True, return_tensors="pt").to(self.device)
-        return F.normalize(self.clip.get_text_features(**inputs).pooler_output, dim=-1)
-
-    @torch.no_grad()
-    def look(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Embed pictures as vectors of length 1, [N, D]."""
-        inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
-        return F.normalize(self.clip.get_image_features(**inputs).pooler_output, dim=-1)
+        self.scorer = ClipScorer(str(folder), device)
+        objects = [fill("{name}", i, 0) for i in range(len(THINGS))]
+        backgrounds = [fill("{background}", 0, i) for i in range(len(BACKGROUNDS))]
+        self.objects, self.backgrounds = map(self.scorer.texts, (objects, backgrounds))
 
     def guess(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Find the object and background that rank first for each picture, [N] int64 each."""
-        seen = self.look(pictures)
+        seen = self.scorer.images(pictures)
         objects, backgrounds = seen @ self.objects.T, seen @ self.backgrounds.T
-        return objects.argmax(dim=1).cpu(), backgrounds.argmax(dim=1).cpu()
+        return objects.argmax(dim=1), backgrounds.argmax(dim=1)
 
     def rank(self, pictures: Sequence[Image.Image], things: Tensor, backgrounds: Tensor) -> Ranking:
         """Compute the shares of pictures whose given classes, [N] int64 each, rank first."""
@@ -119,15 +105,6 @@ def random_captions(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(things), torch.tensor(backgrounds)
 
 
-def real_pictures(
-    sprites: Tensor, things: Tensor, backgrounds: Tensor, size_px: int, seed: int
-) -> list[Image.Image]:
-    """Compose scenes instead of sampling them; `sprites` is [N, 4, P, P] uint8."""
-    placement = Placement.random(len(things), torch.Generator().manual_seed(seed))
-    scenes = compose(premultiply(sprites)[things], backgrounds, placement, size_px)
-    return [to_image(scene) for scene in scenes]
-
-
 def evaluate(
     folder: Path, sprites: Tensor, count: int, how: SamplingPlan, device: str
 ) -> tuple[dict[str, object], list[Image.Image], list[str]]:
@@ -137,7 +114,7 @@ def evaluate(
     low_res, sampled = sample(folder, captions, how, device)
     pictures = [to_image(picture) for picture in sampled]
     size_px = sampled.shape[-1]
-    real = real_pictures(sprites, things, backgrounds, size_px, how.seed)
+    real = draw_scenes(sprites[things], backgrounds, size_px, how.seed)
     judge = Judge(folder / "clip", device)
     rankings = {
         "real": judge.rank(real, things, backgrounds),

@@ -7,6 +7,7 @@
     python -m models.make_if_tiny stage_2 --round 3
     python -m models.make_if_tiny evaluate     # figures, and the contact sheet docs/if_tiny.png
     python -m models.make_if_tiny subjects
+    python -m models.make_if_tiny sprites      # models/sprites/
 
 The training runs need a GPU and take some minutes each; the rest runs anywhere.
 """
@@ -24,10 +25,11 @@ from transformers import T5EncoderModel
 from models.architecture import STAGE_1_PX, save_clip
 from models.clip_training import ClipPlan, train_clip
 from models.evaluate import SamplingPlan, evaluate, write
-from models.scenes import FONT, premultiply, rasterise
+from models.scenes import FONT, premultiply, rasterise, write_sprites
 from models.stage_training import ROUNDS, SceneSampler, StageTrainer, train
-from models.subjects import write_subjects
-from models.world import THINGS
+from models.subjects import SUBJECTS, write_subjects
+from models.truth import OTHERS, OWN
+from models.world import THINGS, parse_caption
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +79,19 @@ def make_subjects(arguments: argparse.Namespace) -> None:
     write_subjects(arguments.datasets, _sprites(arguments))
 
 
+def make_sprites(arguments: argparse.Namespace) -> None:
+    """Store the sprites that `models.truth` needs, as pictures."""
+    subjects = [parse_caption(name)[0] for name in (*SUBJECTS, *OTHERS)]
+    write_sprites(_sprites(arguments), sorted({*subjects, *OWN}))
+
+
 PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "stage_1": make_stage,
     "stage_2": make_stage,
     "clip": make_clip,
     "evaluate": make_figures,
     "subjects": make_subjects,
+    "sprites": make_sprites,
 }
 
 

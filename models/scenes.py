@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from models.world import BACKGROUNDS, COLOURS, PATTERNS
+from adapters.errors import UserError, listed
+from models.world import BACKGROUNDS, COLOURS, PATTERNS, THINGS
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -21,6 +23,8 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 BITMAP_PX = 109
 """The only size in which the font has bitmaps."""
 SPRITE_PX = 128
+SPRITES = Path(__file__).parent / "sprites"
+"""The folder of the sprites that are stored as pictures, so that they need no font."""
 SCALES = (0.5, 0.85)
 """The range of an object's longer side as a fraction of the picture, drawn uniformly."""
 TILT = 0.26
@@ -62,6 +66,11 @@ class Placement:
             phase_y=draw[5],
         )
 
+    @property
+    def poses(self) -> Tensor:
+        """The objects' x, y, scale and tilt, [B, 4]."""
+        return torch.stack([self.x, self.y, self.scale, self.tilt], dim=1)
+
 
 def rasterise(characters: Sequence[str], font: Path = FONT) -> Tensor:
     """Draw emoji as sprites: [N, 4, P, P] uint8 RGBA, cropped to the drawing and centred."""
@@ -87,6 +96,42 @@ def _square(drawing: Image.Image) -> Tensor:
     return pixels.view(SPRITE_PX, SPRITE_PX, 4).permute(2, 0, 1)
 
 
+def sprite_file(thing: int) -> Path:
+    """Return the place of a stored sprite; `thing` is an index into `THINGS`."""
+    return SPRITES / f"{THINGS[thing].name.replace(' ', '_')}.png"
+
+
+def write_sprites(sprites: Tensor, things: Sequence[int]) -> None:
+    """Store the sprites of some things as PNGs; `sprites` are the world's, [N, 4, P, P] uint8."""
+    SPRITES.mkdir(exist_ok=True)
+    for thing in things:
+        pixels = sprites[thing].permute(1, 2, 0).contiguous().numpy()
+        Image.fromarray(pixels, "RGBA").save(sprite_file(thing), optimize=True)
+
+
+def read_sprites(things: Sequence[int], font: Path = FONT) -> Tensor:
+    """Read the sprites of some things, [len(things), 4, P, P] uint8.
+
+    Sprites that are not stored are drawn with the font.
+
+    Raises:
+        UserError: if a sprite is not stored, and the font is not installed.
+    """
+    missing = [thing for thing in dict.fromkeys(things) if not sprite_file(thing).exists()]
+    if missing and not font.exists():
+        raise UserError(
+            f"There is no picture of {listed(THINGS[thing].name for thing in missing)} in"
+            f" {SPRITES} and no font at {font} to draw it with: install Debian's"
+            " fonts-noto-color-emoji, or use captions of stored objects."
+        )
+    drawn = rasterise([THINGS[thing].character for thing in missing], font) if missing else ()
+    found = dict(zip(missing, drawn, strict=True))
+    for thing in set(things) - set(missing):
+        with Image.open(sprite_file(thing)) as picture:
+            found[thing] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.stack([found[thing] for thing in things])
+
+
 def premultiply(sprites: Tensor) -> Tensor:
     """Convert [N, 4, P, P] uint8 RGBA to float32 in [0, 1], colours multiplied by alpha."""
     sprites = sprites.float() / 255
@@ -105,13 +150,25 @@ def compose(sprites: Tensor, backgrounds: Tensor, placement: Placement, size_px:
     fine = size_px * SUPERSAMPLING
     axis = (torch.arange(fine, device=sprites.device) + 0.5) / fine
     scene = _paint(backgrounds, placement, axis, softness_px=fine)
-    cos, sin = placement.tilt.cos() / placement.scale, placement.tilt.sin() / placement.scale
-    x, y = placement.x, placement.y
-    affine = torch.stack([cos, sin, -cos * x - sin * y, -sin, cos, sin * x - cos * y], dim=1)
-    grid = F.affine_grid(affine.view(-1, 2, 3), [len(sprites), 4, fine, fine], align_corners=False)
-    drawn = F.grid_sample(sprites, grid, mode="bilinear", align_corners=False)
+    drawn = place(sprites, placement.poses, fine)
     scene = drawn[:, :3] + (1 - drawn[:, 3:]) * scene
     return F.avg_pool2d(scene, SUPERSAMPLING) * 2 - 1
+
+
+def place(sprites: Tensor, poses: Tensor, size_px: int) -> Tensor:
+    """Draw sprites on nothing: [B, 4, S, S], premultiplied.
+
+    Args:
+        sprites: [B, 4, P, P] float32, premultiplied.
+        poses: [B, 4], as `Placement.poses`.
+        size_px: the picture size S.
+    """
+    x, y, scale, tilt = poses.unbind(dim=1)
+    cos, sin = tilt.cos() / scale, tilt.sin() / scale
+    affine = torch.stack([cos, sin, -cos * x - sin * y, -sin, cos, sin * x - cos * y], dim=1)
+    shape = [len(sprites), 4, size_px, size_px]
+    grid = F.affine_grid(affine.view(-1, 2, 3), shape, align_corners=False)
+    return F.grid_sample(sprites, grid, mode="bilinear", align_corners=False)
 
 
 def _paint(backgrounds: Tensor, placement: Placement, axis: Tensor, softness_px: int) -> Tensor:
@@ -163,6 +220,20 @@ def random_scenes(
     )
     placement = Placement.random(len(things), generator)
     return compose(atlas[things], backgrounds, placement, size_px), backgrounds
+
+
+def draw_scenes(sprites: Tensor, backgrounds: Tensor, size_px: int, seed: int) -> list[Image.Image]:
+    """Draw one scene of each sprite, at a random place.
+
+    Args:
+        sprites: [B, 4, P, P] uint8: the object of each scene.
+        backgrounds: [B] int64, indices into `world.BACKGROUNDS`.
+        size_px: the picture size.
+        seed: the seed of the places.
+    """
+    placement = Placement.random(len(sprites), torch.Generator().manual_seed(seed))
+    scenes = compose(premultiply(sprites), backgrounds, placement, size_px)
+    return [to_image(scene) for scene in scenes]
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -9,6 +9,8 @@ cascade: they are the subjects to fine-tune on.
 import unicodedata
 from dataclasses import dataclass
 
+from adapters.errors import UserError
+
 CLASSES = {
     "animal": "🐱🐶🐭🐰🦊🐻🐼🐯🦁🐮🐷🐸🐵🐧🦆🦅🦉🦇🐺🦄🐝🦋🐌🐞🐜🦂🐢🐍🦖🐙🦐🦀🐡🐠🐬🦈🐊🦓🦍🐘"
     "🐪🦒🐑🐓🦃🦚🦜🦢🦩🦔",
@@ -165,6 +167,34 @@ def fill(form: str, thing: int, background: int) -> str:
         noun=with_article(THINGS[thing].noun),
         background=with_article(describe_background(background)),
     )
+
+
+def parse_caption(text: str) -> tuple[int, int | None]:
+    """Find the object and the background that a caption names; `None`: it names no background.
+
+    It understands "a cat face on a blue background", and the same after "a photo of".
+
+    Raises:
+        UserError: if the caption names no object of this world, or an unknown background.
+    """
+    scene = _without_article(text.strip()).removeprefix("photo of ")
+    subject, _, place = _without_article(scene).partition(" on ")
+    thing = _THING_OF.get(subject)
+    background = _BACKGROUND_OF.get(_without_article(place)) if place else None
+    if thing is None or (place and background is None):
+        raise UserError(
+            f"{text!r} is no caption of the embedded world: name an object of models/world.py, with"
+            " or without its background, as in 'a cat face on a blue striped background'."
+        )
+    return thing, background
+
+
+def _without_article(words: str) -> str:
+    return words.removeprefix("an ").removeprefix("a ")
+
+
+_THING_OF = {thing.name: index for index, thing in enumerate(THINGS)}
+_BACKGROUND_OF = {describe_background(index): index for index in range(len(BACKGROUNDS))}
 
 
 def words() -> list[str]:
