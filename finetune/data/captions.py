@@ -21,7 +21,6 @@ from adapters.cascade.embeds import TENSOR
 from adapters.errors import UserError
 from adapters.texts import check_captions, check_vocabulary
 from finetune.data.pictures import Picture
-from finetune.data.preserved import list_prompts
 from finetune.data.sources import has_captions, load_captions
 from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe
 from finetune.step.stages import STAGES
@@ -80,7 +79,7 @@ def collect_prompts(recipe: Recipe) -> dict[str, str]:
 
 def _prior_prompts(prior: Prior) -> tuple[str, ...]:
     """Return the captions of the prior that do not depend on the training data."""
-    return list_prompts(prior, ()) if isinstance(prior, OutputPrior) else prior.prompts
+    return prior.list_captions() if isinstance(prior, OutputPrior) else prior.prompts
 
 
 def check_cleaning(captions: Mapping[str, str], *, clean_caption: bool) -> None:

@@ -22,9 +22,6 @@ Group: TypeAlias = Literal["subject", "others", "class"]
 Adapters: TypeAlias = Mapping[str, Scale]
 """Exported folders, other tools' files or hub names, each with its scale."""
 
-SEEDS_APART = 1000
-"""The distance of the seeds of two pictures of one prompt; prompts' seeds are 1 apart."""
-
 BASE, FINE_TUNED = "base", "fine_tuned"
 
 
@@ -61,7 +58,7 @@ def list_shots(settings: Evaluation) -> tuple[Shot, ...]:
             prompt=prompt,
             stage_2_prompt=second.get(place, prompt),
             text=prompt.replace(settings.identifier, settings.subject),
-            seed=settings.seed + SEEDS_APART * number + place,
+            seed=settings.seed_of(place, number),
         )
         for number in range(settings.pictures_per_prompt)
         for place, (group, prompt) in enumerate(prompts)

@@ -4,7 +4,7 @@ Every section is a pydantic model: its fields, with their types and ranges, are 
 text under each field is its documentation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -28,7 +28,8 @@ from pydantic_core import PydanticCustomError
 
 from adapters.cascade.sampling import Sampling
 from adapters.errors import name_in
-from adapters.weights.kinds import KINDS, AdapterSpec
+from adapters.weights.kinds import AdapterSpec
+from finetune.recipe.consistency import JUDGED, Drawing, find_mistakes, find_shared_pictures
 from finetune.recipe.prompt_lists import SUBJECT, read_prompts
 from finetune.recipe.yaml12 import Dumper
 from finetune.step.optimizers import OPTIMIZERS
@@ -42,18 +43,11 @@ if TYPE_CHECKING:  # so that mistakes are reported without these slow imports
 
     from adapters.base.source import Source
 
-KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
-"""The kinds of adapter without the B matrices that LoRA+ needs."""
-
 LARGEST_SHAPE = 1e6
 """The largest parameter of a density; beyond it all timesteps are the same, or arithmetic fails."""
 
-JUDGED = {
-    "clip_i": ("validation.prompts", "evaluation"),
-    "clip_t": ("validation.prompts", "evaluation"),
-    "held_out": ("validation.held_out",),
-}
-"""The figures that the best validation can be chosen by, with the fields that they need."""
+SEEDS_APART = 1000
+"""The distance between the seeds of two pictures of one prompt, more than there are prompts."""
 
 LEAST_SCALE = 0.1
 """The least sensible learning rate of an optimizer that finds its own step size."""
@@ -214,10 +208,16 @@ class OutputPrior(Preservation):
     """``output``."""
     prompts: Annotated[Prompts, Field(min_length=1)] | Literal["everyday", "data"]
     """The captions to preserve, in random order: a list; ``everyday``, for the captions of everyday
-    things in ``finetune/data/prompts/everyday.txt``; or ``data``, for the training data's own,
+    things in ``finetune/recipe/prompts/everyday.txt``; or ``data``, for the training data's own,
     which holds back what is learnt of them."""
     share: Share = 0.25
     """The share of preserved pictures in each optimizer step, as in either kind."""
+
+    def list_captions(self, of_data: Iterable[str] = ()) -> tuple[str, ...]:
+        """List the distinct captions to preserve, given those of the training data."""
+        if self.prompts == "data":
+            return tuple(dict.fromkeys(of_data))
+        return read_prompts(self.prompts) if isinstance(self.prompts, str) else self.prompts
 
 
 def _prior_kind(prior: Any) -> str:
@@ -430,6 +430,15 @@ class Validation(Section):
         """The validations without a better one after which a run stops; ``None``: it does not."""
         return self.best.patience if self.best else None
 
+    @property
+    def drawings(self) -> list[Drawing]:
+        """The prompts and seeds of the pictures; the two lists are drawn one by one."""
+        return [
+            (prompt, self.seed + place)
+            for prompts in (self.prompts, self.other_prompts)
+            for place, prompt in enumerate(prompts)
+        ]
+
 
 class Expected(Section):
     """Scores that a run on certain data should reach, measured on another machine's run."""
@@ -462,9 +471,9 @@ class Evaluation(Section):
     other_prompts: SubjectPrompts = ()
     """Prompts without the subject, or the name of the list ``others``; training should not
     change their pictures."""
-    class_prompts: SubjectPrompts = ()
-    """Prompts of the subject's class, such as ``a photo of a dog``, whose pictures should not show
-    the subject (PRES); none: not scored."""
+    class_prompts: Annotated[Prompts, _read_list("subject")] = ()
+    """Prompts of the subject's class, such as ``a photo of a {}``, in which ``{}`` is the subject
+    in plain words; their pictures should not show the subject (PRES). None: not scored."""
     pictures_per_prompt: Positive = 1
     """Pictures of each prompt, each from a seed of its own; DreamBooth takes 4."""
     clip: str = "openai/clip-vit-base-patch32"
@@ -479,6 +488,19 @@ class Evaluation(Section):
     """Steps, guidance and noise level, by stage; ``None``: as in validation."""
     expected: Expected | None = None
     """The scores that the run should reach; ``None``: not known."""
+
+    def seed_of(self, place: int, number: int = 0) -> int:
+        """Return the seed of a prompt's picture: the prompt's place among all, and its number."""
+        return self.seed + SEEDS_APART * number + place
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """The prompts and seeds of the pictures that are scored."""
+        return [
+            (prompt, self.seed_of(place, number))
+            for number in range(self.pictures_per_prompt)
+            for place, prompt in enumerate(self.prompts + self.other_prompts)
+        ]
 
 
 class Recipe(Section):
@@ -518,12 +540,17 @@ class Recipe(Section):
     def _check_sections_together(cls, tree: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Report mistakes between sections along with those within them."""
         mistakes: list[Any] = []
+        between = dict(find_mistakes(tree))
         try:
             recipe = handler(tree)
+            if recipe.validation.best and recipe.evaluation:
+                between |= find_shared_pictures(
+                    recipe.validation.drawings, recipe.evaluation.drawings
+                )
         except ValidationError as error:
             mistakes += error.errors(include_url=False)
         places = {mistake["loc"] for mistake in mistakes}
-        for path, message in _mistakes_between_sections(tree):
+        for path, message in between.items():
             kind = PydanticCustomError("value_error", "{message}", {"message": message})
             place = tuple(path.split("."))
             if place not in places:
@@ -584,90 +611,3 @@ class Recipe(Section):
         """Write the resolved recipe, defaults included; loading it gives the same recipe."""
         tree = self.model_dump(mode="json")
         return yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=100, allow_unicode=True)
-
-
-def _mistakes_between_sections(tree: Any) -> Iterator[tuple[str, str]]:
-    """Yield the path and message of each mistake that involves several sections.
-
-    They are sought in the tree as given, because its sections may have mistakes of their own.
-    """
-
-    def given(path: str) -> Any:
-        node = tree
-        for part in path.split("."):
-            node = dict(node).get(part) if isinstance(node, dict | BaseModel) else None
-        return node
-
-    yield from _mistakes_of_best(given)
-    trained = [stage.name for stage in STAGES.values() if given(stage.name) is not None]
-    if not trained:
-        yield "stage_1", "nothing to train: give a stage_1 section, a stage_2 section or both"
-    if "stage_2" in trained and given("base.stage_2") is None:
-        yield "base.stage_2", "must name a Stage II model if stage_2 is trained"
-    if given("stage_1.noise_level") is not None:
-        yield "stage_1.noise_level", "is for stage_2 alone: Stage I has no augmentation to draw"
-    for stage in trained:
-        accumulation = given(f"{stage}.accumulation")
-        alone = given(f"{stage}.batch_size") == 1 and accumulation in (None, 1)
-        if given("prior") is not None and alone:
-            yield (
-                f"{stage}.batch_size",
-                "must be at least 2 with prior preservation, or accumulation must be (got 1)",
-            )
-        warmup, steps = given(f"{stage}.optimizer.warmup_steps"), given(f"{stage}.steps")
-        if isinstance(warmup, int) and isinstance(steps, int) and warmup >= steps > 0:
-            yield (
-                f"{stage}.optimizer.warmup_steps",
-                f"must be less than {stage}.steps, or the learning rate never reaches its peak"
-                f" (got {warmup} of {steps} steps)",
-            )
-        kind, ratio = given(f"{stage}.adapter.kind"), given(f"{stage}.optimizer.lora_plus_ratio")
-        if kind in KINDS_WITHOUT_B and ratio not in (None, 1):
-            yield (
-                f"{stage}.optimizer.lora_plus_ratio",
-                f"must be 1 with {kind}, which has no B matrices (got {ratio!r})",
-            )
-
-
-def _mistakes_of_best(given: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
-    """Yield the path and message of each mistake that keeps the best validation from being found.
-
-    Args:
-        given: looks a path up in the tree.
-    """
-    best = given("validation.best")
-    if not isinstance(best, dict | BaseModel):  # absent, or its own mistake is reported
-        return
-    figure = given("validation.best.figure") or "clip_i"
-    for needed in JUDGED.get(figure, ()) if isinstance(figure, str) else ():
-        if not given(needed):
-            yield "validation.best.figure", f"{figure} needs {needed}: give it, or another figure"
-    unbounded = dict(best).get("keep_others", 0.97) is None
-    if not unbounded and not (given("validation.other_prompts") and given("evaluation")):
-        yield (
-            "validation.best.keep_others",
-            "needs validation.other_prompts and evaluation, to see what is forgotten: give them, or"
-            " keep_others: null",
-        )
-    shared = _drawn_in_both(given)
-    if shared:
-        prompt, seed = shared[0]
-        yield (
-            "validation.seed",
-            f"{prompt!r} is drawn with seed {seed} in evaluation too, whose pictures must be other"
-            " than those that the best is chosen by: give another seed",
-        )
-
-
-def _drawn_in_both(given: Callable[[str], Any]) -> list[tuple[str, int]]:
-    """List the prompts that validation and evaluation draw with the same seed, with the seed."""
-    drawn: list[set[tuple[str, int]]] = []
-    for section, default in (("validation", 0), ("evaluation", 1000)):
-        seed = given(f"{section}.seed")
-        fields = [given(f"{section}.{field}") for field in ("prompts", "other_prompts")]
-        fields = [field if isinstance(field, list | tuple) else () for field in fields]
-        first = seed if isinstance(seed, int) else default
-        # validation draws the others by themselves, evaluation after the prompts
-        rows = fields if section == "validation" else [[*fields[0], *fields[1]]]
-        drawn.append({(str(prompt), first + at) for row in rows for at, prompt in enumerate(row)})
-    return sorted(drawn[0] & drawn[1])

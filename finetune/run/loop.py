@@ -19,7 +19,6 @@ from adapters.files.info import AdapterInfo
 from finetune import __version__
 from finetune.data.batches import Batches, derived_seed, prefetch
 from finetune.data.pictures import Picture
-from finetune.data.preserved import list_prompts
 from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe, Training, Validation
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from finetune.run.ending import export_run
@@ -263,5 +262,5 @@ def build_batches(
         accumulation=training.accumulation,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        prompts=list_prompts(prior, captions) if isinstance(prior, OutputPrior) else (),
+        prompts=prior.list_captions(captions) if isinstance(prior, OutputPrior) else (),
     )

@@ -23,8 +23,8 @@ from finetune import precompute
 from finetune.data import captions as text
 from finetune.data.captions import CaptionCache, check_cleaning, collect_captions, model_identity
 from finetune.data.pictures import Picture, load_pictures
-from finetune.data.preserved import EVERYDAY, list_prompts
 from finetune.recipe.file import load_recipe
+from finetune.recipe.prompt_lists import read_prompts
 from finetune.recipe.schema import OutputPrior, Recipe
 from finetune.train import gather
 from tests.builders.random_cascade import RandomCascade
@@ -363,19 +363,19 @@ def test_the_captions_to_preserve_are_those_asked_for(
     own = ("a sks cat", "a sks cat on a mat")
     pictures = [Picture(tmp_path, caption, "a file") for caption in (*own, *own)]
     given = ("a dog", "a tree")
-    everyday = tuple(EVERYDAY.read_text(encoding="utf-8").splitlines())
+    everyday = read_prompts("everyday")
     for prompts, expected in ((list(given), given), ("everyday", everyday), ("data", own)):
         prior = {"kind": "output", "prompts": prompts}
         recipe = make_recipe(data={"source": "unread"}, prior=prior)
         assert isinstance(recipe.prior, OutputPrior)
-        assert list_prompts(recipe.prior, (each.caption for each in pictures)) == expected
+        assert recipe.prior.list_captions(each.caption for each in pictures) == expected
         collected = collect_captions(recipe, pictures)
         assert collected.keys() == {"", *own, *expected}
         assert prompts == "data" or collected[expected[0]] == "prior.prompts"
 
 
 def test_everyday_captions_are_many_and_survive_cleaning(caplog: pytest.LogCaptureFixture) -> None:
-    captions = EVERYDAY.read_text(encoding="utf-8").splitlines()
+    captions = read_prompts("everyday")
     assert 100 <= len(set(captions)) == len(captions) <= 200
     check_cleaning(dict.fromkeys(captions, "everyday"), clean_caption=True)
     assert not caplog.records

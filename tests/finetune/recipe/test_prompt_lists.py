@@ -6,7 +6,6 @@ import pytest
 
 from adapters.errors import UserError
 from adapters.texts import check_captions
-from finetune.data.preserved import EVERYDAY
 from finetune.recipe.file import load_recipe
 from finetune.recipe.prompt_lists import LISTS, SUBJECT, read_prompts
 from finetune.recipe.schema import Evaluation
@@ -34,9 +33,9 @@ def test_there_are_eight_prompts_or_more_of_other_things() -> None:
     assert len(set(prompts)) >= 8
     assert SUBJECT not in "".join(prompts)
     assert not {*prompts} & {*read_prompts("objects"), *read_prompts("live")}
-    preserved = EVERYDAY.read_text(encoding="utf-8").splitlines()
+    preserved = read_prompts("everyday")
     assert not {*prompts} & {*preserved}  # or forgetting would be measured on what is preserved
-    assert set(LISTS) == {"objects", "live", "others"}
+    assert set(LISTS) == {"everyday", "live", "objects", "others"}
 
 
 def test_a_list_is_filled_in_with_the_subject(tmp_path: Path) -> None:
@@ -46,7 +45,7 @@ def test_a_list_is_filled_in_with_the_subject(tmp_path: Path) -> None:
     assert settings.prompts == tuple(p.replace("{}", "sks cat") for p in read_prompts("live"))
     assert settings.stage_2_prompts == tuple(p.replace("{}", "cat") for p in read_prompts("live"))
     assert settings.other_prompts == read_prompts("others")
-    assert settings.class_prompts == ("a sks cat",)
+    assert settings.class_prompts == ("a cat",)
 
 
 def test_the_resolved_recipe_holds_the_prompts_themselves(tmp_path: Path) -> None:
