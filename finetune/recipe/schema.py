@@ -79,6 +79,12 @@ def _read_list(field: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
+def _read_own_list(prompts: Any) -> Any:
+    """Read a user's own list of prompts, and leave the names of shipped ones as they are."""
+    own = isinstance(prompts, str) and prompts.endswith(".txt")
+    return list(read_prompts(prompts)) if own else prompts
+
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -206,10 +212,14 @@ class OutputPrior(Preservation):
 
     kind: Literal["output"]
     """``output``."""
-    prompts: Annotated[Prompts, Field(min_length=1)] | Literal["everyday", "data"]
-    """The captions to preserve, in random order: a list; ``everyday``, for the captions of everyday
-    things in ``finetune/recipe/prompts/everyday.txt``; or ``data``, for the training data's own,
-    which holds back what is learnt of them."""
+    prompts: Annotated[
+        Annotated[Prompts, Field(min_length=1)] | Literal["everyday", "data"],
+        BeforeValidator(_read_own_list),
+    ]
+    """The captions to preserve, in random order: a list; the name of a ``.txt`` file with a caption
+    on each line; ``everyday``, for the captions of everyday things in
+    ``finetune/recipe/prompts/everyday.txt``; or ``data``, for the training data's own, which holds
+    back what is learnt of them."""
     share: Share = 0.25
     """The share of preserved pictures in each optimizer step, as in either kind."""
 
