@@ -38,19 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train_and_score(recipe: Recipe, options: argparse.Namespace) -> str:
     """Train a run unless it is trained, and score the scales that are not scored."""
+    from filelock import FileLock
+
     from adapters.errors import quiet_libraries
     from finetune.sweeping.progress import add_seconds, is_trained
     from finetune.sweeping.scoring import score_and_keep
 
     quiet_libraries()
-    if not is_trained(recipe):
-        started = time.monotonic()
-        sys.argv = [TRAINER, str(options.recipe)]
-        try:
-            runpy.run_module(TRAINER, run_name="__main__", alter_sys=True)
-        finally:
-            add_seconds(recipe, time.monotonic() - started)
-    score_and_keep(recipe, [float(text) for text in options.scales.split(",")])
+    # a sweep that goes on at once may find a child of the killed one, which is still ending
+    with FileLock(recipe.folder / ".lock"):
+        if not is_trained(recipe):
+            started = time.monotonic()
+            sys.argv = [TRAINER, str(options.recipe)]
+            try:
+                runpy.run_module(TRAINER, run_name="__main__", alter_sys=True)
+            finally:
+                add_seconds(recipe, time.monotonic() - started)
+        score_and_keep(recipe, [float(text) for text in options.scales.split(",")])
     return f"Trained and scored: {recipe.folder}\n"
 
 

@@ -1,16 +1,19 @@
 """The picture of a sweep: fidelity against preservation, as SVG to stand in a page."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from finetune.sweeping.outcomes import Outcomes, Spread
 
 WIDTH, HEIGHT = 800, 480
-LEFT, RIGHT, TOP, BOTTOM = 70, 30, 24, 60
+LEFT, RIGHT, TOP, BOTTOM = 70, 30, 44, 64
 """The margins around the plot, for tick labels and axis titles."""
 
 RADIUS = 6
+
+LABEL_PX = 20
+"""The distance below which two marks share a label."""
 
 TICKS = 5
 """The number of ticks that an axis should have, about."""
@@ -75,8 +78,14 @@ def draw_plot(outcomes: Outcomes, titles: tuple[str, str]) -> str:
             f"<title>{index + 1}: {escape(', '.join(about))}&#10;"
             f"{escape(titles[0])} {y}&#10;{escape(titles[1])} {x}</title>",
             *_point(x, y, across, up),
-            f'<text x="{across(x.mean) + 9}" y="{up(y.mean) - 8}">{index + 1}</text></g>',
+            "</g>",
         ]
+    marks = {index: (across(x.mean), up(y.mean)) for index, (x, y) in known.items()}
+    for indices in gather_close(marks):
+        x_px, y_px = marks[indices[0]]
+        kind = "front" if set(indices) & set(outcomes.front) else "other"
+        numbers = ", ".join(str(index + 1) for index in sorted(indices))
+        lines.append(f'<text class="{kind}" x="{x_px + 9}" y="{y_px - 8}">{numbers}</text>')
     return "\n".join([*lines, "</svg>"])
 
 
@@ -89,15 +98,11 @@ def _axes(across: Scale, up: Scale, titles: tuple[str, str]) -> Iterator[str]:
         y = up(tick)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
         yield f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
-    middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
     yield (
-        f'<text class="axis" x="{middle[0]}" y="{HEIGHT - 12}" text-anchor="middle">'
+        f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 10}" text-anchor="end">'
         f"{escape(titles[1])} →</text>"
     )
-    yield (
-        '<text class="axis" text-anchor="middle"'
-        f' transform="translate(18 {middle[1]}) rotate(-90)">{escape(titles[0])} →</text>'
-    )
+    yield f'<text class="axis" x="8" y="20">↑ {escape(titles[0])}</text>'
 
 
 def _point(x: Spread, y: Spread, across: Scale, up: Scale) -> Iterator[str]:
@@ -120,3 +125,15 @@ def _stairs(front: Sequence[tuple[Spread, Spread]], across: Scale, up: Scale) ->
     for x, y in front:
         path += f" V{up(y.mean)} H{across(x.mean)}"
     return f'<path class="stairs" d="{path} V{HEIGHT - BOTTOM}"/>'
+
+
+def gather_close(marks: Mapping[int, tuple[float, float]]) -> list[list[int]]:
+    """Group marks that are too close for a label each; the first of a group carries its label."""
+    groups: list[list[int]] = []
+    for index, place in marks.items():
+        near = (group for group in groups if math.dist(marks[group[0]], place) < LABEL_PX)
+        if group := next(near, None):
+            group.append(index)
+        else:
+            groups.append([index])
+    return groups

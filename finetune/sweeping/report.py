@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from adapters.tables import format_table
+from finetune.recipe.schema import Recipe
 from finetune.sweeping.outcomes import Outcome, Outcomes, Spread, compute_figures
 from finetune.sweeping.plot import draw_plot
 from finetune.sweeping.scoring import (
@@ -19,8 +20,8 @@ from finetune.sweeping.scoring import (
     read_scores,
 )
 
-STRIP = 8
-"""The most pictures shown of a point on the front."""
+SHOWN = (6, 2)
+"""The most pictures shown of an outcome: of the subject's prompts, and of the others."""
 
 STRIP_PX = 128
 """The side of these pictures, in pixels."""
@@ -87,7 +88,8 @@ def write_page(title: str, outcomes: Outcomes) -> str:
 def _base_strip(outcomes: Outcomes) -> Iterator[str]:
     if outcomes.front:
         yield '<section class="best"><h3>The base</h3>'
-        yield from _strip(base_folder(outcomes.rows[outcomes.front[0]].points[0].recipe))
+        recipe = outcomes.rows[outcomes.front[0]].points[0].recipe
+        yield from _strip(recipe, base_folder(recipe))
         yield "</section>"
 
 
@@ -97,7 +99,7 @@ def _best(index: int, row: Outcome) -> Iterator[str]:
     scores = ", ".join(f"{name} {row.scores[name]}" for name in ("fidelity", "preservation"))
     yield f'<section class="best"><h3>{index + 1}: {escape(describe_outcome(row))}</h3>'
     yield f"<div>{escape(scores)}</div>"
-    yield from _strip(pictures_folder(first.recipe, row.scale))
+    yield from _strip(first.recipe, pictures_folder(first.recipe, row.scale))
     yield f"<code>{escape(str(first.adapters))}={row.scale:g}</code></section>"
 
 
@@ -107,11 +109,17 @@ def describe_outcome(row: Outcome) -> str:
     return ", ".join([*values, f"scale {row.scale:g}"])
 
 
-def _strip(folder: Path) -> Iterator[str]:
+def _strip(recipe: Recipe, folder: Path) -> Iterator[str]:
+    """Show some of the pictures that were drawn into a folder."""
+    settings = recipe.evaluation
+    assert settings is not None
+    prompts, subjects = settings.prompts + settings.other_prompts, len(settings.prompts)
+    pictures = list(zip(prompts, list_files(folder, len(prompts)), strict=True))
     yield '<div class="strip">'
-    for file in list_files(folder, STRIP):
+    for prompt, file in pictures[:subjects][: SHOWN[0]] + pictures[subjects:][: SHOWN[1]]:
         if file.exists():
-            yield f'<img src="{_embed(file)}" alt="" loading="lazy">'
+            text = escape(prompt)
+            yield f'<img src="{_embed(file)}" alt="{text}" title="{text}" loading="lazy">'
     yield "</div>"
 
 
@@ -127,7 +135,7 @@ def _embed(file: Path) -> str:
 
 def _table(outcomes: Outcomes) -> Iterator[str]:
     names, scores = _columns(outcomes)
-    heads = ["", *names, "scale", *(TITLES[name] for name in scores), "seeds", "training"]
+    heads = ["", *names, "scale", *(TITLES[name] for name in scores), "training"]
     yield '<div class="scroll"><table><thead><tr>'
     yield "".join(f"<th>{escape(head)}</th>" for head in heads)
     yield "</tr></thead><tbody>"
@@ -135,12 +143,12 @@ def _table(outcomes: Outcomes) -> Iterator[str]:
         row = outcomes.rows[index]
         cells = [str(index + 1), *map(escape, row.settings.values()), f"{row.scale:g}"]
         cells += [_cell(row.scores.get(name)) for name in scores]
-        cells += [str(len(row.points)), format_seconds(row.seconds)]
+        cells += [format_seconds(row.seconds)]
         front = ' class="front"' if index in outcomes.front else ""
         yield f"<tr{front}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     if outcomes.rows:
         figures = _base_figures(outcomes)
-        cells = ["base", *[""] * len(names), "", *(_cell(figures.get(n)) for n in scores), "", ""]
+        cells = ["base", *[""] * len(names), "", *(_cell(figures.get(n)) for n in scores), ""]
         yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     yield "</tbody></table></div>"
 
