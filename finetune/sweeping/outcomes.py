@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.sweeping.front import find_front
-from finetune.sweeping.points import Point
 from finetune.sweeping.progress import read_seconds
-from finetune.sweeping.scoring import BASE, name_variant, read_scores
+from finetune.sweeping.scoring import BASE, name_variant
 from finetune.sweeping.work import Result
 
 
@@ -41,7 +40,7 @@ class Outcome:
     """The values that the sweep varies, by short name."""
     scale: float
     """The adapter scale."""
-    points: tuple[Point, ...]
+    runs: tuple[Result, ...]
     """Its scored runs, one for each seed."""
     scores: Mapping[str, Spread | None]
     """Each score, by name: those of the pictures, ``fidelity`` and ``preservation``."""
@@ -72,22 +71,21 @@ class Outcomes:
 
 def collect_outcomes(results: Sequence[Result], scales: Sequence[float], total: int) -> Outcomes:
     """Collect what the finished runs score."""
-    combinations: dict[tuple[str, ...], list[Point]] = {}
+    combinations: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         if result.failure is None:
-            point = result.point
-            combinations.setdefault(tuple(point.settings.values()), []).append(point)
+            values = tuple(result.point.settings.values())
+            combinations.setdefault(values, []).append(result)
     rows = []
-    for points in combinations.values():
-        seconds = Spread.of([read_seconds(point.recipe) for point in points])
-        found = [read_scores(point.recipe) for point in points]
+    for runs in combinations.values():
+        seconds = Spread.of([read_seconds(run.point.recipe) for run in runs])
         for scale in scales:
-            figures = [compute_figures(scores, name_variant(scale)) for scores in found]
+            figures = [compute_figures(run.scores, name_variant(scale)) for run in runs]
             spreads = {
                 name: Spread.of([each.get(name) for each in figures])
                 for name in dict.fromkeys(name for each in figures for name in each)
             }
-            rows.append(Outcome(points[0].settings, scale, tuple(points), spreads, seconds))
+            rows.append(Outcome(runs[0].point.settings, scale, tuple(runs), spreads, seconds))
     return Outcomes(
         tuple(rows),
         tuple(find_front([row.place for row in rows])),
@@ -138,8 +136,12 @@ def to_json(outcomes: Outcomes) -> dict[str, Any]:
                 },
                 "training_seconds": None if row.seconds is None else vars(row.seconds),
                 "runs": [
-                    {"name": point.name, "seed": point.seed, "adapters": str(point.adapters)}
-                    for point in row.points
+                    {
+                        "name": run.point.name,
+                        "seed": run.point.seed,
+                        "adapters": str(run.point.adapters),
+                    }
+                    for run in row.runs
                 ],
             }
             for index, row in enumerate(outcomes.rows)

@@ -17,7 +17,6 @@ from finetune.sweeping.scoring import (
     base_folder,
     list_files,
     pictures_folder,
-    read_scores,
 )
 
 SHOWN = (6, 2)
@@ -45,9 +44,9 @@ TITLES = {
 def describe_axes(outcomes: Outcomes) -> tuple[str, str]:
     """Say what fidelity and preservation are: the former depends on whether a ceiling is known."""
     known = any(
-        read_scores(point.recipe)["ceiling"].get("clip_i", {}).get("value") is not None
+        (run.scores["ceiling"].get("clip_i") or {}).get("value") is not None
         for row in outcomes.rows
-        for point in row.points
+        for run in row.runs
     )
     fidelity = "CLIP-I as a part of its ceiling" if known else "CLIP-I"
     return f"Fidelity: {fidelity}", "Preservation: others' CLIP-T as a part of the base's"
@@ -57,7 +56,7 @@ def write_page(title: str, outcomes: Outcomes) -> str:
     """Write the page: the plot, the front with its pictures, and all outcomes."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     titles = describe_axes(outcomes)
-    done = sum(len({p.name for p in row.points}) for row in outcomes.rows)
+    done = sum(len({run.point.name for run in row.runs}) for row in outcomes.rows)
     scales = len({row.scale for row in outcomes.rows}) or 1
     about = (
         f"{done // scales} of {outcomes.total} runs scored; {len(outcomes.rows)} outcomes,"
@@ -88,14 +87,14 @@ def write_page(title: str, outcomes: Outcomes) -> str:
 def _base_strip(outcomes: Outcomes) -> Iterator[str]:
     if outcomes.front:
         yield '<section class="best"><h3>The base</h3>'
-        recipe = outcomes.rows[outcomes.front[0]].points[0].recipe
+        recipe = outcomes.rows[outcomes.front[0]].runs[0].point.recipe
         yield from _strip(recipe, base_folder(recipe))
         yield "</section>"
 
 
 def _best(index: int, row: Outcome) -> Iterator[str]:
     """Show an outcome on the front: its values, scores, pictures and adapters."""
-    first = row.points[0]
+    first = row.runs[0].point
     scores = ", ".join(f"{name} {row.scores[name]}" for name in ("fidelity", "preservation"))
     yield f'<section class="best"><h3>{index + 1}: {escape(describe_outcome(row))}</h3>'
     yield f"<div>{escape(scores)}</div>"
@@ -207,8 +206,7 @@ def _order(outcomes: Outcomes) -> list[int]:
 
 def _base_figures(outcomes: Outcomes) -> dict[str, Spread | None]:
     """Compute the base's figures, which are the same for all runs that are evaluated alike."""
-    recipes = [point.recipe for row in outcomes.rows for point in row.points]
-    figures = [compute_figures(read_scores(recipe), BASE) for recipe in recipes]
+    figures = [compute_figures(run.scores, BASE) for row in outcomes.rows for run in row.runs]
     names = dict.fromkeys(name for each in figures for name in each)
     return {name: Spread.of([each.get(name) for each in figures]) for name in names}
 

@@ -1,11 +1,12 @@
 """The work of a sweep: each run trained and then scored, one after another or several at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from adapters.errors import UserError
 from finetune.sweeping.points import Point, check_none
 from finetune.sweeping.processes import Children, read_progress, read_reason, share_cores
 from finetune.sweeping.progress import is_scored, is_trained
-from finetune.sweeping.scoring import name_variant
+from finetune.sweeping.scoring import name_variant, read_scores
 
 CHILD = "finetune.sweeping.child"
 """The module that trains and scores a run."""
@@ -33,8 +34,15 @@ class Result:
     """A run that is done, or has failed."""
 
     point: Point
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    """The content of its scores file; empty if it failed."""
     failure: str | None = None
     """The reason in a sentence; ``None``: it is trained and scored."""
+
+    @classmethod
+    def read(cls, point: Point) -> "Result":
+        """Read the result of a run that is done, once: its adapters are hashed for that."""
+        return cls(point, read_scores(point.recipe))
 
 
 @dataclass
@@ -69,7 +77,9 @@ class Workers:
             self._free.put(slot)
         if self.children.ended:
             raise StoppedError
-        return Result(point, f"{read_reason(log)} ({log})" if status else None)
+        if status:
+            return Result(point, failure=f"{read_reason(log)} ({log})")
+        return Result.read(point)
 
     def describe(self) -> str:
         """Describe what is running, for the progress bar."""
@@ -104,7 +114,7 @@ def finish_points(
     to_do = [point for point in points if point not in done_before]
     for point in to_do:
         write_text(point.recipe_file, point.recipe.to_yaml())
-    workers, results = Workers(scales, at_once), [Result(point) for point in done_before]
+    workers, results = Workers(scales, at_once), [Result.read(point) for point in done_before]
     bar = tqdm(desc=title, initial=len(results), total=len(points), unit="run", dynamic_ncols=True)
     with bar, ThreadPoolExecutor(at_once) as pool:
         pending = {pool.submit(workers.finish, point) for point in to_do}

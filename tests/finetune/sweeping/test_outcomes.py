@@ -58,7 +58,7 @@ def save_adapter(point: Point, content: bytes) -> None:
 
 
 def collect(points: list[Point]) -> Outcomes:
-    return collect_outcomes([Result(point) for point in points], (0.5, 1.0), len(points))
+    return collect_outcomes([Result.read(point) for point in points], (0.5, 1.0), len(points))
 
 
 def test_seeds_are_averaged_and_scales_kept_apart(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_seeds_are_averaged_and_scales_kept_apart(tmp_path: Path) -> None:
     assert (fidelity.low, fidelity.high) == pytest.approx((0.125 / CEILING, 0.135 / CEILING))
     assert fidelity.mean == pytest.approx(0.13 / CEILING)
     assert preservation.mean == pytest.approx((0.5 - 0.13 / 4) / 0.5)
-    assert [point.seed for point in row.points] == [0, 1]
+    assert [run.point.seed for run in row.runs] == [0, 1]
     assert row.seconds is not None
     assert row.seconds.mean == 65
     assert len(outcomes.front) == 6  # more of one score is less of the other throughout
@@ -99,8 +99,8 @@ def test_scores_are_of_these_adapters_and_settings(tmp_path: Path) -> None:
 
 def test_the_page_shows_ranges_the_front_and_failures(tmp_path: Path) -> None:
     points = finished(tmp_path)
-    results = [Result(point) for point in points[:-1]]
-    results.append(Result(points[-1], "The loss is <nan>."))
+    results = [Result.read(point) for point in points[:-1]]
+    results.append(Result(points[-1], failure="The loss is <nan>."))
     outcomes = collect_outcomes(results, (0.5, 1.0), len(points))
     page = write_page("a sweep", outcomes)
     assert page.count("<circle") == len(outcomes.rows)
