@@ -87,7 +87,7 @@ class References(HTMLParser):
         assert tag not in ("script", "link", "iframe", "object")
 
 
-@pytest.mark.timeout(1200)  # five processes, each of which imports everything
+@pytest.mark.timeout(1200)  # six processes, each of which imports everything
 def test_an_interrupted_sweep_goes_on_and_trains_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,36 +97,33 @@ def test_an_interrupted_sweep_goes_on_and_trains_nothing_twice(
     kept = times(first, "**/*.*") | times(sweep, "base/*/*.png")
     assert str(first / "scales/scores.json") in kept
     assert not (sweep / "learning_rate-2e-3/adapters").exists()
+    known = json.loads((first / "scales/scores.json").read_text())["variants"]
 
-    # two at once, and a third run that diverges
+    # several at once, with another scale for the finished run, and a third run that diverges
+    over = ["--over", f"{RATE}=1e-3,2e-3,1e30"]
     with pytest.raises(SystemExit) as caught:
-        main([str(recipe), "--over", f"{RATE}=1e-3,2e-3,1e30", "--at-once", "2"])
+        main([str(recipe), *over, "--scales", "0,1", "--at-once", "3"])
     assert caught.value.code == 2
     shown = capsys.readouterr()
     assert "1 of 3 runs failed, the first, learning_rate-1e30, with: The loss is" in shown.err
     assert "report.html" in shown.out
-    assert times(first, "**/*.*") | times(sweep, "base/*/*.png") == kept
+    written = times(first, "**/*.*") | times(sweep, "base/*/*.png")
+    changed = {Path(file).name for file in kept if written[file] != kept[file]}
+    assert changed <= {"scores.json", "sweep.log", "recipe.yaml"}  # nothing trained or drawn again
     results = json.loads((sweep / "results.json").read_text())
-    assert [row["settings"] for row in results["outcomes"]] == [
-        {"learning_rate": "1e-3"},
-        {"learning_rate": "2e-3"},
+    assert [(row["settings"]["learning_rate"], row["scale"]) for row in results["outcomes"]] == [
+        *(("1e-3", 0.0), ("1e-3", 1.0)),
+        *(("2e-3", 0.0), ("2e-3", 1.0)),
     ]
     assert [failed["name"] for failed in results["failures"]] == ["learning_rate-1e30"]
+    off, on = results["outcomes"][:2]
+    assert off["scores"]["preservation"]["mean"] == pytest.approx(1)  # nothing is added to the base
+    assert on["scores"]["clip_i"]["mean"] == known["1"]["clip_i"]["value"]
     assert any(row["on_front"] for row in results["outcomes"])
     assert all(row["training_seconds"]["mean"] > 0 for row in results["outcomes"])
     references = References((sweep / "report.html").read_text()).found
     assert len(references) >= 4  # two pictures each of the base and of a run
     assert all(reference.startswith("data:image/") for reference in references)
-
-    # another scale costs no training, and the one that is known is not drawn again
-    main([str(recipe), "--over", f"{RATE}=1e-3", "--scales", "0,1"])
-    written = times(first, "**/*.*") | times(sweep, "base/*/*.png")
-    changed = {Path(f).name for f in kept if written[f] != kept[f]}
-    assert changed <= {"scores.json", "sweep.log", "recipe.yaml"}
-    off, on = json.loads((sweep / "results.json").read_text())["outcomes"]
-    assert (off["scale"], on["scale"]) == (0, 1)
-    assert off["scores"]["preservation"]["mean"] == pytest.approx(1)  # nothing is added to the base
-    assert on["scores"] == results["outcomes"][0]["scores"]
 
 
 def test_mistakes_of_all_combinations_are_one_error(
