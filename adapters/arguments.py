@@ -60,12 +60,12 @@ def split_scale(
     for stage, factor in factors.items():
         if not is_factor(factor):
             raise UserError(
-                f"The scale of {what} must be a finite number (got {factor!r}) that float32 holds."
+                f"The scale of {what} must be a finite number in float32's range (got {factor!r})."
             )
         if stage not in STAGES or (stage in loaded and stage not in own):
             raise UserError(
-                f"A scale of {what} is for Stage {stage!r}, but it has Stage"
-                f" {' and '.join(map(str, own))} only; leave the other out."
+                f"The scale of {what} names Stage {stage!r}, but it has only Stage"
+                f" {' and '.join(map(str, own))}; leave out Stage {stage!r}."
             )
     return {stage: float(factors.get(stage, 0.0)) for stage in own}
 
@@ -86,7 +86,7 @@ def parse_scaled(argument: str) -> tuple[str, Scale | None]:
         return folder, parse_scale(text)
     except ValueError:
         raise UserError(
-            f"{argument!r} ends in {text!r}, which is no scale; give FOLDER=0.7, or one for each"
+            f"{argument!r} ends in {text!r}, which is not a scale; give FOLDER=0.7, or one for each"
             " stage as in FOLDER=1:0.5,2:1."
         ) from None
 

@@ -53,7 +53,7 @@ def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None
         if path.exists():
             found = "folder" if path.is_dir() else "file"
             if kind == "new folder" and (found == "file" or any(path.iterdir())):
-                raise UserError(f"{path} is there already and stays as it is; name a new folder.")
+                raise UserError(f"{path} already exists; name a new folder.")
             if not kind.endswith(found):
                 raise UserError(f"{path} must be a {kind}, but is a {found}; name another.")
         places = [path] * (kind == "folder") + [*path.absolute().parents]

@@ -14,19 +14,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Combine adapters stage by stage, and write the result."""
     parser = command_parser(
         "combine",
-        "Combine LoRAs into one by a method of PEFT.",
+        "Combine LoRAs into one with one of PEFT's methods.",
         "runs/dog/adapters=0.7 runs/style/adapters=0.5 --method svd --out both",
         *("--out", "--stage", "--device"),
     )
     add = parser.add_argument
-    help_ = "a folder or hub name and its scale (1), in all stages or by stage: A=0.7, A=1:0.5,2:1"
+    help_ = "a folder or hub name, with its scale: A, A=0.7 or by stage A=1:0.5,2:1 (default: 1)"
     add("adapters", nargs="+", metavar="FOLDER[=SCALE]", help=help_)
-    add("--method", choices=METHODS, default="linear", help="(default: linear)")
+    add("--method", choices=METHODS, default="linear", help="PEFT's method (default: linear)")
     add("--density", type=float, help="the share of values that ties, dare and magnitude keep")
-    add("--rank", type=int, help="of methods by SVD (default: the largest of the adapters)")
+    help_ = "the result's rank, for methods by SVD (default: the adapters' largest)"
+    add("--rank", type=int, help=help_)
     help_ = "how ties elects a sign (default: total)"
     add("--majority-sign", choices=("total", "frequency"), help=help_)
-    add("--seed", type=int, default=0, help="of the values that dare drops (default: 0)")
+    help_ = "the seed that chooses the values that dare drops (default: 0)"
+    add("--seed", type=int, default=0, help=help_)
     run_command(parser, arguments, _combine)
 
 

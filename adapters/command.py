@@ -26,13 +26,17 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "type": float,
             "help": "the relative error that each module may have, such as 0.1",
         },
-        "--stage": {"type": int, "choices": (1, 2), "help": "of adapters that do not state theirs"},
-        "--device": {"default": "cpu", "help": "where to compute, such as cuda (default: cpu)"},
+        "--stage": {
+            "type": int,
+            "choices": (1, 2),
+            "help": "the stage of adapters that do not state theirs",
+        },
+        "--device": {"default": "cpu", "help": "the device, such as cuda (default: cpu)"},
         "--json": {"action": "store_true", "help": "print everything as a JSON list"},
         "--clean-caption": {
             "action": argparse.BooleanOptionalAction,
             "help": "clean prompts as IF's pipelines do, which drops <sks>, j0hn, #3 and all"
-            " Chinese (default: clean)",
+            " Chinese (default: yes)",
         },
     }
 )

@@ -25,12 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("model", help="Stage I, or Stage II with a text encoder of its own: folder or hub name")
-    add("--prompt", action="append", required=True, help="what to encode; may be repeated")
+    add("--prompt", action="append", required=True, help="a prompt to encode; may be repeated")
     help_ = "the file to write, such as prompts.safetensors"
     add("--out", type=Path, required=True, metavar="FILE", help=help_)
-    help_ = "of the weights (default: bf16 on a GPU, fp32 on a CPU)"
+    help_ = "the precision of the weights (default: bf16 on a GPU, fp32 on a CPU)"
     add("--precision", choices=TEXT_PRECISIONS, help=help_)
-    add("--device", default="auto", help="such as cuda or cpu (default: a GPU if there is one)")
+    help_ = "the device, such as cuda or cpu (default: a GPU if there is one)"
+    add("--device", default="auto", help=help_)
     parser.set_defaults(clean_caption=True)
     run_command(parser, arguments, _encode)
 

@@ -28,12 +28,12 @@ def command_line() -> Iterator[None]:
         _exit(str(error))
     except OSError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        _exit(f"The system refused ({reason}); fix that and retry.")
+        _exit(f"The system reported an error ({reason}); fix that and try again.")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's own class; importing torch is slow
             raise
         reason = str(error).partition(". ")[0]
-        _exit(f"{reason}: take fewer pictures at a time, or a precision of nf4.")
+        _exit(f"{reason}; use fewer pictures at a time, or the precision nf4.")
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Extract a LoRA and print its error."""
     parser = command_parser(
         "extract",
-        "Write the difference of a fine-tuned model and its base as a LoRA, and print its error.",
+        "Write the difference between a fine-tuned model and its base as a LoRA; print its error.",
         "my-tuned-stage-1 --base models/if-tiny/stage_1 --rank 16 --out extracted",
         *("--rank", "--error", "--out", "--device", "--revision", "--variant"),
     )
@@ -21,9 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--base", required=True, metavar="MODEL", help=help_)
     help_ = f"modules to adapt: {', '.join(PRESETS)}, or patterns (default: all)"
     add("--targets", nargs="+", default=["all"], help=help_)
-    add("--prompt", action="append", default=[], help="an example that shows its effect")
+    help_ = "an example that shows the LoRA's effect, for its card; may be repeated"
+    add("--prompt", action="append", default=[], help=help_)
     add("--tuned-revision", help="the tuned model's hub revision")
-    add("--tuned-variant", help="the variant of its weights")
+    add("--tuned-variant", help="the variant of the tuned model's weights")
     run_command(parser, arguments, _extract)
 
 

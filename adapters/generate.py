@@ -62,12 +62,12 @@ def parser() -> argparse.ArgumentParser:
     add("--stage-2-prompt", action="append", metavar="PROMPT", help=text.format("II", "I"))
     add("--stage-3-prompt", action="append", metavar="PROMPT", help=text.format("III", "II"))
     add("--negative-prompt", metavar="PROMPT", help="what the pictures should not show")
-    help_ = "the prompts' encodings, by adapters.encode; no text encoder is loaded then"
+    help_ = "the prompts' encodings, from adapters.encode; no text encoder is then loaded"
     add("--embeds", metavar="FILE", help=help_)
     add("--out", type=Path, required=True, metavar="FOLDER", help="the folder for the pictures")
     help_ = "a square picture to enlarge, one for all prompts or one for each; replaces Stage I"
     add("--low-res", action="append", metavar="FILE", help=help_)
-    help_ = "a saved picture to draw again; other options replace what it was drawn with"
+    help_ = "a saved picture to draw again; other options override its settings"
     add("--like", metavar="PNG", help=help_)
     help_ = "a picture to start from; changes the defaults to those of diffusers' pipelines for it"
     add("--image", metavar="FILE", help=help_)
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         " A=1:0.5,2:1; may be repeated"
     )
     add("--adapter", action="append", metavar="ADAPTER[=SCALE]", help=help_)
-    add("--scale", type=float, help="of adapters without a scale of their own (default: 1)")
+    add("--scale", type=float, help="the scale of adapters given without one (default: 1)")
     help_ = "Stage I: folder or owner/name[@revision] (default: the adapter's own base)"
     add("--stage-1", metavar="MODEL", help=help_)
     add("--stage-2", metavar="MODEL", help="Stage II (default: the adapter's own base, if any)")
@@ -90,9 +90,9 @@ def parser() -> argparse.ArgumentParser:
     add("--variant", help="the weights' variant of Stage I and II, such as fp16")
     add("--seed", type=int, help="the first picture's seed (default: 0)")
     add("--images-per-prompt", type=int, metavar="N", help="pictures of each prompt (default: 1)")
-    add("--device", help="such as cuda or cpu (default: auto, a GPU if there is one)")
+    add("--device", help="the device, such as cuda or cpu (default: a GPU if there is one)")
     add("--dtype", choices=("auto", *get_args(Precision)), help="precision (default: auto)")
-    help_ = "the GPU's, such as 6GB: choose precisions and places that fit it"
+    help_ = "GPU memory to stay within, such as 6GB; chooses precisions and placement to fit"
     add("--memory", help=help_)
     for flag, (stage, setting) in FLAGS.items():
         default = DEFAULT_SETTINGS[int(stage[-1])].model_dump()[setting]
@@ -189,7 +189,7 @@ def _read_redraw(options: argparse.Namespace, info: "PictureInfo | None") -> "Re
         f"--{name}" for name, needed in wanted.items() if needed and vars(options)[name] is None
     ]
     if missing:
-        raise UserError(f"These pictures start from a picture; give {' and '.join(missing)} too.")
+        raise UserError(f"To draw from a picture, give {' and '.join(missing)} too.")
     if options.image is None:
         return None
     try:

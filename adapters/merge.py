@@ -26,13 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("adapter", type=Path, nargs="+", help="exported folders, or other tools' files or folders")
     add("--stage", type=int, choices=(1, 2), help="merge this stage only")
-    add("--scale", type=float, action="append", help="how much of an adapter, one for each (1)")
-    help_ = "precision (default: the variant's, or else the base's)"
+    help_ = "the adapters' scale (default: 1); repeat it to give each adapter its own"
+    add("--scale", type=float, action="append", help=help_)
+    help_ = "the precision to write (default: the variant's, or else the base's)"
     add("--dtype", choices=PRECISIONS, help=help_)
-    add("--variant", help="name the UNet's files as this variant, such as fp16")
-    help_ = "of the UNet's files, and about the memory needed (default: 5GB)"
+    add("--variant", help="the variant to name the UNet's files after, such as fp16")
+    help_ = "the largest size of a file of the UNet (default: 5GB)"
     add("--max-shard-size", default="5GB", help=help_)
-    add("--link", action="store_true", help="hard links to the files that do not change")
+    help_ = "make hard links to the base's unchanged files instead of copies"
+    add("--link", action="store_true", help=help_)
     add("--base-variant", help="the variant of the base to read, such as fp16")
     run_command(parser, arguments, _merge)
 

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="an exported folder: a finished run's adapters")
     add("repository", help="its name on the hub, owner/name; created if it does not exist")
-    add("--private", action="store_true", help="a repository that only you see")
+    add("--private", action="store_true", help="create the repository as private")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--revision", help="the branch, created if missing (default: main)")
     target.add_argument("--pr", action="store_true", help="open a pull request instead")

@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Repair one file, and print how much of it diffusers was losing."""
     parser = command_parser(
         "repair",
-        "Write a LoRA of which diffusers loads a part as a file that it loads whole.",
+        "Rewrite a LoRA that diffusers loads only in part as a file that it loads completely.",
         "lora.safetensors --out whole.safetensors",
     )
     add = parser.add_argument
@@ -27,7 +27,7 @@ def _repair(options: argparse.Namespace) -> str:
 
     file = adapter_path(options.file)
     if options.out is None and not Path(options.file).exists() and file.exists():
-        raise UserError(f"{options.file} is on the hub; say where to write with --out.")
+        raise UserError(f"{options.file} is on the hub; name the file to write with --out.")
     return repair(file, options.out)
 
 
@@ -55,14 +55,14 @@ def repair(path: Path, out: Path | None = None) -> str:
     file = find_weights(path)
     if not isinstance(config, LoraConfig):
         raise UserError(
-            f"{file} is an adapter of kind {kind_of(config)}, which diffusers cannot load in"
-            " any spelling; load it with load_cascade, or make a LoRA of it with"
+            f"{file} is an adapter of kind {kind_of(config)}, which diffusers cannot load"
+            " under any key names; load it with load_cascade, or make a LoRA of it with"
             " `python -m adapters.resize`."
         )
     new = out or file.with_name(f"{file.stem}_repaired.safetensors")
     check_out(new, "file")
     if new.exists() and new.samefile(file):
-        raise UserError(f"--out {new} is the file to repair, which stays; name another.")
+        raise UserError(f"--out {new} is the file to repair, which is kept; name another.")
     lost = len(state) - len(list_arriving(file, config, state))
     if out is None and not lost:
         return f"{file}: diffusers loads all {len(state)} tensors; there is nothing to repair."
@@ -71,8 +71,8 @@ def repair(path: Path, out: Path | None = None) -> str:
         arrived = len(list_arriving(temporary, config, state))
         if arrived < len(state):
             raise UserError(
-                f"{file} cannot be repaired, as diffusers takes {arrived} of its {len(state)}"
-                " tensors in any spelling; load it with load_cascade or PEFT."
+                f"{file} cannot be repaired, as diffusers loads only {arrived} of its {len(state)}"
+                " tensors under any key names; load it with load_cascade or PEFT."
             )
     return f"{file}: diffusers loses {lost} of {len(state)} tensors; it loads all of {new}."
 

@@ -59,7 +59,7 @@ def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting:
     """
     for caption, place in captions.items():
         if found := find_invisible(caption):
-            raise UserError(f"There is nothing visible in {place} (found {found}); write a text.")
+            raise UserError(f"Nothing in {place} is visible (found {found}); write some text.")
     if not clean_caption:
         return
     lost: dict[str, tuple[str, ...]] = {}
@@ -73,7 +73,7 @@ def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting:
     if emptied:
         others = f", nor of {len(emptied) - 1} more captions" if emptied[1:] else ""
         raise UserError(
-            f"Cleaning, as IF's text path does it, leaves no word of {captions[emptied[0]]}"
+            f"Cleaning captions as IF does leaves no word of {captions[emptied[0]]}"
             f" {_quote(emptied[0])}{others}; use other words, or keep these with {setting}."
         )
     _say("Cleaning drops", lost, captions, f"{setting} keeps them.")
@@ -82,7 +82,7 @@ def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting:
 def check_vocabulary(
     captions: Mapping[str, str], tokenizer: "PreTrainedTokenizerBase", *, clean_caption: bool
 ) -> None:
-    """Warn once of words that the tokenizer does not know and maps to one same token.
+    """Warn once of words that the tokenizer does not know and maps to one and the same token.
 
     For the arguments see :func:`check_captions`.
     """
@@ -202,7 +202,7 @@ def check_texts(texts: Iterable[object]) -> None:
     """Raise a UserError if one of the texts is not a string, or is not valid UTF-8."""
     for text in texts:
         if not isinstance(text, str):
-            raise UserError(f"A prompt must be a text (got {text!r}); give one, or a list of them.")
+            raise UserError(f"A prompt must be a string (got {text!r}); give one or several.")
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    about = "Draw the base and the fine-tuned cascade of a finished run, and score both."
+    about = "Draw the same prompts with the base and the fine-tuned cascade, and score both."
     run_command("compare", about, arguments, compare_and_judge)
 
 
@@ -32,7 +32,7 @@ def compare_and_judge(recipe: "Recipe", options: argparse.Namespace) -> str:
     sys.stdout.write(text)  # shown even if the judgement is an error
     if expected.data == recipe.data.source:
         return judge(scores, expected)
-    return f"Not judged: the expected scores are of {expected.data}, not of {recipe.data.source}.\n"
+    return f"Not judged: the expected scores are for {expected.data}, not {recipe.data.source}.\n"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     run_command(
         "plan",
-        "Estimate the memory that a recipe takes of a GPU; this machine needs none.",
+        "Estimate the GPU memory that a recipe needs; this machine need not have a GPU.",
         arguments,
         describe_memory,
         vram={"help": "find the fastest settings that fit a card, such as 8GB"},
@@ -33,7 +33,7 @@ def describe_memory(recipe: "Recipe", options: argparse.Namespace) -> str:
 
     about = ""
     if not torch.cuda.is_available():
-        about = "For a GPU, where the precision auto is bf16; this machine has none."
+        about = "Estimated for a GPU, where precision auto means bf16; this machine has none."
     vram = options.vram
     text = format_plan(plan(recipe)) if vram is None else format_fit(recipe, vram)
     return "\n\n".join(filter(None, (about, text, format_downloads(recipe)))) + "\n"

@@ -36,8 +36,8 @@ def precompute(recipe: "Recipe", options: argparse.Namespace | None = None) -> s
     embed_captions(captions, cache)
     return (
         f"{len(captions) - cached} captions encoded in {cache.precision} on {cache.device},"
-        f" {cached} were in {cache.folder} already.\n"
-        "Train on any device without the text encoder under this override:\n"
+        f" {cached} were already in {cache.folder}.\n"
+        "To train on any device without loading the text encoder, add this override:\n"
         f"text.precision={cache.precision}\n"
     )
 

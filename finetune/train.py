@@ -1,4 +1,4 @@
-"""Teach the cascade what a recipe says.
+"""Train the cascade as a recipe says.
 
 accelerate launch --config_file accelerate_config.yaml -m finetune.train RECIPE [key=value …]
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     dry_run = {"action": "store_true", "help": "print the resolved recipe and stop"}
-    about = "Teach the cascade what a recipe says."
+    about = "Train the cascade as a recipe says."
     run_command("train", about, arguments, train_or_print, dry_run=dry_run)
 
 
@@ -47,7 +47,7 @@ def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
 
 
 def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
-    """Run a recipe: gather its material, then teach each of its stages in turn."""
+    """Run a recipe: gather its material, then train each of its stages in turn."""
     import torch
     from tqdm import tqdm
 
@@ -110,7 +110,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
 def gather(
     recipe: "Recipe", pictures: Sequence["Picture"], accelerator: "Accelerator"
 ) -> "Material":
-    """Encode the captions and, for prior preservation, load or sample class pictures."""
+    """Encode the captions, and load or sample the class pictures of a prior that has them."""
     from finetune.data.captions import CaptionCache, collect_captions, embed_captions
     from finetune.data.prior import ClassPictures
     from finetune.run.loop import Material
@@ -118,7 +118,7 @@ def gather(
     device = accelerator.device
     captions = collect_captions(recipe, pictures)
     embeds = embed_captions(captions, CaptionCache.of(recipe, device))
-    classes = ClassPictures.of(recipe, embeds, device).load() if recipe.prior else []
+    classes = ClassPictures.of(recipe, embeds, device).load() if recipe.class_pictures else []
     return Material(pictures, classes, embeds)
 
 

@@ -105,6 +105,7 @@ def placement(
     layout = torch.contiguous_format if on_cpu else torch.channels_last
 
     def place(name: str, tensor: Tensor) -> None:
+        """Put a weight into its layer, quantised if it should be; raise ValueError on a misfit."""
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         wanted = module.get_parameter(leaf).shape

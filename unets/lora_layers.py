@@ -29,6 +29,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear
     ) -> Tensor:
+        """Map [..., in] to [..., out], with A [rank, in] and B [out, rank]."""
         rows = inputs.flatten(0, -2)
         hidden = rows @ a.T
         result = F.linear(rows, layer.weight, layer.bias).addmm_(hidden, b.T, alpha=scaling)
@@ -38,6 +39,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        """Map the gradient [..., out] to those of x [..., in] (if needed), A and B."""
         rows, hidden, a, b = ctx.saved_tensors
         gradient = gradient.flatten(0, -2)
         of_hidden = _product(gradient, b, ctx.scaling)
@@ -61,6 +63,7 @@ class _AdaptedConv2d(torch.autograd.Function):
         layer: FrozenConv2d,
         bias: Tensor | None,
     ) -> Tensor:
+        """Map [N, in, H, W] to [N, out, h, w], with A [rank, in, k, k] and B [out, rank, 1, 1]."""
         settings = conv_settings(layer)
         # a GPU's results are channels_last already, but those on the meta device need not be
         hidden = F.conv2d(inputs, a, None, *settings).contiguous(memory_format=LAST)
@@ -74,6 +77,7 @@ class _AdaptedConv2d(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        """Map the gradient [N, out, h, w] to those of x [N, in, H, W] (if needed), A and B."""
         inputs, hidden, a, b = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=LAST)
         rows, b_rows, scaling = _rows(gradient), b.flatten(1), ctx.scaling
@@ -146,6 +150,8 @@ class AdaptedConv2d(Conv2d):  # type: ignore[misc]  # PEFT is untyped
 
     def without_bias(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the result before the bias is added, and the bias; ``None``: already added."""
+        if self.disable_adapters and not self.merged:
+            return self.base_layer.without_bias(inputs)
         result = self._fused(inputs, None)
         return (super().forward(inputs), None) if result is None else (result, self.base_layer.bias)
 

@@ -97,23 +97,23 @@ def choose_weights(
         form = Form(own != variant, pickled, shards, old, match["stem"])
         sets[form][int(match["number"] or 1)] = match[0]
     if not sets:
-        only = f"weights of the variant {listed(sorted(others))} only" if others else "no weights"
+        only = f"only weights of the variant {listed(sorted(others))}" if others else "no weights"
         raise FileNotFoundError(f"its {component} has {only}")
     missing = {form: sorted({*range(1, form.shards + 1)} - sets[form].keys()) for form in sets}
     best = min(sets, key=lambda form: (form[:2], bool(missing[form]), form))
     files = sets[best]
     if missing[best]:
         raise FileNotFoundError(
-            f"of the {best.shards} shards of its {component}, {len(missing[best])} are not there"
-            f" (number {listed(map(str, missing[best]))}); only {listed(files.values())}"
+            f"of the {best.shards} shards of its {component}, {len(missing[best])} are missing"
+            f" (number {listed(map(str, missing[best]))}); there are only {listed(files.values())}"
         )
     for form, rival in sets.items():
         # a whole file is read rather than shards, and newer names rather than old ones
         is_rival = form.shards != best.shards > 1 or form[:4] == best[:4]
         if form[:2] == best[:2] and form != best and not missing[form] and is_rival:
             raise ValueError(
-                f"the weights of its {component} are there twice, as {listed(files.values())} and"
-                f" as {listed(rival.values())}; remove one of them"
+                f"its {component} has two sets of weights, {listed(files.values())} and"
+                f" {listed(rival.values())}; remove one of them"
             )
     return [files[number] for number in sorted(files)], best
 

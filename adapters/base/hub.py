@@ -39,13 +39,13 @@ MISTAKES: Mapping[type[Exception], str] = MappingProxyType(
         " `hf auth login` with a token that may write, or set HF_TOKEN.",
         GatedRepoError: "{name} is gated; accept its terms at {endpoint}/{repo}, and log in with"
         " `hf auth login`.",
-        RevisionNotFoundError: "The hub has {repo}, but not the revision that {name} names; name a"
-        " branch, a tag or a commit of it.",
-        RepositoryNotFoundError: "{repo} is neither a path here nor, as far as you may see it, on"
-        " the hub; correct the name, or log in with a token that may read it (`hf auth login`).",
+        RevisionNotFoundError: "The hub has {repo}, but not the revision that {name} names; name"
+        " one of its branches, tags or commits.",
+        RepositoryNotFoundError: "{repo} is neither a local path nor a hub repository that you"
+        " can see; correct the name, or log in with a token that may read it (`hf auth login`).",
         OfflineModeIsEnabled: "The hub cannot be asked for {name} in offline mode; unset"
         " HF_HUB_OFFLINE.",
-        LocalEntryNotFoundError: "{name} is neither here nor in the local cache, and the hub at"
+        LocalEntryNotFoundError: "{name} is neither a local path nor in the cache, and the hub at"
         " {endpoint} cannot be reached; check the name and the connection (and HF_ENDPOINT,"
         " HF_HUB_OFFLINE).",
         httpx.TransportError: "The hub at {endpoint} cannot be reached for {name} ({reason}); check"
@@ -57,8 +57,8 @@ MISTAKES: Mapping[type[Exception], str] = MappingProxyType(
 REFUSALS: Mapping[int, str] = MappingProxyType(
     {
         401: "The hub does not accept your token for {name}; log in again with `hf auth login` (a"
-        " token in HF_TOKEN comes first).",
-        403: "Your token may not do this to {repo} ({reason}); log in with one that may write"
+        " token in HF_TOKEN takes precedence).",
+        403: "Your token lacks permission for {repo} ({reason}); log in with one that may write"
         " there, or name a repository of your own.",
         413: "The hub refuses a file of {name} as too large ({reason}); export with a lower rank.",
     }

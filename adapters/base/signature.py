@@ -64,5 +64,5 @@ class BaseSignature(BaseModel):
                 abs(mine - theirs) <= absolute + relative * abs(theirs)
                 for mine, theirs in zip(values, others, strict=True)
             ):
-                return f"its weights are others, such as those of {name}"
+                return f"its weights differ, for example in {name}"
         return None

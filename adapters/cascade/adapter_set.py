@@ -54,7 +54,7 @@ class Listing(dict[str, dict[int, float]]):
         if name in self:
             return
         if not self:
-            raise UserError(f"No adapter is called {name!r}, as none is loaded; add it first.")
+            raise UserError(f"No adapter is called {name!r}, as none are loaded; add it first.")
         (closest,) = difflib.get_close_matches(name, self, n=1, cutoff=0)
         raise UserError(
             f"No adapter is called {name!r}; did you mean {closest!r}? Loaded: {', '.join(self)}."

@@ -91,8 +91,8 @@ def _check_low_res(
     if not fits or min(low_res.shape[2:]) != (size or max(min(low_res.shape[2:]), 1)):
         shape = f"[pictures, 3, {size or 'size'}, {size or 'size'}]"
         raise UserError(
-            f"low_res must be floating-point numbers {shape} (got {form}); hand over"
-            " CascadeImages.low_res, or resize them."
+            f"low_res must be a floating-point tensor of shape {shape} (got {form}); pass"
+            " CascadeImages.low_res, or resize the pictures."
         )
     if square and low_res.shape[2] != low_res.shape[3]:
         raise UserError(f"low_res pictures must be square (got {form}); crop them.")

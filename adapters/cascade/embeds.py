@@ -42,7 +42,7 @@ def save_embeds(path: str | Path, prompts: Sequence[str], embeds: Tensor) -> Non
     """
     if len(prompts) != len(embeds):
         raise UserError(
-            f"The encodings must be one for each prompt, {len(prompts)} (got {len(embeds)})."
+            f"There must be one encoding for each of {len(prompts)} prompts (got {len(embeds)})."
         )
     header = {PROMPTS: json.dumps(list(prompts))}
     with replacing(Path(path)) as temporary:
@@ -85,14 +85,14 @@ def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
     forms = dict.fromkeys(map(_describe, (embeds[prompt] for prompt in prompts)))
     if len(forms) > 1 or not all("float" in form and form.count(",") == 1 for form in forms):
         raise UserError(
-            "Encodings must be floating-point numbers [tokens, width], all of one shape (found"
+            "Encodings must be floating-point tensors [tokens, width], all of one shape (found"
             f" {' and '.join(forms)}); make them with one text encoder."
         )
     for prompt in prompts:
         if not embeds[prompt].isfinite().all():
             raise UserError(
-                f"The encoding of {prompt!r} has values that are not finite; encode it again, T5"
-                " not in fp16."
+                f"The encoding of {prompt!r} has values that are not finite; encode it again"
+                " without running T5 in fp16."
             )
     for prompt in filter(None, prompts):
         if "" in embeds and torch.equal(embeds[prompt], embeds[""]):

@@ -162,7 +162,7 @@ def _check_names(moved: Mapping[str, object]) -> None:
     for name in moved:
         if name not in MOVED:
             raise TypeError(f"load_cascade() got an unexpected keyword argument {name!r}")
-        raise UserError(f"load_cascade takes no {name} any more: {MOVED[name]}.")
+        raise UserError(f"load_cascade no longer takes {name}: {MOVED[name]}.")
 
 
 def _check_options(sources: Collection[int], parts: Parts, memory: str | None) -> None:
@@ -175,14 +175,14 @@ def _check_options(sources: Collection[int], parts: Parts, memory: str | None) -
         )
     if odd := sorted(parts.unets.keys() - sources):
         raise UserError(
-            f"unets has one for Stage {odd[0]}, which is not named; name its model too."
+            f"parts.unets has one for Stage {odd[0]}, but stage_{odd[0]} is not given; give it too."
         )
     if memory is not None:
         parse_memory(memory)
     if memory and parts.unets:
         raise UserError(
-            f"memory={memory!r} loads UNets itself, in precisions that fit; leave memory or unets"
-            " out."
+            f"With memory={memory!r}, UNets are loaded in precisions that fit; leave out memory or"
+            " parts.unets."
         )
 
 
@@ -223,8 +223,8 @@ def _place(
         return Placement(device), precisions | {0: text}
     if device.type != "cuda" or dtype != "auto":
         raise UserError(
-            f"memory={memory!r} is about a GPU, and chooses precisions by itself: leave dtype at"
-            f" auto (got {dtype!r}), and the device a GPU (got {device})."
+            f"memory={memory!r} is for a GPU, and chooses the precisions itself; leave dtype at"
+            f" auto (got {dtype!r}), and use a GPU as the device (got {device})."
         )
     merged = _by_stage(adapters, sources)
     chosen = choose_arrangement(sources, memory, text_encoder=text_encoder, adapters=merged)

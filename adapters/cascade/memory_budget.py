@@ -84,13 +84,13 @@ class Budget:
 
     def __str__(self) -> str:
         """Describe the arrangement for people, one line for each part."""
-        places = {True: "in main memory while it rests", False: "stays on the GPU"}
+        places = {True: "in main memory while idle", False: "stays on the GPU"}
         parts = [
             f"  {part:13} {self.arrangement.precision(part):5} {size / GIB:5.2f} GiB,"
             f" {places[part in self.arrangement.away]}"
             for part, size in self.weights.items()
         ]
-        last = f"{self.at_once} at a time, {self.peak / GIB:.1f} GiB of the GPU foreseen"
+        last = f"{self.at_once} at a time, {self.peak / GIB:.1f} GiB of GPU memory expected"
         return "\n".join([*parts, f"  pictures      {last}"])
 
 
@@ -131,8 +131,8 @@ def limit(device: torch.device, memory: str | None) -> None:
     share = parse_memory(memory) / total
     if share > 1:
         raise UserError(
-            f"memory={memory!r} is more than this GPU has, which is {total / GIB:.1f} GiB; give"
-            " what it has or less."
+            f"memory={memory!r} is more than this GPU has ({total / GIB:.1f} GiB); give that much"
+            " or less."
         )
     _limited.add(device)
     torch.cuda.set_per_process_memory_fraction(share, device)
@@ -183,8 +183,9 @@ def choose_arrangement(
             if peaks[-1] <= budget:
                 return Budget(arrangement, at_once, weights, peaks[-1])
     raise UserError(
-        f"memory={memory!r} leaves {budget / GIB:.1f} GiB beside the driver's, and this cascade"
-        f" takes {min(peaks) / GIB:.1f} GiB at least; leave a stage out, or take smaller ones."
+        f"memory={memory!r} leaves {budget / GIB:.1f} GiB after the driver's share, but this"
+        f" cascade needs at least {min(peaks) / GIB:.1f} GiB; leave out a stage, or use smaller"
+        " ones."
     )
 
 

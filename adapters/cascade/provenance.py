@@ -173,8 +173,8 @@ def read_picture_info(path: str | Path) -> PictureInfo:
         return PictureInfo.model_validate_json(texts[PICTURE_KEY], strict=False)
     except (KeyError, ValidationError) as error:
         raise UserError(
-            f"{path} does not say what it was drawn with (it is no PNG with a valid"
-            f" {PICTURE_KEY!r} text of this version); name a picture that this toolkit has saved."
+            f"{path} does not say what it was drawn with (it is not a PNG with a valid"
+            f" {PICTURE_KEY!r} text of this version); name a picture that this toolkit saved."
         ) from error
 
 

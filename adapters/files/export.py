@@ -141,7 +141,7 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(
-            f"{target} is not written: {len(broken)} of the adapter's {len(tensors)} tensors hold"
+            f"{target} was not written: {len(broken)} of the adapter's {len(tensors)} tensors hold"
             f" values that are NaN or infinite ({listed(broken, 4)}); train it with a lower"
             " optimizer.learning_rate, or from a checkpoint before it diverged."
         )
@@ -199,7 +199,7 @@ def save_adapters(adapters: Mapping[int, StageAdapter], folder: Path) -> None:
     for adapter in adapters.values():
         if not isinstance(adapter.config, LoraConfig):
             raise UserError(
-                f"{adapter.folder} is of the kind {adapter.kind}, and only LoRAs are written here;"
+                f"{adapter.folder} is of kind {adapter.kind}, but only LoRAs can be written here;"
                 " copy the folder that it came from."
             )
     with new_folder(folder) as new:

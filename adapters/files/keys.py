@@ -54,13 +54,13 @@ TENSOR = re.compile(
 FOREIGN = {
     r"(base_model\.model\.)?(text_encoder|te\d?\.|lora_te)": "adapt a text encoder: save the"
     " UNet's adapter alone",
-    r"(lora_)?transformer": "adapt a transformer, and IF has none: load it with its own model",
+    r"(lora_)?transformer": "adapt a transformer, but IF has none: load it with its own model",
     r"(lora_unet_|\w+\.)*(input|middle|output)_blocks?": "have the names of the original Stable"
-    " Diffusion, and IF's UNets have diffusers' names: load it with its own model",
-    r".*\.[wb]_norm$": "change normalisation layers, and only Linear and Conv2d layers can be"
+    " Diffusion, but IF's UNets have diffusers' names: load it with its own model",
+    r".*\.[wb]_norm$": "change normalisation layers, but only Linear and Conv2d layers can be"
     " adapted here: train without train_norm",
-    r".*\.diff_b$": "change biases, and only weights can be adapted here: train with another"
-    " algorithm than full",
+    r".*\.diff_b$": "change biases, but only weights can be adapted here: train with an"
+    " algorithm other than full",
     r".*\.([pq]_layer\.weight|lambda_layer)$": "are of T-LoRA, whose rank changes"
     " with the timestep, so that it cannot be merged: train another algorithm",
     r".*(lora|hada|lokr|oft|alpha|dora|vera|ia3|boft|hra)": "belong to no module, or no kind of"
@@ -100,9 +100,9 @@ def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tenso
         problems.setdefault(problem, []).append(key)
     if problems or not tensors:
         found = [f"{len(keys)} {problem} ({listed(keys)})" for problem, keys in problems.items()]
+        has = f"of its {len(tensors)} keys {'; '.join(found)}" if found else "it is empty"
         raise UserError(
-            f"{file} should hold an adapter of one IF UNet and nothing else, but of its"
-            f" {len(tensors)} keys {'; '.join(found) or 'there are none: name another file'}."
+            f"{file} should hold an adapter of one IF UNet and nothing else, but {has}."
         )
     return {name: tensors[key] for key, name in names.items() if name is not None}
 

@@ -205,14 +205,14 @@ def _use_diffusers(info: AdapterInfo) -> str:
     kind, caution = info.spec.kind, ""
     if KINDS[kind].alone:
         caution = (
-            f" It loads an adapter of kind `{kind}` exactly where that is alone; mixing several by"
-            " `set_adapters` and swapping by `hotswap=True` are not supported there for this kind,"
-            " while the cascade above mixes it exactly."
+            f" It loads a single adapter of kind `{kind}` exactly, but for this kind it supports"
+            " neither mixing by `set_adapters` nor swapping by `hotswap=True`."
+            " The cascade above mixes it exactly."
         )
     elif not KINDS[kind].has_b:
         caution = (
-            f" It cannot load adapters of kind `{kind}`: it gets an approximation as a LoRA, whose"
-            f" error `python -m adapters.inspect stage_{info.stage}/{DIFFUSERS_WEIGHTS}` shows."
+            f" It cannot load adapters of kind `{kind}`, so it gets a LoRA that approximates it;"
+            f" `python -m adapters.inspect stage_{info.stage}/{DIFFUSERS_WEIGHTS}` shows its error."
             " PEFT loads the adapter itself, with"
             f' `PeftModel.from_pretrained(pipe.unet, "stage_{info.stage}")`.'
         )

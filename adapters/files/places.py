@@ -44,7 +44,7 @@ def adapter_path(name: str | Path) -> Path:
             adapter is not in the local cache.
     """
     if not isinstance(name, str | Path):
-        raise UserError(f"An adapter is named by its folder or hub name (got {name!r}); give that.")
+        raise UserError(f"An adapter must be given as a folder or a hub name (got {name!r}).")
     path = Path(name)
     match = None if path.exists() else HUB_NAME.fullmatch(str(name))
     if match is None:
@@ -90,7 +90,7 @@ def export_stages(folder: Path) -> list[Path]:
     places = stage_folders(folder)
     if places == [folder]:
         raise UserError(
-            f"{folder} is a single adapter, and no exported folder with"
+            f"{folder} is a single adapter, not an exported folder with"
             f" {' or '.join(STAGE_FOLDERS)} in it; name the adapters folder of a finished run."
         )
     return places
@@ -100,8 +100,8 @@ def find_weights(path: Path) -> Path:
     """Find the safetensors file of a single adapter: the path itself, or a file in that folder.
 
     Raises:
-        UserError: if there is none, only pickled ones, or several and no name that tells which to
-            use.
+        UserError: if there is no such file, there are only pickled ones, or there are several whose
+            names do not tell which one to use.
     """
     file = weights_file(path)
     if file is not None:
@@ -130,7 +130,7 @@ def find_weights(path: Path) -> Path:
 
 
 def weights_file(path: Path) -> Path | None:
-    """Find the file as :func:`find_weights` does; ``None``: there is no single one."""
+    """Find the file as :func:`find_weights` does; ``None`` if there is not exactly one."""
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
     names = [path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)]

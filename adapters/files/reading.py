@@ -84,7 +84,7 @@ def read_adapter(
     check_whole(config, modules, file)
     state = _join(modules)
     if file.name == PEFT_WEIGHTS and not (config or alphas or HEADER_KEY in header):
-        logger.warning("%s has no %s beside it: alpha is taken as its rank.", file, PEFT_CONFIG)
+        logger.warning("%s has no %s next to it: alpha is taken to be the rank.", file, PEFT_CONFIG)
     if config is None or isinstance(config, LoraConfig):
         return lora_config(state, alphas, config), state, header
     _check_ranks(config, modules, file)
@@ -96,7 +96,7 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
     """Read the configuration next to a file, or in its header.
 
     Returns:
-        ``None``: there is none, or it is that of a LoRA with each module's rank as alpha.
+        The configuration; ``None`` if there is none, or only that of a LoRA with alpha = rank.
 
     Raises:
         UserError: if it is damaged.
@@ -176,7 +176,7 @@ def _check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path)
         if stated != found:
             raise UserError(
                 f"{file} has tensors of rank {found} for {name}, but its configuration states"
-                f" {stated}; put the {PEFT_CONFIG} beside it that it was saved with."
+                f" {stated}; put the {PEFT_CONFIG} that it was saved with next to it."
             )
 
 
@@ -228,7 +228,7 @@ def scaling(config: LoraConfig, state: Mapping[str, Tensor], module: str) -> flo
 
 
 def kind_of(config: PeftConfig | LycorisConfig) -> str:
-    """Return an adapter's kind: a key of ``weights.kinds.KINDS``, or the algorithms of LyCORIS."""
+    """Name an adapter's kind: a key of ``weights.kinds.KINDS``, or a LyCORIS file's algorithms."""
     if isinstance(config, LycorisConfig):
         return config.kind
     if not isinstance(config, LoraConfig):

@@ -123,14 +123,14 @@ class StageAdapter:
         fitting = [stage for stage, names in misfits.items() if not names]
         if len(fitting) > 1:
             raise UserError(
-                f"{self.folder} does not say which stage it belongs to, and fits both Stage"
+                f"{self.folder} does not say which stage it belongs to, and fits both Stages"
                 f" {' and '.join(map(str, fitting))}; load it where only its own stage is loaded."
             )
         if not fitting:
             nearest = min(misfits, key=lambda stage: len(misfits[stage]))
             raise UserError(
                 f"{self.folder} fits no UNet here by the names and shapes of its"
-                f" {len(self.state)} tensors; of Stage {nearest}, the nearest, these are unknown,"
+                f" {len(self.state)} tensors; for Stage {nearest}, the nearest, these are unknown,"
                 f" missing or of another shape: {listed(misfits[nearest])}; load the model that it"
                 " was trained on."
             )
@@ -157,14 +157,14 @@ class StageAdapter:
         return [n for n in names if n not in both or self.state[n].shape != needed[n].shape]
 
     def check_base(self, base: BaseSignature, name: str) -> None:
-        """Check that it was trained on the base of this name; warn if it does not say on which.
+        """Check that it was trained on the base of this name; warn if it names none.
 
         Raises:
             UserError: if it was trained on another.
         """
         if self.info is None or self.info.base_signature is None:
             logger.warning(
-                "%s does not say on which base it was trained; it fits %s by names and shapes.",
+                "%s does not say which base it was trained on; it fits %s by names and shapes.",
                 self.folder,
                 name,
             )
@@ -211,7 +211,7 @@ class StageAdapter:
         tensors = self.modules[name]
         if f"{name}.lora_B.bias" in tensors:
             raise UserError(
-                f"{self.folder} also changes biases ({name}.lora_B.bias), and only updates of"
+                f"{self.folder} also changes biases ({name}.lora_B.bias), but only updates of"
                 " weights can be merged here; train it without lora_bias, or load it with PEFT."
             )
         if not self.has_factors:

@@ -81,8 +81,10 @@ def _check_stage(folder: Path) -> AdapterInfo:
     adapter, _ = (StageAdapter.load(folder / name) for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
     info = adapter.info
     if info is None or folder.name != f"stage_{info.stage}":
-        found = "no adapter of this toolkit" if info is None else f"one of Stage {info.stage}"
-        raise UserError(f"{folder} should hold an exported adapter, but has {found}; export again.")
+        found = "another tool's" if info is None else f"that of Stage {info.stage}"
+        raise UserError(
+            f"{folder} should hold its stage's exported adapter, but has {found}; export again."
+        )
     return info
 
 
@@ -95,15 +97,15 @@ def _check_card(folder: Path, infos: Sequence[AdapterInfo]) -> list[str]:
         data = ModelCard(text).data
     except (OSError, ValueError, TypeError, YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{card} is no model card ({reason}); {advice}.") from error
+        raise UserError(f"{card} is not a model card ({reason}); {advice}.") from error
     found, wanted = data.get("base_model"), hub_bases(infos) or None
     samples = list(parse_samples(text))
     noticed = NOTICE in text or not any(map(_is_deepfloyd, infos))
     for problem, holds in {
         "has no metadata": data.get("license") is None,
-        f"is of other adapters: its base_model is {found}, not {wanted}": found != wanted,
-        "shows pictures that are not there": not all((folder / name).is_file() for name in samples),
-        f"lacks the notice that the base's licence asks for ({NOTICE!r})": not noticed,
+        f"describes other adapters: its base_model is {found}, not {wanted}": found != wanted,
+        "shows pictures that are missing": not all((folder / name).is_file() for name in samples),
+        f"lacks the notice that the base's licence requires ({NOTICE!r})": not noticed,
     }.items():
         if holds:
             raise UserError(f"{card} {problem}; {advice}.")

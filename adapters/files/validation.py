@@ -43,7 +43,7 @@ def explain_peft_errors(place: Path) -> Iterator[None]:
     except PEFT_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{place} has settings that PEFT cannot follow here ({type(error).__name__}: {reason});"
+            f"{place} has settings that PEFT cannot apply here ({type(error).__name__}: {reason});"
             " correct its configuration, or load the model that it was trained on."
         ) from error
 
@@ -61,11 +61,11 @@ def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
     if other:
         found = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in other.values()}))
         raise UserError(
-            f"{file} has tensors of the type {found} ({listed(other, 4)}), and adapters are read in"
-            f" {', '.join(FLOATS.values())}; convert it to fp16, bf16 or fp32."
+            f"{file} has tensors of the type {found} ({listed(other, 4)}), but adapters must be in"
+            f" one of {', '.join(FLOATS.values())}; convert it to fp16, bf16 or fp32."
         )
     problems = {
-        "without any value, of rank 0": [key for key, t in factors.items() if not t.numel()],
+        "that are empty (of rank 0)": [key for key, t in factors.items() if not t.numel()],
         "that should be one number each": [key for key in alphas if tensors[key].numel() != 1],
         "with values that are NaN or infinite": [
             key for key, tensor in tensors.items() if not tensor.float().isfinite().all()
@@ -126,14 +126,15 @@ def check_modules(
             that cannot be multiplied.
     """
     whole: dict[str, dict[str, Tensor]] = {}
-    lacking, misfits = [f"{name}.alpha alone" for name in alphas if name not in modules], []
+    lacking, misfits = [f"all but {name}.alpha" for name in alphas if name not in modules], []
     for name, tensors in modules.items():
         own = tensors
         try:
             own = whole[name] = simplify(tensors)
             if missing := missing_tensors(own):
                 has = listed([part for part in own if part not in missing], 4)
-                lacking.append(f"{' and '.join(f'{name}.{part}' for part in missing)} beside {has}")
+                gone = " and ".join(f"{name}.{part}" for part in missing)
+                lacking.append(f"{gone} to go with {has}")
             else:
                 check_shapes(own)
         except RuntimeError:
@@ -170,11 +171,11 @@ def check_whole(config: PeftConfig | None, modules: Mapping[str, Tensors], file:
         if not part.startswith(mark)
     ]
     if others:
-        says = f"a configuration of {kind}" if config else f"no {PEFT_CONFIG} beside it"
-        alpha = "" if config else " without an alpha each"
+        says = f"a configuration of {kind}" if config else f"no {PEFT_CONFIG} next to it"
+        alpha = "" if config else " than LoRA, without alphas"
         raise UserError(
             f"{file} has {says}, but tensors of another kind of adapter{alpha}"
-            f" ({listed(others, 4)}); put the {PEFT_CONFIG} beside it that it was saved with."
+            f" ({listed(others, 4)}); put the {PEFT_CONFIG} that it was saved with next to it."
         )
     targets = None if config is None else config.target_modules
     full = () if targets is None or isinstance(targets, str) else targets
@@ -188,13 +189,13 @@ def check_whole(config: PeftConfig | None, modules: Mapping[str, Tensors], file:
         ]
     if missing:
         raise UserError(
-            f"{file} should adapt {len(missing)} modules that its configuration names and it has"
-            f" no tensors of ({listed(missing)}); fetch or export it again."
+            f"{file} has no tensors for {len(missing)} of the modules that its configuration names"
+            f" ({listed(missing)}); fetch or export it again."
         )
     lacking = [name for name, own in modules.items() if "lora_magnitude_vector" not in own]
     dora = isinstance(config, LoraConfig) and config.use_dora
     if lacking and (dora or len(lacking) < len(modules)):
         raise UserError(
-            f"{file} is a DoRA, but has no lora_magnitude_vector of {len(lacking)} modules"
+            f"{file} is a DoRA, but has no lora_magnitude_vector for {len(lacking)} modules"
             f" ({listed(lacking)}); fetch or export it again."
         )

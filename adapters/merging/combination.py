@@ -191,26 +191,29 @@ def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]
     for part in parts:
         if not part.adapter.has_factors or part.adapter.kind == "dora":
             raise UserError(
-                f"{part.name!r} ({part.adapter.kind}) is more than the factors of a LoRA or rsLoRA,"
-                f" which is what PEFT's methods ({', '.join(METHODS)}) combine; merge it beside"
-                " others with set_adapters, which takes every kind."
+                f"{part.name!r} ({part.adapter.kind}) cannot be combined, as PEFT's methods"
+                f" ({', '.join(METHODS)}) take only the factors of LoRAs and rsLoRAs; merge it with"
+                " the others by set_adapters, which takes every kind."
             )
     largest = {part.name: max(part.ranks.values()) for part in parts}
-    _check_ranks(how, largest, "altogether")
+    _check_ranks(how, largest, "overall")
     for module in modules:
         own = [part for part in parts if module in part.adapter.modules]
         _check_ranks(how, {part.name: part.ranks[module] for part in own}, f"in {module}")
         shapes = {part.name: part.shape_of(module) for part in own}
         if len(set(shapes.values())) > 1:
             found = ", ".join(f"{list(shape)} in {name!r}" for name, shape in shapes.items())
-            raise UserError(f"These are of different models: {module} has the shape {found}.")
+            raise UserError(
+                f"These adapters are for different models, as {module} has the shape {found};"
+                " combine those of one model."
+            )
         rows, *columns = next(iter(shapes.values()))
         # PEFT takes that many singular values of a convolution, which may have fewer
         limit, rank = min(rows, math.prod(columns)), how.rank or max(largest.values())
         if how.asks.cuts and len(columns) > 1 and rank > limit:
             raise UserError(
-                f"{how.method!r} cuts off at rank {rank}, and {module} has none above {limit}; give"
-                f" a rank of {limit} or less, or use one of {_list_methods(cuts=False)}."
+                f"{how.method!r} cuts off at rank {rank}, but {module} has at most {limit}; give a"
+                f" rank of {limit} or less, or use one of {_list_methods(cuts=False)}."
             )
 
 
@@ -219,8 +222,8 @@ def _check_ranks(how: Combination, ranks: Mapping[str, int], where: str) -> None
     if how.asks.pairs and len(set(ranks.values())) > 1:
         found = ", ".join(f"{rank} in {name!r}" for name, rank in ranks.items())
         raise UserError(
-            f"{how.method!r} combines A with A and B with B, so all must have one rank, but {where}"
-            f" it is {found}; {_list_methods(pairs=False)} take any."
+            f"{how.method!r} combines A with A and B with B, so all ranks must be equal, but"
+            f" {where} they are {found}; {_list_methods(pairs=False)} take any."
         )
 
 

@@ -221,8 +221,8 @@ class MergedAdapters:
         if isinstance(module, nn.Linear | nn.Conv2d):
             return FullPrecisionLayer(module, self.originals)
         raise UserError(
-            f"{adapter.folder} adapts {name}, which is no Linear or Conv2d of this UNet; load the"
-            " model that it was trained on."
+            f"{adapter.folder} adapts {name}, which is not a Linear or Conv2d of this UNet; load"
+            " the model that it was trained on."
         )
 
     @torch.no_grad()

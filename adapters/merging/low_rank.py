@@ -109,7 +109,7 @@ def extract(
     """Write the LoRA that is nearest to the difference between a tuned UNet and its base.
 
     Weights are read and decomposed one at a time. Differences outside of the targets, or in
-    biases and norms, which are no matrices, cannot be in a LoRA, and count as lost.
+    biases and norms, which are not matrices, cannot be in a LoRA, and count as lost.
 
     Args:
         tuned: the fine-tuned UNet.

@@ -57,7 +57,7 @@ def check_weights_only(adapter: StageAdapter) -> None:
     if biases := [name for name in adapter.state if name.endswith(".bias")]:
         raise UserError(
             f"{adapter.folder} changes biases too (PEFT's lora_bias: {listed(biases, 4)}), which is"
-            " not supported; train it without."
+            " not supported; train it without lora_bias."
         )
 
 
@@ -66,7 +66,7 @@ def check_architecture(one: StoredUNet, other: StoredUNet) -> None:
     if difference := one.signature.model_copy(update={"values": {}}).difference(other.signature):
         raise UserError(
             f"{one.name} and {other.name} are UNets of different architectures ({difference}); name"
-            " two of the same."
+            " two of the same architecture."
         )
 
 

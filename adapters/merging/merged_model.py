@@ -91,8 +91,8 @@ def merge(
     with new_folder(out) as new:
         if (free := shutil.disk_usage(new).free) < total:
             raise UserError(
-                f"{out} would take {tqdm.format_sizeof(total, 'B')} of disk, where"
-                f" {tqdm.format_sizeof(free, 'B')} are free; free some, or use --link."
+                f"{out} needs {tqdm.format_sizeof(total, 'B')} of disk space, but only"
+                f" {tqdm.format_sizeof(free, 'B')} is free; free some space, or use --link."
             )
         with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", delay=1) as progress:
             for number, model in models.items():
@@ -117,7 +117,7 @@ def _own_bases(
     """Find the bases that adapters name, by stage; the first adapter of a stage decides."""
     infos = [adapter.info for stages in adapters for adapter in stages if adapter.info]
     if not infos:
-        raise UserError("The adapters do not say on which base they were trained; name it, --base.")
+        raise UserError("The adapters do not say which base they were trained on; give --base.")
     return {
         info.stage: Source(info.base_model, info.stage, revision or info.base_revision, variant)
         for info in reversed(infos)
@@ -139,8 +139,8 @@ def _sort_by_stage(
         numbers = [adapter.stage_among(configs) for adapter in stages]
         if not set(numbers) & set(unets):
             raise UserError(
-                f"{stages[0].folder} is an adapter of Stage {numbers[0]}, and there is no base of"
-                " that stage to merge it into; name one (--base), or another --stage."
+                f"{stages[0].folder} is an adapter of Stage {numbers[0]}, but no base of that"
+                " stage was given; name one with --base, or choose another --stage."
             )
         for number, adapter in zip(numbers, stages, strict=True):
             if number in unets:
@@ -148,9 +148,9 @@ def _sort_by_stage(
                 check_weights_only(adapter)
                 merged.setdefault(number, []).append((adapter, scale))
             else:
-                left_out.append(f"{adapter.folder} is of Stage {number} and left out")
+                left_out.append(f"{adapter.folder} is of Stage {number} and was left out")
     for adapter_left_out in left_out if say_left_out else ():
-        tqdm.write(f"{adapter_left_out}; name its base too (--base).", file=sys.stderr)
+        tqdm.write(f"{adapter_left_out}; to merge it, name its base with --base.", file=sys.stderr)
     return merged
 
 

@@ -4,7 +4,8 @@ Checking a recipe needs these names, so torch, diffusers and PEFT are imported o
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -242,6 +243,26 @@ def adapted_modules(unet: "UNet2DConditionModel") -> list[str]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [name for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def without_adapter(unet: "nn.Module") -> Iterator[None]:
+    """Let a UNet predict as its base does, whatever its adapter, while the ``with`` block runs.
+
+    Nothing else changes. PEFT's own ``disable_adapters`` also stops the adapter's tensors from
+    requiring gradients, which a recorded or compiled training step has come to rely on.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def adapter_parameters(unet: "UNet2DConditionModel") -> "dict[str, nn.Parameter]":

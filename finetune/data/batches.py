@@ -9,8 +9,9 @@ have seen without the interruption.
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.data.pictures import Picture, crop, to_tensor
-from finetune.recipe.schema import Data, Prior, Timesteps
+from finetune.recipe.schema import Data, OutputPrior, Prior, Timesteps
 from finetune.step.inputs import Batch
 
-ORDER, DRAWS, MODEL, CLASS = range(4)
+Item = TypeVar("Item")
+
+ORDER, DRAWS, MODEL, CLASS, PRESERVED, PROMPTS = range(6)
 """The purposes of random streams: the order of the pictures, a picture's draws, the model's dropout
-in a step, and the sampling of class pictures."""
+in a step, the sampling of class pictures, and the pictures and captions whose predictions are
+preserved."""
 
 
 def derived_seed(*key: int) -> int:
@@ -51,7 +55,7 @@ class Batches:
     pictures: Sequence[Picture]
     """The instance pictures."""
     class_pictures: Sequence[Picture]
-    """The class pictures, with prior preservation."""
+    """The class pictures, with a prior of that kind."""
     prior: Prior | None
     prompt_embeds: Mapping[str, Tensor]
     """Text encodings [T, D] by caption, including the empty caption."""
@@ -70,6 +74,8 @@ class Batches:
     """The number of batches in an optimizer step on each process."""
     rank: int = 0
     world_size: int = 1
+    prompts: Sequence[str] = ()
+    """The captions to preserve, with a prior of the kind ``output``."""
 
     @property
     def parts(self) -> int:
@@ -82,17 +88,25 @@ class Batches:
         return self.batch_size * self.parts
 
     @property
-    def class_count(self) -> int:
-        """The number of class pictures in a global batch: at least one, and never all."""
-        if self.prior is None:
-            return 0
-        return min(max(round(self.global_size * self.prior.share), 1), self.global_size - 1)
+    def prior_count(self) -> int:
+        """The number of pictures of the prior in a global batch: at least one, and never all."""
+        return 0 if self.prior is None else self.prior.count_in(self.global_size)
+
+    @property
+    def preserves_output(self) -> bool:
+        """True if the prior's pictures have the base's prediction as their target."""
+        return isinstance(self.prior, OutputPrior)
+
+    @property
+    def instance_count(self) -> int:
+        """The number of instance pictures in a global batch."""
+        return self.global_size - self.prior_count
 
     def places(self, index: int) -> list[tuple[int, int]]:
         """Return the optimizer step of a batch, with each picture's place in the global batch.
 
-        The global batch holds the instance pictures, then the class pictures. Each of its parts
-        takes every ``parts``-th place, so their numbers of class pictures differ by at most one.
+        The global batch holds the instance pictures, then those of the prior. Each of its parts
+        takes every ``parts``-th place, so their numbers of the prior's differ by at most one.
         """
         step, micro_step = divmod(index, self.accumulation)
         part = micro_step * self.world_size + self.rank
@@ -104,19 +118,35 @@ class Batches:
         The weight is the one in the global batch times the number of parts, because the parts'
         gradients are averaged.
         """
-        pictures, weight, dropout = self.pictures, 1.0, self.data.caption_dropout
-        count = self.global_size - self.class_count
-        if self.prior is not None and place >= count:
-            place, count = place - count, self.class_count
-            pictures, weight = self.class_pictures, self.prior.weight
-            dropout = self.prior.caption_dropout
-        chosen = picture_at(step * count + place, len(pictures), self.seed)
-        return pictures[chosen], weight / count * self.parts, dropout
+        count, weight, dropout = self.instance_count, 1.0, self.data.caption_dropout
+        if self.prior is None or place < count:
+            chosen = picture_at(step * count + place, len(self.pictures), self.seed)
+            picture = self.pictures[chosen]
+        else:
+            place, count, weight = place - count, self.prior_count, self.prior.weight
+            picture, dropout = self.prior_picture(step * count + place), self.prior.caption_dropout
+        return picture, weight / count * self.parts, dropout
+
+    def prior_picture(self, position: int) -> Picture:
+        """Return the picture at a position in the sequence of the prior's pictures."""
+        if not self.preserves_output:
+            return self.class_pictures[picture_at(position, len(self.class_pictures), self.seed)]
+
+        # orders of their own: neither the instances' beside them, nor a picture's with one prompt
+        def draw(items: Sequence[Item], purpose: int) -> Item:
+            return items[picture_at(position, len(items), derived_seed(self.seed, purpose))]
+
+        return replace(draw(self.pictures, PRESERVED), caption=draw(self.prompts, PROMPTS))
 
     def __call__(self, index: int) -> Batch:
         """Make the batch at an index: the step times the accumulation, plus the micro-step."""
-        rows = [self.example(*place) for place in self.places(index)]
-        return Batch(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        places = self.places(index)
+        rows = [self.example(*place) for place in places]
+        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        preserved = [row for row, (_, place) in enumerate(places) if place >= self.instance_count]
+        if self.preserves_output and preserved:
+            tensors["preserved"] = torch.tensor(preserved)
+        return Batch(**tensors)
 
     def example(self, step: int, place: int) -> dict[str, Tensor]:
         """Draw one picture's share of each field of a batch, without the batch dimension."""

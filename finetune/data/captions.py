@@ -21,8 +21,9 @@ from adapters.cascade.embeds import TENSOR
 from adapters.errors import UserError
 from adapters.texts import check_captions, check_vocabulary
 from finetune.data.pictures import Picture
+from finetune.data.preserved import list_prompts
 from finetune.data.sources import has_captions, load_captions
-from finetune.recipe.schema import Data, Recipe
+from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe
 from finetune.step.stages import STAGES
 from unets.memory import free_memory
 from unets.precision import Precision
@@ -44,10 +45,9 @@ KEPT_ENCODINGS = 100
 
 PROMPT_FIELDS = {
     "validation": ("prompts", "stage_2_prompts"),
-    "prior": ("prompts",),
     "evaluation": ("prompts", "stage_2_prompts", "other_prompts"),
 }
-"""The fields of a recipe that hold captions, by section."""
+"""The fields of a recipe that hold captions, by section, apart from those of the prior."""
 
 
 def collect_captions(recipe: Recipe, pictures: Iterable[Picture]) -> dict[str, str]:
@@ -57,7 +57,7 @@ def collect_captions(recipe: Recipe, pictures: Iterable[Picture]) -> dict[str, s
         Each caption with a description of its origin, for messages.
     """
     captions = {picture.caption: f"the caption of {picture.source}" for picture in pictures}
-    prior = recipe.prior
+    prior = recipe.class_pictures
     if prior and prior.folder and has_captions(Path(prior.folder).expanduser()):
         own = load_captions(Data(source=prior.folder), recipe.cache)[: prior.count]
         captions |= dict.fromkeys(own, f"a caption of prior.folder {prior.folder}")
@@ -67,6 +67,8 @@ def collect_captions(recipe: Recipe, pictures: Iterable[Picture]) -> dict[str, s
 def collect_prompts(recipe: Recipe) -> dict[str, str]:
     """Collect the captions in the recipe itself, and the empty one, each with its field."""
     captions = {"": "the empty caption"}
+    if recipe.prior:
+        captions |= dict.fromkeys(_prior_prompts(recipe.prior), "prior.prompts")
     tree = recipe.model_dump(include={*PROMPT_FIELDS})
     for section, fields in PROMPT_FIELDS.items():
         for field in fields if tree[section] else ():
@@ -74,6 +76,11 @@ def collect_prompts(recipe: Recipe) -> dict[str, str]:
     if recipe.data.prompt is not None:
         captions[recipe.data.prompt] = "data.prompt"
     return captions
+
+
+def _prior_prompts(prior: Prior) -> tuple[str, ...]:
+    """Return the captions of the prior that do not depend on the training data."""
+    return list_prompts(prior, ()) if isinstance(prior, OutputPrior) else prior.prompts
 
 
 def check_cleaning(captions: Mapping[str, str], *, clean_caption: bool) -> None:

@@ -23,7 +23,7 @@ from finetune.data.batches import CLASS, derived_seed
 from finetune.data.captions import model_identity
 from finetune.data.pictures import Picture, load_pictures
 from finetune.data.sources import has_captions
-from finetune.recipe.schema import Base, Data, Prior, Recipe
+from finetune.recipe.schema import Base, Data, PicturePrior, Recipe
 from finetune.step.stages import STAGES, Stage
 from unets.memory import free_memory
 from unets.precision import Precision
@@ -32,7 +32,7 @@ ATTEMPTS = 10
 """The number of seeds tried for a picture before its prompt is given up."""
 
 
-def own_folder(prior: Prior) -> Path | None:
+def own_folder(prior: PicturePrior) -> Path | None:
     """Return the folder that class pictures are taken from; ``None``: they are sampled.
 
     Raises:
@@ -41,8 +41,8 @@ def own_folder(prior: Prior) -> Path | None:
     own = Path(prior.folder).expanduser() if prior.folder else None
     if own and not own.is_dir():
         raise UserError(
-            f"prior.folder {prior.folder!r} is no folder: name one with pictures of the class, or"
-            " leave the field out to sample them from the base."
+            f"prior.folder {prior.folder!r} is not a folder: name one with pictures of the class,"
+            " or leave the field out to sample them from the base."
         )
     return own
 
@@ -51,7 +51,7 @@ def own_folder(prior: Prior) -> Path | None:
 class ClassPictures:
     """The class pictures of a recipe, and the base cascade that draws them."""
 
-    prior: Prior
+    prior: PicturePrior
     crops_px: Sequence[int]
     """The sides of the crops that the trained stages take, ascending."""
     cache_dir: Path
@@ -71,10 +71,10 @@ class ClassPictures:
     def of(
         cls, recipe: Recipe, embeds: Mapping[str, Tensor], device: torch.device
     ) -> "ClassPictures":
-        """Return the class pictures of a recipe with ``prior`` that is trained on a device."""
-        assert recipe.prior is not None
+        """Return the class pictures of a recipe that uses some and is trained on a device."""
+        assert recipe.class_pictures is not None
         return cls(
-            prior=recipe.prior,
+            prior=recipe.class_pictures,
             crops_px=recipe.crops_px,
             cache_dir=recipe.cache,
             base=recipe.base,
@@ -208,5 +208,5 @@ class ClassPictures:
                 return samples
         raise UserError(
             f"prior.prompts: the base's safety checker rejected {ATTEMPTS} pictures of"
-            f" {self._prompt(pending[0])!r}; word it otherwise, or give prior.folder."
+            f" {self._prompt(pending[0])!r}; reword it, or give prior.folder."
         )

@@ -108,7 +108,7 @@ def _read_text_beside(picture: Path) -> str:
     text = picture.with_suffix(".txt")
     if not text.is_file():
         raise UserError(
-            f"The picture {picture} has no caption: write {text.name} beside it, list all pictures"
+            f"The picture {picture} has no caption: write {text.name} next to it, list all pictures"
             " in a metadata.jsonl, or give data.prompt for all."
         )
     caption = read_text(text)

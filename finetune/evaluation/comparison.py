@@ -28,9 +28,9 @@ Scores: TypeAlias = dict[str, float | None]
 """Scores by name and cascade, such as ``clip_i/base``; ``None``: not defined."""
 
 TITLES = {
-    "clip_i": "CLIP-I, generated to real pictures",
-    "clip_t": "CLIP-T, picture to prompt",
-    "clip_t_others": "CLIP-T, prompts of other things",
+    "clip_i": "CLIP-I, generated vs. real pictures",
+    "clip_t": "CLIP-T, picture vs. prompt",
+    "clip_t_others": "CLIP-T, prompts without the subject",
 }
 
 FAR = 3
@@ -171,6 +171,6 @@ def judge(scores: Scores, expected: Expected) -> str:
     if max(shortfalls) > FAR * expected.spread:
         raise UserError(
             f"The run did not learn what it should: {'; '.join(sentences)}. Compare its recipe with"
-            " the one that these figures are of, and look at its curves."
+            " the one that the expected scores come from, and look at its curves."
         )
     return f"Lower than expected: {'; '.join(sentences)}. Another seed may do better.\n"

@@ -13,7 +13,7 @@ from adapters.cascade.memory_budget import AT_ONCE, GPU
 from adapters.errors import UserError
 from adapters.weights.kinds import AdapterSpec
 from finetune.memory.footprint import Footprint, Rehearsal
-from finetune.recipe.schema import Recipe, Text, Training
+from finetune.recipe.schema import Prior, Recipe, Text, Training
 from finetune.step.stages import STAGES, Stage
 from unets.tally import GIB, reserved
 
@@ -73,7 +73,7 @@ def plan(recipe: Recipe, device: torch.device = GPU) -> Plan:
     sources, choices = _sources(recipe), {}
     for stage in recipe.trained:
         training = recipe.training(stage)
-        rehearsal = Rehearsal.of(stage, training, sources, device)
+        rehearsal = Rehearsal.of(stage, training, sources, device, recipe.prior)
         choices[stage] = Choice(training, rehearsal, rehearsal.footprint())
     return Plan(recipe, device, choices, tuple(_phases(recipe, device, choices)))
 
@@ -87,7 +87,7 @@ def _phases(
     recipe: Recipe, device: torch.device, choices: Mapping[Stage, Choice]
 ) -> Iterator[Phase]:
     """Yield the phases of a run; validation's memory adds to what training keeps."""
-    prior, validation = recipe.prior, recipe.validation
+    prior, validation = recipe.class_pictures, recipe.validation
     if recipe.text.device == "auto":
         size = _text_bytes(recipe.text, recipe.source(STAGES[1]), device)
         yield Phase("encoding captions", size)
@@ -126,7 +126,11 @@ def _text_bytes(text: Text, source: Source, device: torch.device) -> int:
 
 
 def fitting_settings(
-    stage: Stage, training: Training, sources: Mapping[int, Source], budget: float
+    stage: Stage,
+    training: Training,
+    sources: Mapping[int, Source],
+    budget: float,
+    prior: Prior | None = None,
 ) -> list[Choice]:
     """Find settings that fit a budget and train a stage as its own do, the fastest first.
 
@@ -139,6 +143,7 @@ def fitting_settings(
         training: the stage's section of the recipe.
         sources: see :meth:`Rehearsal.of`.
         budget: the bytes that PyTorch may reserve.
+        prior: the recipe's prior preservation.
     """
     pictures = training.batch_size * training.accumulation
     found = []
@@ -147,9 +152,9 @@ def fitting_settings(
         fields: dict[str, Any] = {"gradient_checkpointing": checkpointed}
         if training.precision_on(GPU) != precision:  # else keep "auto"
             fields["precision"] = precision
-        rehearsal = Rehearsal.of(stage, training.model_copy(update=fields), sources, GPU)
+        rehearsal = Rehearsal.of(stage, training.model_copy(update=fields), sources, GPU, prior)
         for size in (n for n in range(pictures, 0, -1) if pictures % n == 0):
-            footprint = rehearsal.footprint(size)
+            footprint = rehearsal.footprint(size, pictures // size)
             if footprint.reserved <= budget:
                 fields |= {"batch_size": size, "accumulation": pictures // size}
                 chosen = training.model_copy(update=fields)
@@ -174,7 +179,7 @@ def fit(recipe: Recipe, budget: float) -> Fit:
     """Find a recipe's fastest settings with which all phases fit a budget in bytes."""
     sources = _sources(recipe)
     choices = {
-        stage: fitting_settings(stage, recipe.training(stage), sources, budget)
+        stage: fitting_settings(stage, recipe.training(stage), sources, budget, recipe.prior)
         for stage in recipe.trained
     }
     if not all(choices.values()):
@@ -204,7 +209,7 @@ def _fit_text(text: Text, source: Source, budget: float) -> Text:
 def _sample_at_once(recipe: Recipe, at_once: int) -> Recipe:
     """Limit the number of pictures that a recipe samples at once."""
     changes = {}
-    for name, section in (("prior", recipe.prior), ("validation", recipe.validation)):
+    for name, section in (("prior", recipe.class_pictures), ("validation", recipe.validation)):
         if section is not None and section.sampling.batch_size > at_once:
             sampling = section.sampling.model_copy(update={"batch_size": at_once})
             changes[name] = section.model_copy(update={"sampling": sampling})
@@ -227,10 +232,10 @@ def explain_out_of_memory(recipe: Recipe, device: torch.device) -> UserError:
     taken = plan(recipe, device).peak
     # the plan may have fitted by calculation and still failed, so look for a smaller one
     found = fit(recipe, min(available, 0.97 * taken.bytes))
-    advice = "no settings of this recipe fit, so take a smaller base"
+    advice = "no settings of this recipe fit, so use a smaller base"
     if found.plan:
-        advice = f"give the overrides {' '.join(found.overrides)}"
+        advice = f"add the overrides {' '.join(found.overrides)}"
     return UserError(
-        f"The GPU ran out of memory: PyTorch can have {available / GIB:.1f} GiB of it, and the"
-        f" recipe takes about {taken.bytes / GIB:.1f} GiB in {taken.name}; {advice}."
+        f"The GPU ran out of memory: PyTorch can use {available / GIB:.1f} GiB of it, but the"
+        f" recipe needs about {taken.bytes / GIB:.1f} GiB in {taken.name}; {advice}."
     )

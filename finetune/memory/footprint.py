@@ -4,7 +4,8 @@ The stage's own step runs on tensors without values (:mod:`unets.tally`), so tha
 counted are those that will run.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from adapters.base.estimates import PROMPT_TOKENS, drawing_inputs, safety_checker_bytes
 from adapters.base.source import Source
-from finetune.recipe.schema import Training
+from finetune.recipe.schema import OutputPrior, Prior, Training
 from finetune.run.trainee import Trainee
 from finetune.step.inputs import Batch
 from finetune.step.optimizers import OPTIMIZERS
@@ -40,8 +41,9 @@ class Footprint:
     """The optimizer's state."""
     activations: int
     """The peak of a forward and backward pass; kept in a CUDA graph's pool."""
-    flops: int
-    """Floating-point operations."""
+    flops: float
+    """Floating-point operations; as ``work``, the mean of an optimizer step's batches, which may
+    preserve the base's output for different numbers of pictures."""
     work: float
     """A relative measure of the batch's time: its floating-point operations, plus those that could
     be done while memory is moved and kernels are started."""
@@ -68,12 +70,19 @@ class Rehearsal:
     """The picture size of the stage below; ``None`` in Stage I."""
     guard_bytes: int
     """The bytes of the safety checker, which is loaded on the device while the stage samples."""
+    prior: OutputPrior | None = None
+    """The preservation of the base's output, if the recipe asks for it."""
     _drawing_bytes: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     """The results of :meth:`drawing_bytes`, by the number of pictures."""
 
     @classmethod
     def of(
-        cls, stage: Stage, training: Training, sources: Mapping[int, Source], device: torch.device
+        cls,
+        stage: Stage,
+        training: Training,
+        sources: Mapping[int, Source],
+        device: torch.device,
+        prior: Prior | None = None,
     ) -> "Rehearsal":
         """Set a stage up as it would be on a device, which this machine need not have.
 
@@ -82,6 +91,7 @@ class Rehearsal:
             training: the stage's section of a recipe.
             sources: the bases of the stage and of the stage below, by number.
             device: a GPU or a CPU.
+            prior: the recipe's prior preservation.
 
         Raises:
             UserError: if the base's configuration is missing, or a target matches nothing.
@@ -99,10 +109,11 @@ class Rehearsal:
         )
         below = sources[1].picture_size_px if stage.super_resolution else None
         guard = safety_checker_bytes(source, trainee.unet.dtype)
-        return cls(trainee, training.optimizer.name, below, guard)
+        preserving = prior if isinstance(prior, OutputPrior) else None
+        return cls(trainee, training.optimizer.name, below, guard, preserving)
 
-    def batch(self, batch_size: int) -> Batch:
-        """Make a batch of the stage's shapes."""
+    def batch(self, batch_size: int, preserved: int = 0) -> Batch:
+        """Make a batch of the stage's shapes, for some of whose rows the base predicts too."""
         unet, n = self.trainee.unet, batch_size
         picture = (n, 3, unet.config.sample_size, unet.config.sample_size)
         floats = {"pixels": picture, "noise": picture, "weight": (n,)}
@@ -113,6 +124,8 @@ class Rehearsal:
                 "low_res_noise": picture,
             }
             integers |= {"noise_level": (n,)}
+        if preserved:
+            integers |= {"preserved": (preserved,)}
         text = (n, PROMPT_TOKENS, unet.config.encoder_hid_dim)
         return Batch(
             **{name: torch.empty(shape, device=META) for name, shape in floats.items()},
@@ -120,24 +133,48 @@ class Rehearsal:
             prompt_embeds=torch.empty(text, dtype=unet.dtype, device=META),
         )
 
-    def footprint(self, batch_size: int | None = None) -> Footprint:
-        """Estimate a training step's footprint, with the recipe's batch size or another."""
-        batch = self.batch(batch_size or self.trainee.training.batch_size)
+    def footprint(
+        self, batch_size: int | None = None, accumulation: int | None = None
+    ) -> Footprint:
+        """Estimate the footprint of training, with the recipe's batches or others."""
+        training = self.trainee.training
         flat, average = self.trainee.weights, self.trainee.average
+        size = batch_size or training.batch_size
+        counts = self.preserved_counts(size, accumulation or training.accumulation)
         vectors = [flat.values, flat.gradient, flat.working, flat.working_gradient]
         adapter = vectors if average is None else [*vectors, average]
-        with Tally([*self._weights(), *adapter, *batch.tensors().values()]) as tally:
-            self.trainee.accumulate(batch)
+        tallies = {}
+        for preserved in counts:
+            batch = self.batch(size, preserved)
+            with Tally([*self._weights(), *adapter, *batch.tensors().values()]) as tally:
+                self.trainee.accumulate(batch)
+            tallies[preserved] = tally
+
+        def mean(figure: Callable[[Tally], float]) -> float:
+            return sum(figure(tallies[each]) * n for each, n in counts.items()) / counts.total()
+
         return Footprint(
             weights=self.weights_bytes,
             adapter=total_bytes(adapter),
             optimizer=OPTIMIZERS[self.optimizer].state_bytes(flat.slices(whole_tensors=False)),
-            activations=tally.peak_bytes,
-            flops=tally.flops,
-            work=tally.flops
-            + OPERATIONS_A_BYTE * tally.moved_bytes
-            + OPERATIONS_A_KERNEL * tally.operations,
+            activations=max(tally.peak_bytes for tally in tallies.values()),
+            flops=mean(lambda tally: tally.flops),
+            work=mean(
+                lambda tally: (
+                    tally.flops
+                    + OPERATIONS_A_BYTE * tally.moved_bytes
+                    + OPERATIONS_A_KERNEL * tally.operations
+                )
+            ),
         )
+
+    def preserved_counts(self, batch_size: int, accumulation: int) -> Counter[int]:
+        """Count a step's batches by the number of pictures that each preserves, on one GPU."""
+        if self.prior is None:
+            return Counter({0: accumulation})
+        least, more = divmod(self.prior.count_in(batch_size * accumulation), accumulation)
+        # they differ by at most one (finetune.data.batches); + drops a number that no batch has
+        return +Counter({least: accumulation - more, least + 1: more})
 
     @property
     def weights_bytes(self) -> int:

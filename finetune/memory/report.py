@@ -7,7 +7,7 @@ from adapters.cascade.memory_budget import GPU, parse_memory
 from adapters.tables import format_table
 from finetune.data.captions import TEXT_PARTS
 from finetune.memory.fit import Plan, fit, plan
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import OutputPrior, Recipe
 from finetune.step.stages import STAGES
 from unets.tally import GIB
 
@@ -42,7 +42,10 @@ def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
     own = [choice.training for choice in plan.choices.values()]
     flops = [part.flops * each.accumulation for part, each in zip(parts, own, strict=True)]
     yield ("base", *(each.precision_on(plan.device) for each in own))
-    yield ("pictures a step", *(f"{each.batch_size * each.accumulation:,}" for each in own))
+    sizes = [each.batch_size * each.accumulation for each in own]
+    yield ("pictures a step", *(f"{size:,}" for size in sizes))
+    if isinstance(prior := plan.recipe.prior, OutputPrior):
+        yield ("of these, preserved as output", *(f"{prior.count_in(size):,}" for size in sizes))
     yield ("TFLOP a step", *(f"{each / 1e12:.3g}" for each in flops))
     yield ("steps", *(f"{each.steps:,}" for each in own))
     totals = [each * training.steps for each, training in zip(flops, own, strict=True)]
@@ -57,7 +60,7 @@ def format_fit(recipe: Recipe, vram: str) -> str:
     """
     budget = parse_memory(vram, "--vram")
     found = fit(recipe, budget)
-    blocks = [f"On a card of {vram}, {_gib(budget)} GiB beside the driver's own:"]
+    blocks = [f"Settings that fit {vram} ({_gib(budget)} GiB after the driver's share):"]
     for stage, choices in found.choices.items():
         rows = [(stage.name, "base", "checkpointing", "batch", "accumulation", "GiB", "time")]
         rows += [
@@ -74,7 +77,7 @@ def format_fit(recipe: Recipe, vram: str) -> str:
         ]
         blocks.append(format_table(rows) if choices else f"{stage.name}: nothing fits.")
     if found.plan is None:
-        return "\n\n".join([*blocks, "No settings of this recipe fit: take a smaller base."])
+        return "\n\n".join([*blocks, "No settings of this recipe fit: use a smaller base."])
     overrides = " ".join(found.overrides) or "(none: the recipe fits as it is)"
     # planned again, because a rehearsal's first step also builds tables that later steps reuse
     fastest = f"The fastest, as overrides:\n{overrides}"
@@ -90,13 +93,14 @@ def format_downloads(recipe: Recipe) -> str:
     Raises:
         UserError: if a base lacks weights that the run needs.
     """
-    draws = bool(recipe.validation.prompts or (recipe.prior and not recipe.prior.folder))
+    prior = recipe.class_pictures
+    draws = bool(recipe.validation.prompts or (prior and not prior.folder))
     rows: list[tuple[str, ...]] = []
     everything: list[int] = []
     for stage in dict.fromkeys((STAGES[1], *recipe.trained)):
         files = recipe.source(stage).files
         if not files.is_listed:
-            return f"The downloads of {files.name} are not known offline."
+            return f"The downloads for {files.name} cannot be listed offline."
         needed = {"unet": draws or stage in recipe.trained}
         needed |= dict.fromkeys(GUARDS, draws) | dict.fromkeys(TEXT_PARTS, stage is STAGES[1])
         for part in files.parts:

@@ -1,11 +1,11 @@
 """Reading of recipes: the file, overrides from the command line, and mistakes in words."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -111,7 +111,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     for section in sections:
         below = node.get(section)
         if not isinstance(below, dict | None):
-            raise UserError(f"The override {override!r} goes below a value that is no section.")
+            raise UserError(f"The override {override!r} takes the value {section!r} for a section.")
         node[section] = below = dict(below or {})
         node = below
     node[key] = text if literal else parse_value(text, f"override {override!r}")
@@ -150,29 +150,29 @@ def parse_value(text: str, origin: str) -> Any:
     return value
 
 
-def _explain(error: ValidationError, kind: type[Section]) -> list[str]:
+def _explain(error: ValidationError, root: type[Section]) -> list[str]:
     """Write one line for each mistake: its path, and the values expected and found."""
     rows = []
-    found = [(_path(mistake["loc"], kind), mistake) for mistake in error.errors(include_url=False)]
+    found = [(_path(mistake["loc"], root), mistake) for mistake in error.errors(include_url=False)]
     for _, field in groupby(found, lambda pair: [p for p in pair[0] if isinstance(p, str)]):
         mistakes: dict[Place, list[ErrorDetails]] = {}
         for path, mistake in field:
             mistakes.setdefault(path, []).append(mistake)
         deepest = max(map(len, mistakes))  # of a union's branches, the one that got furthest
-        rows += [_row(*pair, kind) for pair in mistakes.items() if len(pair[0]) == deepest]
+        rows += [_row(*pair, root) for pair in mistakes.items() if len(pair[0]) == deepest]
     return rows
 
 
-def _row(path: Place, mistakes: list[ErrorDetails], kind: type[Section]) -> str:
+def _row(path: Place, mistakes: list[ErrorDetails], root: type[Section]) -> str:
     """Describe a place's mistake, or its mistakes in each branch of a union."""
     first = mistakes[0]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        section = _section(_types_at(path[:-1], kind))
-        assert section is not None
-        new = RENAMED.get(".".join(map(str, path)))
-        hint = f"is now {new}" if new else closest(str(path[-1]), list(section.model_fields))
-        message = f"unknown key; {hint}"
+        message = _explain_unknown_key(path, first["loc"], root)
+    elif first["type"] == "union_tag_invalid":
+        kinds = [_kind(section) for section in _sections(_types_at(path, root))]
+        path, found = (*path, "kind"), first["ctx"]["tag"]
+        message = f"unknown name {found!r}; {closest(found, kinds)}"
     elif first["type"] not in ("missing", "value_error"):
         others = [mistake["msg"].removeprefix("Input should be ") for mistake in mistakes[1:]]
         message = " or ".join([message, *others])
@@ -183,27 +183,66 @@ def _row(path: Place, mistakes: list[ErrorDetails], kind: type[Section]) -> str:
     return f"{place}: {message}" if place else message
 
 
-def _path(place: Place, kind: type[Section]) -> Place:
+def _explain_unknown_key(path: Place, place: Place, root: type[Section]) -> str:
+    """Hint at the key that an unknown one should have been.
+
+    Args:
+        path: the unknown key's path.
+        place: pydantic's place of it, which also names the kind of a section that has several.
+        root: the section that the path starts in.
+    """
+    new = RENAMED.get(".".join(map(str, path)))
+    if new:
+        return f"unknown key; is now {new}"
+    key, sections = str(path[-1]), _sections(_types_at(path[:-1], root))
+    own = sections[0] if len(sections) == 1 else next(s for s in sections if _kind(s) == place[-2])
+    others = [_kind(section) for section in sections if key in section.model_fields]
+    if others:
+        return f"belongs to kind: {others[0]}, but this is kind: {_kind(own)}"
+    return f"unknown key; {closest(key, list(own.model_fields))}"
+
+
+def _path(place: Place, root: type[Section]) -> Place:
     """Drop from a place the names that pydantic gives to the branches of unions."""
     path: Place = ()
+    kind_named = False
     for part in place:
-        if isinstance(part, int) or _section(_types_at(path, kind)):
+        sections = _sections(_types_at(path, root))
+        if len(sections) > 1 and not kind_named:
+            kind_named = True
+        elif isinstance(part, int) or sections:
             path += (part,)
+            kind_named = False
     return path
 
 
-def _types_at(path: Place, kind: type[Section]) -> set[Any]:
+def _types_at(path: Place, root: type[Section]) -> set[Any]:
     """Return the types that the field at a path in a section may hold; none without a field."""
-    types: set[Any] = {kind}
+    types: set[Any] = {root}
     for part in path:
-        section = _section(types)
-        field = section.model_fields.get(str(part)) if section else None
-        options = () if field is None else get_args(field.annotation) or (field.annotation,)
-        types = {get_args(each)[0] if get_origin(each) is Annotated else each for each in options}
+        fields = [section.model_fields.get(str(part)) for section in _sections(types)]
+        types = {kind for field in fields if field for kind in _options(field.annotation)}
     return types
 
 
-def _section(types: Iterable[Any]) -> type[BaseModel] | None:
-    """Find the section among some types; ``None`` if none of them is one."""
-    classes = (kind for kind in types if isinstance(kind, type))
-    return next((kind for kind in classes if issubclass(kind, BaseModel)), None)
+def _options(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation allows."""
+    if get_origin(annotation) is Annotated:
+        yield from _options(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for option in get_args(annotation):
+            yield from _options(option)
+    else:
+        yield annotation
+
+
+def _sections(types: Iterable[Any]) -> list[type[BaseModel]]:
+    """List the sections among some types, by name; several are told apart by their ``kind``."""
+    classes = (kind for kind in types if isinstance(kind, type) and get_origin(kind) is None)
+    sections = (kind for kind in classes if issubclass(kind, BaseModel))
+    return sorted(sections, key=lambda section: section.__name__)
+
+
+def _kind(section: type[BaseModel]) -> str:
+    """Return the name of the kind that a section is, of those that its key can hold."""
+    return str(get_args(section.model_fields["kind"].annotation)[0])

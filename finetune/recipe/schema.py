@@ -14,8 +14,10 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     ModelWrapValidatorHandler,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -64,6 +66,7 @@ def _check_one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Levels = Annotated[
     tuple[NonNegative, NonNegative], Field(strict=False), AfterValidator(_check_ascending)
@@ -140,26 +143,72 @@ class Data(Section):
     """The share of captions replaced by the empty one, from which guidance leads away."""
 
 
-class Prior(Section):
-    """Prior preservation: pictures of the subject's class, so that the class is not forgotten."""
+class Preservation(Section):
+    """The settings that both kinds of prior preservation have."""
 
+    kind: str
+    """The kind: ``pictures`` or ``output``."""
+    share: Share
+    """The share of preserved pictures in each optimizer step, over all processes and accumulated
+    batches: at least one picture, never all."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """The weight of the preserved pictures' mean loss, relative to the subject's."""
+    caption_dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The share of preserved pictures captioned with the empty caption, whatever
+    ``data.caption_dropout`` is. It is above zero so that the empty caption, from which guidance
+    leads away, is preserved too."""
+
+    def count_in(self, global_size: int) -> int:
+        """Return the number of preserved pictures among those of an optimizer step."""
+        return min(max(round(global_size * self.share), 1), global_size - 1)
+
+
+class PicturePrior(Preservation):
+    """Prior preservation by pictures of the subject's class, which are trained on beside it."""
+
+    kind: Literal["pictures"] = "pictures"
+    """``pictures``; this kind if the field is left out."""
     prompts: Annotated[Prompts, Field(min_length=1)]
     """Prompts of the class pictures, used in rotation, and their captions."""
     count: Positive = 100
     """The number of class pictures."""
     folder: str | None = None
     """A folder of class pictures to use instead of sampling them from the base cascade."""
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """The share of class pictures in each optimizer step, over all processes and accumulated
-    batches: at least one picture, never all."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """The weight of the class pictures' mean loss, relative to the subject's."""
-    caption_dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """The share of class pictures captioned with the empty caption, whatever
-    ``data.caption_dropout`` is. It is above zero so that the empty caption, from which guidance
-    leads away, is preserved too."""
+    share: Share = 0.5
+    """The share of class pictures in each optimizer step, as in either kind."""
     sampling: Sampling = Sampling()
     """Steps, guidance and noise level for the class pictures, by stage."""
+
+
+class OutputPrior(Preservation):
+    """Prior preservation by the base's own predictions, which need no class pictures.
+
+    The pictures are the training data's with other captions, and the target is what the base
+    predicts for them without the adapter, so that each of these captions goes on meaning the same.
+    """
+
+    kind: Literal["output"]
+    """``output``."""
+    prompts: Annotated[Prompts, Field(min_length=1)] | Literal["everyday", "data"]
+    """The captions to preserve, in random order: a list; ``everyday``, for the captions of everyday
+    things in ``finetune/data/prompts/everyday.txt``; or ``data``, for the training data's own,
+    which holds back what is learnt of them."""
+    share: Share = 0.25
+    """The share of preserved pictures in each optimizer step, as in either kind."""
+
+
+def _prior_kind(prior: Any) -> str:
+    """Return the kind of a section of prior preservation; ``pictures`` if it does not say."""
+    if isinstance(prior, PicturePrior | OutputPrior):
+        return prior.kind
+    return str(prior.get("kind", "pictures")) if isinstance(prior, dict) else "pictures"
+
+
+Prior = Annotated[
+    Annotated[PicturePrior, Tag("pictures")] | Annotated[OutputPrior, Tag("output")],
+    Discriminator(_prior_kind),
+]
+"""Either kind of prior preservation, told apart by ``kind``."""
 
 
 class Text(Section):
@@ -275,7 +324,7 @@ class Training(Section):
     steps: Positive
     """The number of optimizer steps."""
     batch_size: Positive = 4
-    """Pictures at a time on each GPU, class pictures included."""
+    """Pictures at a time on each GPU, those of the prior included."""
     accumulation: Positive = 1
     """Batches whose gradients are averaged into one optimizer step: two batches of 2 pictures train
     the same as one of 4."""
@@ -298,7 +347,8 @@ class Training(Section):
     """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
     ``None``: all levels of the model's schedule."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """Gamma of the Min-SNR weighting of the MSE term; ``None``: no weighting."""
+    """Gamma of the Min-SNR weighting of the MSE term; ``None``: no weighting. It does not apply to
+    pictures preserved by ``prior.kind: output``, whose loss has no such term."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The decay of an exponential moving average of the adapter, which is then exported; ``None``:
     no average. The decay after t steps is at most (1 + t) / (10 + t), so that the average of a
@@ -339,7 +389,7 @@ class Expected(Section):
     clip_t: Annotated[float, Field(gt=-1, le=1)]
     """CLIP-T of the subject's prompts."""
     clip_t_others: Annotated[float, Field(gt=-1, le=1)] | None = None
-    """CLIP-T of the other prompts; ``None``: there are none."""
+    """CLIP-T of the other prompts; ``None`` if there are no other prompts."""
     spread: Annotated[float, Field(gt=0)]
     """The distance from these scores that other seeds or processors can make."""
 
@@ -381,7 +431,7 @@ class Recipe(Section):
     data: Data
     """The pictures to train on."""
     prior: Prior | None = None
-    """Prior preservation; ``None``: none."""
+    """Prior preservation, of one of two kinds; ``None``: none."""
     text: Text = Text()
     """The text encoder and its captions."""
     stage_1: Training | None = None
@@ -391,7 +441,7 @@ class Recipe(Section):
     validation: Validation = Validation()
     """The pictures sampled during training."""
     evaluation: Evaluation | None = None
-    """The scores of what was learnt; ``None``: none."""
+    """The scores of what was learnt; ``None``: they are not computed."""
     log_every: Positive = 10
     """Steps between TensorBoard points."""
     runs_dir: str = "runs"
@@ -417,6 +467,11 @@ class Recipe(Section):
         if mistakes:
             raise ValidationError.from_exception_data(cls.__name__, mistakes)
         return recipe
+
+    @property
+    def class_pictures(self) -> PicturePrior | None:
+        """The section of class pictures; ``None`` if the recipe uses none."""
+        return self.prior if isinstance(self.prior, PicturePrior) else None
 
     @property
     def trained(self) -> tuple[Stage, ...]:

@@ -67,8 +67,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         ) from error
     if tree is None:
         raise UserError(
-            f"The checkpoint {folder} has format {found}, but this version continues from format"
-            f" {FORMAT} alone; finish the run with the version that began it, or delete its"
+            f"The checkpoint {folder} has format {found}, but this version can only continue from"
+            f" format {FORMAT}; finish the run with the version that began it, or delete its"
             " checkpoints to start over."
         )
     assert isinstance(tree, dict)

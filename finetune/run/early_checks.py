@@ -25,9 +25,9 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
             :func:`check_stage`.
     """
     check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
-    if recipe.prior:
-        own_folder(recipe.prior)
-    sections = (recipe.prior, recipe.validation, recipe.evaluation)
+    if recipe.class_pictures:
+        own_folder(recipe.class_pictures)
+    sections = (recipe.class_pictures, recipe.validation, recipe.evaluation)
     samplings = [section.sampling for section in sections if section and section.sampling]
     for stage in recipe.trained:
         check_stage(stage, recipe.training(stage), recipe.source(stage), samplings, device)
@@ -55,7 +55,7 @@ def check_stage(
     ):
         if needs_gpu and device.type == "cpu":
             raise UserError(
-                f"{stage.name}.{setting} needs a GPU, and this run uses none: {advice}."
+                f"{stage.name}.{setting} needs a GPU, but this run uses none: {advice}."
             )
     timesteps, levels = training.timesteps, training.noise_level or (0, 0)
     for setting, given, largest, name in (
@@ -66,7 +66,7 @@ def check_stage(
         last = source.scheduler(name).config.num_train_timesteps - 1
         if largest > last:
             raise UserError(
-                f"{stage.name}.{setting} must be within 0 and {last}, the timesteps of the base's"
+                f"{stage.name}.{setting} must be between 0 and {last}, the timesteps of the base's"
                 f" {name} (got {given})."
             )
     for sampling in samplings:

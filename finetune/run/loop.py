@@ -23,7 +23,8 @@ from adapters.pictures.contact_sheet import contact_sheet
 from finetune import __version__
 from finetune.data.batches import Batches, derived_seed, prefetch
 from finetune.data.pictures import Picture
-from finetune.recipe.schema import Data, Prior, Recipe, Training
+from finetune.data.preserved import list_prompts
+from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe, Training
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from finetune.run.folders import Folders, select_identity
 from finetune.run.tracking import Meter, Tracker
@@ -39,6 +40,7 @@ from finetune.step.optimizers import set_learning_rate
 from finetune.step.schedules import SCHEDULES
 from finetune.step.stages import STAGES, Stage
 from unets.memory import forget_peak_memory, free_memory
+from unets.precision import PRECISIONS
 
 CARD_PROMPTS = 8
 """The number of captions listed with an adapter if the recipe has no validation prompts."""
@@ -77,6 +79,12 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
         accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
     )
     tracker.text("recipe", recipe.to_yaml())
+    precision = training.precision_on(device)
+    if batches.preserves_output and precision not in PRECISIONS and accelerator.is_main_process:
+        tracker.bar.write(
+            f"{stage.name}: what prior.kind: output preserves is the predictions of the base in"
+            f" {precision}, as it is trained, and not those of its full precision."
+        )
     validator = None
     if accelerator.is_main_process and settings.prompts:
         rows = [PromptRow("samples", settings.prompts)]
@@ -137,7 +145,11 @@ def run_steps(
     """
     training, options, first = trainee.training, trainee.training.optimizer, trainee.step
     gradient = trainee.weights.gradient
-    meter = Meter(batches.num_train_timesteps, accelerator.device)
+    meter = Meter(
+        batches.num_train_timesteps,
+        accelerator.device,
+        preserves_output=batches.preserves_output,
+    )
     update_size = UpdateSize(trainee.unet)
     size_every = math.ceil(training.steps / log_every / SIZE_POINTS) * log_every
     forget_peak_memory(accelerator.device)
@@ -149,7 +161,7 @@ def run_steps(
         for _ in range(training.accumulation):
             batch = next(feed)
             losses = trainee.accumulate(batch)
-            meter.add(losses, batch.weight, batch.timesteps)
+            meter.add(losses, batch)
         if accelerator.num_processes > 1:
             gradient.copy_(accelerator.reduce(gradient, "mean"))
         meter.add_step(trainee.update())
@@ -213,6 +225,7 @@ def build_batches(
     """Build the batches on which this process trains a stage."""
     training, schedulers = trainee.training, trainee.schedulers
     levels = (0, schedulers[-1].config.num_train_timesteps - 1)
+    captions = (picture.caption for picture in material.pictures)
     return Batches(
         data=data,
         pictures=material.pictures,
@@ -229,4 +242,5 @@ def build_batches(
         accumulation=training.accumulation,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        prompts=list_prompts(prior, captions) if isinstance(prior, OutputPrior) else (),
     )

@@ -12,41 +12,60 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from finetune.step.inputs import Batch
 from finetune.step.losses import Losses
 from unets.memory import peak_memory_gib
 
 
 class Meter:
-    """Sums of the steps' figures, kept on the device so that no step waits to read them."""
+    """Sums of the steps' figures, kept on the device so that no step waits to read them.
+
+    Args:
+        num_train_timesteps: the length of the schedule.
+        device: the device of the losses.
+        preserves_output: the run preserves the base's output, and the loss of that is a curve of
+            its own; the other parts of the loss, and the losses by noise, are of the rest.
+    """
 
     QUARTERS = 4
 
-    def __init__(self, num_train_timesteps: int, device: torch.device) -> None:
-        self.num_train_timesteps = num_train_timesteps
-        self.sums = torch.zeros(4 + 2 * self.QUARTERS, dtype=torch.float64, device=device)
+    def __init__(
+        self, num_train_timesteps: int, device: torch.device, *, preserves_output: bool = False
+    ) -> None:
+        self.num_train_timesteps, self.preserves_output = num_train_timesteps, preserves_output
+        self.sums = torch.zeros(5 + 2 * self.QUARTERS, dtype=torch.float64, device=device)
         self.steps = self.pictures = 0
         self.since = time.perf_counter()
 
-    def add(self, losses: Losses, weight: Tensor, timesteps: Tensor) -> None:
+    def add(self, losses: Losses, batch: Batch) -> None:
         """Count one batch: its weighted losses, and each picture's loss by timestep quarter."""
-        quarter = timesteps * self.QUARTERS // self.num_train_timesteps
+        quarter = batch.timesteps * self.QUARTERS // self.num_train_timesteps
         hot = torch.nn.functional.one_hot(quarter, self.QUARTERS).double()
-        values = torch.stack([losses.total.detach(), losses.mse, losses.bound]).double()
-        self.sums[:3] += values @ weight.double()
-        self.sums[4:].view(2, -1)[0] += values[0] @ hot
-        self.sums[4:].view(2, -1)[1] += hot.sum(0)
-        self.pictures += len(timesteps)
+        preservation = losses.preservation
+        if preservation is None:
+            preservation = torch.zeros_like(losses.mse)
+        if batch.preserved is not None:  # their distance from the base says nothing of the noise
+            hot.index_fill_(0, batch.preserved, 0)
+        parts = [losses.total.detach(), losses.mse, losses.bound, preservation]
+        values = torch.stack(parts).double()
+        self.sums[:4] += values @ batch.weight.double()
+        self.sums[5:].view(2, -1)[0] += values[0] @ hot
+        self.sums[5:].view(2, -1)[1] += hot.sum(0)
+        self.pictures += len(batch.timesteps)
 
     def add_step(self, gradient_norm: Tensor) -> None:
         """Count one optimizer step."""
-        self.sums[3] += gradient_norm
+        self.sums[4] += gradient_norm
         self.steps += 1
 
     def read(self, accelerator: Accelerator, batches_a_step: int) -> dict[str, float]:
-        """Return the means over all processes since the last reading; waits for the device once."""
+        """Return the means over all processes since the last reading; waits for the device once.
+
+        Losses are weighted as in training, so ``loss`` is the sum of the parts under ``loss/``.
+        """
         sums = accelerator.reduce(self.sums, "mean")
         assert isinstance(sums, Tensor)
-        total, mse, bound, norm, *quarters = sums.tolist()
+        total, mse, bound, preservation, norm, *quarters = sums.tolist()
         batches = self.steps * batches_a_step
         seconds = time.perf_counter() - self.since
         points = {
@@ -57,6 +76,8 @@ class Meter:
             "pictures_per_second": self.pictures * accelerator.num_processes / seconds,
             "peak_memory_gib": peak_memory_gib(self.sums.device),
         }
+        if self.preserves_output:
+            points["loss/preservation"] = preservation / batches
         for quarter in range(self.QUARTERS):
             if count := quarters[self.QUARTERS + quarter]:
                 points[f"loss_by_noise/quarter_{quarter + 1}"] = quarters[quarter] / count

@@ -11,12 +11,12 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from adapters.weights.kinds import KINDS, attach
+from adapters.weights.kinds import KINDS, attach, without_adapter
 from finetune.recipe.schema import Training
 from finetune.step.flat_weights import FlatWeights
 from finetune.step.gradients import GradientWatch
 from finetune.step.inputs import Batch, add_noise, unet_inputs
-from finetune.step.losses import Losses, NoiseTables, hybrid_loss
+from finetune.step.losses import Losses, NoiseTables, hybrid_loss, preservation_loss
 from finetune.step.optimizers import OPTIMIZERS, averaged_weights, build_optimizer
 from finetune.step.stages import Stage
 from unets.dropout import key_dropout
@@ -83,6 +83,10 @@ class Trainee:
         self.dropout_keys.values = batch.dropout_keys
         noisy = add_noise(batch, self.schedulers[0])
         inputs = unet_inputs(self.stage, batch, noisy, self.schedulers, self.unet.dtype)
+        rows = batch.preserved
+        if rows is not None:  # first, so that its activations are gone before others are kept
+            chosen = {name: tensor.index_select(0, rows) for name, tensor in inputs.items()}
+            target = self.predict_as_base(chosen)
         prediction = self.predict(**inputs, return_dict=False)[0]
         losses = hybrid_loss(
             prediction,
@@ -93,9 +97,27 @@ class Trainee:
             self.tables,
             min_snr_gamma=self.training.min_snr_gamma,
         )
+        if rows is not None:
+            distance = preservation_loss(prediction.index_select(0, rows), target)
+            losses = losses.with_preserved(rows, distance)
         ((losses.total * batch.weight).sum() / self.training.accumulation).backward()
         self.weights.collect()
         return replace(losses, total=losses.total.detach())
+
+    @torch.no_grad()
+    def predict_as_base(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Predict what the base does for a UNet's inputs, [k, 6, S, S].
+
+        This pass is never compiled: a second compilation would take minutes, and save little of a
+        pass without gradients over a part of the batch.
+        """
+        training = self.unet.training
+        self.unet.eval()  # or the base's own dropout, if it has any, would change its prediction
+        try:
+            with without_adapter(self.unet):
+                return self.unet(**inputs, return_dict=False)[0]
+        finally:
+            self.unet.train(training)
 
     def compile(self) -> None:
         """Have the UNet compiled at the next batch, which then takes minutes."""

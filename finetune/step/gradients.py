@@ -73,8 +73,8 @@ class GradientWatch:
         if without:
             raise UserError(
                 f"{len(without)} of {len(self.names)} trainable tensors have received no finite"
-                f" gradient in {self.chances} steps: {listed(without)}. They would be exported as"
-                " they began, so the run stops; leave their modules out of adapter.targets, and"
+                f" gradient in {self.chances} steps: {listed(without)}. They would be exported"
+                " unchanged, so the run stops; leave their modules out of adapter.targets, and"
                 " please report the base and the recipe."
             )
 

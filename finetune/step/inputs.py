@@ -29,7 +29,7 @@ class Batch:
     weight: Tensor
     """Each picture's weight in the loss, [B]. Over a step's batches on all processes, the weighted
     sums of the losses average to the instance pictures' mean loss plus ``prior.weight`` times the
-    class pictures' mean loss."""
+    mean loss of the prior's pictures."""
     noise: Tensor
     """Standard normal noise, [B, 3, S, S]."""
     timesteps: Tensor
@@ -43,6 +43,9 @@ class Batch:
     dropout_keys: Tensor | None = None
     """The keys of each picture and of the optimizer step, [B, 2] int64, from which the adapter's
     dropout derives (:mod:`unets.dropout`); ``None``: no dropout."""
+    preserved: Tensor | None = None
+    """The indices of the rows whose target is the base's own prediction, [k] int64, 0 < k <= B;
+    ``None``: there are none."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are given, by field name."""

@@ -55,12 +55,26 @@ class NoiseTables:
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of each picture and its two parts, [B] each, float32."""
+    """The loss of each picture and its parts, [B] each, float32."""
 
     total: Tensor
+    """The sum of the parts."""
     mse: Tensor
     bound: Tensor
     """The bound term, in bits per channel and pixel."""
+    preservation: Tensor | None = None
+    """The distance from the base's prediction, which is all that counts of a preserved picture and
+    zero for the others; ``None``: no picture is preserved."""
+
+    def with_preserved(self, rows: Tensor, distance: Tensor) -> "Losses":
+        """Replace the losses of some rows, [k] int64, by their :func:`preservation_loss`, [k]."""
+        none = torch.zeros_like(self.mse)
+        return Losses(
+            total=self.total.index_copy(0, rows, distance),
+            mse=self.mse.index_fill(0, rows, 0),
+            bound=self.bound.index_fill(0, rows, 0),
+            preservation=none.index_copy(0, rows, distance.detach()),
+        )
 
 
 def hybrid_loss(
@@ -91,6 +105,16 @@ def hybrid_loss(
         mse = mse * snr.clamp(max=min_snr_gamma) / snr
     bound = variational_bound(epsilon.detach(), v, pixels.float(), noisy.float(), timesteps, tables)
     return Losses(total=mse + bound, mse=mse.detach(), bound=bound.detach())
+
+
+def preservation_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Compute each picture's mean squared distance from the base's prediction, [k] float32.
+
+    Args:
+        prediction: [k, 6, S, S], the output of the UNet with the adapter.
+        target: [k, 6, S, S], the output for the same inputs without it, a constant.
+    """
+    return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
 def variational_bound(

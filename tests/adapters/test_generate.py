@@ -86,7 +86,7 @@ def test_scale_zero_is_the_base(
         (["--stage-1", "x/y", "--seed", "-1"], "whole number from 0 to 18446744073709551615"),
         (["--stage-1", "x/y", "--seed", str(2**64)], "(got 18446744073709551616)"),
         (["--stage-1", "x/y", "--prompt", "a\udcff"], "has a byte that is not UTF-8"),
-        (["--stage-1", "x/y", "--memory", "6GB", "--device", "cpu"], "is about a GPU"),
+        (["--stage-1", "x/y", "--memory", "6GB", "--device", "cpu"], "is for a GPU"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(
@@ -125,7 +125,7 @@ def test_what_the_disk_refuses_later_is_one_sentence(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as caught, command_line():
         Path("/proc/x/y").mkdir()
     assert caught.value.code == 2
-    assert "error: The system refused ([Errno 2] No such file" in capsys.readouterr().err
+    assert "error: The system reported an error ([Errno 2] No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_adapters_add_up_and_both_stages_are_merged_at_once(
     assert same(plain(2, tmp_path / "one"), expected[2])
     assert "left out" not in capsys.readouterr().err
     merge(exported, "--base", base, "--scale", 0.5, "--out", tmp_path / "other")
-    assert "is of Stage 2 and left out; name its base too (--base)" in capsys.readouterr().err
+    assert "is of Stage 2 and was left out; to merge it, name its base" in capsys.readouterr().err
 
 
 def test_another_tools_adapter_finds_its_stage(
@@ -268,8 +268,8 @@ def snapshot_of(folder: Path) -> dict[Path, bytes]:
         ("--base {stage_2} --base {stage_2}", "are both of Stage 2"),
         ("--base nowhere", "'nowhere' is neither a folder that exists nor a hub name"),
         ("--base {other}", "was trained on Stage 1 of .*, not of .*sample_size is 32, not 16"),
-        ("--base {stage_2} --stage 1", "is an adapter of Stage 1, and there is no base of that"),
-        ("--out {out}/taken", "taken is there already and stays as it is"),
+        ("--base {stage_2} --stage 1", "is an adapter of Stage 1, but no base of that"),
+        ("--out {out}/taken", "taken already exists; name a new folder"),
         ("--out {out}/taken/file/x", "cannot be written .*Not a directory"),
         ("{foreign}", "fits no UNet here"),
     ],
@@ -304,7 +304,7 @@ def test_adapters_of_another_tool_need_a_base(
     file = kohya(trained_unet(random_cascade.stage_1, ATTENTION), tmp_path)
     with pytest.raises(SystemExit):
         merge(file, "--out", tmp_path / "new")
-    assert "do not say on which base they were trained; name it" in capsys.readouterr().err
+    assert "do not say which base they were trained on; give --base" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_nothing(
@@ -324,7 +324,7 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(SystemExit):
         merge(exported, "--out", tmp_path / "new")
-    assert "of disk, where 1.00kB are free" in capsys.readouterr().err
+    assert "of disk space, but only 1.00kB is free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

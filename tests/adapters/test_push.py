@@ -277,12 +277,12 @@ def no_metadata(folder: Path) -> None:
         (truncated, r"stage_2/pytorch_lora_weights.safetensors cannot be read"),
         (without("stage_1/adapter_config.json"), r"adapter_config.json is missing"),
         (without("stage_1/pytorch_lora_weights.safetensors"), "is missing; export the adapter"),
-        (swapped_stages, "has one of Stage 2"),
-        (without("README.md"), r"is no model card .*python -m adapters.card"),
-        (no_metadata, r"is no model card .*python -m adapters.card"),
-        (other_card, "is of other adapters"),
-        (no_notice, "lacks the notice that the base's licence asks for"),
-        (without("samples/01.png"), "shows pictures that are not there"),
+        (swapped_stages, "has that of Stage 2"),
+        (without("README.md"), r"is not a model card .*python -m adapters.card"),
+        (no_metadata, r"is not a model card .*python -m adapters.card"),
+        (other_card, "describes other adapters"),
+        (no_notice, "lacks the notice that the base's licence requires"),
+        (without("samples/01.png"), "shows pictures that are missing"),
         (without("stage_2-LICENSE.md"), "lacks stage_2-LICENSE.md, the copy of its base's licence"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -360,8 +360,8 @@ Circumstance = Callable[[HubStandIn, pytest.MonkeyPatch], None]
     [
         (logged_out, "not logged in"),
         (wrong_token, "does not accept your token"),
-        (guest, "may not do this to owner/sks-cat"),
-        (guest_of_existing, "may not do this to owner/sks-cat"),
+        (guest, "lacks permission for owner/sks-cat"),
+        (guest_of_existing, "lacks permission for owner/sks-cat"),
         (offline, "cannot be asked for owner/sks-cat in offline mode"),
         (unreachable, "https://huggingface.co cannot be reached"),
         (small_commits, "refuses a file of owner/sks-cat as too large"),
@@ -418,13 +418,13 @@ def as_it_is(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "circumstance", "said"),
     [
-        ("owner/nothing", as_it_is, "owner/nothing is neither a path here nor"),
+        ("owner/nothing", as_it_is, "owner/nothing is neither a local path nor"),
         (f"{REPO}@v9", as_it_is, f"has {REPO}, but not the revision that {REPO}@v9 names"),
         (REPO, gated, f"{REPO} is gated; accept its terms at https://huggingface.co/{REPO}"),
-        (REPO, private, f"{REPO} is neither a path here nor"),
+        (REPO, private, f"{REPO} is neither a local path nor"),
         (REPO, wrong_token, "does not accept your token"),
-        (REPO, offline, f"{REPO} is neither here nor in the local cache"),
-        (REPO, unreachable, f"{REPO} is neither here nor in the local cache"),
+        (REPO, offline, f"{REPO} is neither a local path nor in the cache"),
+        (REPO, unreachable, f"{REPO} is neither a local path nor in the cache"),
         (BASES[1], as_it_is, "has no adapter on the hub"),
         (f"{REPO}/stage_1/nothing.safetensors", as_it_is, "it has stage_1/adapter_model.safe"),
         ("runs/mine/adapters", as_it_is, "runs/mine/adapters has no exported adapter"),
@@ -456,7 +456,7 @@ def test_a_model_on_a_hub_that_cannot_be_asked_is_said_at_once(
 ) -> None:
     circumstance(hub, monkeypatch)
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits to try again"))
-    with pytest.raises(UserError, match="owner/model is neither here nor in the local cache"):
+    with pytest.raises(UserError, match="owner/model is neither a local path nor in the cache"):
         load_cascade("owner/model")
 
 

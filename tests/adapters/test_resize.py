@@ -167,7 +167,7 @@ def test_another_tools_file_becomes_a_folder_of_peft(
         ("", "give --rank, --error or both"),
         ("--rank 0", "--rank must be at least 1 (got 0)"),
         ("--error 1.5", "--error must be at least 0 and less than 1 (got 1.5)"),
-        ("--rank 2 --out {taken}", "is there already and stays as it is"),
+        ("--rank 2 --out {taken}", "already exists; name a new folder"),
         ("--rank 2", "of kind loha, whose updates depend on its base"),
         ("--rank 2 --base {stage_2}", "of kind loha, whose updates depend"),
         ("--rank 2 --base {other}", "was trained on Stage 1 of"),

@@ -152,7 +152,7 @@ def test_benign_changes_are_no_loss(caption: str, caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("caption", [" ", "\u200b", "\ufeff\u2060 ", "\u00ad\n"])
 def test_a_caption_without_visible_characters_is_refused(caption: str) -> None:
     for clean_caption in (True, False):
-        with pytest.raises(UserError, match=r"nothing visible in field \(found [A-Z]"):
+        with pytest.raises(UserError, match=r"Nothing in field is visible \(found [A-Z]"):
             check(caption, clean_caption=clean_caption)
     assert find_invisible(f"a{caption}") is None
 

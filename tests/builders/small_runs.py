@@ -84,7 +84,7 @@ def material_of(recipe: Recipe, count: int = 3) -> Material:
         [_picture(folder, caption, index) for index in range(count)]
         for caption in ("a sks dog", "a dog")
     )
-    return Material(pictures, classes if recipe.prior else [], embeds)
+    return Material(pictures, classes if recipe.class_pictures else [], embeds)
 
 
 def _picture(folder: Path, caption: str, index: int) -> Picture:

@@ -17,7 +17,7 @@ QUICKSTART = str(ROOT / "recipes/quickstart.yaml")
     [
         ([], 0, "As expected"),
         ([], -0.3, None),
-        (["data.source=my_dog"], -0.3, "Not judged: the expected scores are of datasets/octopus,"),
+        (["data.source=my_dog"], -0.3, "Not judged: the expected scores are for datasets/octopus,"),
         (["data.source=my_dog", "evaluation.expected.data=my_dog"], -0.3, None),
         (["evaluation.expected=null"], -0.3, ""),
     ],

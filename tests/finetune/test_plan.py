@@ -9,7 +9,7 @@ import torch
 import yaml
 from diffusers import IFPipeline
 
-from adapters.base.estimates import PROMPT_TOKENS, safety_checker_bytes
+from adapters.base.estimates import PROMPT_TOKENS, drawing_inputs, safety_checker_bytes
 from adapters.base.source import Source
 from adapters.errors import UserError
 from adapters.weights.kinds import AdapterSpec
@@ -18,14 +18,16 @@ from finetune import train
 from finetune.memory import footprint
 from finetune.memory.fit import explain_out_of_memory, fit, fitting_settings, plan
 from finetune.memory.footprint import Rehearsal
+from finetune.memory.report import format_plan
 from finetune.recipe.file import load_recipe
-from finetune.recipe.schema import Recipe, Training
+from finetune.recipe.schema import OutputPrior, Recipe, Training
 from finetune.run.trainee import Trainee
 from finetune.step.inputs import Batch
 from finetune.step.stages import STAGES, Stage
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import trainee_of
 from unets import tally
+from unets.loading import blank_unet
 from unets.tally import GIB, Tally, reserved
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -167,6 +169,61 @@ def test_every_phase_of_the_run_is_planned(recipe: Recipe) -> None:
     assert "class pictures" not in [phase.name for phase in plan(without).phases]
 
 
+PRESERVING = OutputPrior(kind="output", prompts=("a photo",))
+
+
+def test_a_rehearsal_counts_the_bases_predictions_that_are_preserved(recipe: Recipe) -> None:
+    """Their work, and no memory, as they are made before any activation is kept."""
+    rehearsal = rehearse(recipe, 1)
+    preserving = Rehearsal.of(*section(recipe, 1), GPU, PRESERVING)
+    for size, accumulation, counts in ((8, 1, {2: 1}), (2, 4, {0: 2, 1: 2})):
+        assert preserving.preserved_counts(size, accumulation) == counts
+        without, with_base = (
+            each.footprint(size, accumulation) for each in (rehearsal, preserving)
+        )
+        forwards = sum(n * base_flops(rehearsal, preserved) for preserved, n in counts.items())
+        added = with_base.flops - without.flops
+        assert added == pytest.approx(forwards / accumulation, rel=0.01)
+        assert 0.05 < added / without.flops < 0.15  # a quarter of the pictures, a third of a pass
+        assert with_base.work > without.work
+        assert with_base.activations == pytest.approx(without.activations, rel=0.01)
+
+
+def base_flops(rehearsal: Rehearsal, pictures: int) -> float:
+    """The operations of the base's forward pass, half of those with guidance."""
+    unet = blank_unet(rehearsal.trainee.unet.config, "bf16", GPU)
+    with torch.no_grad(), Tally() as taken:
+        unet(**drawing_inputs(unet, max(pictures, 1)))
+    return taken.flops / 2 if pictures else 0
+
+
+def test_a_real_step_that_preserves_takes_what_was_foreseen(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(footprint, "PROMPT_TOKENS", 7)
+    recipe = changed(recipe, 1, precision="fp32", batch_size=4, accumulation=1)
+    preserving = Rehearsal.of(*section(recipe, 1), CPU, PRESERVING)
+    foreseen, trainee = preserving.footprint(), trainee_of(recipe, 1)
+    batch = replace(real(preserving.batch(4)), preserved=torch.tensor([3]))
+    trainee.accumulate(batch)
+    weights = trainee.weights
+    resident = [*trainee.unet.state_dict().values(), weights.values, weights.gradient]
+    with Tally([*resident, *batch.tensors().values()]) as taken:
+        trainee.accumulate(batch)
+    assert foreseen.activations == pytest.approx(taken.peak_bytes, rel=0.05)
+    assert foreseen.flops == pytest.approx(taken.flops, rel=0.1)
+
+
+def test_preserving_the_output_takes_no_phase_of_its_own(recipe: Recipe) -> None:
+    preserving = plan(recipe.model_copy(update={"prior": PRESERVING}))
+    without = plan(recipe.model_copy(update={"prior": None}))
+    assert [p.name for p in preserving.phases] == [p.name for p in without.phases]
+    assert preserving.peak.bytes == pytest.approx(without.peak.bytes, rel=0.01)
+    row = next(r for r in format_plan(preserving).splitlines() if r.startswith("of these"))
+    assert row.split()[-2:] == ["2", "1"]
+    assert "of these" not in format_plan(without)
+
+
 def test_a_stage_that_is_not_trained_is_planned_without_the_others_adapter(recipe: Recipe) -> None:
     recipe = recipe.model_copy(update={"stage_1": None, "prior": None})
     taken = []
@@ -263,7 +320,7 @@ def test_out_of_memory_ends_in_overrides_that_fit(
     assert message.partition("overrides ")[2].rstrip(".").split()
     assert "\n" not in message
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (peak / 100, 10 * GIB))
-    assert "take a smaller base" in str(explain_out_of_memory(recipe, GPU))
+    assert "use a smaller base" in str(explain_out_of_memory(recipe, GPU))
 
 
 def test_a_run_that_is_out_of_memory_says_what_fits(

@@ -257,7 +257,11 @@ def test_a_longer_run_continues_and_another_recipe_does_not(
 
 
 @pytest.mark.parametrize(
-    ("processes", "size", "alone"), [(2, 2, [(1, 4), (2, 2), (4, 1)]), (4, 2, [(1, 8), (4, 2)])]
+    ("processes", "size", "alone", "prior"),
+    [
+        (2, 2, [(1, 4), (2, 2), (4, 1)], {"kind": "pictures"}),
+        (4, 2, [(1, 8), (4, 2)], {"kind": "output", "prompts": ["a photo of a dog", "a cat"]}),
+    ],
 )
 def test_a_global_batch_trains_the_same_however_it_is_divided(
     random_cascade: RandomCascade,
@@ -266,12 +270,15 @@ def test_a_global_batch_trains_the_same_however_it_is_divided(
     processes: int,
     size: int,
     alone: list[tuple[int, int]],
+    prior: dict[str, Any],
 ) -> None:
-    """Over processes or over accumulated batches: with prior preservation, of whose class pictures
-    not all have one, with flips, dropped captions and dropout in the adapter."""
+    """Over processes or over accumulated batches: with prior preservation, of whose pictures not
+    all have one, with flips, dropped captions and dropout in the adapter."""
     tree = recipe_of(random_cascade, pictures, stage_2=None, validation={}, log_every=1)
     tree["data"] |= {"horizontal_flip": True, "caption_dropout": 0.3}
-    tree["prior"] |= {"folder": str(pictures), "share": 0.25, "weight": 0.7}
+    if prior["kind"] == "pictures":
+        prior = tree["prior"] | {"folder": str(pictures)}
+    tree["prior"] = prior | {"share": 0.25, "weight": 0.7}
     tree["stage_1"]["adapter"] = {"rank": 4, "targets": "attention+conv", "dropout": 0.2}
     # in full precision, as 8-bit states would magnify what the order of a sum rounds
     tree["stage_1"]["optimizer"] = {"name": "adamw", "learning_rate": 1e-3, "max_grad_norm": 0.1}
@@ -380,13 +387,13 @@ def test_stage_2s_mistakes_are_found_before_stage_1_trains(
     path = save_recipe(tmp_path, recipe_of(random_cascade, pictures, validation={}, prior=None))
     for override, message in (
         ("stage_2.adapter.targets=[to_x]", "'to_x' matches no"),
-        ("stage_1.timesteps.high=1000", "stage_1.timesteps.high must be within 0 and 999"),
-        ("stage_2.timesteps.low=1000", "stage_2.timesteps.low must be within 0 and 999"),
-        ("stage_2.noise_level=[0, 5000]", "stage_2.noise_level must be within 0 and 999"),
+        ("stage_1.timesteps.high=1000", "stage_1.timesteps.high must be between 0 and 999"),
+        ("stage_2.timesteps.low=1000", "stage_2.timesteps.low must be between 0 and 999"),
+        ("stage_2.noise_level=[0, 5000]", "stage_2.noise_level must be between 0 and 999"),
         (f"base.stage_2={random_cascade.stage_1}", "IFSuperResolutionPipeline"),
         (f"base.stage_1={random_cascade.stage_2}", "IFPipeline"),
         ("data.source=./nowhere", "there is no such folder"),
-        ("prior={prompts: [a dog], folder: nowhere}", "prior.folder 'nowhere' is no folder"),
+        ("prior={prompts: [a dog], folder: nowhere}", "prior.folder 'nowhere' is not a folder"),
     ):
         with pytest.raises(SystemExit):
             run(path, override)

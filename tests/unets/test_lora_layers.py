@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 
+from adapters.weights.kinds import without_adapter
 from unets.frozen import freeze
 from unets.lora_layers import AdaptedConv2d, AdaptedLinear, fuse_adapters
 
@@ -73,3 +74,20 @@ def test_a_linear_and_its_lora() -> None:
         torch.randn(2, 5, 8),
         lambda x, weight, bias, a, b: F.linear(x, weight, bias) + SCALE * x @ a.T @ b.T,
     )
+
+
+def test_without_the_adapter_a_fused_layer_is_its_base() -> None:
+    torch.manual_seed(0)
+    pictures = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    convolution = fused(nn.Conv2d(8, 12, 3, 1, 1), Conv2d)
+    linear = fused(nn.Linear(8, 12), Linear)
+    with without_adapter(nn.ModuleList([convolution, linear])):
+        assert torch.equal(convolution(pictures), convolution.base_layer(pictures))
+        without, offset = convolution.without_bias(pictures)
+        expected, bias = convolution.base_layer.without_bias(pictures)
+        assert torch.equal(without, expected)
+        assert offset is bias
+        rows = torch.randn(2, 5, 8)
+        assert torch.equal(linear(rows), linear.base_layer(rows))
+    assert not torch.equal(convolution(pictures), convolution.base_layer(pictures))
+    assert not torch.equal(linear(rows), linear.base_layer(rows))

@@ -107,24 +107,24 @@ def test_of_what_is_there_the_variant_comes_first_then_safetensors(
     ("names", "variant", "reason"),
     [
         ("config.json", "fp16", "its unet has no weights"),
-        ("model.fp16.safetensors", None, "its unet has weights of the variant fp16 only"),
-        ("model-00001-of-00003.safetensors", None, "of the 3 shards of its unet, 2 are not there"),
-        ("model-00001-of-00002.safetensors pytorch_model.bin", None, "1 are not there"),
+        ("model.fp16.safetensors", None, "its unet has only weights of the variant fp16"),
+        ("model-00001-of-00003.safetensors", None, "of the 3 shards of its unet, 2 are missing"),
+        ("model-00001-of-00002.safetensors pytorch_model.bin", None, "1 are missing"),
         (
             "model-00001-of-00002.safetensors model-00003-of-00002.safetensors",
             None,
-            r"1 are not there \(number 2\)",
+            r"1 are missing \(number 2\)",
         ),
         (
             "model.safetensors pytorch_model.safetensors",
             None,
-            r"there twice, as model\S* and as pytorch_model\S*;",
+            r"two sets of weights, model\S* and pytorch_model\S*;",
         ),
-        ("model.fp16-00001-of-00002.safetensors model.safetensors", "fp16", "1 are not there"),
+        ("model.fp16-00001-of-00002.safetensors model.safetensors", "fp16", "1 are missing"),
         (
             "model-#-of-00002.safetensors model-#-of-00004.safetensors",
             None,
-            "there twice, as .*-of-00002.safetensors and as .*-of-00004.safetensors; remove one",
+            "two sets of weights, .*-of-00002.safetensors and .*-of-00004.safetensors; remove one",
         ),
     ],
 )
@@ -422,7 +422,7 @@ def test_a_plan_offline(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(older))
     main([str(tmp_path / "recipe.yaml")])
     out = capsys.readouterr().out
-    assert out.endswith(f"The downloads of {name} are not known offline.\n")
+    assert out.endswith(f"The downloads for {name} cannot be listed offline.\n")
 
 
 def offline(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
     back = load_embeds(tmp_path / "new" / "one.safetensors")
     assert list(back) == ["“a”", ""]
     assert torch.equal(torch.stack(list(back.values())), embeds)
-    with pytest.raises(UserError, match=r"one for each prompt, 1 \(got 2\)"):
+    with pytest.raises(UserError, match=r"one encoding for each of 1 prompts \(got 2\)"):
         save_embeds(tmp_path / "new" / "two.safetensors", ["a"], embeds)
     assert len(list((tmp_path / "new").iterdir())) == 1
 
@@ -156,8 +156,8 @@ def test_encodings_that_do_not_fit_are_said(no_encoder: Cascade) -> None:
         ),
         (lambda embeds: embeds[None], r"\(found torch.float32 \[1, 7, 32\]\)"),
         (lambda embeds: embeds * torch.nan, "has values that are not finite"),
-        (lambda embeds: embeds.int(), r"floating-point numbers .* torch.int32 \[7, 32\]\)"),
-        (lambda embeds: embeds.tolist(), r"floating-point numbers .* \(found list\)"),
+        (lambda embeds: embeds.int(), r"floating-point tensors .* torch.int32 \[7, 32\]\)"),
+        (lambda embeds: embeds.tolist(), r"floating-point tensors .* \(found list\)"),
     ],
 )
 def test_encodings_that_are_none_are_said(

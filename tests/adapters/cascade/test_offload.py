@@ -155,7 +155,7 @@ def test_no_more_pictures_are_drawn_at_once_than_there_is_room_for() -> None:
 def test_a_memory_is_a_gpus_and_chooses_precisions(
     random_cascade: RandomCascade, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="memory='6GB' is about a GPU"):
+    with pytest.raises(UserError, match="memory='6GB' is for a GPU"):
         load_cascade(random_cascade.stage_1, device="cpu", memory="6GB")
     for odd in ("lots", "0.1GB", ""):
         with pytest.raises(UserError, match="memory must be the memory of a card, such as 6GB"):

@@ -232,7 +232,7 @@ def test_a_picture_from_a_picture_is_drawn_anew_from_it(
     for given, missing in (([], "--image and --mask"), (["--image", str(start)], "--mask")):
         with pytest.raises(SystemExit):
             generate([*like, *given])
-        assert f"start from a picture; give {missing} too" in capsys.readouterr().err
+        assert f"draw from a picture, give {missing} too" in capsys.readouterr().err
     generate([*like, "--image", str(start), "--mask", str(mask)])
     assert np.array_equal(drawn(tmp_path / "again", 1), pixels(images.stage_1[0]))
 

@@ -383,8 +383,8 @@ def test_the_command_line_enlarges_with_stage_2_alone(
     ("flags", "sentence"),
     [
         ("--low-res nowhere.png", "nowhere.png cannot be read"),
-        ("--mask mask.png", "start from a picture; give --image too"),
-        ("--strength 0.5", "start from a picture; give --image too"),
+        ("--mask mask.png", "draw from a picture, give --image too"),
+        ("--strength 0.5", "draw from a picture, give --image too"),
         ("--image nowhere.png", "nowhere.png cannot be read"),
         ("--image text.png", "text.png cannot be read"),
         ("--image start.png --strength much", "--strength must be a number up to 1"),

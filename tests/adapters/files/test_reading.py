@@ -77,7 +77,7 @@ def test_our_cascade_finds_the_stage_and_draws_what_was_trained(
     with caplog.at_level(logging.WARNING, logger="adapters"):
         cascade = load_cascade(*folders, adapters=[path])
     assert [number for number, merged in cascade.merged.items() if merged.adapters] == [stage]
-    assert ["does not say on which base" in record.message for record in caplog.records] == [True]
+    assert ["does not say which base" in record.message for record in caplog.records] == [True]
     merged, base = draw(cascade), draw(load_cascade(*folders))
     pictures = [vars(images)[f"stage_{stage}"][0] for images in (trained, merged, base)]
     assert largest_difference(pictures[0], pictures[1]) <= 1
@@ -127,7 +127,7 @@ FIRST = "down_blocks.1.attentions.0.to_q"
 UNUSABLE = {
     "text_encoder.encoder.layers.0.q_proj.lora_A.weight": "adapt a text encoder: save the UNet's",
     "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "adapt a text encoder",
-    "transformer.blocks.0.attn.to_q.lora_A.weight": "adapt a transformer, and IF has none",
+    "transformer.blocks.0.attn.to_q.lora_A.weight": "adapt a transformer, but IF has none",
     "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": "names of the original Stable Diffusion",
     "mid_block.attentions.0.to_q.vera_lambda_b": "no kind of adapter, of an IF UNet",
     "unet.lower_blocks.0.to_q.lora_A.weight": "belong to no module",
@@ -155,9 +155,9 @@ def test_an_unusable_key_is_named_with_what_it_does(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"lora_A.weight": None}, f"{FIRST}.lora_A.weight beside lora_B.weight"),
-        ({"lora_B.weight": None}, f"{FIRST}.lora_B.weight beside lora_A.weight"),
-        ({"lora_A.weight": None, "lora_B.weight": None, "alpha": ()}, f"{FIRST}.alpha alone"),
+        ({"lora_A.weight": None}, f"{FIRST}.lora_A.weight to go with lora_B.weight"),
+        ({"lora_B.weight": None}, f"{FIRST}.lora_B.weight to go with lora_A.weight"),
+        ({"lora_A.weight": None, "lora_B.weight": None, "alpha": ()}, f"all but {FIRST}.alpha"),
         ({"lora_A.weight": (3, 32)}, r"differ \(.*lora_A.weight \[3, 32\], lora_B.weight \[\d+, 4"),
         ({"lora_mid.weight": (4, 5, 3, 3)}, r"differ \(.*lora_mid.weight \[4, 5, 3, 3\]"),
     ],
@@ -317,7 +317,7 @@ def test_an_adapter_that_fits_both_stages_is_not_guessed_at(
     spec = AdapterSpec(targets=("mid_block.*.to_q",))
     path = kohya(trained_unet(random_cascade.stage_1, spec), tmp_path)
     folders = (random_cascade.stage_1, random_cascade.stage_2)
-    with pytest.raises(UserError, match="fits both Stage 1 and 2"):
+    with pytest.raises(UserError, match="fits both Stages 1 and 2"):
         load_cascade(*folders, adapters=[path])
     load_cascade(folders[0], adapters=[path])
 

@@ -117,7 +117,7 @@ def test_missing_modules_of_an_export_are_listed(
         sentence = refused(file)
         assert "modules that its configuration names" in sentence
         assert "mid_block.attentions.0.to_q" in sentence
-    with pytest.raises(UserError, match="no tensors of"):
+    with pytest.raises(UserError, match="no tensors for"):
         repaired(folder / NAME, tmp_path / "new.safetensors")
     assert not (tmp_path / "new.safetensors").exists()
 
@@ -143,7 +143,7 @@ def test_missing_modules_of_a_peft_folder_are_listed_where_they_are_named_in_ful
 def test_missing_magnitudes_are_listed(exports: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exports["dora"], tmp_path / "stage_1"))
     changed(folder / PEFT_WEIGHTS, without(f"{FIRST}.lora_magnitude_vector"))
-    assert f"no lora_magnitude_vector of 1 modules ({FIRST})" in refused(folder)
+    assert f"no lora_magnitude_vector for 1 modules ({FIRST})" in refused(folder)
     changed(folder / NAME, without("lora_magnitude_vector"))
     assert "no lora_magnitude_vector" in refused(folder / NAME)
 
@@ -202,7 +202,7 @@ def test_a_signed_adapter_needs_no_configuration_beside_it(
     if kind == "alpha":
         save_file(load_file(file), file)
         assert settings(file)["lora_alpha"] == 2
-        assert "no adapter_config.json beside it: alpha is taken" in caplog.text
+        assert "no adapter_config.json next to it: alpha is taken" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])
@@ -212,7 +212,7 @@ def test_other_kinds_need_their_own_configuration(
     folder = Path(shutil.copytree(exports[kind], tmp_path / "stage_1"))
     (folder / CONFIG).unlink()
     save_file(load_file(folder / PEFT_WEIGHTS), folder / PEFT_WEIGHTS)  # without its header
-    assert "no adapter_config.json beside it" in refused(folder)
+    assert "no adapter_config.json next to it" in refused(folder)
     shutil.copyfile(exports["lora"] / CONFIG, folder / CONFIG)
     assert "configuration of LORA, but tensors of another kind" in refused(folder)
 
@@ -355,7 +355,7 @@ def test_a_file_that_diffusers_takes_in_no_spelling_is_not_called_whole(
     exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adapters.files.for_diffusers.list_arriving", lambda *of: [])
-    with pytest.raises(UserError, match="diffusers takes 0 of its"):
+    with pytest.raises(UserError, match="diffusers loads only 0 of its"):
         repaired(exports["lora"], tmp_path / "new.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -184,7 +184,7 @@ def test_a_combination_travels(
     inputs = unet_inputs(pipe.unet)
     merged = output(cascade.stages[1].unet, inputs)
     torch.testing.assert_close(output(pipe.unet.eval(), inputs), merged, rtol=0, atol=1e-4)
-    with pytest.raises(UserError, match="is there already and stays as it is"):
+    with pytest.raises(UserError, match="already exists; name a new folder"):
         cascade.save_adapter(both, tmp_path / "both")
 
 
@@ -228,13 +228,13 @@ def test_files_of_other_tools_are_combined_where_their_stage_is_said(
 @pytest.mark.parametrize(
     ("other", "how", "sentence"),
     [
-        ("dora", {"method": "cat"}, r"'dora' \(dora\) is more than the factors of a LoRA"),
-        ("loha", {"method": "linear"}, "merge it beside others with set_adapters"),
-        ("wide", {"method": "linear"}, "altogether it is 4 in 'dog', 6 in 'wide'; cat, svd, ties_"),
+        ("dora", {"method": "cat"}, r"'dora' \(dora\) cannot be combined"),
+        ("loha", {"method": "linear"}, "merge it with the others by set_adapters"),
+        ("wide", {"method": "linear"}, "overall they are 4 in 'dog', 6 in 'wide'; cat, svd, ties_"),
         (
             "all",
             {"method": "svd"},
-            "'svd' cuts off at rank 16, and .* has none above .*; give a ra",
+            "'svd' cuts off at rank 16, but .* has at most .*; give a rank",
         ),
         ("style", {"method": "tie"}, r"one of linear, cat, .* \(got 'tie'\)"),
         ("style", {"method": "ties"}, r"'ties' needs a density above 0 and up to 1 \(got None\)"),
@@ -269,7 +269,7 @@ def test_a_scale_of_zero_takes_no_part(
         cascade.combine({"dog": 0.0, "loha": 0.0})
     with pytest.raises(UserError, match="did you mean 'dog'"):
         cascade.combine({"dof": 1.0})
-    with pytest.raises(UserError, match="of the kind loha, and only LoRAs are written"):
+    with pytest.raises(UserError, match="of kind loha, but only LoRAs can be written"):
         cascade.save_adapter("loha", "anywhere")
 
 
@@ -277,13 +277,13 @@ def test_a_scale_of_zero_takes_no_part(
     ("arguments", "sentence"),
     [
         (["nowhere", "--out", "new"], "nowhere has no exported adapter"),
-        (["{dog}=x", "--out", "new"], "which is no scale"),
-        (["{dog}=3:1", "--out", "new"], "for Stage 3, but it has Stage 1 and 2 only"),
+        (["{dog}=x", "--out", "new"], "which is not a scale"),
+        (["{dog}=3:1", "--out", "new"], "names Stage 3, but it has only Stage 1 and 2"),
         (["{dog}=0", "--out", "new"], "nothing to combine"),
-        (["{dog}", "{dora}", "--out", "new"], "is more than the factors"),
+        (["{dog}", "{dora}", "--out", "new"], "cannot be combined"),
         (["{dog}", "{other}", "--out", "new"], "were trained on different bases"),
-        (["{dog}", "{style}", "--out", "{dog}"], "is there already and stays as it is"),
-        (["nowhere", "--out", "{dog}"], "is there already and stays as it is"),
+        (["{dog}", "{style}", "--out", "{dog}"], "already exists; name a new folder"),
+        (["nowhere", "--out", "{dog}"], "already exists; name a new folder"),
         (["{dog}", "--seed", "-1", "--out", "new"], "A seed must be a whole number from 0"),
         (["{dog}", "{style}", "--out", "/proc/x"], "/proc/x cannot be written"),
         (["{dog}", "{style}", "--out", "new", "--device", "cuda:99"], "'cuda:99' cannot be used"),

@@ -177,7 +177,7 @@ def test_it_is_not_loaded_into_another_unet(
     ("algorithm", "options", "sentence"),
     [
         ("lokr", {"train_norm": True}, "normalisation layers.*train without train_norm.*norm1.w_"),
-        ("full", {}, "change biases.*another algorithm than full.*diff_b"),
+        ("full", {}, "change biases.*an algorithm other than full.*diff_b"),
         ("tlora", {}, "T-LoRA, whose rank changes with the timestep.*lambda_layer"),
     ],
 )
@@ -196,16 +196,16 @@ def test_what_cannot_be_merged_is_said(
         (
             "loha",
             "hada_w2_b",
-            r"lacks tensors of 1 modules \(mid_block.*to_q.hada_w2_b beside hada_w1_a",
+            r"lacks tensors of 1 modules \(mid_block.*to_q.hada_w2_b to go with hada_w1_a",
         ),
-        ("lokr", "lokr_w1", r"lacks tensors of 1 modules \(mid_block.*to_q.lokr_w1 beside"),
-        ("lokr", "lokr_w2_a", r"lacks tensors of 1 modules \(mid_block.*to_q.lokr_w2_a beside"),
+        ("lokr", "lokr_w1", r"lacks tensors of 1 modules \(mid_block.*to_q.lokr_w1 to go with"),
+        ("lokr", "lokr_w2_a", r"lacks tensors of 1 modules \(mid_block.*to_q.lokr_w2_a to go with"),
         (
             "locon",
             "lora_up.weight",
-            r"lacks tensors of 1 modules \(mid_block.*to_q.lora_B.weight beside lora_A.weight",
+            r"lacks tensors of 1 modules \(mid_block.*to_q.lora_B.weight to go with lora_A.weight",
         ),
-        ("loha", "alpha", "tensors of another kind of adapter without an alpha each"),
+        ("loha", "alpha", "tensors of another kind of adapter than LoRA, without alphas"),
     ],
 )
 def test_what_is_missing_is_named(

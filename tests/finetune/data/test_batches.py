@@ -13,7 +13,7 @@ import torch
 
 from finetune.data.batches import Batches, picture_at, prefetch
 from finetune.data.pictures import Picture
-from finetune.recipe.schema import Data, Prior, Timesteps
+from finetune.recipe.schema import Data, OutputPrior, PicturePrior, Timesteps
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def batches(tmp_path: Path) -> Batches:
         data=Data(source="x"),
         pictures=instances,
         class_pictures=classes,
-        prior=Prior(prompts=("class",), weight=0.5, share=0.4),
+        prior=PicturePrior(prompts=("class",), weight=0.5, share=0.4),
         prompt_embeds={c: torch.full((4, 2), float(i)) for i, c in enumerate(captions)},
         batch_size=5,
         size_px=32,
@@ -125,7 +125,7 @@ def test_a_global_batch_is_the_same_however_it_is_divided(
     batches: Batches, share: float | None
 ) -> None:
     """Also where its class pictures (5, 1 or 11 of 12) cannot be shared out evenly."""
-    prior = None if share is None else Prior(prompts=("class",), weight=0.5, share=share)
+    prior = None if share is None else PicturePrior(prompts=("class",), weight=0.5, share=share)
     batches = replace(batches, prior=prior)
     for step in (0, 3):
         whole = global_batch(batches, step, 12, 1, 1)
@@ -207,8 +207,8 @@ def test_a_batchs_timesteps_are_those_of_the_recipe(batches: Batches) -> None:
 
 @pytest.mark.parametrize(("share", "classes"), [(0.01, 1), (0.4, 2), (0.6, 3), (0.99, 4)])
 def test_class_pictures_take_their_share(batches: Batches, share: float, classes: int) -> None:
-    prior = Prior(prompts=("class",), share=share)
-    assert replace(batches, prior=prior).class_count == classes
+    prior = PicturePrior(prompts=("class",), share=share)
+    assert replace(batches, prior=prior).prior_count == classes
 
 
 def test_the_prior_is_preserved_beside_the_subject(batches: Batches) -> None:
@@ -226,13 +226,106 @@ def test_captions_are_dropped_as_often_as_asked(batches: Batches) -> None:
     def empty_shares(subject: float, classes: float) -> list[float]:
         prior = batches.prior.model_copy(update={"caption_dropout": classes})
         some = replace(batches, data=Data(source="x", caption_dropout=subject), prior=prior)
-        count = batches.batch_size - batches.class_count
+        count = batches.batch_size - batches.prior_count
         empty = torch.stack([some(index).prompt_embeds[:, 0, 0] == 0 for index in range(120)])
         return [part.float().mean().item() for part in (empty[:, :count], empty[:, count:])]
 
     assert empty_shares(0.0, 1.0) == [0, 1]
     assert empty_shares(1.0, 0.3) == [1, pytest.approx(0.3, abs=0.08)]
     assert empty_shares(0.3, 0.1) == [pytest.approx(0.3, abs=0.08), pytest.approx(0.1, abs=0.05)]
+
+
+PROMPTS = ("a cat", "a tree", "a car")
+
+
+@pytest.fixture
+def preserving(batches: Batches) -> Batches:
+    """Batches that preserve the base's output for :data:`PROMPTS`."""
+    embeds = {prompt: torch.full((4, 2), 50.0 + i) for i, prompt in enumerate(PROMPTS)}
+    return replace(
+        batches,
+        class_pictures=[],
+        prior=OutputPrior(kind="output", prompts=PROMPTS, weight=0.5, share=0.4),
+        prompts=PROMPTS,
+        prompt_embeds={**batches.prompt_embeds, **embeds},
+    )
+
+
+def test_preserved_rows_are_the_subjects_pictures_with_other_captions(preserving: Batches) -> None:
+    batch = preserving(0)
+    assert batch.preserved is not None
+    assert batch.preserved.tolist() == [3, 4]
+    assert torch.allclose(batch.weight, torch.tensor([1 / 3] * 3 + [0.5 / 2] * 2))
+    rows = [preserving.picture(*place)[0] for place in preserving.places(0)]
+    assert [row.caption in PROMPTS for row in rows] == [False] * 3 + [True] * 2
+    files = {picture.file for picture in preserving.pictures}
+    assert {row.file for row in rows} <= files
+    certain = preserving.prior.model_copy(update={"caption_dropout": 1e-9})
+    kept = replace(preserving, prior=certain)(0).prompt_embeds[3:, 0, 0]
+    assert kept.tolist() == [50.0 + PROMPTS.index(row.caption) for row in rows[3:]]
+    always = preserving.prior.model_copy(update={"caption_dropout": 1.0})
+    assert replace(preserving, prior=always)(0).prompt_embeds[3:].abs().max() == 0
+
+
+def test_each_epoch_preserves_every_prompt_and_every_picture_once(preserving: Batches) -> None:
+    rows = [preserving.prior_picture(position) for position in range(30)]
+    for epoch in range(10):
+        shown = [row.caption for row in rows[3 * epoch : 3 * epoch + 3]]
+        assert sorted(shown) == sorted(PROMPTS)
+    for epoch in range(6):
+        assert len({row.file for row in rows[5 * epoch : 5 * epoch + 5]}) == 5
+    assert len({tuple(row.caption for row in rows[i : i + 3]) for i in range(0, 30, 3)}) > 2
+    instances = [preserving.pictures[picture_at(p, 5, preserving.seed)].file for p in range(30)]
+    assert sum(row.file == file for row, file in zip(rows, instances, strict=True)) < 15
+    as_many = replace(preserving, pictures=preserving.pictures[:3])
+    pairs = {(row.caption, row.file) for row in map(as_many.prior_picture, range(30))}
+    assert len(pairs) > 6  # of nine; three if pictures and prompts went through one order
+
+
+@pytest.mark.parametrize("share", [0.4, 0.01, 0.99])
+def test_the_same_rows_are_preserved_however_a_global_batch_is_divided(
+    preserving: Batches, share: float
+) -> None:
+    prior = preserving.prior.model_copy(update={"share": share})
+    preserving = replace(preserving, prior=prior)
+
+    def rows(step: int, size: int, accumulation: int, world_size: int) -> list[list[float]]:
+        """What is preserved, row by row, in an order of its own."""
+        found = []
+        for rank in range(world_size):
+            part = replace(
+                *(preserving,),
+                batch_size=size,
+                accumulation=accumulation,
+                rank=rank,
+                world_size=world_size,
+            )
+            for index in range(step * accumulation, (step + 1) * accumulation):
+                batch = part(index)
+                if batch.preserved is not None:
+                    shown = (batch.pixels, batch.prompt_embeds, batch.noise, batch.timesteps)
+                    chosen = [
+                        tensor[batch.preserved].flatten(1)
+                        if tensor.dim() > 1
+                        else tensor[batch.preserved, None]
+                        for tensor in shown
+                    ]
+                    weights = batch.weight[batch.preserved, None] / part.parts
+                    found += torch.cat([weights, *chosen], dim=1).tolist()
+        return sorted(found)
+
+    for step in (0, 3):
+        whole = rows(step, 12, 1, 1)
+        assert len(whole) == preserving.prior.count_in(12)
+        for division in ((6, 2, 1), (6, 1, 2), (3, 2, 2), (1, 12, 1), (4, 1, 3)):
+            assert torch.allclose(torch.tensor(rows(step, *division)), torch.tensor(whole))
+
+
+def test_single_pictures_alternate_over_the_accumulation(preserving: Batches) -> None:
+    prior = preserving.prior.model_copy(update={"share": 0.5})
+    one = replace(preserving, prior=prior, batch_size=1, accumulation=4)
+    kinds = [one(index).preserved is not None for index in range(8)]
+    assert kinds == [False, False, True, True] * 2
 
 
 def test_stage_2_sees_its_own_crop_shrunk(batches: Batches) -> None:

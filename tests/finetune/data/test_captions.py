@@ -21,10 +21,11 @@ from adapters.base.source import Source
 from adapters.errors import UserError
 from finetune import precompute
 from finetune.data import captions as text
-from finetune.data.captions import CaptionCache, collect_captions, model_identity
-from finetune.data.pictures import load_pictures
+from finetune.data.captions import CaptionCache, check_cleaning, collect_captions, model_identity
+from finetune.data.pictures import Picture, load_pictures
+from finetune.data.preserved import EVERYDAY, list_prompts
 from finetune.recipe.file import load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import OutputPrior, Recipe
 from finetune.train import gather
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.recipes import CPU, embed
@@ -353,6 +354,32 @@ def test_all_collect_captions_a_run_are_found(make_recipe: MakeRecipe, tmp_path:
     assert captions["a cat of the class"] == f"a caption of prior.folder {tmp_path / 'class'}"
 
 
+def test_the_captions_to_preserve_are_those_asked_for(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """A list, the everyday ones, or the data's own, each of which occurs once."""
+    own = ("a sks cat", "a sks cat on a mat")
+    pictures = [Picture(tmp_path, caption, "a file") for caption in (*own, *own)]
+    given = ("a dog", "a tree")
+    everyday = tuple(EVERYDAY.read_text(encoding="utf-8").splitlines())
+    for prompts, expected in ((list(given), given), ("everyday", everyday), ("data", own)):
+        prior = {"kind": "output", "prompts": prompts}
+        recipe = make_recipe(data={"source": "unread"}, prior=prior)
+        assert isinstance(recipe.prior, OutputPrior)
+        assert list_prompts(recipe.prior, (each.caption for each in pictures)) == expected
+        collected = collect_captions(recipe, pictures)
+        assert collected.keys() == {"", *own, *expected}
+        assert prompts == "data" or collected[expected[0]] == "prior.prompts"
+
+
+def test_everyday_captions_are_many_and_survive_cleaning(caplog: pytest.LogCaptureFixture) -> None:
+    captions = EVERYDAY.read_text(encoding="utf-8").splitlines()
+    assert 100 <= len(set(captions)) == len(captions) <= 200
+    check_cleaning(dict.fromkeys(captions, "everyday"), clean_caption=True)
+    assert not caplog.records
+    assert max(len(caption) for caption in captions) < 60
+
+
 def test_the_empty_caption_is_encoded_though_none_is_dropped(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -376,10 +403,14 @@ def test_precompute_leaves_nothing_to_encode(
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     precompute.main([str(file), "text.precision=fp32"])
-    assert capsys.readouterr().out.startswith("3 captions encoded in fp32 on cpu, 0 were in ")
+    assert capsys.readouterr().out.startswith(
+        "3 captions encoded in fp32 on cpu, 0 were already in "
+    )
     request.getfixturevalue("no_text_encoder")
     precompute.main([str(file)])
-    assert capsys.readouterr().out.startswith("0 captions encoded in fp32 on cpu, 3 were in ")
+    assert capsys.readouterr().out.startswith(
+        "0 captions encoded in fp32 on cpu, 3 were already in "
+    )
     embed(collect_captions(recipe, load_pictures(recipe.data, recipe.cache, 16)), recipe)
 
 

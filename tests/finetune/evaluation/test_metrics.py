@@ -77,9 +77,9 @@ def test_one_picture_has_no_ceiling() -> None:
         ((0.46, 0.62, 0.60), "As expected, to within 0.05"),
         (
             (0.44, 0.62, 0.60),
-            "Lower than expected: CLIP-I, generated to real pictures is 0.440",
+            "Lower than expected: CLIP-I, generated vs. real pictures is 0.440",
         ),
-        ((0.46, 0.62, 0.40), "Lower than expected: CLIP-T, prompts of other things is 0.400"),
+        ((0.46, 0.62, 0.40), "Lower than expected: CLIP-T, prompts without the subject is 0.400"),
         ((0.34, 0.50, 0.60), None),
         ((0.50, 0.66, 0.34), None),
     ],

@@ -10,6 +10,7 @@ import yaml
 
 from adapters.errors import UserError
 from finetune.recipe.file import load_recipe
+from finetune.recipe.schema import OutputPrior, PicturePrior
 from finetune.recipe.yaml12 import Loader
 from tests.builders import ROOT
 from tests.builders.recipes import SMALL, write
@@ -166,6 +167,61 @@ def test_mistakes_are_in_words_of_yaml(tmp_path: Path, override: str, message: s
     assert f"  {message}" in str(error.value)
     assert "uple" not in str(error.value)
     assert "after" not in str(error.value)
+
+
+def test_a_prior_is_of_class_pictures_unless_it_says_otherwise(tmp_path: Path) -> None:
+    pictures = load_recipe(write(tmp_path, SMALL + "prior: {prompts: [a dog], count: 3}"))
+    assert isinstance(pictures.prior, PicturePrior)
+    assert pictures.class_pictures == pictures.prior
+    assert (pictures.prior.share, pictures.prior.count) == (0.5, 3)
+    output = load_recipe(
+        write(tmp_path, SMALL), ["prior.kind=output", "prior.prompts=everyday", "prior.weight=0.3"]
+    )
+    assert isinstance(output.prior, OutputPrior)
+    assert output.class_pictures is None
+    assert (output.prior.share, output.prior.weight) == (0.25, 0.3)
+    for recipe in (pictures, output):
+        assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        ("3", "prior: Input should be a section of keys and values (got 3)"),
+        (
+            "{kind: outputs, prompts: [a]}",
+            "prior.kind: unknown name 'outputs'; did you mean output?",
+        ),
+        ("{kind: null, prompts: [a]}", "prior.kind: unknown name 'None'; valid: output, pictures"),
+        ("{kind: output}", "prior.prompts: Field required"),
+        (
+            "{kind: output, prompts: evryday}",
+            "prior.prompts: Input should be a valid list or 'everyday' or 'data' (got 'evryday')",
+        ),
+        ("{prompts: everyday}", "prior.prompts: Input should be a valid list (got 'everyday')"),
+        (
+            "{kind: output, prompts: [a, 1]}",
+            "prior.prompts.1: Input should be a valid string (got 1)",
+        ),
+        (
+            "{kind: output, prompts: [a], count: 4}",
+            "prior.count: belongs to kind: pictures, but this is kind: output",
+        ),
+        (
+            "{kind: output, prompts: [a], wight: 4}",
+            "prior.wight: unknown key; did you mean weight?",
+        ),
+        ("{prompts: [a], fodler: x}", "prior.fodler: unknown key; did you mean folder?"),
+        (
+            "{prompts: [a], sampling: {stage_1: {stpes: 3}}}",
+            "prior.sampling.stage_1.stpes: unknown key; did you mean steps?",
+        ),
+    ],
+)
+def test_mistakes_in_either_kind_of_prior(tmp_path: Path, prior: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write(tmp_path, SMALL), [f"prior={prior}"])
+    assert str(error.value).splitlines()[1:] == [f"  {message}"]
 
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:

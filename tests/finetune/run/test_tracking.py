@@ -6,9 +6,43 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from finetune.run.tracking import Meter, Tracker
+from finetune.step.inputs import Batch
 from finetune.step.losses import Losses
+
+
+def batch_of(weight: list[float], timesteps: list[int], preserved: Tensor | None = None) -> Batch:
+    """A batch of which only what the meter reads is filled in."""
+    nothing = torch.empty(0)
+    return Batch(
+        pixels=nothing,
+        prompt_embeds=nothing,
+        weight=torch.tensor(weight),
+        noise=nothing,
+        timesteps=torch.tensor(timesteps),
+        preserved=preserved,
+    )
+
+
+def test_the_loss_of_preserved_pictures_is_apart() -> None:
+    meter = Meter(1000, torch.device("cpu"), preserves_output=True)
+    mse, bound = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 0.25, 0.5])
+    rows = torch.tensor([0, 2])
+    hybrid = Losses(total=mse + bound, mse=mse, bound=bound)
+    losses = hybrid.with_preserved(rows, torch.tensor([8.0, 16.0]))
+    meter.add(losses, batch_of([0.5, 1.0, 0.25], [0, 10, 999], rows))
+    meter.add(hybrid, batch_of([0.0, 1.0, 0.0], [0, 10, 999]))  # a batch without any
+    meter.add_step(torch.tensor(1.0))
+    points = meter.read(Accelerator(cpu=True), 2)
+    assert points["loss/preservation"] == pytest.approx((0.5 * 8 + 0.25 * 16) / 2)
+    assert points["loss/mse"] == pytest.approx(2.0)
+    assert points["loss/bound_bits"] == pytest.approx(0.25)
+    parts = [points[f"loss/{part}"] for part in ("mse", "bound_bits", "preservation")]
+    assert points["loss"] == pytest.approx(sum(parts))
+    assert points["loss_by_noise/quarter_1"] == pytest.approx((2.25 + 1.5 + 2.25) / 3)
+    assert points["loss_by_noise/quarter_4"] == pytest.approx(4.5)
 
 
 def test_the_meter_reads_means_and_starts_again() -> None:
@@ -17,7 +51,7 @@ def test_the_meter_reads_means_and_starts_again() -> None:
         mse = scale * torch.tensor([1.0, 2.0, 4.0])
         bound = torch.tensor([0.5, 0.5, 0.5])
         losses = Losses(total=mse + bound, mse=mse, bound=bound)
-        meter.add(losses, torch.tensor([0.5, 0.5, 0.1]), torch.tensor([0, 249, 999]))
+        meter.add(losses, batch_of([0.5, 0.5, 0.1], [0, 249, 999]))
         meter.add_step(torch.tensor(scale))
     points = meter.read(Accelerator(cpu=True), 1)
     assert points["loss/mse"] == pytest.approx(2 * (0.5 + 1.0 + 0.4))
@@ -27,10 +61,11 @@ def test_the_meter_reads_means_and_starts_again() -> None:
     assert points["loss_by_noise/quarter_1"] == pytest.approx(2 * 1.5 + 0.5)
     assert points["loss_by_noise/quarter_4"] == pytest.approx(2 * 4.0 + 0.5)
     assert "loss_by_noise/quarter_2" not in points
-    meter.add(losses, torch.tensor([1.0, 0.0, 0.0]), torch.tensor([500, 500, 500]))
+    meter.add(losses, batch_of([1.0, 0.0, 0.0], [500, 500, 500]))
     meter.add_step(torch.tensor(7.0))
     points = meter.read(Accelerator(cpu=True), 1)
     assert points["loss/mse"] == pytest.approx(3.0)
+    assert "loss/preservation" not in points
     assert points["gradient_norm"] == pytest.approx(7.0)
 
 

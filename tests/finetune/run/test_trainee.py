@@ -1,5 +1,6 @@
 """One step and its state: only the adapter trains; a saved state continues to the same bytes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_gradient_checkpointing_changes_no_gradient(
     checkpointed = trainee_at(random_cascade, 2, adapter=spec, gradient_checkpointing=True)
     for trainee in (plain, checkpointed):
         give_values(trainee)
-        trainee.accumulate(batch_of(trainee))
+        trainee.accumulate(replace(batch_of(trainee, pictures=3), preserved=torch.tensor([2])))
     gradients = [trainee.weights.gradient for trainee in (plain, checkpointed)]
     scale = float(gradients[0].abs().max())
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6 * scale)

@@ -4,6 +4,7 @@ The reference shares nothing with the product but the base's files and the adapt
 its layers, nor its conditioning, nor its loss.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,21 @@ def test_every_gradient_is_that_of_plain_peft_on_the_base_as_it_is_kept(
     check_gradients(random_cascade, 1, precision, TOLERANCE[precision], adapter=SPECS[kind])
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision"), [*((kind, "fp32") for kind in KINDS), ("lora", "int8"), ("dora", "nf4")]
+)
+def test_gradients_of_preserved_rows_are_those_of_their_distance_from_the_base(
+    random_cascade: RandomCascade, kind: str, precision: Precision
+) -> None:
+    """From the base as it is kept, beside rows with the loss that IF was trained with."""
+    rows = torch.tensor([1, 4, 5])
+    check_gradients(
+        *(random_cascade, 2 if precision == "fp32" else 1, precision, TOLERANCE[precision]),
+        preserved=rows,
+        adapter=SPECS[kind],
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("precision", "how"),
@@ -79,6 +95,7 @@ def check_gradients(
     tolerance: float,
     *,
     how: str | None = None,
+    preserved: Tensor | None = None,
     **options: object,
 ) -> None:
     """Assert that a trainee's gradients are the reference's, naming the tensors that are off."""
@@ -89,7 +106,7 @@ def check_gradients(
     moved = 0.02 * torch.randn(trainee.weights.values.shape, generator=draw)
     trainee.weights.values += moved.to(device)  # B is zero at first, and A then has no gradient
     trainee.weights.publish()
-    batch = coherent(batch_of(trainee, pictures=8))
+    batch = replace(coherent(batch_of(trainee, pictures=8)), preserved=preserved)
     if how == "compiled":
         trainee.compile()
     for _ in range(3 if how == "recorded" else 1):  # the third call replays
@@ -134,18 +151,24 @@ def reference_gradients(base: Path, trainee: Trainee, batch: Batch) -> dict[str,
             for part, value in module.named_parameters(recurse=False):
                 if not isinstance(layer, Quantised) or part != "weight":
                     value.copy_(layer.get_parameter(part))
+    base_unet = copy.deepcopy(unet).eval()
     unet.add_adapter(trainee.unet.peft_config[ADAPTER_NAME], adapter_name=ADAPTER_NAME)
     unet.double()
     parameters = adapter_parameters(unet)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(trainee.weights.parameters[name])
-    loss_in_float64(unet, trainee, batch).backward()
+    loss_in_float64(unet, base_unet, trainee, batch).backward()
     return {name: parameter.grad for name, parameter in parameters.items()}
 
 
-def loss_in_float64(unet: UNet2DConditionModel, trainee: Trainee, batch: Batch) -> Tensor:
-    """L_hybrid of a batch (Improved DDPM, section 3 and 4), straight from the definitions."""
+def loss_in_float64(
+    unet: UNet2DConditionModel, base: UNet2DConditionModel, trainee: Trainee, batch: Batch
+) -> Tensor:
+    """L_hybrid of a batch (Improved DDPM, section 3 and 4), straight from the definitions.
+
+    Of preserved rows it is the distance from the base's prediction instead.
+    """
     rounded = trainee.unet.dtype
     betas = trainee.schedulers[0].betas.double()
     bars = (1 - betas).cumprod(0)
@@ -168,7 +191,8 @@ def loss_in_float64(unet: UNet2DConditionModel, trainee: Trainee, batch: Batch) 
         sample = torch.cat([sample, low_res.to(rounded).double()], dim=1)
         labels = {"class_labels": batch.noise_level}
     text = batch.prompt_embeds.to(rounded).double()
-    epsilon, v = unet(sample, batch.timesteps, text, **labels).sample.chunk(2, dim=1)
+    prediction = unet(sample, batch.timesteps, text, **labels).sample
+    epsilon, v = prediction.chunk(2, dim=1)
     mse = (epsilon - noise).square().mean(dim=(1, 2, 3))
 
     def mean(e: Tensor) -> Tensor:  # Ho et al., eq. 11
@@ -179,4 +203,12 @@ def loss_in_float64(unet: UNet2DConditionModel, trainee: Trainee, batch: Batch) 
     difference = (mean(noise) - mean(epsilon.detach())).square()
     nats = 0.5 * (log_variance - true.log() - 1 + (true + difference) / log_variance.exp())
     bound = nats.mean(dim=(1, 2, 3)) / torch.tensor(2.0).double().log()
-    return ((mse + bound) * batch.weight).sum()
+    losses = mse + bound
+    if batch.preserved is not None:
+        with torch.no_grad():
+            target = base(sample, batch.timesteps, text, **labels).sample
+        distance = (prediction - target).square().mean(dim=(1, 2, 3))
+        is_preserved = torch.zeros(len(losses), dtype=torch.bool)
+        is_preserved[batch.preserved] = True
+        losses = torch.where(is_preserved, distance, losses)
+    return (losses * batch.weight).sum()
