@@ -45,13 +45,9 @@ def is_factor(factor: object) -> bool:
 def split_scale(
     scale: Scale, own: Collection[int], loaded: Collection[int], what: str
 ) -> dict[int, float]:
-    """Split the scale of an adapter into its factor in each stage.
+    """Split the scale of an adapter into its factor in each of its own stages that are loaded.
 
-    Args:
-        scale: the adapter's scale.
-        own: the loaded stages that the adapter has.
-        loaded: the stages that are loaded; factors for others are ignored, as their adapters are.
-        what: the adapter, for messages.
+    Factors for stages that are not loaded are ignored; ``what`` names the adapter in messages.
 
     Raises:
         UserError: if a factor is not finite in float32, or is for a stage that the adapter lacks.

@@ -26,11 +26,7 @@ class NotWrittenError(UserError):
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Run a block that writes to ``path``, or to files in it.
-
-    Raises:
-        UserError: if the disk refuses; it names ``path``.
-    """
+    """Run a block that writes to ``path`` or into it; a UserError names it if the disk refuses."""
     try:
         yield
     except (OSError, SafetensorError, NotWrittenError) as error:
@@ -41,10 +37,7 @@ def writing_to(path: Path) -> Iterator[None]:
 def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None:
     """Check before the work that its result can be written, leaving nothing behind.
 
-    Args:
-        path: the path to write to.
-        kind: the kind of result. A file or a folder may exist already, a new folder only if it is
-            empty.
+    A file or a folder may exist already, a new folder only if it is empty.
 
     Raises:
         UserError: if the disk refuses, or something else is at ``path``.

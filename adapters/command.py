@@ -46,14 +46,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def command_parser(
     name: str, description: str, example: str, *shared: str, **settings: Any
 ) -> argparse.ArgumentParser:
-    """Begin the parser of a command.
+    """Begin the parser of a command in :mod:`adapters`, with an example and shared options.
 
-    Args:
-        name: the command's module in :mod:`adapters`.
-        description: the command's purpose, in a sentence or two.
-        example: arguments that work.
-        shared: the names of the :data:`OPTIONS` that the command has.
-        settings: arguments of ``ArgumentParser``.
+    ``shared`` are names of :data:`OPTIONS`, and ``settings`` go to ``ArgumentParser``.
     """
     command = f"python -m adapters.{name}"
     parser = argparse.ArgumentParser(
@@ -75,11 +70,7 @@ def run_command(
 ) -> None:
     """Parse a command line and print what the work returns; mistakes exit with status 2.
 
-    Args:
-        parser: the command's parser.
-        arguments: the command line; ``None``: that of the process.
-        work: the function that runs on the parsed options. It imports slow modules in its own
-            body, so that ``--help`` answers at once.
+    The work imports slow modules in its own body, so that ``--help`` answers at once.
     """
     options = parser.parse_args(arguments)
     with command_line():

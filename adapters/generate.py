@@ -173,11 +173,7 @@ def _read_options(info: "PictureInfo") -> dict[str, Any]:
 
 
 def _read_redraw(options: argparse.Namespace, info: "PictureInfo | None") -> "Redraw | None":
-    """Read the picture to start from, with its mask, if any.
-
-    Raises:
-        UserError: if one of them is needed and not given, or cannot be read.
-    """
+    """Read the picture to start from and its mask, if any; a UserError if one is missing."""
     from adapters.cascade.redraw import Redraw
 
     way = "text" if info is None else info.way
@@ -205,11 +201,7 @@ def _read_redraw(options: argparse.Namespace, info: "PictureInfo | None") -> "Re
 def _read_sampling(
     given: Mapping[str, Any], info: "PictureInfo | None", redraw: "Redraw | None"
 ) -> Sampling:
-    """Read the given sampling settings over those of a picture or of the pipelines.
-
-    Raises:
-        UserError: if one is out of range, or two do not go together.
-    """
+    """Read the given sampling settings over those of a picture or of the pipelines."""
     from adapters.cascade.redraw import WAYS
 
     base = WAYS["text" if redraw is None else redraw.way].sampling

@@ -34,12 +34,8 @@ def _repair(options: argparse.Namespace) -> str:
 def repair(path: Path, out: Path | None = None) -> str:
     """Write a LoRA of any key style so that ``load_lora_weights`` takes all of it.
 
-    Args:
-        path: a safetensors file, or a folder with one; it is not changed.
-        out: the new file; ``None``: one next to the old file, if that needs repair.
-
-    Returns:
-        A sentence that names the loss and the new file.
+    Without ``out`` the new file is next to the old one, which is not changed, if that needs repair.
+    Returns a sentence that names the loss and the new file.
 
     Raises:
         UserError: if the file is not a LoRA, has unknown or unpaired keys, or is ``out``.

@@ -5,11 +5,9 @@ from itertools import zip_longest
 
 
 def format_table(rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """Align rows in columns, two spaces apart; rows may be shorter than others.
+    """Align rows in columns, two spaces apart, the first ``left`` ones flush left.
 
-    Args:
-        rows: the rows, usually with a header first.
-        left: the number of columns flush left; the rest are flush right.
+    Rows may be shorter than others.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]

@@ -49,10 +49,8 @@ _said: set[str] = set()
 def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting: str) -> None:
     """Refuse captions that cleaning empties, and warn once of words that the others lose.
 
-    Args:
-        captions: texts, including any empty one, each with its place, such as ``data.prompt``.
-        clean_caption: whether the text path cleans them.
-        setting: the setting that turns cleaning off, for messages.
+    Each caption comes with its place, such as ``data.prompt``, for messages, which also name the
+    setting that turns cleaning off.
 
     Raises:
         UserError: if a caption has only invisible characters, or cleaning leaves no word of it.
@@ -82,10 +80,7 @@ def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting:
 def check_vocabulary(
     captions: Mapping[str, str], tokenizer: "PreTrainedTokenizerBase", *, clean_caption: bool
 ) -> None:
-    """Warn once of words that the tokenizer does not know and maps to one and the same token.
-
-    For the arguments see :func:`check_captions`.
-    """
+    """Warn once of words that the tokenizer does not know and maps to one and the same token."""
     words = {
         caption: dict.fromkeys(_words_and_symbols(clean(caption) if clean_caption else caption))
         for caption in captions

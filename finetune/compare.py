@@ -26,12 +26,12 @@ def compare_and_judge(recipe: "Recipe", options: argparse.Namespace) -> str:
     from finetune.evaluation.comparison import compare, judge
 
     quiet_libraries()
-    text, scores = compare(recipe)
+    text, report = compare(recipe)
     if recipe.evaluation is None or (expected := recipe.evaluation.expected) is None:
         return text
     sys.stdout.write(text)  # shown even if the judgement is an error
     if expected.data == recipe.data.source:
-        return judge(scores, expected)
+        return judge(report.variants["fine_tuned"], expected)
     return f"Not judged: the expected scores are for {expected.data}, not {recipe.data.source}.\n"
 
 

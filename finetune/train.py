@@ -53,25 +53,20 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
 
     from adapters.atomic import write_text
     from finetune.data.pictures import load_pictures
+    from finetune.evaluation.while_training import Likeness
     from finetune.memory.fit import explain_out_of_memory, plan
     from finetune.memory.report import format_plan
     from finetune.run.early_checks import check_recipe
-    from finetune.run.folders import Folders, is_finished, select_identity
+    from finetune.run.fixed_losses import check_held_out
+    from finetune.run.folders import Folders, list_unfinished
     from finetune.run.loop import train_stage
     from unets.fused_norms import compile_ahead
-    from unets.loading import compute_dtype
+    from unets.precision import compute_dtype
 
     device = accelerator.device
     if device.type == "cpu":  # the launcher leaves each process a single thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
-    folders, tree = Folders(recipe.folder), recipe.model_dump(mode="json")
-    pending = [
-        stage
-        for stage in recipe.trained
-        if not is_finished(
-            stage, recipe.training(stage).steps, select_identity(tree, stage), folders
-        )
-    ]
+    folders, pending = Folders(recipe.folder), list_unfinished(recipe)
     if not pending:
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return
@@ -81,7 +76,11 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     compile_ahead(device, compute_dtype(precision, device), activation)
     with accelerator.main_process_first():
         pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
+    check_held_out(recipe.validation.held_out, len(pictures))
+    likeness = None
     if accelerator.is_main_process:
+        if recipe.evaluation and (recipe.validation.prompts or recipe.validation.other_prompts):
+            likeness = Likeness(recipe.evaluation)
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
 
     def print_plan() -> None:
@@ -97,13 +96,17 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
             with accelerator.main_process_first():
                 material = gather(recipe, pictures, accelerator)
             for stage in pending:
-                train_stage(recipe, stage, material, accelerator)
+                size_px = recipe.source(stage).picture_size_px
+                score = likeness.against_photos(pictures, size_px) if likeness else None
+                train_stage(recipe, stage, material, accelerator, score)
     except torch.OutOfMemoryError:
         raise explain_out_of_memory(recipe, device) from None
     board = "tensorboard"
     program = board if shutil.which(board) else str(Path(sys.executable).with_name(board))
     accelerator.print(
-        f"Adapters:    {folders.adapters}\nTensorBoard: {program} --logdir {folders.run / 'logs'}"
+        f"Adapters:    {folders.adapters}\n"
+        # by default it shows ten pictures of a row, and drops some of the others: perhaps the base
+        f"TensorBoard: {program} --logdir {folders.run / 'logs'} --samples_per_plugin images=100"
     )
 
 

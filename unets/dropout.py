@@ -29,15 +29,8 @@ def hash_bits(keys: Tensor, layer: int, count: int) -> Tensor:
     """Hash (key, layer, element) to an integer, uniformly over all of int32.
 
     The multiplications and shifts are those of "lowbias32" (C. Wellons, "Prospecting for hash
-    functions", 2018); half of the key is added before them, half in between.
-
-    Args:
-        keys: [N] int64, evenly distributed.
-        layer: the layer's number in its model.
-        count: the number of elements.
-
-    Returns:
-        [N, count] int32.
+    functions", 2018); half of the key is added before them, half in between. Keys are [N] int64,
+    evenly distributed, and hashes [N, count] int32.
     """
     salt = _signed(layer * GOLDEN_RATIO)
     low, high = (half.int()[:, None] + salt for half in (keys, keys >> 32))
@@ -95,14 +88,8 @@ def key_dropout(model: nn.Module, weight_share: float) -> DropoutKeys:
 
     This covers every ``nn.Dropout``, whether LoRA's or the model's own, and PEFT's dropout of
     weights: rows of LoHa's and LoKr's updates, and blocks of OFT's rotations (PEFT 0.21 has a
-    setting for blocks but drops none).
-
-    Args:
-        model: the model, with its adapter attached.
-        weight_share: the share of rows or blocks to drop.
-
-    Returns:
-        The keys to set before each forward pass in training.
+    setting for blocks but drops none), of which it drops ``weight_share``. Returns the keys to set
+    before each forward pass in training.
     """
     keys = DropoutKeys()
     dropouts = [

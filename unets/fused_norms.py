@@ -21,13 +21,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def compile_ahead(device: torch.device, dtype: torch.dtype, activation: str) -> None:
-    """Compile the operators for a GPU in the background, while a model is being loaded.
-
-    Args:
-        device: the device that will run them; a CPU needs none.
-        dtype: the pictures' dtype.
-        activation: the blocks' activation.
-    """
+    """Compile the operators for a GPU in the background, while a model is being loaded."""
     if HAS_TRITON and device.type == "cuda":
         for name, scaled in ((activation, False), (activation, True), ("identity", False)):
             Thread(target=_try_out, args=(device, dtype, name, scaled), daemon=True).start()
@@ -60,15 +54,9 @@ def norm_act(
     *,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """Compute act(norm(x + offset) * (1 + scale) + shift).
+    """Compute act(norm(x + offset) * (1 + scale) + shift), with a frozen norm.
 
-    Args:
-        inputs: x, [B, C, ...].
-        norm: a frozen group norm.
-        activation: one of :data:`ACTIVATIONS`.
-        scale: [B, C]; ``None``: 0.
-        shift: [B, C]; ``None``: 0.
-        offset: [C], frozen; ``None``: 0.
+    Inputs x are [B, C, ...], scale and shift [B, C], the frozen offset [C]; ``None``: 0.
     """
     if _has_kernels(inputs):
         from unets.triton_kernels import norm_act_rows

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 
 from unets.blocks import fuse_blocks
 from unets.frozen import FORMATS, freeze, quantisable, quantise
-from unets.precision import PRECISIONS as PRECISIONS
-from unets.precision import Precision as Precision
-from unets.precision import automatic_precision as automatic_precision
-from unets.precision import compute_dtype as compute_dtype
+from unets.precision import compute_dtype
 
 READERS = 4
 """The number of threads that read weights, each holding one tensor at a time."""
@@ -32,16 +29,11 @@ Place: TypeAlias = Callable[[str, Tensor], None]
 def empty_unet(
     config: dict[str, Any], precision: str, device: torch.device
 ) -> UNet2DConditionModel:
-    """Build a frozen UNet without values, in the layout that :func:`load_unet` fills.
+    """Build a frozen UNet without values, on the meta device, for :func:`load_unet` to fill.
 
-    Args:
-        config: the UNet's configuration.
-        precision: a :data:`Precision`. Arithmetic, and the weights that ``int8`` and ``nf4`` do not
-            quantise, are in :func:`compute_dtype`.
-        device: the device that will run the UNet; other than for a CPU, its blocks are fused.
-
-    Returns:
-        A UNet on the meta device; weights still to be quantised are in full precision.
+    Arithmetic, and the weights that ``int8`` and ``nf4`` do not quantise, are in
+    :func:`compute_dtype`; weights still to be quantised are in full precision. Blocks are fused,
+    other than for a CPU.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
@@ -55,13 +47,7 @@ def empty_unet(
 def load_unet(
     config: dict[str, Any], files: Sequence[Path], precision: str, device: torch.device
 ) -> UNet2DConditionModel:
-    """Load a frozen UNet, in evaluation mode.
-
-    Args:
-        config: the UNet's configuration.
-        files: safetensors files with its weights.
-        precision: see :func:`empty_unet`.
-        device: the device to load it to.
+    """Load a frozen UNet from safetensors files, in evaluation mode, see :func:`empty_unet`.
 
     Raises:
         OSError, ValueError: if files are missing or damaged, or do not fit the configuration.
@@ -93,12 +79,8 @@ def placement(
 ) -> Place:
     """Return a function that puts a weight, given its name, into a model with frozen layers.
 
-    Args:
-        model: the model, on the meta device.
-        precision: ``int8`` and ``nf4`` quantise the layers of :func:`unets.frozen.quantisable`.
-        dtype: the dtype of all other weights, and of the arithmetic.
-        device: the device of the weights.
-        like: a device with the memory layout to use; ``None``: ``device``.
+    ``int8`` and ``nf4`` quantise the layers of :func:`unets.frozen.quantisable`; all other weights,
+    and the arithmetic, have the dtype. The memory layout is that of ``like``, or else ``device``.
     """
     quantised = set(quantisable(model)) if precision in FORMATS else set()
     on_cpu = (like or device).type == "cpu"  # channels_last gains nothing there
@@ -127,16 +109,10 @@ def placement(
 def fill(
     model: nn.Module, files: Sequence[Path], place: Place, *, optional: Collection[str] = ()
 ) -> None:
-    """Read a model's weights, several at a time.
-
-    Args:
-        model: the model; its ``state_dict`` names the weights.
-        files: safetensors files that hold the weights.
-        place: the function that receives each weight.
-        optional: names of weights that may be missing.
+    """Read a model's weights from safetensors files into their place, several at a time.
 
     Raises:
-        OSError, ValueError: if files or weights are missing.
+        OSError, ValueError: if files are missing, or weights that are not ``optional``.
     """
 
     def read(file: Path, names: Sequence[str]) -> None:

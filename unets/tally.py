@@ -115,13 +115,7 @@ class Tally(TorchDispatchMode):
 def forward_bytes(
     forward: Callable[..., object], inputs: Mapping[str, Tensor], resident: Iterable[Tensor]
 ) -> int:
-    """Count the most bytes that a forward pass allocates at once, besides its inputs.
-
-    Args:
-        forward: a model or function, which is run without gradients.
-        inputs: the keyword arguments of ``forward``.
-        resident: see :class:`Tally`.
-    """
+    """Count the most bytes that a forward pass without gradients allocates, besides its inputs."""
     with torch.no_grad(), Tally([*resident, *inputs.values()]) as tally:
         forward(**inputs)
     return tally.peak_bytes

@@ -58,6 +58,13 @@ def _load_pair(ptr, n, c, here, C):
     return first, second
 
 
+@triton.jit
+def _tile(step, n, c, here, P, C, ROWS: tl.constexpr):
+    """Return a tile's places in picture n of a tensor [B, P, C], and which of them exist."""
+    p = step * ROWS + tl.arange(0, ROWS)
+    return n * P * C + p[:, None] * C + c[None, :], (p[:, None] < P) & here[None, :]
+
+
 @triton.jit(do_not_specialize=["P", "blocks", "STEPS"])
 def _sums(
     x_ptr,
@@ -83,9 +90,7 @@ def _sums(
     if GRADIENT:
         a, b = _load_pair(ab_ptr, n, c, here, C)
     for step in range(STEPS):
-        p = (block * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        at = n * P * C + p[:, None] * C + c[None, :]
-        inside = (p[:, None] < P) & here[None, :]
+        at, inside = _tile(block * STEPS + step, n, c, here, P, C, ROWS)
         x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
         if GRADIENT:
             g = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32) * _slope(a * x + b, ACT)
@@ -159,31 +164,6 @@ def _coefficients(
     tl.store(ab_ptr + n * 2 * C + C + c, b + a * offset, here)
 
 
-@triton.jit(do_not_specialize=["P", "STEPS"])
-def _apply(
-    x_ptr,
-    ab_ptr,
-    y_ptr,
-    P,
-    C,
-    ACT: tl.constexpr,
-    STEPS,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """Compute y = act(a * x + b)."""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    here = c < C
-    a, b = _load_pair(ab_ptr, n, c, here, C)
-    for step in range(STEPS):
-        p = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        at = n * P * C + p[:, None] * C + c[None, :]
-        inside = (p[:, None] < P) & here[None, :]
-        x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + at, _activate(a * x + b, ACT).to(y_ptr.dtype.element_ty), inside)
-
-
 @triton.jit(do_not_specialize=["P", "blocks", "WIDTH"])
 def _gradient_coefficients(
     sums_ptr,
@@ -231,32 +211,36 @@ def _gradient_coefficients(
 
 
 @triton.jit(do_not_specialize=["P", "STEPS"])
-def _apply_gradient(
+def _apply(
     x_ptr,
     dy_ptr,
     ab_ptr,
     de_ptr,
-    dx_ptr,
+    out_ptr,
     P,
     C,
     ACT: tl.constexpr,
+    GRADIENT: tl.constexpr,
     STEPS,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Compute dx = a g + d x + e."""
+    """Compute act(a * x + b), or the gradient a g + d x + e."""
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     here = c < C
     a, b = _load_pair(ab_ptr, n, c, here, C)
-    d, e = _load_pair(de_ptr, n, c, here, C)
+    if GRADIENT:
+        d, e = _load_pair(de_ptr, n, c, here, C)
     for step in range(STEPS):
-        p = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        at = n * P * C + p[:, None] * C + c[None, :]
-        inside = (p[:, None] < P) & here[None, :]
+        at, inside = _tile(tl.program_id(1) * STEPS + step, n, c, here, P, C, ROWS)
         x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32) * _slope(a * x + b, ACT)
-        tl.store(dx_ptr + at, (a * g + d * x + e).to(dx_ptr.dtype.element_ty), inside)
+        if GRADIENT:
+            g = tl.load(dy_ptr + at, inside, other=0.0).to(tl.float32) * _slope(a * x + b, ACT)
+            out = a * g + d * x + e
+        else:
+            out = _activate(a * x + b, ACT)
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)
 
 
 def _lanes(width: int) -> int:
@@ -315,7 +299,7 @@ def norm_act_rows(
         BLOCK=_lanes(width),
     )
     grid, tile = _grid(x, ROWS)
-    _apply[grid](x, ab, y, rows, channels, activation, **tile)
+    _apply[grid](x, x, ab, ab, y, rows, channels, activation, GRADIENT=False, **tile)
     return y, stats, ab
 
 
@@ -362,7 +346,7 @@ def norm_act_rows_backward(
         BLOCK=_lanes(width),
     )
     grid, tile = _grid(x, ROWS)
-    _apply_gradient[grid](x, dy, ab, de, dx, rows, channels, activation, **tile)
+    _apply[grid](x, dy, ab, de, dx, rows, channels, activation, GRADIENT=True, **tile)
     return dx, dscale, dshift
 
 

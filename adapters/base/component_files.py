@@ -74,12 +74,7 @@ class Form(NamedTuple):
 def choose_weights(
     component: str, names: Iterable[str], variant: str | None
 ) -> tuple[list[str], Form]:
-    """Choose the files of a component's weights, in the order of shards.
-
-    Args:
-        component: its name, for messages.
-        names: the files in its folder.
-        variant: the preferred one, such as ``fp16``; ``None``: the plain files.
+    """Choose from the names of a component's files those of its weights, in the order of shards.
 
     Raises:
         FileNotFoundError: if there are neither weights of the variant nor plain ones, or a shard is
@@ -289,10 +284,6 @@ class ModelFiles:
 
 def as_safetensors(path: Path, model: str) -> Path:
     """Return weights as a safetensors file; a pickled file is converted into the cache, once.
-
-    Args:
-        path: a safetensors file, or one of PyTorch's own.
-        model: the model's name, for messages.
 
     Raises:
         UserError: if a pickled file is damaged or holds more than tensors, or the cache cannot be

@@ -39,12 +39,9 @@ def safety_checker_bytes(source: Source, dtype: torch.dtype) -> int:
 def drawing_inputs(
     unet: UNet2DConditionModel, pictures: int, size_px: int | None = None
 ) -> dict[str, Tensor]:
-    """Create a UNet's inputs, without values, for pictures and their unguided twins.
+    """Create a UNet's inputs, without values, for pictures drawn at once and their unguided twins.
 
-    Args:
-        unet: the UNet, on the meta device.
-        pictures: the number of pictures drawn at once.
-        size_px: the side of the UNet's input; ``None``: that of its configuration.
+    Their side is ``size_px``, or else that of the UNet's configuration.
     """
     config, count = unet.config, 2 * pictures
     side = size_px or config.sample_size

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.base.component_files import CONFIG, ModelFiles
 from adapters.base.signature import SIGNATURE_PARAMETERS, BaseSignature
@@ -69,10 +69,6 @@ class StoredUNet:
     def signature(self) -> BaseSignature:
         """Its configuration and values, which tell it from other bases."""
         return BaseSignature.of(self.unet)
-
-    def module(self, name: str) -> nn.Module:
-        """Return one of its modules, without values."""
-        return self.unet.get_submodule(name)
 
     def read(self, name: str) -> Tensor:
         """Read one of its weights, in the precision it is stored in, into memory of its own.

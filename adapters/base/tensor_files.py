@@ -31,13 +31,10 @@ def write_tensors(
     read: Callable[[str], Tensor],
     advance: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all, tensor by tensor.
 
-    Args:
-        path: the file.
-        blank: the tensors' shapes and dtypes by name; their values are not read.
-        read: returns the values of a name.
-        advance: called with the number of bytes written, tensor by tensor.
+    The shapes and dtypes are those of ``blank``, the values come from ``read``, and ``advance`` is
+    called with the number of bytes written.
 
     Raises:
         UserError: if the file cannot be written.

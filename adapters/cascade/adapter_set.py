@@ -253,15 +253,10 @@ class AdaptedStages:
         Raises:
             UserError: if the name is unknown or not a LoRA's, or the folder is not empty.
         """
-        self.adapters.check_loaded(name)
-        save_adapters(
-            {
-                stage: merged.adapters[name]
-                for stage, merged in self.merged.items()
-                if name in merged.adapters
-            },
-            Path(folder),
-        )
+        loaded = self.adapters
+        loaded.check_loaded(name)
+        adapters = {stage: self.merged[stage].adapters[name] for stage in loaded[name]}
+        save_adapters(adapters, Path(folder))
 
     @alone
     def remove_adapter(self, name: str) -> None:
@@ -270,10 +265,10 @@ class AdaptedStages:
         Raises:
             UserError: if the name is unknown.
         """
-        self.adapters.check_loaded(name)
-        for merged in self.merged.values():
-            if name in merged.adapters:
-                merged.remove(name)
+        loaded = self.adapters
+        loaded.check_loaded(name)
+        for stage in loaded[name]:
+            self.merged[stage].remove(name)
         self.sources.pop(name, None)
 
     @alone

@@ -82,7 +82,7 @@ class Cascade(AdaptedStages):
         redraw: Redraw | None = None,
         embeds: Mapping[str, Tensor] | None = None,
         clean_caption: bool = True,
-        progress: bool = True,
+        progress: bool | str = True,
     ) -> CascadeImages:
         """Sample pictures for prompts.
 
@@ -110,7 +110,7 @@ class Cascade(AdaptedStages):
             clean_caption: clean prompts as IF's pipelines do by default, which drops words such as
                 ``<sks>``, ``j0hn``, ``#3`` and all Chinese; with ``embeds``, whether their prompts
                 were cleaned.
-            progress: show progress bars.
+            progress: show progress bars; a text: show it before their names.
 
         Raises:
             UserError: if there is nothing to draw, cleaning empties a prompt, Stage I is needed and
@@ -257,7 +257,7 @@ class Cascade(AdaptedStages):
         conditioning: Conditioning,
         sampling: Sampling,
         low_res: Tensor | None,
-        progress: bool,
+        progress: bool | str,
     ) -> CascadeImages:
         """Draw with one stage after another."""
         drawn: dict[int, Drawn] = {}

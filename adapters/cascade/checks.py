@@ -19,13 +19,7 @@ def check_drawing(
     sampling: Sampling,
     low_res: Tensor | None,
 ) -> None:
-    """Check that all stages can draw.
-
-    Args:
-        stages: the pipelines that are loaded, by number.
-        conditioning: the text, seeds and pictures to draw from.
-        sampling: the settings.
-        low_res: pictures to enlarge, in which case Stage I does not draw.
+    """Check that all loaded stages can draw; Stage I does not if ``low_res`` is given.
 
     Raises:
         UserError: if Stage I is needed and absent, shapes do not match, or a setting exceeds the
@@ -51,11 +45,7 @@ def check_drawing(
 
 
 def check_steps(stage: int, scheduler: SchedulerMixin, sampling: Sampling) -> None:
-    """Check that a stage's scheduler has enough steps, and has the named timesteps.
-
-    Raises:
-        UserError: if it does not.
-    """
+    """Raise a UserError if a stage's scheduler has too few steps, or not the named timesteps."""
     known = scheduler.config.num_train_timesteps
     _check_limit(f"stage_{stage}.steps", sampling.steps(stage), known)
     named = sampling.timesteps(stage)

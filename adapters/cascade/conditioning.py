@@ -89,7 +89,7 @@ class Options(TypedDict, total=False):
     low_res: Given | Tensor | None
     embeds: Mapping[str, Tensor] | None
     clean_caption: bool
-    progress: bool
+    progress: bool | str
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ def lay_out(
     Raises:
         UserError: if there are none, one is not a text, or a later stage's number does not fit.
     """
-    given = {stage: own for stage, own in prompts.items() if own is not None or stage == 1}
     texts: dict[int, list[Any]] = {
         stage: list(own) if isinstance(own, Iterable) and not isinstance(own, str) else [own]
-        for stage, own in given.items()
+        for stage, own in prompts.items()
+        if own is not None or stage == 1
     }
     check_texts(text for own in texts.values() for text in own)
     count = len(texts[1])
@@ -164,8 +164,7 @@ def lay_out(
     layout = Layout(count, int(each))
     every: dict[int, tuple[str, ...]] = {}
     for stage in prompts:
-        own = texts.get(stage)
-        every[stage] = (
-            every[stage - 1] if own is None else layout.spread(own, f"prompts for Stage {stage}")
-        )
+        every[stage] = every.get(stage - 1, ())
+        if stage in texts:
+            every[stage] = layout.spread(texts[stage], f"prompts for Stage {stage}")
     return layout, every

@@ -47,8 +47,8 @@ class Request:
     sampling: Sampling
     below: Tensor | None
     """[N, 3, s, s], the pictures to enlarge; ``None`` for Stage I."""
-    progress: bool
-    """Show a progress bar for each batch."""
+    progress: bool | str
+    """Show a progress bar for each batch; a text: show it before the bar's name."""
 
     def batches(self) -> Iterator["Request"]:
         """Split the request into batches of ``sampling.batch_size`` pictures."""
@@ -62,8 +62,9 @@ class Request:
 
         Each picture has a generator, on the CPU so that every device draws the same.
         """
-        bar = {"desc": f"Stage {self.stage}", "disable": not self.progress, "leave": False}
-        pipe.set_progress_bar_config(**bar)
+        name = f"Stage {self.stage}"
+        title = f"{self.progress}, {name}" if isinstance(self.progress, str) else name
+        pipe.set_progress_bar_config(desc=title, disable=not self.progress, leave=False)
         seeds = self.conditioning.seeds
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         below = {} if self.below is None else {"image": self.below}
@@ -72,18 +73,15 @@ class Request:
 
 
 def draw(pipe: Stage, request: Request, recorded: Replayed[Tensor]) -> Drawn:
-    """Draw with Stage I or II, from noise or from given pictures.
+    """Draw with Stage I or II by its UNet's recorded forward pass.
 
-    Args:
-        pipe: the stage's pipeline; another one over its modules draws from given pictures.
-        request: the pictures to draw.
-        recorded: the UNet's forward pass.
+    From given pictures, another pipeline over the same modules draws.
     """
     own = sharing(pipe, WAYS[request.conditioning.way].pipelines[request.stage])
     pixels: list[Tensor] = []
     pictures: list[Image.Image] = []
     flags: list[bool] = []
-    with evaluating(pipe.unet), replaying(pipe.unet, recorded):
+    with replaying(pipe.unet, recorded):
         for batch in request.batches():
             drawn = own(**batch.arguments(own), output_type="pt").images
             finished, flagged = finish(pipe, drawn)
@@ -108,14 +106,8 @@ def upscale(pipe: StableDiffusionUpscalePipeline, request: Request) -> Drawn:
 def finish(pipe: Stage, pixels: Tensor) -> tuple[list[Image.Image], list[bool]]:
     """Finish pictures as the pipeline does: run its safety checker, then its watermarker.
 
-    These are steps 8 to 11 of ``IFPipeline.__call__``, done there only for PIL output.
-
-    Args:
-        pipe: the stage's pipeline.
-        pixels: [N, 3, S, S].
-
-    Returns:
-        The pictures, and a flag for each, True if it was blackened.
+    These are steps 8 to 11 of ``IFPipeline.__call__``, done there only for PIL output. Returns the
+    pictures of pixels [N, 3, S, S], and a flag for each, True if it was blackened.
     """
     images = (pixels / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
     dtype = pipe.unet.dtype if pipe.safety_checker is None else pipe.safety_checker.dtype
@@ -129,26 +121,18 @@ def finish(pipe: Stage, pixels: Tensor) -> tuple[list[Image.Image], list[bool]]:
 
 
 @contextmanager
-def evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Sample from a UNet in training without its dropout."""
-    training = unet.training
-    unet.eval()
-    try:
-        yield
-    finally:
-        unet.train(training)
-
-
-@contextmanager
 def replaying(unet: UNet2DConditionModel, recorded: Replayed[Tensor]) -> Iterator[None]:
-    """Replace a UNet's forward pass, as IF's pipelines call it, with its recording."""
+    """Draw by a UNet's recorded forward pass, as IF's pipelines call it, without dropout."""
+    training = unet.training
 
     def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor]:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         return (recorded(sample=sample, timestep=timestep, **tensors),)
 
+    unet.eval()
     unet.forward = forward
     try:
         yield
     finally:
         del unet.forward
+        unet.train(training)

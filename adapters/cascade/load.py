@@ -11,7 +11,6 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from diffusers import (
     DiffusionPipeline,
-    IFPipeline,
     StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
 )
@@ -140,15 +139,18 @@ def load_cascade(
         stages[number] = source.pipeline(dtypes[number], **no_text, unet=unet)
         placing.settle(f"stage_{number}", stages[number])
     last = max(stages)
-    upscaler = None
+    upscaler, text = None, None
     if stage_3 is not None:
         upscaler = _upscaler(everything[3], dtypes[last], stages[last], placing)
+    if parts.text_encoder:
+        text = sources[min(sources)].text_pipeline(precisions[0], device)
+        placing.settle(TEXT, text)
     cascade = Cascade(
         stages=stages,
         base_names={number: str(named[number]) for number in everything},
         originals=torch.device("cpu") if parts.originals == "cpu" or memory else None,
         upscaler=upscaler,
-        text=_text(sources[min(sources)], precisions[0], placing) if parts.text_encoder else None,
+        text=text,
         placing=placing,
         revision=revision,
         variant=variant,
@@ -246,13 +248,6 @@ def _upscaler(
         upscaler.vae.enable_slicing()  # decodes one picture at a time
     placing.settle("stage_3", upscaler)
     return upscaler
-
-
-def _text(source: Source, precision: Precision, placing: Placement) -> IFPipeline:
-    """Load the tokenizer and text encoder."""
-    pipe = source.text_pipeline(precision, placing.device)
-    placing.settle(TEXT, pipe)
-    return pipe
 
 
 def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.device) -> Precision:

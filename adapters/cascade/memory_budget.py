@@ -21,7 +21,8 @@ from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.in_place import QuantisedLayer
 from adapters.weights.updates import Dense, LowRank, Term, Update, as_matrix
 from unets.frozen import Quantised
-from unets.loading import Precision, blank_unet
+from unets.loading import blank_unet
+from unets.precision import Precision
 from unets.tally import DRIVER_BYTES, GIB, META, forward_bytes, reserved, total_bytes
 
 TEXT = "text encoder"
@@ -95,11 +96,9 @@ class Budget:
 
 
 def parse_memory(memory: str, what: str = "memory") -> float:
-    """Parse a card's memory into the bytes that PyTorch may reserve.
+    """Parse a card's memory, such as ``6GB``, into the bytes that PyTorch may reserve.
 
-    Args:
-        memory: the card's memory, such as ``6GB`` (2^30 bytes each, as cards are sold).
-        what: the argument, for messages.
+    A GB is 2^30 bytes, as cards are sold; ``what`` names the argument in messages.
 
     Raises:
         UserError: if it is not a size, or the driver needs all of it.
@@ -117,11 +116,7 @@ _limited: set[torch.device] = set()
 
 
 def limit(device: torch.device, memory: str | None) -> None:
-    """Limit the GPU memory that PyTorch may use; ``None``: lift the limit again.
-
-    Raises:
-        UserError: if the GPU has less.
-    """
+    """Limit the GPU memory that PyTorch may use; ``None``: all. A UserError if there is less."""
     if memory is None:
         if device in _limited:
             _limited.remove(device)
@@ -147,11 +142,7 @@ def choose_arrangement(
 ) -> Budget:
     """Choose the best of :data:`ARRANGEMENTS` that fits a card, and the most pictures at once.
 
-    Args:
-        sources: the stages' models, by number.
-        memory: the card's memory, see :func:`parse_memory`.
-        text_encoder: True if one is loaded.
-        adapters: the adapters merged into Stage I and II, by number.
+    Models and merged adapters are by the stage's number; ``memory`` is as for :func:`parse_memory`.
 
     Raises:
         UserError: if nothing fits, or a model is missing.

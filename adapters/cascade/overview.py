@@ -20,14 +20,7 @@ def tabulate(
     names: Mapping[int, str],
     merged: Mapping[int, MergedAdapters],
 ) -> list[Sequence[str]]:
-    """Make the table's rows: its header, each stage, the text encoder, and the guards.
-
-    Args:
-        stages: the pipelines of the loaded stages, by number.
-        text: the pipeline with the text encoder, if any.
-        names: the models' names, by stage.
-        merged: the adapters, by stage.
-    """
+    """Make the table's rows: its header, each stage, the text encoder, and the guards."""
     rows: list[Sequence[str]] = [COLUMNS]
     size_px = 0
     for number in (1, 2, 3):
@@ -37,7 +30,8 @@ def tabulate(
         pipe = stages[number]
         size_px = pipe.vae_scale_factor * size_px if number == 3 else pipe.unet.config.sample_size
         size = [names.get(number, ""), f"{size_px} px"]
-        added = _list_adapters(merged[number]) if number in merged else ""
+        scales = merged[number].scales if number in merged else {}
+        added = ", ".join(f"{name} ({scale:g})" for name, scale in scales.items())
         rows.append([f"Stage {number}", *size, *_describe(pipe.unet), added])
     encoder = None if text is None else text.text_encoder
     found = [] if encoder is None else [type(encoder).__name__, "", *_describe(encoder)]
@@ -64,10 +58,6 @@ def precision_of(model: ModelMixin | PreTrainedModel) -> str:
 
 def _find_quantised(model: ModelMixin | PreTrainedModel) -> list[Quantised]:
     return [layer for layer in model.modules() if isinstance(layer, Quantised)]
-
-
-def _list_adapters(merged: MergedAdapters) -> str:
-    return ", ".join(f"{name} ({merged.scales[name]:g})" for name in merged.adapters)
 
 
 def to_html(rows: Sequence[Sequence[str]]) -> str:

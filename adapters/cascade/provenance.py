@@ -11,7 +11,7 @@ from adapters.cascade.redraw import Way
 from adapters.cascade.sampling import Sampling, nest
 from adapters.errors import UserError, __version__
 from adapters.pictures.png import PICTURE_KEY, SHEET_KEY, Signed, plain_texts
-from adapters.pictures.reading import DECODING_ERRORS
+from adapters.pictures.reading import open_picture
 
 Value = TypeVar("Value")
 
@@ -134,13 +134,7 @@ def sheet_texts(infos: Sequence[PictureInfo]) -> dict[str, str]:
 def used_adapters(
     scales: Mapping[str, Mapping[int, float]], sources: Mapping[str, str], stages: Collection[int]
 ) -> dict[str, UsedAdapter]:
-    """List the adapters that are switched on in some of the stages, by name.
-
-    Args:
-        scales: the scales of all loaded adapters, by name and stage.
-        sources: the folder, file or hub name of each.
-        stages: the stages that draw.
-    """
+    """List the adapters that are switched on in some of the stages, by name, with their sources."""
     on = {
         name: {stage: scale for stage, scale in own.items() if scale and stage in stages}
         for name, own in scales.items()
@@ -163,12 +157,8 @@ def read_picture_info(path: str | Path) -> PictureInfo:
         >>> info.stage, info.seed, info.prompt, info.sampling.stage_1.steps
         (2, 3, 'a car on a pink background', 27)
     """
-    try:
-        with Image.open(path) as picture:
-            texts = dict(picture.text) if isinstance(picture, PngImagePlugin.PngImageFile) else {}
-    except DECODING_ERRORS as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"The picture {path} cannot be read ({reason}); name another.") from error
+    with open_picture(path) as picture:
+        texts = dict(picture.text) if isinstance(picture, PngImagePlugin.PngImageFile) else {}
     try:
         return PictureInfo.model_validate_json(texts[PICTURE_KEY], strict=False)
     except (KeyError, ValidationError) as error:

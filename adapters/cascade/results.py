@@ -207,12 +207,17 @@ class CascadeImages:
         """
         folder = Path(folder)
         for index, sample in enumerate(self):
-            words = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower()).strip("-")[:60]
-            name = "-".join(filter(None, (f"{index:03d}", words, f"seed{sample.seed}")))
+            name = picture_name(index, sample.prompt, sample.seed)
             for number in sample.pictures:
                 sample.save(folder / f"{name}-stage_{number}.png", number)
         write_png(folder / SHEET, self.sheet())
         return folder / SHEET
+
+
+def picture_name(index: int, prompt: str, seed: int) -> str:
+    """Name a picture's file, without its ending: ``000-a-prompt-seed0``."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    return "-".join(filter(None, (f"{index:03d}", words, f"seed{seed}")))
 
 
 def _png(picture: Image.Image, text: PngImagePlugin.PngInfo) -> bytes:

@@ -122,11 +122,7 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
       every other style, and its header holds the PEFT configuration.
 
     Both safetensors files carry the adapter's ``info`` in their header, and the configurations
-    name its base. Values are float32.
-
-    Args:
-        adapter: the adapter.
-        approximation: a LoRA that stands in for it in diffusers.
+    name its base. Values are float32. In diffusers an ``approximation`` stands in for the adapter.
 
     Raises:
         UserError: if a tensor is not finite.
@@ -187,11 +183,7 @@ def complete_info(info: AdapterInfo, unet: UNet2DConditionModel) -> AdapterInfo:
 
 
 def save_adapters(adapters: Mapping[int, StageAdapter], folder: Path) -> None:
-    """Write LoRAs as :func:`export_adapter` does, with a card if they name their base.
-
-    Args:
-        adapters: the LoRAs, by stage.
-        folder: a new or empty folder; it appears whole.
+    """Write LoRAs, by stage, as :func:`export_adapter` does, with a card if they name their base.
 
     Raises:
         UserError: if the folder is not empty or cannot be written, or an adapter is not a LoRA.

@@ -44,12 +44,7 @@ class AdaptedOnly(nn.Module, PeftAdapterMixin):  # type: ignore[misc]  # diffuse
 def blank_weights(
     state: Mapping[str, Tensor], device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Create the weights that LoRAs adapt, by module, as zeros that take no memory.
-
-    Args:
-        state: the tensors of LoRAs under PEFT's names.
-        device: the device of the weights.
-    """
+    """Create the weights that LoRAs adapt, by module, as zeros that take no memory."""
     zero = torch.zeros((), device=device)
     return {
         name: zero.expand(len(own["lora_B.weight"]), *own["lora_A.weight"].shape[1:])
@@ -81,16 +76,8 @@ def save_for_diffusers(
 def list_arriving(file: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
     """List the tensors of a LoRA file that diffusers' own ``load_lora_weights`` uses.
 
-    The file is loaded into a pipeline with a UNet of only the modules that the LoRA adapts.
-
-    Args:
-        file: the file.
-        config: its configuration as read here.
-        state: its tensors under PEFT's names.
-
-    Returns:
-        The names of the tensors that arrive unchanged, in modules that scale them as ``config``
-        says.
+    The file is loaded into a pipeline with a UNet of only the modules that the LoRA adapts. Those
+    tensors of ``state`` count that arrive unchanged, in modules that scale them as ``config`` says.
     """
     pipe = IFPipeline(*[None] * 7, requires_safety_checker=False)
     pipe.unet = AdaptedOnly(blank_weights(state))
@@ -110,7 +97,7 @@ def list_arriving(file: Path, config: LoraConfig, state: Mapping[str, Tensor]) -
     scaled = {
         name
         for name in adapted
-        if pipe.unet.get_submodule(name).scaling[ADAPTER_NAME] == scaling(config, state, name)
+        if pipe.unet.get_submodule(name).scaling[ADAPTER_NAME] == scaling(config, name)
     }
     return [
         name

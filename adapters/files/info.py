@@ -38,6 +38,12 @@ class AdapterInfo(BaseModel):
     """Prompts that show what it has learned."""
     step: int
     """Optimizer steps it was trained for."""
+    last_step: int | None = None
+    """The last step of its run, if it is not the last but the best by validation."""
+    choice: str | None = None
+    """A sentence on why it is of this step; ``None``: it is the run's last."""
+    stopped_early: bool = False
+    """True if validation's patience ended the run before the last step of its recipe."""
     recipe: str = Field(repr=False)
     """The resolved recipe of the run, as YAML."""
     version: str
@@ -79,11 +85,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
 
 
 def parse_info(header: Mapping[str, str], path: Path) -> AdapterInfo:
-    """Parse the description in the header of an adapter's file.
-
-    Raises:
-        UserError: if the header has no valid description.
-    """
+    """Parse the description in the header of an adapter's file; a UserError if it has none."""
     try:
         return AdapterInfo.model_validate_json(header[HEADER_KEY], strict=False)
     except (KeyError, ValidationError) as error:

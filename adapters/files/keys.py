@@ -20,28 +20,19 @@ PREFIX = re.compile(
 )
 """The prefixes of a module's name; files of ``save_attn_procs`` have none."""
 
-WITHIN = {
+RENAMED = {
     re.compile(r"\._orig_mod(?=\.)"): "",  # a compiled block
     re.compile(r"\.processor(?=\.)"): "",
     # the adapter's name, in a UNet's own state_dict()
     re.compile(
         r"\.(lora_[AB]|lora_magnitude_vector|(?:hada|lokr|oft)_\w+)\.(?!weight$|bias$)[^.]+(?=\.|$)"
     ): r".\1",
+    # convert_state_dict_to_diffusers, diffusers < 0.20, diffusers 0.20, kohya and LyCORIS
+    re.compile(r"(\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)down\.weight$"): ".lora_A.weight",
+    re.compile(r"(\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)up\.weight$"): ".lora_B.weight",
+    re.compile(r"\.lora_magnitude_vector\.weight$"): ".lora_magnitude_vector",  # PEFT's parameter
 }
-"""Parts within a name, and their replacements."""
-
-ENDINGS = {
-    ".lora.down.weight": ".lora_A.weight",  # convert_state_dict_to_diffusers
-    ".lora.up.weight": ".lora_B.weight",
-    "_lora.down.weight": ".lora_A.weight",  # attention processors of diffusers < 0.20
-    "_lora.up.weight": ".lora_B.weight",
-    ".lora_linear_layer.down.weight": ".lora_A.weight",  # diffusers 0.20
-    ".lora_linear_layer.up.weight": ".lora_B.weight",
-    ".lora_down.weight": ".lora_A.weight",  # kohya, LyCORIS
-    ".lora_up.weight": ".lora_B.weight",
-    ".lora_magnitude_vector.weight": ".lora_magnitude_vector",  # PEFT's parameter, PEFT's file
-}
-"""Other tools' endings of names, and PEFT's ending for each."""
+"""Other tools' parts of names, and PEFT's for each, in the order of replacement."""
 
 TENSOR = re.compile(
     r"(.+?)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector"  # PEFT
@@ -110,10 +101,9 @@ def rename_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tenso
 def peft_name(key: str) -> str | None:
     """Return PEFT's name for a key, without prefix; ``None``: no key of an IF UNet's adapter."""
     name = key[PREFIX.match(key).end() :]  # type: ignore[union-attr]  # PREFIX matches anything
-    for pattern, rest in WITHIN.items():
-        name = pattern.sub(rest, name)
-    ending = next(filter(name.endswith, ENDINGS), "")
-    match = TENSOR.fullmatch(name.removesuffix(ending) + ENDINGS.get(ending, ""))
+    for pattern, ours in RENAMED.items():
+        name = pattern.sub(ours, name)
+    match = TENSOR.fullmatch(name)
     if match is None:
         return None
     module, part = match.groups()
@@ -129,6 +119,11 @@ def split_name(name: str) -> tuple[str, str]:
     match = TENSOR.fullmatch(name)
     assert match is not None
     return match[1], match[2]
+
+
+def by_name(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of all modules by their full names."""
+    return {f"{name}.{part}": t for name, own in modules.items() for part, t in own.items()}
 
 
 def by_module(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

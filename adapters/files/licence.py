@@ -16,12 +16,9 @@ DEEPFLOYD = "DeepFloyd/"
 
 
 def licence_files(base_model: str, revision: str | None = None) -> tuple[Path, ...]:
-    """Find the licence files of a base; none if they cannot be obtained.
+    """Find the licence files of a base, downloaded if necessary; none if they cannot be obtained.
 
-    Args:
-        base_model: a folder with the files in it (or next to it, if its name is ``stage_1`` ...),
-            or a hub name, from which they are downloaded.
-        revision: the hub revision.
+    They are in its folder, or next to it if its name is ``stage_1`` ...
     """
     folder = Path(base_model).resolve()
     if not folder.is_dir():

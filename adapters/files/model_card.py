@@ -18,7 +18,6 @@ from adapters.base.source import PIPELINES, Source
 from adapters.files.info import NOTICE, AdapterInfo
 from adapters.files.licence import copy_licences, find_copies, is_deepfloyd, licence_files
 from adapters.files.places import DIFFUSERS_WEIGHTS
-from adapters.files.reading import alpha_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.pictures.png import Signed
 from adapters.tables import format_range
@@ -41,13 +40,8 @@ def write_card(
 ) -> Path:
     """Write ``README.md``, the sample pictures and the base's licence files into an export.
 
-    Args:
-        folder: the folder with ``stage_1``, ``stage_2`` or both in it.
-        infos: the descriptions of its adapters, by stage.
-        sample_pictures: pictures that the fine-tuned cascade has drawn, by prompt.
-
-    Returns:
-        The path of the card.
+    The folder has ``stage_1``, ``stage_2`` or both in it, which ``infos`` describe; the pictures
+    are by prompt. Returns the path of the card.
     """
     folder = Path(folder)
     samples = save_samples(folder, sample_pictures or {})
@@ -72,21 +66,16 @@ def write_card(
         "Licence": "\n\n".join([*notices, *links]),
     }
     title = f"{' and '.join(f'Stage {info.stage}' for info in infos)} adapter for DeepFloyd IF"
+    choices = [f"Stage {i.stage}: {i.choice}" for i in infos if i.choice]
     card = folder / CARD
-    write_text(card, _compose(metadata, title, [_table_of_stages(infos)], sections))
+    write_text(card, _compose(metadata, title, [_table_of_stages(infos), *choices], sections))
     return card
 
 
 def merged_card(
     source: Source, adapters: Sequence[tuple[StageAdapter, float]], variant: str | None
 ) -> str:
-    """Compose the card of a merged model: its base and adapters, its use, its licence.
-
-    Args:
-        source: the base.
-        adapters: the merged adapters, each with its scale.
-        variant: the variant that its UNet's files are named after.
-    """
+    """Compose the card of a merged model: its base, adapters and scales, its use, its licence."""
     infos = [adapter.info for adapter, _ in adapters if adapter.info is not None]
     deepfloyd = is_deepfloyd(source.name, source.revision)
     licences = [path.name for path in licence_files(source.name, source.revision)]
@@ -154,8 +143,7 @@ def _table_of_stages(infos: Sequence[AdapterInfo]) -> str:
 def _table_of_merged(adapters: Sequence[tuple[StageAdapter, float]]) -> str:
     rows = []
     for adapter, scale in adapters:
-        rank = format_range(rank_of(adapter.config, name) for name in adapter.modules)
-        alpha = format_range(alpha_of(adapter.config, name) for name in adapter.modules)
+        rank, alpha = (format_range(own.values()) for own in (adapter.ranks, adapter.alphas))
         steps = adapter.info.step if adapter.info else ""
         path = adapter.folder.resolve()
         name = path.name if adapter.info is None else f"{path.parent.name}/{path.name}"

@@ -34,10 +34,8 @@ def adapter_path(name: str | Path) -> Path:
     An existing path comes first. Otherwise the name is a hub name: for ``owner/name``, only the
     adapter's safetensors and JSON files are downloaded; ``owner/name/stage_1`` is one of its
     stages, and ``owner/name/FILE.safetensors`` one of its files. ``@revision`` at the end is a
-    branch, a tag, a commit or a pull request (``@refs/pr/1``); the default is ``main``.
-
-    Args:
-        name: a path or a hub name; a name that can be neither is returned unchanged.
+    branch, a tag, a commit or a pull request (``@refs/pr/1``); the default is ``main``. A name that
+    can be neither is returned unchanged.
 
     Raises:
         UserError: if the hub has no such adapter, does not show it, or cannot be reached and the
@@ -70,11 +68,7 @@ def adapter_path(name: str | Path) -> Path:
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """List the stage folders of an exported folder; for a single adapter, its own folder.
-
-    Raises:
-        UserError: if it is neither.
-    """
+    """List an export's stage folders, or a single adapter's own; a UserError if it is neither."""
     inside = [folder / name for name in STAGE_FOLDERS if (folder / name).is_dir()]
     if not inside:
         find_weights(folder)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapters.errors import UserError
 from adapters.files.info import HEADER_KEY, parse_info
-from adapters.files.keys import by_module, rename_tensors
+from adapters.files.keys import by_module, by_name, rename_tensors
 from adapters.files.places import PEFT_CONFIG, PEFT_WEIGHTS, find_weights
 from adapters.files.validation import (
     PEFT_ERRORS,
@@ -80,9 +80,9 @@ def read_adapter(
     own = check_modules(by_module(named), alphas, file)
     modules = {name: with_peft_magnitude(tensors) for name, tensors in own.items()}
     if config is None and _is_lycoris(modules, alphas):
-        return _lycoris_config(own, alphas), _join(own), header
+        return _lycoris_config(own, alphas), by_name(own), header
     check_whole(config, modules, file)
-    state = _join(modules)
+    state = by_name(modules)
     if file.name == PEFT_WEIGHTS and not (config or alphas or HEADER_KEY in header):
         logger.warning("%s has no %s next to it: alpha is taken to be the rank.", file, PEFT_CONFIG)
     if config is None or isinstance(config, LoraConfig):
@@ -161,11 +161,6 @@ def _is_lycoris(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> 
     )
 
 
-def _join(modules: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    """Return the tensors of all modules by their full names."""
-    return {f"{name}.{part}": t for name, own in modules.items() for part, t in own.items()}
-
-
 def _check_ranks(config: PeftConfig, modules: Mapping[str, Tensors], file: Path) -> None:
     """Check that a LoHa or LoKr has the ranks that its configuration states and scales by."""
     for name, tensors in modules.items():
@@ -202,10 +197,7 @@ def lora_config(
 ) -> LoraConfig:
     """Build the configuration of LoRA tensors, with full names, and each module's rank and alpha.
 
-    Args:
-        state: the tensors under PEFT's names.
-        alphas: the alphas of some modules; ``stored`` has those of the others.
-        stored: a configuration to complete; ``None``: the alphas of the others are their ranks.
+    An alpha is that of ``alphas``, or else of the ``stored`` configuration, or else the rank.
     """
     config = LoraConfig() if stored is None else copy(stored)
     ranks = {name: len(own["lora_A.weight"]) for name, own in by_module(state).items()}
@@ -221,9 +213,9 @@ def lora_config(
     return config
 
 
-def scaling(config: LoraConfig, state: Mapping[str, Tensor], module: str) -> float:
+def scaling(config: LoraConfig, module: str) -> float:
     """Return the factor by which PEFT multiplies a module's B A."""
-    rank = len(state[f"{module}.lora_A.weight"])
+    rank = rank_of(config, module)
     return _lora_alpha(config, module) / (rank**0.5 if config.use_rslora else rank)
 
 

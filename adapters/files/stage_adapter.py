@@ -27,12 +27,12 @@ from adapters.base.signature import BaseSignature
 from adapters.errors import UserError, listed
 from adapters.files.for_diffusers import AdaptedOnly
 from adapters.files.info import HEADER_KEY, AdapterInfo, parse_info
-from adapters.files.keys import split_name
+from adapters.files.keys import by_module, by_name
 from adapters.files.places import adapter_path, stage_folders
 from adapters.files.reading import alpha_of, kind_of, rank_of, read_adapter, scaling
 from adapters.files.validation import explain_peft_errors
 from adapters.weights.kinds import ADAPTER_NAME
-from adapters.weights.lycoris import LycorisConfig, Tensors, algorithm_of, weight_change
+from adapters.weights.lycoris import LycorisConfig, algorithm_of, weight_change
 from adapters.weights.updates import (
     Dense,
     Term,
@@ -70,31 +70,22 @@ class StageAdapter:
 
     @classmethod
     def load(cls, folder: Path) -> "StageAdapter":
-        """Load a stage's folder, or a file of any style that :mod:`adapters.files.reading` knows.
-
-        Raises:
-            UserError: as :func:`adapters.files.reading.read_adapter`.
-        """
+        """Load a stage's folder, or a file of any style, with :func:`read_adapter`."""
         config, state, header = read_adapter(folder)
         info = parse_info(header, folder) if HEADER_KEY in header else None
         return cls(folder, info, config, state)
 
     @classmethod
     def load_all(cls, name: str | Path) -> list["StageAdapter"]:
-        """Load the adapters of all stages in an exported folder, or a single one; also by hub name.
-
-        Raises:
-            UserError: as :meth:`load`.
-        """
+        """Load the adapters of all stages of an export, or a single adapter; also by hub name."""
         return [cls.load(place) for place in stage_folders(adapter_path(name))]
 
     def __repr__(self) -> str:
         rank = self.config.r if self.info is None else self.info.spec.rank
         stage = "" if self.info is None else f"Stage {self.info.stage}, "
-        size = sum(tensor.numel() for tensor in self.state.values())
         return (
             f"StageAdapter({str(self.folder)!r}, {stage}{self.kind} of rank {rank},"
-            f" {len(self.modules)} modules, {size} parameters)"
+            f" {len(self.modules)} modules, {self.parameters} parameters)"
         )
 
     @property
@@ -104,11 +95,23 @@ class StageAdapter:
 
     @cached_property
     def modules(self) -> dict[str, dict[str, Tensor]]:
-        """The adapter's tensors by the module they adapt."""
-        split: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self.state.items():
-            split.setdefault(split_name(name)[0], {})[name] = tensor
-        return split
+        """Its tensors by module, under their names without the module's."""
+        return by_module(self.state)
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The modules' ranks, see :func:`adapters.files.reading.rank_of`."""
+        return {name: rank_of(self.config, name) for name in self.modules}
+
+    @cached_property
+    def alphas(self) -> dict[str, float | None]:
+        """The modules' alphas, see :func:`adapters.files.reading.alpha_of`."""
+        return {name: alpha_of(self.config, name) for name in self.modules}
+
+    @property
+    def parameters(self) -> int:
+        """The number of its parameters."""
+        return sum(tensor.numel() for tensor in self.state.values())
 
     def stage_among(self, configs: Mapping[int, Mapping[str, Any]]) -> int:
         """Find the stage it belongs to: the one it names, or the only one whose UNet it fits.
@@ -143,7 +146,7 @@ class StageAdapter:
             present = dict(unet.named_modules())
             if isinstance(self.config, LycorisConfig):
                 unfit = [name for name in self.modules if not self._fits(name, present.get(name))]
-                return [tensor for name in unfit for tensor in self.modules[name]]
+                return [f"{name}.{part}" for name in unfit for part in self.modules[name]]
             needed = {}
             if self.modules.keys() & present.keys():
                 with explain_peft_errors(self.folder):
@@ -157,11 +160,7 @@ class StageAdapter:
         return [n for n in names if n not in both or self.state[n].shape != needed[n].shape]
 
     def check_base(self, base: BaseSignature, name: str) -> None:
-        """Check that it was trained on the base of this name; warn if it names none.
-
-        Raises:
-            UserError: if it was trained on another.
-        """
+        """Raise a UserError if it was trained on another base; warn if it does not say which."""
         if self.info is None or self.info.base_signature is None:
             logger.warning(
                 "%s does not say which base it was trained on; it fits %s by names and shapes.",
@@ -201,55 +200,45 @@ class StageAdapter:
     def update(self, name: str, weight: Tensor) -> Update:
         """Compute the update by which merging changes a module's weight, as PEFT merges.
 
-        Args:
-            name: the module's full name.
-            weight: its weight in the base, [out, in, ...].
-
         Raises:
             UserError: if its tensors do not fit the weight, or it changes more than the weight.
         """
         tensors = self.modules[name]
-        if f"{name}.lora_B.bias" in tensors:
+        if "lora_B.bias" in tensors:
             raise UserError(
                 f"{self.folder} also changes biases ({name}.lora_B.bias), but only updates of"
                 " weights can be merged here; train it without lora_bias, or load it with PEFT."
             )
         if not self.has_factors:
-            formula = algorithm_of(self._parts(name)) and not isinstance(self.config, LoraConfig)
+            formula = algorithm_of(tensors) and not isinstance(self.config, LoraConfig)
             added = (self._by_formula if formula else self._by_peft)(name, weight)
             return Dense(in_order_of(weight, added).flatten(1).cpu())
-        b, a = (tensors[f"{name}.lora_{side}.weight"] for side in "BA")
+        b, a = (tensors[f"lora_{side}.weight"] for side in "BA")
         if (len(b), *a.shape[1:]) != weight.shape:
             raise self._misfit(name, weight)
-        magnitude = tensors.get(f"{name}.lora_magnitude_vector")
-        return low_rank(weight, b, a, scaling(self.config, self.state, name), magnitude)
+        magnitude = tensors.get("lora_magnitude_vector")
+        return low_rank(weight, b, a, scaling(self.config, name), magnitude)
 
     def delta(self, name: str, weight: Tensor) -> Tensor:
         """Compute what merging adds to a module's weight, [out, in, ...], in float32."""
         return delta(weight, self.update(name, weight))
-
-    def _parts(self, name: str) -> Tensors:
-        """Return a module's tensors, by their names without the module's."""
-        return {
-            tensor.removeprefix(f"{name}."): values for tensor, values in self.modules[name].items()
-        }
 
     def _fits(self, name: str, module: nn.Module | None) -> bool:
         """Tell from their shapes whether LyCORIS' tensors fit a module."""
         if not isinstance(module, nn.Linear | nn.Conv2d):
             return False
         try:
-            weight_change(self._parts(name), module.weight, 1.0)
+            weight_change(self.modules[name], module.weight, 1.0)
         except RuntimeError:
             return False
         return True
 
     def _by_formula(self, name: str, weight: Tensor) -> Tensor:
         """Compute what LyCORIS' formulas add, which are also PEFT's for LoHa and LoKr."""
-        alpha, rank = alpha_of(self.config, name), rank_of(self.config, name)
+        alpha, rank = self.alphas[name], self.ranks[name]
         assert alpha is not None
         try:
-            return weight_change(self._parts(name), weight, alpha / rank if rank else alpha)
+            return weight_change(self.modules[name], weight, alpha / rank if rank else alpha)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -262,12 +251,12 @@ class StageAdapter:
         config = copy(self.config)
         config.target_modules = {name}  # PEFT would shorten many names to ambiguous endings
         if isinstance(config, LoraConfig):
-            config.r, config.rank_pattern = rank_of(config, name), {}
-            config.lora_alpha, config.alpha_pattern = alpha_of(config, name), {}
+            config.r, config.rank_pattern = self.ranks[name], {}
+            config.lora_alpha, config.alpha_pattern = self.alphas[name], {}
         with torch.random.fork_rng(devices=[]), explain_peft_errors(self.folder):
             inject_adapter_in_model(config, root, ADAPTER_NAME)  # draws values, overwritten below
         try:
-            result = set_peft_model_state_dict(root, self.modules[name], ADAPTER_NAME)
+            result = set_peft_model_state_dict(root, self._tensors(name), ADAPTER_NAME)
         except RuntimeError as error:  # a tensor has another shape
             raise self._misfit(name, weight) from error
         mark = f"{name}.{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
@@ -286,8 +275,11 @@ class StageAdapter:
             layer.merge()
         return layer.get_base_layer().weight.detach().sub_(weight)
 
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        return by_name({name: self.modules[name]})
+
     def _misfit(self, name: str, weight: Tensor) -> UserError:
-        shapes = {tensor: list(values.shape) for tensor, values in self.modules[name].items()}
+        shapes = {tensor: list(values.shape) for tensor, values in self._tensors(name).items()}
         return UserError(
             f"{self.folder} does not fit {name}, a weight of {list(weight.shape)}: its tensors have"
             f" the shapes {shapes}; load the model that it was trained on."
@@ -297,13 +289,7 @@ class StageAdapter:
 def merged_weight(
     adapters: Sequence[tuple[StageAdapter, float]], name: str, weight: Tensor
 ) -> Tensor:
-    """Merge adapters into a module's weight, in float32.
-
-    Args:
-        adapters: adapters of the module's stage, each with its scale.
-        name: the module's full name.
-        weight: its weight in the base, which is not changed.
-    """
+    """Merge adapters, each with its scale, into a copy of a module's weight, in float32."""
     on = [each for each in adapters if name in each[0].modules and each[1]]
     if len(on) > 1:
         on.sort(key=lambda each: (each[0].digest, each[1]))  # a sum's rounding depends on its order

@@ -80,11 +80,7 @@ def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def check_settings(config: PeftConfig) -> None:
-    """Check the settings of a configuration that enter computations.
-
-    Raises:
-        ValueError: naming the first setting that is of another type or out of range.
-    """
+    """Raise a ValueError that names the first setting of another type or out of range."""
     settings = config.to_dict()
     least = 0 if settings.get("oft_block_size") else 1  # OFT has either r or this
 

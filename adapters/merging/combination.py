@@ -20,6 +20,7 @@ from adapters.arguments import STAGES, Scale, split_scale
 from adapters.errors import UserError
 from adapters.files.for_diffusers import AdaptedOnly, blank_weights
 from adapters.files.info import AdapterInfo
+from adapters.files.keys import by_name
 from adapters.files.reading import lora_config, scaling
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.methods import METHODS, Combination
@@ -37,24 +38,14 @@ class Part(NamedTuple):
     adapter: StageAdapter
     scale: float
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """The ranks of its modules."""
-        state = self.adapter.state
-        return {module: len(state[f"{module}.lora_A.weight"]) for module in self.adapter.modules}
-
     def shape_of(self, module: str) -> tuple[int, ...]:
         """Return the shape of a module's weight."""
-        b, a = (self.adapter.state[f"{module}.lora_{side}.weight"] for side in "BA")
+        b, a = (self.adapter.modules[module][f"lora_{side}.weight"] for side in "BA")
         return (len(b), *a.shape[1:])
 
 
 def load_parts(adapters: Sequence[tuple[str, Scale]], stage: int | None) -> dict[int, list[Part]]:
-    """Load the adapters of a combination, by stage.
-
-    Args:
-        adapters: folders or hub names, each with its scale; those with the scale 0 take no part.
-        stage: the stage of adapters that do not state theirs.
+    """Load the adapters of a combination, by stage; those with the scale 0 take no part.
 
     Raises:
         UserError: if one cannot be read, belongs to another base than the others or has no known
@@ -97,16 +88,7 @@ def _check_bases(parts: Sequence[Part]) -> None:
 def combine(
     parts: Sequence[Part], how: Combination, name: str, device: torch.device
 ) -> StageAdapter:
-    """Combine adapters of one base.
-
-    Args:
-        parts: LoRAs and rsLoRAs; in each module, those that adapt it are combined.
-        how: the method.
-        name: what to call the result.
-        device: the device to compute on.
-
-    Returns:
-        A LoRA with alpha = rank.
+    """Combine LoRAs and rsLoRAs of one base into a LoRA with alpha = rank, module by module.
 
     Raises:
         UserError: if PEFT or the method cannot combine them, naming what can.
@@ -142,7 +124,7 @@ def _combine_module(
     that do not adapt the module.
     """
     tensors = {
-        index: part.adapter.modules[module]
+        index: by_name({module: part.adapter.modules[module]})
         for index, part in zip(configs, parts, strict=True)
         if module in part.adapter.modules
     }
@@ -180,10 +162,9 @@ def _plain_config(part: Part) -> LoraConfig:
     PEFT gives the result the first part's configuration except for its alpha; if that is an
     rsLoRA's, it would scale the result once more.
     """
-    config, state = part.adapter.config, part.adapter.state
-    ranks = part.ranks.items()
-    alphas = {module: rank * scaling(config, state, module) for module, rank in ranks}
-    return lora_config(state, alphas)
+    adapter = part.adapter
+    alphas = {name: rank * scaling(adapter.config, name) for name, rank in adapter.ranks.items()}
+    return lora_config(adapter.state, alphas)
 
 
 def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]) -> None:
@@ -195,11 +176,11 @@ def _check_parts(parts: Sequence[Part], how: Combination, modules: Sequence[str]
                 f" ({', '.join(METHODS)}) take only the factors of LoRAs and rsLoRAs; merge it with"
                 " the others by set_adapters, which takes every kind."
             )
-    largest = {part.name: max(part.ranks.values()) for part in parts}
+    largest = {part.name: max(part.adapter.ranks.values()) for part in parts}
     _check_ranks(how, largest, "overall")
     for module in modules:
         own = [part for part in parts if module in part.adapter.modules]
-        _check_ranks(how, {part.name: part.ranks[module] for part in own}, f"in {module}")
+        _check_ranks(how, {part.name: part.adapter.ranks[module] for part in own}, f"in {module}")
         shapes = {part.name: part.shape_of(module) for part in own}
         if len(set(shapes.values())) > 1:
             found = ", ".join(f"{list(shape)} in {name!r}" for name, shape in shapes.items())

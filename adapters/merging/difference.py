@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from adapters.base.component_files import CONFIG
 from adapters.base.stored_unet import StoredUNet
 from adapters.errors import UserError, listed
-from adapters.files.reading import alpha_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import (
     check_architecture,
@@ -26,9 +25,6 @@ from adapters.weights.updates import LowRank
 
 Read: TypeAlias = Callable[[str], LowRank | Tensor | None]
 """A reader of a module's update, or of a weight, by name; ``None`` if it is missing."""
-
-SETTINGS = {"rank": rank_of, "alpha": alpha_of}
-"""The settings in which two adapters of one module may differ."""
 
 
 def is_model(path: Path) -> bool:
@@ -65,22 +61,20 @@ def compare_adapters(
         UserError: if a base is needed and not given, or the UNets are of different sizes.
     """
     only = [[name for name in x.modules if name not in y.modules] for x, y in ((a, b), (b, a))]
-    both = [name for name in a.modules if name in b.modules]
-    settings = {
-        setting: {name: [read(x.config, name) for x in (a, b)] for name in both}
-        for setting, read in SETTINGS.items()
-    }
     return {
         "a": _headline(a),
         "b": _headline(b),
         "only_in_a": only[0],
         "only_in_b": only[1],
-        **{
-            f"{setting}s": {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-            for setting, pairs in settings.items()
-        },
+        "ranks": _differing(a.ranks, b.ranks),
+        "alphas": _differing(a.alphas, b.alphas),
         "rows": _compare([*a.modules, *only[1]], _reader(a, bases), _reader(b, bases), by_module),
     }
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Pair the settings of those modules in both whose settings differ."""
+    return {name: [a[name], b[name]] for name in a if name in b and a[name] != b[name]}
 
 
 def compare_unets(a: StoredUNet, b: StoredUNet, *, by_module: bool) -> dict[str, Any]:
@@ -98,12 +92,9 @@ def compare_unets(a: StoredUNet, b: StoredUNet, *, by_module: bool) -> dict[str,
 
 
 def _headline(adapter: StageAdapter) -> str:
-    settings = {
-        setting: format_range(read(adapter.config, name) for name in adapter.modules)
-        for setting, read in SETTINGS.items()
-    }
-    told = "".join(f", {setting} {values}" for setting, values in settings.items() if values)
-    return f"{adapter.folder}: {adapter.kind}{told}, {len(adapter.modules)} modules"
+    rank, alpha = (format_range(own.values()) for own in (adapter.ranks, adapter.alphas))
+    settings = f"rank {rank}" + f", alpha {alpha}" * bool(alpha)
+    return f"{adapter.folder}: {adapter.kind}, {settings}, {len(adapter.modules)} modules"
 
 
 def _reader(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> Read:
@@ -154,7 +145,7 @@ def format_comparison(found: Mapping[str, Any]) -> str:
     for side in "AB":
         if names := found.get(f"only_in_{side.lower()}"):
             facts.append((f"only in {side}", f"{len(names)} modules: {listed(names, 8)}"))
-    for setting in SETTINGS:
+    for setting in ("rank", "alpha"):
         if pairs := found.get(f"{setting}s"):
             changes = [
                 f"{name} {' -> '.join(format_range([value]) for value in pair)}"

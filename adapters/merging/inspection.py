@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from adapters.base.stored_unet import StoredUNet
@@ -13,7 +14,6 @@ from adapters.errors import listed
 from adapters.files.for_diffusers import list_arriving
 from adapters.files.info import AdapterInfo
 from adapters.files.places import find_weights
-from adapters.files.reading import alpha_of, rank_of
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import group_by_block, inner, read_update, sum_by_group
 from adapters.tables import format_facts, format_range, format_table
@@ -34,11 +34,11 @@ def inspect_adapter(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> d
         "file": str(file),
         "bytes": {path.name: path.stat().st_size for path in sorted(files)},
         "tensors": len(tensors),
-        "parameters": sum(tensor.numel() for tensor in tensors),
+        "parameters": adapter.parameters,
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
         "kind": adapter.kind,
-        "ranks": {name: rank_of(adapter.config, name) for name in adapter.modules},
-        "alphas": {name: alpha_of(adapter.config, name) for name in adapter.modules},
+        "ranks": adapter.ranks,
+        "alphas": adapter.alphas,
         "info": info and info.model_dump(mode="json", exclude={"base_signature"}),
         "for_diffusers": _load_by_diffusers(adapter, file),
         "base": base and {"name": base.name, "matches": not difference, "difference": difference},
@@ -80,28 +80,25 @@ def _measure_norms(adapter: StageAdapter, base: StoredUNet | None) -> dict[str, 
     """Measure the Frobenius norms of updates, or else of the adapter's parameters, by block."""
     squares, of = {}, "update"
     for module, tensors in tqdm(adapter.modules.items(), "Measuring", delay=2, leave=False):
-        update = read_update(adapter, module, base)
-        if update is None:
-            of = "parameters"
-            own = sum(float(tensor.double().square().sum()) for tensor in tensors.values())
-        else:
+        if (update := read_update(adapter, module, base)) is not None:
             own = inner(update, update)
-        weight = base.read(f"{module}.weight") if base else None
-        squares[module] = own, 0.0 if weight is None else float(weight.double().square().sum())
-    return {
-        "norm_of": of,
-        "blocks": [
-            {
-                "block": block,
-                "modules": count,
-                "norm": own**0.5,
-                "relative": (own / weight) ** 0.5 if base else None,
-            }
-            for block, count, (own, weight) in sum_by_group(
-                group_by_block(adapter.modules), squares
-            )
-        ],
-    }
+        else:
+            own, of = sum(map(_square, tensors.values())), "parameters"
+        squares[module] = own, _square(base.read(f"{module}.weight")) if base else 0.0
+    blocks = [
+        {
+            "block": block,
+            "modules": count,
+            "norm": own**0.5,
+            "relative": (own / weight) ** 0.5 if base else None,
+        }
+        for block, count, (own, weight) in sum_by_group(group_by_block(adapter.modules), squares)
+    ]
+    return {"norm_of": of, "blocks": blocks}
+
+
+def _square(tensor: Tensor) -> float:
+    return float(tensor.double().square().sum())
 
 
 def format_inspection(found: Mapping[str, Any]) -> str:

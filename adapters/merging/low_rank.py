@@ -18,7 +18,7 @@ from adapters.files.info import AdapterInfo
 from adapters.files.licence import find_copies
 from adapters.files.model_card import write_card
 from adapters.files.places import adapter_path
-from adapters.files.reading import lora_config, rank_of
+from adapters.files.reading import lora_config
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import (
     check_architecture,
@@ -40,15 +40,9 @@ def resize(
 ) -> str:
     """Write adapters as LoRAs of a lower rank, by singular value decomposition of their updates.
 
-    Args:
-        path: an exported folder (all of its stages are resized), or another tool's adapter.
-        out: the new folder, laid out like the old one.
-        rank: the largest rank of a module; ``None``: no limit.
-        error: the relative Frobenius error that a module may have; ``None``: any.
-        bases: the bases by stage, which kinds other than LoRA need.
-
-    Returns:
-        A table of the ranks before and after, and of the errors.
+    All stages of an exported folder are resized. The limits are those of
+    :meth:`Approximation.limited`, and kinds other than LoRA need their bases, by stage. Returns a
+    table of the ranks before and after, and of the errors.
     """
     path = adapter_path(path)
     adapters = StageAdapter.load_all(path)
@@ -58,9 +52,8 @@ def resize(
     with new_folder(out) as new:
         for old, loss in zip(adapters, losses, strict=True):
             small = _lower_rank(old, new, loss, bases)
-            before = format_range(rank_of(old.config, name) for name in old.modules)
-            ranks = f"{before} -> {format_range(loss.ranks)}"
-            sizes = f"{_count_parameters(old)} -> {_count_parameters(small)}"
+            ranks = f"{format_range(old.ranks.values())} -> {format_range(loss.ranks)}"
+            sizes = " -> ".join(tqdm.format_sizeof(each.parameters) for each in (old, small))
             worst, largest = loss.worst
             errors = f"{loss.error:.2g}", f"{largest:.2g}", worst
             rows.append([f"{old.folder}, {old.kind}", ranks, sizes, *errors])
@@ -86,10 +79,6 @@ def _lower_rank(
     return _write_lora(new / f"stage_{info.stage}" if info else new, loss, info)
 
 
-def _count_parameters(adapter: StageAdapter) -> str:
-    return tqdm.format_sizeof(sum(tensor.numel() for tensor in adapter.state.values()))
-
-
 def _write_lora(folder: Path, lora: Approximation, info: AdapterInfo | None) -> StageAdapter:
     adapter = StageAdapter(folder, info, lora_config(lora.state), lora.state)
     write_adapter(adapter)
@@ -109,19 +98,9 @@ def extract(
     """Write the LoRA that is nearest to the difference between a tuned UNet and its base.
 
     Weights are read and decomposed one at a time. Differences outside of the targets, or in
-    biases and norms, which are not matrices, cannot be in a LoRA, and count as lost.
-
-    Args:
-        tuned: the fine-tuned UNet.
-        source: its base.
-        out: the new folder, with the stage's folder and a card in it.
-        lora: an empty approximation, with the limits of the LoRA.
-        targets: the modules that the LoRA may adapt; those that do not differ are left out.
-        prompts: examples that show its effect, for the card.
-        device: the device to decompose on.
-
-    Returns:
-        A sentence about the LoRA and its error.
+    biases and norms, which are not matrices, cannot be in a LoRA, and count as lost. Targets that
+    do not differ are left out. ``lora`` is empty, with its limits set; the new folder gets the
+    stage's folder, and a card with the prompts. Returns a sentence about the LoRA and its error.
 
     Raises:
         UserError: if the UNets have different architectures or do not differ.

@@ -24,11 +24,7 @@ FLOW = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "co
 def find_bases(
     names: Sequence[str], revision: str | None = None, variant: str | None = None
 ) -> dict[int, StoredUNet]:
-    """Find the UNets of bases, by stage.
-
-    Raises:
-        UserError: as :func:`adapters.base.source.sources_of`.
-    """
+    """Find the UNets of bases, by stage."""
     sources = sources_of(names, revision, variant)
     return {stage: StoredUNet.of(source) for stage, source in sources.items()}
 
@@ -73,19 +69,14 @@ def check_architecture(one: StoredUNet, other: StoredUNet) -> None:
 def read_update(
     adapter: StageAdapter, module: str, base: StoredUNet | None
 ) -> LowRank | Tensor | None:
-    """Read what an adapter adds to a module's weight.
-
-    Args:
-        adapter: an adapter that fits the base.
-        module: a module that it adapts.
-        base: its base, which kinds other than LoRA need.
+    """Read what an adapter adds to a module's weight; kinds other than LoRA need their base.
 
     Returns:
         B A in float64, or a tensor [out, in, ...]; ``None`` if the base is needed and not given.
     """
     if _is_product(adapter):
-        tensors, factor = adapter.modules[module], scaling(adapter.config, adapter.state, module)
-        a, b = (tensors[f"{module}.lora_{side}.weight"].double() for side in "AB")
+        tensors, factor = adapter.modules[module], scaling(adapter.config, module)
+        a, b = (tensors[f"lora_{side}.weight"].double() for side in "AB")
         return LowRank(b.flatten(1) * factor, a)
     if base is None:
         return None
@@ -110,12 +101,7 @@ def sum_by_group(
 ) -> Iterator[tuple[str, int, list[float]]]:
     """Sum modules' values by group, column by column, and finally over all modules.
 
-    Args:
-        groups: the modules of each group.
-        values: the values of each module, as many for every one.
-
-    Returns:
-        The name of each group, its number of modules, and its sums.
+    Yields the name of each group, its number of modules, and its sums.
     """
     for group, names in (dict(groups) | {"all": list(values)}).items():
         columns = zip(*(values[name] for name in names), strict=True)

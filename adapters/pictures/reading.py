@@ -1,6 +1,7 @@
 """Reading of pictures of any format as RGB and as tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +28,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture file as RGB.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """Open a picture file; a UserError if it cannot be read, there or in the block."""
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            yield image
     except DECODING_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"The picture {path} cannot be read ({reason}); name another.") from error
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Read a picture file as RGB; a UserError if it cannot be read."""
+    with open_picture(path) as image:
+        return to_rgb(image)
 
 
 def as_pixels(pictures: Sequence[Image.Image]) -> Tensor:

@@ -117,10 +117,7 @@ def _oft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
 
 
 def _boft(t: Tensors, weight: Tensor, scale: float) -> Tensor:
-    """Compute (R - I) W, R a butterfly of blocks [stages, number, size, size].
-
-    See arXiv 2311.06243.
-    """
+    """Compute (R - I) W, R a butterfly of blocks [stages, number, size, size], arXiv 2311.06243."""
     turned = weight
     for stage, blocks in enumerate(_rotations(t["oft_blocks"], scale * len(weight))):
         apart = 2**stage * (blocks.shape[-1] // 2)  # the distance between rows that a stage mixes
@@ -200,11 +197,7 @@ def missing_tensors(tensors: Tensors) -> list[str]:
 
 
 def check_shapes(tensors: Tensors) -> None:
-    """Check that a complete module's tensors have two or more dimensions, and a LoRA's one rank.
-
-    Raises:
-        RuntimeError: if they do not.
-    """
+    """Raise a RuntimeError if tensors have fewer than two dimensions, or a LoRA two ranks."""
     algorithm = algorithm_of(tensors)
     needs = algorithm.needs if algorithm else ()
     matrices = {"dora_scale", *(name for need in needs for names in need for name in names)}

@@ -108,15 +108,10 @@ def in_order_of(weight: Tensor, tensor: Tensor) -> Tensor:
 def low_rank(
     weight: Tensor, b: Tensor, a: Tensor, scaling: float, magnitude: Tensor | None
 ) -> LowRank:
-    """Build the update of LoRA's factors, on the device of the weight, in float32.
+    """Build the update of a weight [out, in, ...], on its device, in float32, from LoRA's factors.
 
-    Args:
-        weight: the base's own, [out, in, ...].
-        b: [out, rank] or [out, rank, 1, 1].
-        a: [rank, in, ...].
-        scaling: the factor of B A.
-        magnitude: DoRA's, with ``out`` values; its gain is that of PEFT's ``merge``, equation 5 of
-            arXiv 2402.09353. ``None``: no DoRA.
+    B is [out, rank] or [out, rank, 1, 1], and A [rank, in, ...]. The gain of a DoRA, whose
+    magnitude has ``out`` values, is that of PEFT's ``merge``, equation 5 of arXiv 2402.09353.
     """
     device = weight.device
     columns = in_order_of(weight, a).flatten(1).to(device, torch.float32)

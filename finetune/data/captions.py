@@ -44,8 +44,8 @@ KEPT_ENCODINGS = 100
 """The number of encodings kept in memory, the most recently used."""
 
 PROMPT_FIELDS = {
-    "validation": ("prompts", "stage_2_prompts"),
-    "evaluation": ("prompts", "stage_2_prompts", "other_prompts"),
+    "validation": ("prompts", "stage_2_prompts", "other_prompts"),
+    "evaluation": ("prompts", "stage_2_prompts", "other_prompts", "class_prompts"),
 }
 """The fields of a recipe that hold captions, by section, apart from those of the prior."""
 

@@ -79,8 +79,9 @@ def plan(recipe: Recipe, device: torch.device = GPU) -> Plan:
 
 
 def _sources(recipe: Recipe) -> dict[int, Source]:
-    """Return the bases of the trained stages and of Stage I, by number."""
-    return {stage.number: recipe.source(stage) for stage in {STAGES[1], *recipe.trained}}
+    """Return the bases of the trained stages and of those that draw for them, by number."""
+    drawing = {STAGES[2]} if recipe.shows_stage_2 else set()
+    return {s.number: recipe.source(s) for s in {STAGES[1], *drawing, *recipe.trained}}
 
 
 def _phases(
@@ -92,31 +93,49 @@ def _phases(
         size = _text_bytes(recipe.text, recipe.source(STAGES[1]), device)
         yield Phase("encoding captions", size)
     rehearsals = {stage: choice.rehearsal for stage, choice in choices.items()}
-    below, draws_prior = STAGES[1], prior is not None and not prior.folder
-    if below not in rehearsals and (validation.prompts or draws_prior):
-        # Stage I runs in the precision of the stage that needs its pictures; that stage's adapter
-        # may fit none of its modules, while the default one fits any and takes next to nothing
-        other = next(iter(choices.values())).training
-        untrained = other.model_copy(update={"adapter": AdapterSpec()})
-        first = Rehearsal.of(below, untrained, {1: recipe.source(below)}, device)
-        rehearsals = {below: first, **rehearsals}
+    below, above = STAGES[1], STAGES[2]
+    draws_prior = prior is not None and not prior.folder
+    rows = [row for row in (validation.prompts, validation.other_prompts) if row]
+    needed = {below: bool(rows) or draws_prior, above: recipe.shows_stage_2}
+    # an untrained stage runs in the precision of the trained one; that stage's adapter may fit none
+    # of its modules, while the default one fits any and takes next to nothing
+    other = next(iter(choices.values())).training
+    untrained = other.model_copy(update={"adapter": AdapterSpec()})
+    drawing = {
+        stage: rehearsals.get(stage) or Rehearsal.of(stage, untrained, _sources(recipe), device)
+        for stage in (below, above)
+        if stage in rehearsals or needed[stage]
+    }
     if prior is not None and draws_prior:
         at_once = min(prior.count, prior.sampling.batch_size)
-        weights = sum(each.weights_bytes for each in rehearsals.values())
-        most = max(each.drawing_bytes(at_once) for each in rehearsals.values())
+        samplers = [drawing[stage] for stage in {below, *rehearsals}]
+        weights = sum(each.weights_bytes for each in samplers)
+        most = max(each.drawing_bytes(at_once) for each in samplers)
         yield Phase("class pictures", reserved(weights + most))
     for stage, choice in choices.items():
         resident = choice.footprint.resident
-        at_once = min(len(validation.prompts), validation.sampling.batch_size)
+        at_once = min(max(map(len, rows), default=0), validation.sampling.batch_size)
         if at_once and stage.super_resolution:
-            sampler = rehearsals[below]
-            drawing = sampler.weights_bytes + sampler.drawing_bytes(at_once)
             name = f"{stage.name}, {below.name}'s samples"
-            yield Phase(name, reserved(resident + drawing))
+            yield Phase(name, _bytes_beside(resident, drawing[below], at_once))
         yield Phase(f"{stage.name}, training", choice.footprint.reserved)
         if at_once:
-            drawing = choice.rehearsal.drawing_bytes(at_once)
-            yield Phase(f"{stage.name}, validation", reserved(resident + drawing))
+            most = choice.rehearsal.drawing_bytes(at_once)
+            yield Phase(f"{stage.name}, validation", reserved(resident + most))
+        if not stage.super_resolution and needed[above]:
+            name = f"{stage.name}, samples through {above.name}"
+            yield Phase(name, _bytes_beside(resident, drawing[above], at_once))
+
+
+def _bytes_beside(resident: int, other: Rehearsal, at_once: int) -> int:
+    """Estimate the bytes reserved while another stage is loaded beside one in training, and draws.
+
+    Args:
+        resident: the bytes of the one in training.
+        other: the other stage.
+        at_once: the number of pictures drawn at once.
+    """
+    return reserved(resident + other.weights_bytes + other.drawing_bytes(at_once))
 
 
 def _text_bytes(text: Text, source: Source, device: torch.device) -> int:

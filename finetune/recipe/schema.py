@@ -4,7 +4,7 @@ Every section is a pydantic model: its fields, with their types and ranges, are 
 text under each field is its documentation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -13,6 +13,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -28,6 +29,7 @@ from pydantic_core import PydanticCustomError
 from adapters.cascade.sampling import Sampling
 from adapters.errors import name_in
 from adapters.weights.kinds import KINDS, AdapterSpec
+from finetune.recipe.prompt_lists import SUBJECT, read_prompts
 from finetune.recipe.yaml12 import Dumper
 from finetune.step.optimizers import OPTIMIZERS
 from finetune.step.schedules import SCHEDULES
@@ -46,6 +48,13 @@ KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
 LARGEST_SHAPE = 1e6
 """The largest parameter of a density; beyond it all timesteps are the same, or arithmetic fails."""
 
+JUDGED = {
+    "clip_i": ("validation.prompts", "evaluation"),
+    "clip_t": ("validation.prompts", "evaluation"),
+    "held_out": ("validation.held_out",),
+}
+"""The figures that the best validation can be chosen by, with the fields that they need."""
+
 LEAST_SCALE = 0.1
 """The least sensible learning rate of an optimizer that finds its own step size."""
 
@@ -63,6 +72,19 @@ def _check_one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple
     return prompts
 
 
+def _read_list(field: str) -> BeforeValidator:
+    """Make a validator that reads a list by name, and puts another field's text in for ``{}``."""
+
+    def read(prompts: Any, info: ValidationInfo) -> Any:
+        listed = read_prompts(prompts) if isinstance(prompts, str) else prompts
+        if not isinstance(listed, list | tuple):
+            return listed  # pydantic reports it
+        subject = info.data.get(field, SUBJECT)  # absent if it has a mistake itself
+        return [p.replace(SUBJECT, subject) if isinstance(p, str) else p for p in listed]
+
+    return BeforeValidator(read)
+
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -73,6 +95,7 @@ Levels = Annotated[
 ]
 Prompts = Annotated[tuple[str, ...], Field(strict=False)]
 StagePrompts = Annotated[Prompts, AfterValidator(_check_one_for_each)]
+SubjectPrompts = Annotated[Prompts, _read_list("identifier")]
 ChosenPrecision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 Place = tuple[int | str, ...]
 
@@ -363,20 +386,49 @@ class Training(Section):
         return _resolve(self.precision, device)
 
 
+class Best(Section):
+    """The choice of the validation whose adapter is exported."""
+
+    figure: Annotated[str, name_in(JUDGED)] = "clip_i"
+    """The figure to be best: ``clip_i``, likeness to the subject; ``clip_t``, likeness to the
+    prompts; or ``held_out``, the loss on pictures held out of training."""
+    keep_others: Annotated[float, Field(gt=0, le=1)] | None = 0.97
+    """The least share of the base's CLIP-T that ``validation.other_prompts`` must keep; if no
+    validation keeps it, the one that keeps most is exported. ``None``: no bound."""
+    patience: Positive | None = None
+    """Stop after this many validations in a row without a better one; ``None``: never."""
+
+
 class Validation(Section):
-    """Pictures sampled during training, for TensorBoard."""
+    """Pictures and losses measured during training, for TensorBoard."""
 
     prompts: Prompts = ()
-    """Prompts to sample; none: no validation."""
+    """Prompts to sample; none: no pictures."""
     stage_2_prompts: StagePrompts | None = None
     """Prompts for Stage II, one for each of ``prompts``, often the same without the subject's
     identifier; ``None``: the same."""
+    other_prompts: Prompts = ()
+    """Prompts without the subject, whose pictures training should not change."""
+    through_stage_2: Literal["never", "last", "always"] = "last"
+    """When Stage I's pictures are also shown enlarged by the base's Stage II, which is
+    loaded for that and freed: never, once at the end, or at each validation."""
+    loss_pictures: NonNegative = 50
+    """The most training pictures whose loss is measured at fixed noise, each by itself; 0: none."""
+    held_out: NonNegative = 0
+    """Pictures held out of training, to measure the loss on pictures that are not learnt."""
     every: Positive = 500
-    """Steps between validations; there is always one at the end."""
+    """Steps between validations; there is always one before the first step and one at the end."""
+    best: Best | None = None
+    """Export the best of the validations instead of the last step; ``None``: export the last."""
     seed: NonNegative = 0
     """The seed of every validation, so that only training changes the pictures."""
     sampling: Sampling = Sampling()
     """Steps, guidance and noise level, by stage."""
+
+    @property
+    def patience(self) -> int | None:
+        """The validations without a better one after which a run stops; ``None``: it does not."""
+        return self.best.patience if self.best else None
 
 
 class Expected(Section):
@@ -401,16 +453,28 @@ class Evaluation(Section):
     """The words that name the subject in prompts, such as ``sks octopus``."""
     subject: str
     """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
-    prompts: Annotated[Prompts, Field(min_length=1)]
-    """Prompts that should show the subject."""
-    stage_2_prompts: StagePrompts | None = None
-    """Prompts for Stage II, one for each of ``prompts``; ``None``: the same."""
-    other_prompts: Prompts = ()
-    """Prompts without the subject; training should not change their pictures."""
-    clip: str
+    prompts: Annotated[SubjectPrompts, Field(min_length=1)]
+    """Prompts that should show the subject, in which ``{}`` is the identifier; or the name of a
+    shipped list, ``objects`` or ``live``, or of a ``.txt`` file with a prompt on each line."""
+    stage_2_prompts: Annotated[StagePrompts | None, _read_list("subject")] = None
+    """Prompts for Stage II, one for each of ``prompts``, likewise, in which ``{}`` is the subject
+    in plain words; ``None``: the same."""
+    other_prompts: SubjectPrompts = ()
+    """Prompts without the subject, or the name of the list ``others``; training should not
+    change their pictures."""
+    class_prompts: SubjectPrompts = ()
+    """Prompts of the subject's class, such as ``a photo of a dog``, whose pictures should not show
+    the subject (PRES); none: not scored."""
+    pictures_per_prompt: Positive = 1
+    """Pictures of each prompt, each from a seed of its own; DreamBooth takes 4."""
+    clip: str = "openai/clip-vit-base-patch32"
     """The CLIP model that scores the pictures: a folder or hub name."""
+    dino: str | None = None
+    """The DINO or DINOv2 model that scores likeness, such as DreamBooth's ``facebook/dino-vits16``,
+    or ``facebook/dinov2-small``: a folder or hub name; ``None``: not scored."""
     seed: NonNegative = 1000
-    """The seed of the pictures, other than ``validation.seed``."""
+    """The seed of the first picture, other than ``validation.seed``; every variant of the cascade
+    draws from the same seeds."""
     sampling: Sampling | None = None
     """Steps, guidance and noise level, by stage; ``None``: as in validation."""
     expected: Expected | None = None
@@ -495,6 +559,13 @@ class Recipe(Section):
         return {number: trained.get(number, next(iter(trained.values()))) for number in STAGES}
 
     @property
+    def shows_stage_2(self) -> bool:
+        """True if Stage I's validation pictures are also shown enlarged by Stage II."""
+        drawn = self.validation.prompts or self.validation.other_prompts
+        shown = self.stage_1 and drawn and self.validation.through_stage_2 != "never"
+        return bool(shown) and self.base.stage_2 is not None
+
+    @property
     def crops_px(self) -> list[int]:
         """The sides of the crops that the stages are trained on, in pixels, ascending."""
         return sorted({self.source(stage).picture_size_px for stage in self.trained})
@@ -527,6 +598,7 @@ def _mistakes_between_sections(tree: Any) -> Iterator[tuple[str, str]]:
             node = dict(node).get(part) if isinstance(node, dict | BaseModel) else None
         return node
 
+    yield from _mistakes_of_best(given)
     trained = [stage.name for stage in STAGES.values() if given(stage.name) is not None]
     if not trained:
         yield "stage_1", "nothing to train: give a stage_1 section, a stage_2 section or both"
@@ -555,3 +627,47 @@ def _mistakes_between_sections(tree: Any) -> Iterator[tuple[str, str]]:
                 f"{stage}.optimizer.lora_plus_ratio",
                 f"must be 1 with {kind}, which has no B matrices (got {ratio!r})",
             )
+
+
+def _mistakes_of_best(given: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """Yield the path and message of each mistake that keeps the best validation from being found.
+
+    Args:
+        given: looks a path up in the tree.
+    """
+    best = given("validation.best")
+    if not isinstance(best, dict | BaseModel):  # absent, or its own mistake is reported
+        return
+    figure = given("validation.best.figure") or "clip_i"
+    for needed in JUDGED.get(figure, ()) if isinstance(figure, str) else ():
+        if not given(needed):
+            yield "validation.best.figure", f"{figure} needs {needed}: give it, or another figure"
+    unbounded = dict(best).get("keep_others", 0.97) is None
+    if not unbounded and not (given("validation.other_prompts") and given("evaluation")):
+        yield (
+            "validation.best.keep_others",
+            "needs validation.other_prompts and evaluation, to see what is forgotten: give them, or"
+            " keep_others: null",
+        )
+    shared = _drawn_in_both(given)
+    if shared:
+        prompt, seed = shared[0]
+        yield (
+            "validation.seed",
+            f"{prompt!r} is drawn with seed {seed} in evaluation too, whose pictures must be other"
+            " than those that the best is chosen by: give another seed",
+        )
+
+
+def _drawn_in_both(given: Callable[[str], Any]) -> list[tuple[str, int]]:
+    """List the prompts that validation and evaluation draw with the same seed, with the seed."""
+    drawn: list[set[tuple[str, int]]] = []
+    for section, default in (("validation", 0), ("evaluation", 1000)):
+        seed = given(f"{section}.seed")
+        fields = [given(f"{section}.{field}") for field in ("prompts", "other_prompts")]
+        fields = [field if isinstance(field, list | tuple) else () for field in fields]
+        first = seed if isinstance(seed, int) else default
+        # validation draws the others by themselves, evaluation after the prompts
+        rows = fields if section == "validation" else [[*fields[0], *fields[1]]]
+        drawn.append({(str(prompt), first + at) for row in rows for at, prompt in enumerate(row)})
+    return sorted(drawn[0] & drawn[1])

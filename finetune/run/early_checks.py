@@ -13,7 +13,7 @@ from finetune.data.captions import check_cleaning, collect_prompts
 from finetune.data.prior import own_folder
 from finetune.recipe.schema import Recipe, Training
 from finetune.step.optimizers import OPTIMIZERS
-from finetune.step.stages import Stage
+from finetune.step.stages import STAGES, Stage
 from unets.loading import empty_unet
 
 
@@ -21,14 +21,18 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
     """Find in seconds, without weights, the mistakes that would stop a run after hours.
 
     Raises:
-        UserError: if cleaning empties a prompt, if the folder of class pictures is missing, or as
-            :func:`check_stage`.
+        UserError: if cleaning empties a prompt, if the folder of class pictures or a Stage II to
+            show validation pictures through is missing, or as :func:`check_stage`.
     """
     check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
     if recipe.class_pictures:
         own_folder(recipe.class_pictures)
     sections = (recipe.class_pictures, recipe.validation, recipe.evaluation)
     samplings = [section.sampling for section in sections if section and section.sampling]
+    if recipe.shows_stage_2 and recipe.stage_2 is None:
+        above = recipe.source(STAGES[2])
+        empty_unet(above.unet_config, "fp32", torch.device("cpu"))
+        check_steps(2, above.scheduler(STAGES[2].schedulers[0]), recipe.validation.sampling)
     for stage in recipe.trained:
         check_stage(stage, recipe.training(stage), recipe.source(stage), samplings, device)
 

@@ -32,6 +32,11 @@ class Folders:
         """The folder of the exported adapters, which the user keeps."""
         return self.run / "adapters"
 
+    @property
+    def evaluation(self) -> Path:
+        """The folder of the newest evaluation: its report, scores and pictures."""
+        return self.run / "evaluation"
+
     def checkpoints(self, stage: Stage) -> Path:
         """Return the folder of a stage's checkpoints."""
         return self.run / "checkpoints" / stage.name
@@ -45,7 +50,9 @@ def select_identity(recipe: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """Select from a dumped recipe the settings that must not change for a stage to continue."""
     section = recipe[stage.name] or {}
     own = {name: value for name, value in section.items() if name not in FREE}
-    return {name: recipe[name] for name in SHARED} | {stage.name: own}
+    held_out = recipe["validation"]["held_out"]  # decides which pictures are trained on
+    shared = {name: recipe[name] for name in SHARED} | {"validation.held_out": held_out or None}
+    return shared | {stage.name: own}
 
 
 def check_same(
@@ -60,8 +67,13 @@ def check_same(
         )
 
 
-def is_finished(stage: Stage, steps: int, identity: Mapping[str, Any], folders: Folders) -> bool:
-    """Tell whether a stage has been trained to its last step and exported.
+def is_finished(
+    stage: Stage, steps: int, identity: Mapping[str, Any], folders: Folders, *, patient: bool
+) -> bool:
+    """Tell whether a stage has been trained to its end and exported.
+
+    The end is the last step or, if the recipe is ``patient`` no longer than some validations
+    without a better one, an earlier one.
 
     Raises:
         UserError: if the exported adapter or the newest checkpoint is another recipe's, or if the
@@ -75,12 +87,36 @@ def is_finished(stage: Stage, steps: int, identity: Mapping[str, Any], folders: 
         return False
     info = read_info(adapter)
     check_same(identity, _read_identity(info.recipe, stage), adapter, folders.run)
-    if info.step < steps and not saved:
+    if info.stopped_early and patient:
+        return True
+    last = info.last_step or info.step
+    if last < steps and not saved:
         raise UserError(
-            f"{adapter} was trained for {info.step} of {steps} steps and its checkpoints are gone:"
+            f"{adapter} was trained for {last} of {steps} steps and its checkpoints are gone:"
             f" give the recipe a new name, or delete {folders.run} to start over."
         )
-    return info.step >= steps
+    return last >= steps
+
+
+def list_unfinished(recipe: Recipe) -> list[Stage]:
+    """List the stages of a recipe that are not trained to their end and exported, in order.
+
+    Raises:
+        UserError: as :func:`is_finished`.
+    """
+    folders, tree = Folders(recipe.folder), recipe.model_dump(mode="json")
+    patient = recipe.validation.patience is not None
+    return [
+        stage
+        for stage in recipe.trained
+        if not is_finished(
+            stage,
+            recipe.training(stage).steps,
+            select_identity(tree, stage),
+            folders,
+            patient=patient,
+        )
+    ]
 
 
 def _read_identity(text: str, stage: Stage) -> dict[str, Any]:

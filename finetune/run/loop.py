@@ -4,38 +4,32 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 
 from adapters.base.source import Source
 from adapters.errors import UserError
-from adapters.files.export import export_adapter
-from adapters.files.info import AdapterInfo, read_info
-from adapters.files.model_card import write_card
-from adapters.files.places import stage_folders
-from adapters.pictures.contact_sheet import contact_sheet
+from adapters.files.info import AdapterInfo
 from finetune import __version__
 from finetune.data.batches import Batches, derived_seed, prefetch
 from finetune.data.pictures import Picture
 from finetune.data.preserved import list_prompts
-from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe, Training
+from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe, Training, Validation
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from finetune.run.folders import Folders, select_identity
+from finetune.run.ending import export_run
+from finetune.run.fixed_losses import FixedLosses, hold_out, select_evenly
+from finetune.run.folders import FREE, Folders, select_identity
+from finetune.run.measures import Measures, Score, agree
 from finetune.run.tracking import Meter, Tracker
 from finetune.run.trainee import Trainee
 from finetune.run.update_size import UpdateSize
-from finetune.run.validation import (
-    PromptRow,
-    Validator,
-    downsample_photos,
-    sample_stage_1,
-)
+from finetune.run.validation import build_validator, enlarge
 from finetune.step.optimizers import set_learning_rate
 from finetune.step.schedules import SCHEDULES
 from finetune.step.stages import STAGES, Stage
@@ -58,20 +52,33 @@ class Material:
     prompt_embeds: Mapping[str, Tensor]
 
 
-def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: Accelerator) -> None:
-    """Train one stage from its newest checkpoint, if any, and export its adapter."""
+def train_stage(
+    recipe: Recipe,
+    stage: Stage,
+    material: Material,
+    accelerator: Accelerator,
+    score: Score | None = None,
+) -> None:
+    """Train one stage from its newest checkpoint, if any, and export its adapter.
+
+    ``score`` computes the figures of validation's pictures; ``None``: they are not scored.
+    """
     folders, device = Folders(recipe.folder), accelerator.device
     training, source = recipe.training(stage), recipe.source(stage)
-    settings, base, embeds = recipe.validation, recipe.base, material.prompt_embeds
+    settings = recipe.validation
     seed = derived_seed(recipe.seed, stage.number)
     low_res_px = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
     free_memory(device)  # the previous stage's
     trainee = load_trainee(stage, training, source, seed, device)
+    state: dict[str, Any] = {}
     if saved := list_checkpoints(folders.checkpoints(stage)):
-        trainee.load_state(load_checkpoint(saved[-1]))
+        state = load_checkpoint(saved[-1])
+        trainee.load_state(state)
     if training.compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((recipe.cache / "compiled").resolve()))
         trainee.compile()
+    pictures, held_out = hold_out(material.pictures, settings.held_out, recipe.seed)
+    material = replace(material, pictures=pictures)
     batches = build_batches(
         trainee, material, recipe.data, recipe.prior, low_res_px, seed, accelerator
     )
@@ -85,45 +92,54 @@ def train_stage(recipe: Recipe, stage: Stage, material: Material, accelerator: A
             f"{stage.name}: what prior.kind: output preserves is the predictions of the base in"
             f" {precision}, as it is trained, and not those of its full precision."
         )
-    validator = None
-    if accelerator.is_main_process and settings.prompts:
-        rows = [PromptRow("samples", settings.prompts)]
-        if low_res_px is not None:
-            adapters = [folders.adapters] if recipe.stage_1 else []
-            precisions = recipe.precisions_on(device)
-            rows = [
-                sample_stage_1(settings, base, embeds, precisions, device, adapters),
-                downsample_photos(material.pictures, trainee.unet.config.sample_size, low_res_px),
-            ]
-        validator = Validator(settings, base, stage, trainee.unet, embeds, rows)
-    run_steps(
-        trainee,
-        batches,
-        tracker,
-        validator,
-        accelerator,
-        log_every=recipe.log_every,
-        checkpoints=folders.checkpoints(stage),
-        identity=select_identity(recipe.model_dump(mode="json"), stage),
-    )
+    measures = None
     if accelerator.is_main_process:
+        enlarger = None
+        if recipe.base.stage_2 and not stage.super_resolution:
+            enlarger = partial(enlarge, recipe=recipe, embeds=material.prompt_embeds, device=device)
+        measured = select_evenly(pictures, settings.loss_pictures)
+        measures = Measures(
+            trainee,
+            tracker,
+            settings,
+            validator=build_validator(recipe, trainee, material.prompt_embeds, pictures),
+            score=score,
+            enlarge=enlarger,
+            fixed=FixedLosses(batches, measured) if measured else None,
+            held_out=FixedLosses(batches, held_out) if held_out else None,
+        )
+        if state:
+            measures.load_state(state["measures"])
+    stopped_early = state.get("stopped_early", False) and settings.patience is not None
+    if not stopped_early:
+        stopped_early = run_steps(
+            trainee,
+            batches,
+            tracker,
+            measures,
+            accelerator,
+            log_every=recipe.log_every,
+            validation=settings,
+            checkpoints=folders.checkpoints(stage),
+            identity=select_identity(recipe.model_dump(mode="json"), stage),
+        )
+    if measures is not None:
         trainee.watch.check()
-        with trainee.final_weights() as unet:
-            samples = show(validator, tracker, trainee.step)
-            captions = dict.fromkeys(picture.caption for picture in material.pictures)
-            info = AdapterInfo(
-                base_model=source.name,
-                base_revision=source.revision,
-                stage=stage.number,
-                spec=training.adapter,
-                prompts=settings.prompts or tuple(captions)[:CARD_PROMPTS],
-                step=trainee.step,
-                recipe=recipe.to_yaml(),
-                version=__version__,
-            )
-            tracker.bar.write(export_adapter(unet, folders.adapters, info).message)
-        infos = [read_info(folder) for folder in stage_folders(folders.adapters)]
-        write_card(folders.adapters, infos, samples)
+        captions = dict.fromkeys(picture.caption for picture in material.pictures)
+        info = AdapterInfo(
+            base_model=source.name,
+            base_revision=source.revision,
+            stage=stage.number,
+            spec=training.adapter,
+            prompts=settings.prompts or tuple(captions)[:CARD_PROMPTS],
+            step=trainee.step,
+            stopped_early=stopped_early,
+            recipe=recipe.to_yaml(),
+            version=__version__,
+        )
+        columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
+        columns |= training.model_dump(mode="json", exclude={*FREE} - {"steps"})
+        export_run(trainee, measures, tracker, folders.adapters, info, columns)
     tracker.close()
     accelerator.wait_for_everyone()
 
@@ -132,19 +148,25 @@ def run_steps(
     trainee: Trainee,
     batches: Batches,
     tracker: Tracker,
-    validator: Validator | None,
+    measures: Measures | None,
     accelerator: Accelerator,
     *,
     log_every: int,
+    validation: Validation,
     checkpoints: Path,
     identity: Mapping[str, Any],
-) -> None:
+) -> bool:
     """Take all remaining steps; log, validate and save on the way.
 
     Checkpoints hold the ``identity`` of the recipe, so that no other recipe continues from them.
+
+    Returns:
+        True if validation's patience ran out before the last step.
     """
     training, options, first = trainee.training, trainee.training.optimizer, trainee.step
     gradient = trainee.weights.gradient
+    if measures and first == 0:
+        measures.validate()  # the base, as a fresh adapter changes nothing
     meter = Meter(
         batches.num_train_timesteps,
         accelerator.device,
@@ -155,6 +177,7 @@ def run_steps(
     forget_peak_memory(accelerator.device)
     indices = range(first * training.accumulation, training.steps * training.accumulation)
     feed = prefetch(batches, indices, accelerator.device)
+    stopped = False
     for step in range(first, training.steps):
         factor = SCHEDULES[options.schedule](step, training.steps, options.warmup_steps)
         set_learning_rate(trainee.optimizer, factor)
@@ -174,24 +197,22 @@ def run_steps(
             trainee.watch.check()
             if accelerator.is_main_process and (done % size_every == 0 or last):
                 points |= {f"update/{block}": size for block, size in update_size().items()}
-            tracker.points(points | {"learning_rate": options.learning_rate * factor}, done)
+            points["optimizer/learning_rate"] = options.learning_rate * factor
+            tracker.points(points, done)
         started = time.perf_counter()
-        if validator and done % validator.settings.every == 0 and not last:
-            with trainee.final_weights():
-                show(validator, tracker, done)
-        if accelerator.is_main_process and (done % training.checkpoint_every == 0 or last):
-            state = trainee.state() | {"recipe": identity}
+        if done % validation.every == 0 or last:
+            if measures:
+                measures.validate()
+            if validation.patience is not None and not last:
+                stopped = agree(measures is not None and measures.stalled, accelerator)
+        if measures and (done % training.checkpoint_every == 0 or last or stopped):
+            state = trainee.state() | {"recipe": identity, "measures": measures.state()}
+            state["stopped_early"] = stopped
             save_checkpoint(checkpoints, done, state, training.keep_checkpoints)
         meter.skip_time(time.perf_counter() - started)
-
-
-def show(validator: Validator | None, tracker: Tracker, step: int) -> dict[str, Image.Image]:
-    """Sample and track pictures; return those of the first row, by prompt."""
-    samples = validator.sample() if validator else {}
-    for title, row in samples.items():
-        prompts, pictures = zip(*row, strict=True)
-        tracker.picture(title, contact_sheet([pictures], column_captions=prompts), step)
-    return dict(next(iter(samples.values()), []))
+        if stopped:
+            break
+    return stopped
 
 
 def check_loss(loss: float, step: int) -> None:

@@ -1,8 +1,10 @@
 """The display of a run: a progress bar, and TensorBoard."""
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +12,55 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from finetune.run.figures import (
+    CLIP_I,
+    CLIP_T,
+    FIXED_NOISE,
+    HELD_OUT,
+    NEAREST,
+    OTHERS_CLIP_I,
+    OTHERS_CLIP_T,
+    ceiling_of,
+    floor_of,
+)
 from finetune.step.inputs import Batch
 from finetune.step.losses import Losses
 from unets.memory import peak_memory_gib
+
+
+def _chart(*tags: str) -> list[Any]:
+    """Lay out a chart of several curves, whose tags TensorBoard takes as regular expressions."""
+    return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
+
+
+LAYOUT = {
+    "1. Fidelity, and what it costs": {
+        "likeness to the subject (CLIP-I), the base, and real pictures": _chart(
+            CLIP_I, floor_of(CLIP_I), ceiling_of(CLIP_I)
+        ),
+        "other prompts (CLIP-T), and the base": _chart(OTHERS_CLIP_T, floor_of(OTHERS_CLIP_T)),
+        "likeness to the prompts (CLIP-T), and the base": _chart(CLIP_T, floor_of(CLIP_T)),
+        "the subject in other prompts (CLIP-I), and the base": _chart(
+            OTHERS_CLIP_I, floor_of(OTHERS_CLIP_I)
+        ),
+        "the nearest training picture, and among real pictures": _chart(
+            NEAREST, ceiling_of(NEAREST)
+        ),
+    },
+    "2. Loss": {
+        "at fixed noise, on training and held-out pictures": _chart(FIXED_NOISE, HELD_OUT),
+        "in training": _chart("loss", "loss/mse"),
+        "by noise": _chart(*(f"loss_by_noise/quarter_{quarter}" for quarter in range(1, 5))),
+    },
+    "3. Speed": {
+        "pictures per second": _chart("speed/pictures_per_second"),
+        "memory in GiB": _chart("speed/peak_memory_gib"),
+    },
+}
+"""The charts of TensorBoard's tab of custom scalars, by category."""
 
 
 class Meter:
@@ -72,9 +118,9 @@ class Meter:
             "loss": total / batches,
             "loss/mse": mse / batches,
             "loss/bound_bits": bound / batches,
-            "gradient_norm": norm / self.steps,
-            "pictures_per_second": self.pictures * accelerator.num_processes / seconds,
-            "peak_memory_gib": peak_memory_gib(self.sums.device),
+            "optimizer/gradient_norm": norm / self.steps,
+            "speed/pictures_per_second": self.pictures * accelerator.num_processes / seconds,
+            "speed/peak_memory_gib": peak_memory_gib(self.sums.device),
         }
         if self.preserves_output:
             points["loss/preservation"] = preservation / batches
@@ -91,6 +137,20 @@ class Meter:
         self.since += seconds
 
 
+def flatten(settings: Mapping[str, Any], path: str = "") -> dict[str, float | str]:
+    """Flatten nested settings into numbers and texts by dotted name; ``None`` is left out."""
+    flat: dict[str, float | str] = {}
+    for name, value in settings.items():
+        place = f"{path}{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{place}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[place] = value
+        elif value is not None:
+            flat[place] = str(value)
+    return flat
+
+
 class Tracker:
     """TensorBoard and the progress bar of one stage, on the main process only."""
 
@@ -99,6 +159,8 @@ class Tracker:
         # a continued run hides the points after its checkpoint, as it makes them again
         purge_step = first + 1 if first else None
         self.writer = SummaryWriter(str(folder), purge_step=purge_step) if main else None
+        if self.writer:
+            self.writer.add_custom_scalars(LAYOUT)
         self.bar = tqdm(
             desc=title,
             total=steps,
@@ -113,12 +175,44 @@ class Tracker:
         if self.writer:
             self.writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()))
 
+    def markdown(self, tag: str, text: str, step: int) -> None:
+        """Add a text panel in Markdown."""
+        if self.writer:
+            self.writer.add_text(tag, text, step)
+
+    def warn(self, kind: str, sentence: str, step: int) -> None:
+        """Print a warning above the bar, and add it as a text panel."""
+        self.bar.write(f"warning: {sentence}")
+        self.markdown(f"warnings/{kind.replace(' ', '_')}", sentence, step)
+
     def points(self, points: Mapping[str, float], step: int) -> None:
-        """Add a point to each curve."""
+        """Add a point to each curve of training."""
         self.bar.set_postfix({"loss": f"{points['loss']:.4f}"}, refresh=False)
+        self.curves(points, step)
+
+    def curves(self, points: Mapping[str, float], step: int) -> None:
+        """Add a point to each curve."""
         if self.writer:
             for tag, value in points.items():
                 self.writer.add_scalar(tag, value, step)
+
+    def hparams(self, settings: Mapping[str, Any], figures: Collection[str]) -> None:
+        """Add a row to the table that compares runs.
+
+        Args:
+            settings: the columns of settings; lists and sections are flattened into text.
+            figures: the tags of the curves whose last points are its other columns.
+        """
+        if self.writer and self.writer.file_writer:
+            # add_hparams of the writer would make a run of its own for them
+            for summary in hparams(flatten(settings), dict.fromkeys(figures, 0.0)):
+                self.writer.file_writer.add_summary(summary)
+
+    def skip_time(self, seconds: float) -> None:
+        """Leave time not spent training out of the bar's rate."""
+        if not self.bar.disable:
+            self.bar.start_t += seconds
+            self.bar.last_print_t += seconds
 
     def picture(self, tag: str, picture: Image.Image, step: int) -> None:
         """Add a picture panel."""

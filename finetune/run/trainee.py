@@ -143,19 +143,35 @@ class Trainee:
         return norm
 
     @contextmanager
-    def final_weights(self) -> Iterator[UNet2DConditionModel]:
-        """Yield the UNet in evaluation mode, with the weights that an export would have now."""
+    def final_weights(
+        self, kept: Mapping[str, Tensor] | None = None
+    ) -> Iterator[UNet2DConditionModel]:
+        """Yield the UNet in evaluation mode, with the weights that an export would have now.
+
+        Args:
+            kept: weights that :meth:`copy_weights` copied, to yield the UNet with these instead.
+        """
         self.recorded.forget()  # sampling needs its memory
         values = self.weights.values
+        final = values if self.average is None else self.average
+        if kept is not None:
+            final = torch.zeros_like(values)
+            for name, view in self.weights.views(final).items():
+                view.copy_(kept[name])
         trained = values.clone()  # leaving a schedule-free average restores them only to rounding
         self.unet.eval()
         with (
             averaged_weights(self.training.optimizer.name, self.optimizer),
-            self.weights.use(values if self.average is None else self.average),
+            self.weights.use(final),
         ):
             yield self.unet
         values.copy_(trained)
         self.unet.train()
+
+    def copy_weights(self) -> dict[str, Tensor]:
+        """Copy the adapter's parameters, as the UNet has them now, to the CPU."""
+        parameters = self.weights.parameters.items()
+        return {name: parameter.detach().cpu().clone() for name, parameter in parameters}
 
     def state(self) -> dict[str, Any]:
         """Return all that training has changed, as a tree of tensors and plain values."""

@@ -99,12 +99,17 @@ def hybrid_loss(
         min_snr_gamma: weight the MSE by min(SNR, gamma) / SNR (arXiv 2303.09556); ``None``: by 1.
     """
     epsilon, v = prediction.float().chunk(2, dim=1)
-    mse = (epsilon - noise.float()).square().mean(dim=(1, 2, 3))
+    mse = squared_error(epsilon, noise)
     if min_snr_gamma is not None:
         snr = tables.snr[timesteps]
         mse = mse * snr.clamp(max=min_snr_gamma) / snr
     bound = variational_bound(epsilon.detach(), v, pixels.float(), noisy.float(), timesteps, tables)
     return Losses(total=mse + bound, mse=mse.detach(), bound=bound.detach())
+
+
+def squared_error(epsilon: Tensor, noise: Tensor) -> Tensor:
+    """Average the squared error of the predicted noise over each picture, [B]."""
+    return (epsilon - noise.float()).square().mean(dim=(1, 2, 3))
 
 
 def preservation_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -114,7 +119,7 @@ def preservation_loss(prediction: Tensor, target: Tensor) -> Tensor:
         prediction: [k, 6, S, S], the output of the UNet with the adapter.
         target: [k, 6, S, S], the output for the same inputs without it, a constant.
     """
-    return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    return squared_error(prediction.float(), target)
 
 
 def variational_bound(

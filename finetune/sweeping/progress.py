@@ -15,13 +15,9 @@ def is_trained(recipe: Recipe) -> bool:
     Raises:
         UserError: if its folder holds another recipe's run.
     """
-    from finetune.run.folders import Folders, is_finished, select_identity
+    from finetune.run.folders import list_unfinished
 
-    folders, tree = Folders(recipe.folder), recipe.model_dump(mode="json")
-    return all(
-        is_finished(stage, recipe.training(stage).steps, select_identity(tree, stage), folders)
-        for stage in recipe.trained
-    )
+    return not list_unfinished(recipe)
 
 
 def is_scored(recipe: Recipe, scales: Sequence[float]) -> bool:

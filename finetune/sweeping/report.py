@@ -1,14 +1,15 @@
 """The report of a sweep: one self-contained page, and a table for the terminal."""
 
-import base64
-import io
 from collections.abc import Iterator
 from html import escape
+from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
+from adapters.pictures.reading import read_picture
 from adapters.tables import format_table
+from finetune.evaluation import page
+from finetune.evaluation.drawing import Group, list_shots, rows
+from finetune.evaluation.page import embed_picture
 from finetune.recipe.schema import Recipe
 from finetune.sweeping.outcomes import Outcome, Outcomes, Spread, compute_figures
 from finetune.sweeping.plot import draw_plot
@@ -19,14 +20,11 @@ from finetune.sweeping.scoring import (
     pictures_folder,
 )
 
-SHOWN = (6, 2)
-"""The most pictures shown of an outcome: of the subject's prompts, and of the others."""
+SHOWN: dict[Group, int] = {"subject": 6, "others": 2}
+"""The most pictures shown of an outcome, by group of prompts."""
 
 STRIP_PX = 128
 """The side of these pictures, in pixels."""
-
-QUALITY = 85
-"""The quality of these pictures, as JPEG."""
 
 TITLES = {
     "fidelity": "fidelity",
@@ -54,7 +52,11 @@ def describe_axes(outcomes: Outcomes) -> tuple[str, str]:
 
 def write_page(title: str, outcomes: Outcomes) -> str:
     """Write the page: the plot, the front with its pictures, and all outcomes."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    own = Path(__file__).with_name("sweep.css")
+    style = "".join(
+        file.read_text(encoding="utf-8")
+        for file in (Path(page.__file__).with_name("report.css"), own)
+    )
     titles = describe_axes(outcomes)
     done = sum(len({run.point.name for run in row.runs}) for row in outcomes.rows)
     scales = len({row.scale for row in outcomes.rows}) or 1
@@ -86,7 +88,7 @@ def write_page(title: str, outcomes: Outcomes) -> str:
 
 def _base_strip(outcomes: Outcomes) -> Iterator[str]:
     if outcomes.front:
-        yield '<section class="best"><h3>The base</h3>'
+        yield '<section class="row"><h3>The base</h3>'
         recipe = outcomes.rows[outcomes.front[0]].runs[0].point.recipe
         yield from _strip(recipe, base_folder(recipe))
         yield "</section>"
@@ -96,7 +98,7 @@ def _best(index: int, row: Outcome) -> Iterator[str]:
     """Show an outcome on the front: its values, scores, pictures and adapters."""
     first = row.runs[0].point
     scores = ", ".join(f"{name} {row.scores[name]}" for name in ("fidelity", "preservation"))
-    yield f'<section class="best"><h3>{index + 1}: {escape(describe_outcome(row))}</h3>'
+    yield f'<section class="row"><h3>{index + 1}: {escape(describe_outcome(row))}</h3>'
     yield f"<div>{escape(scores)}</div>"
     yield from _strip(first.recipe, pictures_folder(first.recipe, row.scale))
     yield f"<code>{escape(str(first.adapters))}={row.scale:g}</code></section>"
@@ -110,26 +112,17 @@ def describe_outcome(row: Outcome) -> str:
 
 def _strip(recipe: Recipe, folder: Path) -> Iterator[str]:
     """Show some of the pictures that were drawn into a folder."""
-    settings = recipe.evaluation
-    assert settings is not None
-    prompts, subjects = settings.prompts + settings.other_prompts, len(settings.prompts)
-    pictures = list(zip(prompts, list_files(folder, len(prompts)), strict=True))
+    assert recipe.evaluation is not None
+    shots = list_shots(recipe.evaluation)
+    files = list_files(folder, len(shots))
     yield '<div class="strip">'
-    for prompt, file in pictures[:subjects][: SHOWN[0]] + pictures[subjects:][: SHOWN[1]]:
-        if file.exists():
-            text = escape(prompt)
-            yield f'<img src="{_embed(file)}" alt="{text}" title="{text}" loading="lazy">'
+    for group, most in SHOWN.items():
+        for row in islice(rows(shots, group), most):
+            if files[row].exists():
+                source = embed_picture(read_picture(files[row]), STRIP_PX)
+                text = escape(shots[row].prompt)
+                yield f'<img src="{source}" alt="{text}" title="{text}" loading="lazy">'
     yield "</div>"
-
-
-def _embed(file: Path) -> str:
-    """Encode a picture as a data URI, reduced to :data:`STRIP_PX`."""
-    with Image.open(file) as picture:
-        small = picture.convert("RGB")
-    small.thumbnail((STRIP_PX, STRIP_PX), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _table(outcomes: Outcomes) -> Iterator[str]:

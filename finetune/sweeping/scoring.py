@@ -7,6 +7,8 @@ scale, and the key of all that they depend on; the pictures are beside it.
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,14 +23,23 @@ from finetune.recipe.schema import Recipe
 if TYPE_CHECKING:
     from PIL import Image
 
+    from adapters.cascade.results import Sample
+    from finetune.evaluation.scoring import Scores
+
 FORMAT = 1
 """The version of the file and of how its scores are made."""
 
 BASE = "base"
 """The variant without adapters."""
 
-Variant: TypeAlias = dict[str, dict[str, float | None]]
+Variant: TypeAlias = dict[str, dict[str, Any] | None]
 """Scores by name, such as ``clip_i``, each with its ``value``; ``None``: not defined."""
+
+Drawn: TypeAlias = "tuple[list[Image.Image], list[bool]]"
+"""Pictures in the order of the shots, and which of them the safety checker has blackened."""
+
+FLAGGED = "flagged.json"
+"""The file beside a variant's pictures that lists what the safety checker has blackened."""
 
 
 def score_and_keep(recipe: Recipe, scales: Sequence[float]) -> None:
@@ -44,108 +55,77 @@ def score_and_keep(recipe: Recipe, scales: Sequence[float]) -> None:
 def score_point(recipe: Recipe, scales: Sequence[float]) -> dict[str, Any]:
     """Draw the evaluation's prompts with the base and at each scale, and score the pictures.
 
-    This is the only place that knows how scores are made.
+    The base's pictures are drawn once for all runs of the sweep that are evaluated alike. This is
+    the only place that knows how scores are made.
 
     Returns:
         The ``variants`` and the ``ceiling`` of the scores file.
     """
-    import numpy as np
+    from tqdm.auto import tqdm
 
-    from finetune.data.pictures import crop, load_pictures
-    from finetune.evaluation.comparison import score
-
-    assert recipe.evaluation is not None
-    base, drawn = draw(recipe, scales)
-    size_px, rng = base[0].width, np.random.default_rng(0)
-    photos = [
-        crop(picture, size_px, rng, center_shift=0.0, horizontal_flip=False)
-        for picture in load_pictures(recipe.data, recipe.cache, size_px)
-    ]
-    variants: dict[str, Variant] = {}
-    ceiling: Variant = {}
-    for name, pictures in drawn.items():
-        places = {
-            "base": variants.setdefault(BASE, {}),
-            "fine_tuned": variants.setdefault(name, {}),
-            "real_to_real": ceiling,
-        }
-        for key, value in score(recipe.evaluation, photos, base, pictures).items():
-            metric, _, cascade = key.partition("/")
-            places[cascade][metric] = {"value": value}
-    return {"variants": variants, "ceiling": ceiling}
-
-
-def draw(
-    recipe: Recipe, scales: Sequence[float]
-) -> tuple[list["Image.Image"], dict[str, list["Image.Image"]]]:
-    """Draw the last stage's picture of each prompt, and keep all of them.
-
-    The base's pictures are drawn once for all runs of the sweep that are evaluated alike.
-
-    Returns:
-        The pictures of the base, and those of each variant by name, in the order of the prompts.
-    """
-    import torch
-
-    from adapters import load_cascade
-    from adapters.cascade.load import Parts
-    from finetune.data.captions import CaptionCache, collect_prompts, embed_captions
+    from adapters.arguments import find_device
+    from finetune.evaluation.drawing import Desk, list_shots
+    from finetune.evaluation.measurement import Encoders, load_photos
+    from finetune.evaluation.scoring import Yardstick
     from unets.memory import free_memory
 
-    settings = recipe.evaluation
+    settings, device = recipe.evaluation, find_device("auto")
     assert settings is not None
-    prompts, own = settings.prompts + settings.other_prompts, settings.stage_2_prompts
-    stage_2_prompts = None if own is None else own + settings.other_prompts
-    written = collect_prompts(recipe)
-    captions = {text: written[text] for text in [*prompts, *(own or ()), ""]}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
     free_memory(device)  # the training's, in the same process
-    base = recipe.base
-    cascade = load_cascade(
-        base.stage_1,
-        base.stage_2,
-        base.stage_3,
-        revision=base.revision,
-        variant=base.variant,
-        parts=Parts(text_encoder=False),
+    encoders, shots = Encoders.load(settings, device), list_shots(settings)
+    desk = Desk.of(recipe, settings, shots, device)
+    yardstick = Yardstick(
+        real=encoders.encode(load_photos(recipe), attrgetter("image"), "Scoring training pictures"),
+        texts=encoders.clip.texts([shot.text for shot in shots]),
+        shots=shots,
     )
-
-    def draw_into(folder: Path) -> list["Image.Image"]:
-        pictures = cascade(
-            prompts,
-            stage_2_prompt=stage_2_prompts,
-            embeds=embeds,
-            seed=settings.seed,
-            sampling=settings.sampling or recipe.validation.sampling,
-        ).final
-        for file, picture in zip(list_files(folder, len(prompts)), pictures, strict=True):
-            write_png(file, picture)
-        return list(pictures)
-
-    folder = base_folder(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # runs scored at once draw the base's pictures once
-        base_pictures = read_pictures(folder, len(prompts)) or draw_into(folder)
-    name = cascade.add_adapter(recipe.folder / "adapters")
     drawn = {}
-    for scale in scales:
-        cascade.set_adapters({name: scale})
-        drawn[name_variant(scale)] = draw_into(pictures_folder(recipe, scale))
-    return base_pictures, drawn
+    with tqdm(total=(1 + len(scales)) * len(shots), desc="Drawing") as progress:
+        folder = base_folder(recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # of runs scored at once, one draws
+            if (base := read_drawn(folder)) is None:
+                base = keep_drawn(folder, desk.draw(progress))
+        drawn[BASE] = base
+        name = desk.cascade.add_adapter(recipe.folder / "adapters")
+        for scale in scales:
+            desk.cascade.set_adapters({name: scale})
+            folder = pictures_folder(recipe, scale)
+            drawn[name_variant(scale)] = keep_drawn(folder, desk.draw(progress))
+    variants = {}
+    for variant, (pictures, flagged) in drawn.items():
+        vectors = encoders.encode(pictures, lambda picture: picture, f"Scoring {variant}")
+        variants[variant] = _plain(yardstick.measure(vectors, flagged).scores)
+    return {"variants": variants, "ceiling": _plain(yardstick.ceiling())}
 
 
-def read_pictures(folder: Path, count: int) -> list["Image.Image"]:
-    """Read the pictures drawn into a folder; none if any is missing."""
+def _plain(scores: "Scores") -> Variant:
+    return {name: None if score is None else asdict(score) for name, score in scores.items()}
+
+
+def keep_drawn(folder: Path, samples: "Sequence[Sample]") -> Drawn:
+    """Write the pictures that a variant has drawn, in the order of the shots."""
+    for file, sample in zip(list_files(folder, len(samples)), samples, strict=True):
+        write_png(file, sample.final)
+    flagged = [sample.flagged for sample in samples]
+    write_text(folder / FLAGGED, json.dumps(flagged) + "\n")  # the last, so all are there
+    return [sample.final for sample in samples], flagged
+
+
+def read_drawn(folder: Path) -> "Drawn | None":
+    """Read the pictures that a variant has drawn; ``None`` if they are not all there."""
     from adapters.pictures.reading import read_picture
 
-    files = list_files(folder, count)
-    return [read_picture(file) for file in files] if all(f.exists() for f in files) else []
+    try:
+        flagged: list[bool] = json.loads((folder / FLAGGED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return [read_picture(file) for file in list_files(folder, len(flagged))], flagged
 
 
 def list_files(folder: Path, count: int) -> list[Path]:
-    """List the files of the pictures drawn into a folder, in the order of the prompts."""
-    return [folder / f"{index:02d}.png" for index in range(count)]
+    """List the files of the pictures drawn into a folder, in the order of the shots."""
+    return [folder / f"{index:03d}.png" for index in range(count)]
 
 
 def name_variant(scale: float) -> str:
@@ -197,7 +177,9 @@ def scores_key(recipe: Recipe) -> str:
 def _select_drawing(recipe: Recipe) -> Any:
     """Select from a recipe all that the base's pictures depend on."""
     assert recipe.evaluation is not None
+    precisions = {stage.name: recipe.training(stage).precision for stage in recipe.trained}
     return [
+        precisions,
         recipe.evaluation.model_dump(mode="json", exclude={"expected"}),
         recipe.validation.sampling.model_dump(mode="json"),
         recipe.base.model_dump(mode="json"),

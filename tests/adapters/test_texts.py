@@ -319,7 +319,8 @@ def recipe_tree(base: RandomCascade, folder: Path) -> dict[str, Any]:
 
 FIELDS = [
     *("data.prompt", "prior.prompts", "validation.prompts", "validation.stage_2_prompts"),
-    *("evaluation.prompts", "evaluation.stage_2_prompts", "evaluation.other_prompts"),
+    *("evaluation.prompts", "evaluation.stage_2_prompts"),
+    *("evaluation.other_prompts", "evaluation.class_prompts"),
 ]
 
 

@@ -23,6 +23,7 @@ from finetune.recipe.schema import Recipe
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint
 from finetune.run.folders import Folders
 from finetune.run.loop import Material, build_batches, load_trainee, train_stage
+from finetune.run.measures import Score
 from finetune.run.trainee import Trainee
 from finetune.step.stages import STAGES
 from tests.builders.random_cascade import TEXT_WIDTH, RandomCascade
@@ -94,11 +95,11 @@ def _picture(folder: Path, caption: str, index: int) -> Picture:
     return Picture(file, caption, file.name)
 
 
-def train(recipe: Recipe, number: int = 1) -> dict[str, Tensor]:
+def train(recipe: Recipe, number: int = 1, score: Score | None = None) -> dict[str, Tensor]:
     """Train a stage; what it exports, by PEFT's names."""
     gc.freeze()  # a run collects garbage twice, which in all that is imported takes half its time
     try:
-        train_stage(recipe, STAGES[number], material_of(recipe), Accelerator(cpu=True))
+        train_stage(recipe, STAGES[number], material_of(recipe), Accelerator(cpu=True), score)
     finally:
         gc.unfreeze()
     return exported(recipe, number)
@@ -146,8 +147,15 @@ def saved_weights(recipe: Recipe, number: int = 1) -> Tensor:
     return torch.stack([flat(adapter_state(trainee_of(recipe, number).unet)), *trained])
 
 
+def events_of(recipe: Recipe, number: int = 1) -> EventAccumulator:
+    """All that TensorBoard shows of a stage."""
+    folder = Folders(recipe.folder).logs(STAGES[number])
+    everything = {"images": 0, "scalars": 0, "tensors": 0}  # not a sample of each
+    events = EventAccumulator(str(folder), size_guidance=everything)
+    events.Reload()
+    return events
+
+
 def logged(recipe: Recipe, tag: str, number: int = 1) -> list[float]:
     """A curve in TensorBoard, point by point."""
-    events = EventAccumulator(str(Folders(recipe.folder).logs(STAGES[number])))
-    events.Reload()
-    return [point.value for point in events.Scalars(tag)]
+    return [point.value for point in events_of(recipe, number).Scalars(tag)]

@@ -10,7 +10,7 @@ from finetune.recipe.schema import Optimizer, Training
 from finetune.run.trainee import Trainee
 from finetune.step.inputs import Batch
 from finetune.step.stages import STAGES
-from unets.loading import Precision
+from unets.precision import Precision
 
 
 def trainee_of(

@@ -159,12 +159,18 @@ def test_every_phase_of_the_run_is_planned(recipe: Recipe) -> None:
     assert names == [
         "encoding captions",
         "class pictures",
-        *("stage_1, training", "stage_1, validation"),
+        *("stage_1, training", "stage_1, validation", "stage_1, samples through stage_2"),
         *("stage_2, stage_1's samples", "stage_2, training", "stage_2, validation"),
     ]
     of_stage_2 = plan(recipe.model_copy(update={"stage_1": None}))
-    assert [phase.name for phase in of_stage_2.phases] == [*names[:2], *names[4:]]
-    assert of_stage_2.phases[1:3] == plan(recipe).phases[1:2] + plan(recipe).phases[4:5]
+    assert [phase.name for phase in of_stage_2.phases] == [*names[:2], *names[5:]]
+    assert of_stage_2.phases[1:3] == plan(recipe).phases[1:2] + plan(recipe).phases[5:6]
+    alone = plan(recipe.model_copy(update={"stage_2": None}))
+    assert [phase.name for phase in alone.phases] == names[:5]
+    assert alone.phases[4] == plan(recipe).phases[4]  # also of a Stage II that is not trained
+    never = recipe.validation.model_copy(update={"through_stage_2": "never"})
+    unseen = plan(recipe.model_copy(update={"validation": never}))
+    assert [phase.name for phase in unseen.phases] == [*names[:4], *names[5:]]
     without = recipe.model_copy(update={"prior": None})
     assert "class pictures" not in [phase.name for phase in plan(without).phases]
 

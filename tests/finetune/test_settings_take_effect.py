@@ -108,7 +108,7 @@ def test_weights_move_as_far_as_the_schedule_says(make: Recipes, shape: str) -> 
     moved = rates(recipe)
     assert holds(moved), moved
     rounding = 1e-8  # of weights that have moved by as little as a ten-millionth
-    assert logged(recipe, "learning_rate") == pytest.approx(moved, rel=1e-3, abs=rounding)
+    assert logged(recipe, "optimizer/learning_rate") == pytest.approx(moved, rel=1e-3, abs=rounding)
 
 
 def test_lora_plus_moves_b_matrices_farther(make: Recipes) -> None:
@@ -492,7 +492,7 @@ def test_each_step_drops_something_else_and_each_run_the_same(
         adapter = {"rank": 4, "dropout": dropout}
         recipe = make(stage={"adapter": adapter}, optimizer={"learning_rate": 1e-20})
         train(recipe)
-        return logged(recipe, "gradient_norm")
+        return logged(recipe, "optimizer/gradient_norm")
 
     assert norms(0.0) == pytest.approx([norms(0.0)[0]] * 4, rel=1e-6)
     dropped = norms(0.5)

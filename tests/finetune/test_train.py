@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,17 +146,21 @@ def test_tensorboard_shows_the_run(finished_run: Path) -> None:
             "loss",
             "loss/mse",
             "loss/bound_bits",
-            "learning_rate",
-            "gradient_norm",
-            "pictures_per_second",
-            "peak_memory_gib",
+            "loss/fixed_noise",
+            "optimizer/learning_rate",
+            "optimizer/gradient_norm",
+            "speed/pictures_per_second",
+            "speed/peak_memory_gib",
         } <= set(tags["scalars"])
         assert any(tag.startswith("loss_by_noise/quarter_") for tag in tags["scalars"])
         assert [point.step for point in events.Scalars("loss")] == [2, 4]
         assert all(np.isfinite(point.value) for point in events.Scalars("loss"))
-        sheets = {"stage_1": ["samples"], "stage_2": ["from_photos", "from_stage_1"]}[stage]
-        assert sorted(tags["images"]) == sheets
-        assert [image.step for image in events.Images(sheets[0])] == [2, 4]
+        rows = {
+            "stage_1": {"samples": [0, 2, 4], "through_stage_2": [4]},
+            "stage_2": {"from_stage_1": [0, 2, 4], "shrunk_photos": [0, 2, 4]},
+        }[stage]
+        shown = {tag: [image.step for image in events.Images(tag)] for tag in tags["images"]}
+        assert shown == {f"drawn/{title}": steps for title, steps in rows.items()}
         text = events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "caption_dropout: 0.1" in text
 
@@ -188,9 +193,13 @@ def test_the_comparison_is_drawn_and_scored(
     assert "tensorboard --logdir" in shown
     sheet = Image.open(finished_run / "before_after.png")
     assert sheet.height > 3 * CELL_PX
-    scores = json.loads((finished_run / "before_after.json").read_text())
-    assert {"clip_i/real_to_real", "clip_i/base", "clip_t/fine_tuned"} <= set(scores)
-    assert scores["clip_i/base"] != scores["clip_i/fine_tuned"]
+    assert re.search(
+        r"CLIP-I, generated vs\. real pictures +-?0\.\d{3} +-?0\.\d{3} +0\.\d{3}\n", shown
+    )
+    report = json.loads((finished_run / "evaluation/scores.json").read_text())
+    base, fine_tuned = (report["variants"][name] for name in ("base", "fine_tuned"))
+    assert base["clip_i"] != fine_tuned["clip_i"]
+    assert base["clip_t_others"]["count"] == 1
 
 
 def test_the_same_command_again_has_nothing_to_do(
@@ -288,14 +297,14 @@ def test_a_global_batch_trains_the_same_however_it_is_divided(
     assert done.stdout.count("Adapters:") == 1
     launched = tmp_path / "runs" / "launched"
     weights, losses = load_file(adapter_file(launched, "stage_1")), points(launched, "loss")
-    norms = points(launched, "gradient_norm")
+    norms = points(launched, "optimizer/gradient_norm")
     assert min(norms) > 0.1  # that is, clipped
     for accumulation, each in alone:
         sizes = f"stage_1.accumulation={accumulation}", f"stage_1.batch_size={each}"
         run(path, f"name=alone-{accumulation}", *sizes)
         own = tmp_path / "runs" / f"alone-{accumulation}"
         assert points(own, "loss") == pytest.approx(losses, rel=1e-5)
-        assert points(own, "gradient_norm") == pytest.approx(norms, rel=1e-4)
+        assert points(own, "optimizer/gradient_norm") == pytest.approx(norms, rel=1e-4)
         ours = load_file(adapter_file(own, "stage_1"))
         for name, tensor in weights.items():
             assert torch.allclose(ours[name], tensor, rtol=1e-3, atol=1e-5), name

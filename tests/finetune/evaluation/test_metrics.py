@@ -1,185 +1,92 @@
-"""CLIP scores, on the embedded CLIP and real pictures of the embedded world."""
-
-import json
-import shutil
-from pathlib import Path
+"""Similarities, against sums over pairs in float64, and the Fréchet distance, against theory."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
+from numpy.typing import NDArray
+from torch import Tensor
 
-from adapters.cascade.cascade import Cascade
-from adapters.cascade.results import CascadeImages
-from adapters.cascade.sampling import Sampling, StageSampling
-from adapters.errors import UserError
-from finetune.evaluation import comparison
-from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
-from finetune.recipe.schema import Base, Data, Evaluation, Expected, Recipe, Training, Validation
-from tests.builders import ROOT
-from tests.builders.random_cascade import RandomCascade
-
-SUBJECTS = sorted(path for path in (ROOT / "datasets").iterdir() if path.is_dir())
-
-
-@pytest.fixture(scope="module")
-def scorer() -> ClipScorer:
-    return ClipScorer(str(ROOT / "models/if-tiny/clip"))
-
-
-def pictures(subject: Path) -> tuple[list[Image.Image], list[str]]:
-    rows = [json.loads(line) for line in (subject / "metadata.jsonl").read_text().splitlines()]
-    return (
-        [Image.open(subject / row["file_name"]) for row in rows],
-        [row["text"].replace("sks ", "") for row in rows],
-    )
-
-
-def test_there_are_three_subjects_or_more_of_five_pictures_or_more() -> None:
-    assert len(SUBJECTS) >= 3
-    for subject in SUBJECTS:
-        images, texts = pictures(subject)
-        assert len(images) >= 5
-        assert all(min(image.size) >= 512 for image in images)
-        assert len(set(texts)) == len(texts)
-
-
-def test_scores_are_cosines() -> None:
-    draw = torch.Generator().manual_seed(0)
-    one, other = (
-        torch.nn.functional.normalize(torch.randn(count, 4, generator=draw), dim=-1)
-        for count in (3, 5)
-    )
-    pairs = [float(np.dot(a, b)) for a in one.numpy() for b in other.numpy()]
-    assert clip_i(one, other) == pytest.approx(np.mean(pairs), rel=1e-5)
-    distinct = [
-        float(np.dot(a, b))
-        for i, a in enumerate(other.numpy())
-        for j, b in enumerate(other.numpy())
-        if i != j
-    ]
-    assert clip_i_ceiling(other) == pytest.approx(np.mean(distinct), rel=1e-5)
-    assert clip_t(one, one) == pytest.approx(1.0)
-
-
-def test_one_picture_has_no_ceiling() -> None:
-    assert clip_i_ceiling(torch.ones(1, 1)) is None
-    scores = {"clip_i/real_to_real": None, "clip_i/base": 0.25, "clip_i/fine_tuned": 0.5}
-    header, row = comparison.tabulate(scores).splitlines()
-    assert header.split() == ["base", "fine-tuned", "ceiling"]
-    assert row.split()[-3:] == ["0.250", "0.500", "-"]
-
-
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
-        ((0.46, 0.62, 0.60), "As expected, to within 0.05"),
-        (
-            (0.44, 0.62, 0.60),
-            "Lower than expected: CLIP-I, generated vs. real pictures is 0.440",
-        ),
-        ((0.46, 0.62, 0.40), "Lower than expected: CLIP-T, prompts without the subject is 0.400"),
-        ((0.34, 0.50, 0.60), None),
-        ((0.50, 0.66, 0.34), None),
-    ],
+from finetune.evaluation import metrics
+from finetune.evaluation.metrics import (
+    clip_i,
+    clip_i_ceiling,
+    clip_t,
+    diversity,
+    faithfulness,
+    frechet_distance,
+    likeness,
+    likeness_among,
+    nearest,
+    nearest_among,
 )
-def test_a_run_that_did_not_learn_is_reported(
-    found: tuple[float, float, float], words: str | None
-) -> None:
-    expected = Expected(data="x", clip_i=0.5, clip_t=0.66, clip_t_others=0.5, spread=0.05)
-    names = [f"{key}/fine_tuned" for key in comparison.TITLES]
-    scores: comparison.Scores = dict(zip(names, found, strict=True))
-    if words is not None:
-        assert comparison.judge(scores, expected).startswith(words)
-        return
-    with pytest.raises(UserError, match="did not learn what it should: CLIP"):
-        comparison.judge(scores, expected)
 
 
-@pytest.mark.parametrize("score", [None, float("nan")])
-def test_a_score_that_is_not_defined_is_not_as_expected(score: float | None) -> None:
-    expected = Expected(data="x", clip_i=-0.5, clip_t=0.5, spread=0.05)
-    with pytest.raises(UserError, match="did not learn what it should: CLIP-I"):
-        comparison.judge({"clip_i/fine_tuned": score, "clip_t/fine_tuned": 0.5}, expected)
+def units(count: int, seed: int, width: int = 4) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, width, generator=draw), dim=-1)
 
 
-def test_scores_that_were_not_asked_for_are_not_judged() -> None:
-    expected = Expected(data="x", clip_i=0.5, clip_t=0.5, clip_t_others=0.5, spread=0.05)
-    scores: comparison.Scores = {"clip_i/fine_tuned": 0.5, "clip_t/fine_tuned": 0.5}
-    assert comparison.judge(scores, expected).startswith("As expected")
+def cosines(one: Tensor, other: Tensor) -> NDArray[np.float64]:
+    pairs = [[np.dot(a, b) for b in other.double().numpy()] for a in one.double().numpy()]
+    return np.array(pairs)
 
 
-@pytest.mark.parametrize("own", [None, Sampling(stage_1=StageSampling(steps=3))])
-def test_a_comparison_is_sampled_as_it_says(
-    own: Sampling | None,
-    random_cascade: RandomCascade,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recipe = Recipe(
-        name="test",
-        base=Base(stage_1=str(random_cascade.stage_1)),
-        data=Data(source="unread"),
-        stage_1=Training(steps=1),
-        validation=Validation(sampling=Sampling(stage_1=StageSampling(steps=2))),
-        evaluation=Evaluation(
-            prompts=("a cat",),
-            stage_2_prompts=None if own is None else ("a pet",),
-            other_prompts=("a dog",),
-            subject="cat",
-            identifier="cat",
-            clip="unread",
-            sampling=own,
-            seed=5,
-        ),
-        cache_dir=str(tmp_path / "cache"),
-    )
-    seen = []
-
-    def recording(cascade: Cascade, prompts: object, **options: object) -> CascadeImages:
-        seen.append({name: options[name] for name in expected})
-        return draw(cascade, prompts, **options)
-
-    draw = Cascade.__call__
-    monkeypatch.setattr(Cascade, "__call__", recording)
-    monkeypatch.setattr(Cascade, "add_adapter", lambda *_: None)
-    assert recipe.evaluation is not None
-    expected = {
-        "sampling": own or recipe.validation.sampling,
-        "seed": 5,
-        "stage_2_prompt": None if own is None else ("a pet", "a dog"),
-    }
-    before, after = comparison.sample_both(recipe, recipe.evaluation, ["a cat", "a dog"], tmp_path)
-    assert seen == [expected, expected]
-    assert [image.tobytes() for image in before] == [image.tobytes() for image in after]
+def test_scores_are_cosines_of_pairs() -> None:
+    generated, real, texts = units(3, 0), units(5, 1), units(3, 2)
+    pairs = cosines(generated, real)
+    np.testing.assert_allclose(likeness(generated, real), pairs.mean(1), rtol=1e-12)
+    assert clip_i(generated, real) == pytest.approx(pairs.mean(), rel=1e-12)
+    own = np.diag(cosines(generated, texts))
+    np.testing.assert_allclose(faithfulness(generated, texts), own, rtol=1e-12)
+    assert clip_t(generated, texts) == pytest.approx(own.mean(), rel=1e-12)
+    similarity, row = nearest(generated, real)
+    np.testing.assert_allclose(similarity, pairs.max(1), rtol=1e-12)
+    assert row.tolist() == pairs.argmax(1).tolist()
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
-def test_the_embedded_clip_knows_real_pictures(scorer: ClipScorer, subject: Path) -> None:
-    images, texts = pictures(subject)
-    similarity = scorer.images(images) @ scorer.texts(texts).T
-    assert similarity.argmax(dim=1).tolist() == list(range(len(texts)))
+def test_pictures_are_not_compared_with_themselves() -> None:
+    real = units(5, 1)
+    pairs = cosines(real, real)
+    others = [[pairs[i, j] for j in range(5) if j != i] for i in range(5)]
+    np.testing.assert_allclose(likeness_among(real), np.mean(others, axis=1), rtol=1e-12)
+    np.testing.assert_allclose(nearest_among(real), np.max(others, axis=1), rtol=1e-12)
+    assert clip_i_ceiling(real) == pytest.approx(np.mean(others), rel=1e-12)
+    assert diversity(real) == pytest.approx(1 - np.mean(others), rel=1e-12)
+    assert clip_i_ceiling(real[:1]) is None
 
 
-def test_the_embedded_clip_tells_subjects_apart(scorer: ClipScorer) -> None:
-    vectors = [scorer.images(pictures(subject)[0]) for subject in SUBJECTS]
-    for one in vectors:
-        for other in vectors:
-            if other is not one:
-                assert clip_i(one, other) < clip_i_ceiling(one)
+def test_many_pictures_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = units(5, 1)
+    whole = nearest_among(real)
+    monkeypatch.setattr(metrics, "ROWS", 2)
+    assert torch.equal(nearest_among(real), whole)
 
 
-def test_a_pickled_clip_is_not_opened(tmp_path: Path) -> None:
-    clip = tmp_path / "clip"
-    shutil.copytree(ROOT / "models/if-tiny/clip", clip)
-    weights = clip / "model.safetensors"
-    torch.save(load_file(weights), clip / "pytorch_model.bin")
-    weights.unlink()
-    with pytest.raises(UserError, match="a CLIP model with safetensors weights"):
-        ClipScorer(str(clip))
+def test_equal_pictures_have_no_diversity() -> None:
+    assert diversity(units(1, 0).expand(3, -1)) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_missing_clip_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.clip must name a CLIP model"):
-        ClipScorer(str(tmp_path / "nowhere"))
+def test_the_frechet_distance_equals_the_formula_with_a_root_of_a_matrix() -> None:
+    one, other = units(40, 0), units(30, 1) * torch.tensor([1.0, 2.0, 0.5, 1.0])
+    a, b = (np.cov(vectors.double().numpy(), rowvar=False) for vectors in (one, other))
+    values, vectors = np.linalg.eigh(a)
+    half = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    root = np.sqrt(np.linalg.eigvalsh(half @ b @ half).clip(0)).sum()
+    means = one.double().mean(0).numpy() - other.double().mean(0).numpy()
+    wanted = means @ means + np.trace(a) + np.trace(b) - 2 * root
+    assert frechet_distance(one, other) == pytest.approx(wanted, rel=1e-9)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_frechet_distance_of_two_normal_distributions_is_the_known_one() -> None:
+    """Of N(m1, s1²) and N(m2, s2²) in each of two dimensions: |m1 - m2|² + 2 (s1 - s2)²."""
+    draw = np.random.default_rng(0)
+    one = torch.from_numpy(draw.normal(0, 1, (20_000, 2)))
+    other = torch.from_numpy(draw.normal(3, 2, (1_000, 2)))
+    assert frechet_distance(one, other) == pytest.approx(2 * 9 + 2 * 1, rel=0.03)
+
+
+def test_the_frechet_distance_needs_fewer_vectors_than_dimensions() -> None:
+    one, other = units(3, 0, width=64), units(4, 1, width=64)
+    assert frechet_distance(one, other) > 0
+    assert frechet_distance(one, one.flip(0)) == pytest.approx(0, abs=1e-12)

@@ -386,3 +386,48 @@ def test_the_old_name_of_a_section_gets_the_new_one(tmp_path: Path) -> None:
 def test_an_override_deeper_than_any_key_is_a_sentence() -> None:
     with pytest.raises(UserError, match="unknown key"):
         load_recipe("recipes/quickstart.yaml", [".".join("a" * 3000) + "=1"])
+
+
+BEST = """
+name: small
+base: {stage_1: one}
+data: {source: pictures}
+stage_1: {steps: 5}
+validation:
+  prompts: [a sks cat]
+  other_prompts: [a dog]
+  best: {figure: clip_i}
+evaluation: {identifier: sks cat, subject: cat, prompts: [a sks cat on red], clip: clip}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "mistake"),
+    [
+        ("validation.prompts=[]", "validation.best.figure: clip_i needs validation.prompts"),
+        ("evaluation=null", "validation.best.figure: clip_i needs evaluation"),
+        ("validation.best.figure=held_out", "held_out needs validation.held_out"),
+        ("validation.best.figure=clip-t", "unknown name 'clip-t'; did you mean clip_t?"),
+        ("validation.other_prompts=[]", "validation.best.keep_others: needs validation.other_pro"),
+        ("validation.best.keep_others=1.5", "less than or equal to 1"),
+        ("evaluation.prompts=[a sks cat]", None),
+        ("validation.best=true", "validation.best"),
+    ],
+)
+def test_the_best_needs_what_it_is_chosen_by(
+    tmp_path: Path, override: str, mistake: str | None
+) -> None:
+    path = write(tmp_path, BEST)
+    if mistake is None:
+        assert load_recipe(path, [override]).validation.best is not None
+        return
+    with pytest.raises(UserError, match=re.escape(mistake)):
+        load_recipe(path, [override])
+
+
+def test_the_best_is_not_chosen_by_the_pictures_of_the_evaluation(tmp_path: Path) -> None:
+    path = write(tmp_path, BEST)
+    same = ["evaluation.prompts=[a red dog, a sks cat]", "evaluation.seed=41", "validation.seed=42"]
+    with pytest.raises(UserError, match="'a sks cat' is drawn with seed 42 in evaluation too"):
+        load_recipe(path, same)
+    load_recipe(path, [*same, "validation.best=null"])

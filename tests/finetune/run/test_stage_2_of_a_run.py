@@ -11,7 +11,7 @@ from adapters import Parts, Sampling, load_cascade
 from finetune.data.pictures import load_pictures
 from finetune.recipe.schema import Data
 from finetune.run.folders import Folders
-from finetune.run.validation import Validator
+from finetune.run.validation import DrawnRow, Validator
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import PROMPTS, made_batches, material_of, recipe_of, train
 
@@ -43,9 +43,9 @@ def test_stage_2_enlarges_what_the_runs_own_stage_1_draws(
         adapters = [Folders(recipe.folder).adapters]
     material, validators = material_of(recipe), []
 
-    def look(validator: Validator) -> dict[str, object]:
+    def look(validator: Validator) -> list[DrawnRow]:
         validators.append(validator)
-        return {}
+        return []
 
     monkeypatch.setattr(Validator, "sample", look)
     train(recipe, 2)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from finetune.run.tracking import Meter, Tracker
+from finetune.run.tracking import Meter, Tracker, flatten
 from finetune.step.inputs import Batch
 from finetune.step.losses import Losses
 
@@ -57,7 +57,7 @@ def test_the_meter_reads_means_and_starts_again() -> None:
     assert points["loss/mse"] == pytest.approx(2 * (0.5 + 1.0 + 0.4))
     assert points["loss/bound_bits"] == pytest.approx(0.55)
     assert points["loss"] == pytest.approx(points["loss/mse"] + points["loss/bound_bits"])
-    assert points["gradient_norm"] == pytest.approx(2.0)
+    assert points["optimizer/gradient_norm"] == pytest.approx(2.0)
     assert points["loss_by_noise/quarter_1"] == pytest.approx(2 * 1.5 + 0.5)
     assert points["loss_by_noise/quarter_4"] == pytest.approx(2 * 4.0 + 0.5)
     assert "loss_by_noise/quarter_2" not in points
@@ -66,7 +66,7 @@ def test_the_meter_reads_means_and_starts_again() -> None:
     points = meter.read(Accelerator(cpu=True), 1)
     assert points["loss/mse"] == pytest.approx(3.0)
     assert "loss/preservation" not in points
-    assert points["gradient_norm"] == pytest.approx(7.0)
+    assert points["optimizer/gradient_norm"] == pytest.approx(7.0)
 
 
 def test_a_continued_run_replaces_only_the_points_after_it(tmp_path: Path) -> None:
@@ -81,3 +81,17 @@ def test_a_continued_run_replaces_only_the_points_after_it(tmp_path: Path) -> No
     events = EventAccumulator(str(tmp_path), purge_orphaned_data=True)
     events.Reload()
     assert [(p.step, p.value) for p in events.Scalars("loss")] == [(2, 1.0), (4, 1.0), (6, 2.0)]
+
+
+def test_the_bars_rate_leaves_skipped_time_out(tmp_path: Path) -> None:
+    tracker = Tracker(Accelerator(cpu=True), tmp_path, "run", 0, 10)
+    before = tracker.bar.start_t, tracker.bar.last_print_t
+    tracker.skip_time(1000)
+    assert (tracker.bar.start_t, tracker.bar.last_print_t) == (before[0] + 1000, before[1] + 1000)
+    tracker.close()
+
+
+def test_settings_become_columns_by_dotted_name() -> None:
+    settings = {"seed": 0, "adapter": {"rank": 4, "alpha": None}, "betas": [0.9, 0.99], "on": True}
+    expected = {"seed": 0, "adapter.rank": 4, "betas": "[0.9, 0.99]", "on": "True"}
+    assert flatten(settings) == expected

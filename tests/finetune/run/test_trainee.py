@@ -16,7 +16,7 @@ from finetune.step.inputs import Batch
 from finetune.step.optimizers import OPTIMIZERS
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.trainees import batch_of, take_steps, trainee_of
-from unets.loading import Precision
+from unets.precision import Precision
 
 
 def trainee_at(

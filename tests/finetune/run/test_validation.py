@@ -34,12 +34,12 @@ def test_stage_2_has_its_own_prompts(random_cascade: RandomCascade, tmp_path: Pa
     cascade = load_cascade(*folders, device="cpu")
     unet = cascade.stages[2].unet
     settings, base = recipe.validation, recipe.base
-    row = sample_stage_1(settings, base, embeds, recipe.precisions_on(cpu), cpu, [])
-    shown = Validator(settings, base, STAGES[2], unet, embeds, [row]).sample()[row.title]
+    rows = sample_stage_1(settings, base, embeds, recipe.precisions_on(cpu), cpu, [])
+    [shown] = Validator(settings, base, STAGES[2], unet, embeds, rows).sample()
     options = {"seed": 3, "sampling": Sampling(**SAMPLING), "progress": False}
     expected = cascade(PROMPTS, stage_2_prompt=["a cat", "a dog"], **options)
     without = cascade(PROMPTS, **options)
-    assert [prompt for prompt, _ in shown] == PROMPTS
-    for (_, image), same, other in zip(shown, expected.final, without.final, strict=True):
+    assert list(shown.row.prompts) == PROMPTS
+    for image, same, other in zip(shown.pictures, expected.final, without.final, strict=True):
         assert largest_difference(image, same) <= 1
         assert largest_difference(image, other) > 1

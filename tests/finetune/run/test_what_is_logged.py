@@ -38,7 +38,7 @@ def test_curves_are_means_over_batches_of_the_weighted_losses(
     expected = torch.tensor(rows).mean(0).tolist()
     for tag, value in zip(("loss", "loss/mse", "loss/bound_bits"), expected, strict=True):
         assert logged(recipe, tag) == pytest.approx([value], rel=1e-4)
-    assert logged(recipe, "gradient_norm") == pytest.approx([sum(norms) / 2], rel=1e-3)
+    assert logged(recipe, "optimizer/gradient_norm") == pytest.approx([sum(norms) / 2], rel=1e-3)
     assert norms[0] > 1e-3
 
 

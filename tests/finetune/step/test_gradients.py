@@ -21,7 +21,7 @@ from finetune.step.inputs import Batch
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.trainees import batch_of, trainee_of
 from unets.frozen import Quantised
-from unets.loading import Precision
+from unets.precision import Precision
 
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2, "int8": 1e-4, "nf4": 1e-4}
 """By the frozen UNet's precision on a CPU, where quantised UNets compute in float32."""

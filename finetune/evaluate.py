@@ -1,0 +1,76 @@
+"""Measure what a run has learnt, copied and forgotten, with pictures to look at.
+
+python -m finetune.evaluate RECIPE [key=value …] [--adapters FOLDER[=SCALE] …]
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from adapters.errors import quiet_libraries
+from finetune.command import run_command
+
+if TYPE_CHECKING:
+    from adapters.arguments import Scale
+    from finetune.recipe.schema import Recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run_command(
+        "evaluate",
+        "Draw the recipe's evaluation prompts with the base and with adapters, and score both.",
+        arguments,
+        evaluate_and_save,
+        adapters={
+            "nargs": "*",
+            "action": "extend",
+            "metavar": "FOLDER[=SCALE]",
+            "help": "adapters to evaluate, together (default: those of the recipe's run; without a"
+            " folder: none)",
+        },
+        stages={
+            "choices": ("together", "apart"),
+            "default": "together",
+            "help": "apart: evaluate each stage's adapters alone as well (default: together)",
+        },
+        reference={
+            "metavar": "FOLDER",
+            "help": "pictures to compute the Fréchet distance to (default: not computed)",
+        },
+    )
+
+
+def evaluate_and_save(recipe: "Recipe", options: argparse.Namespace) -> str:
+    """Evaluate, and write the report into the run's folder; return the scores as a table."""
+    from adapters.tables import format_facts
+    from finetune.evaluation.measurement import evaluate
+    from finetune.evaluation.report import SCORES, check_folder
+    from finetune.run.folders import Folders
+
+    quiet_libraries()
+    folder = Folders(recipe.folder).evaluation
+    check_folder(folder)
+    report = evaluate(
+        recipe,
+        read_adapters(options.adapters),
+        apart=options.stages == "apart",
+        reference=options.reference,
+    )
+    page = report.save(folder)
+    facts = [("Report", str(page)), ("Scores", str(folder / SCORES))]
+    return f"{report.table()}\n\n{format_facts(facts)}\n"
+
+
+def read_adapters(arguments: Sequence[str] | None) -> "dict[str, Scale] | None":
+    """Read adapters and their scales; ``None``: the run's own."""
+    from adapters.arguments import parse_scaled
+
+    if arguments is None:
+        return None
+    scaled = map(parse_scaled, arguments)
+    return {name: 1.0 if scale is None else scale for name, scale in scaled}
+
+
+if __name__ == "__main__":
+    main()

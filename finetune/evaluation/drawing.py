@@ -1,0 +1,192 @@
+"""The pictures of an evaluation: every variant of the cascade draws the same prompts and seeds."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from tqdm.auto import tqdm
+
+from adapters import load_cascade
+from adapters.arguments import Scale
+from adapters.cascade.cascade import Cascade
+from adapters.cascade.load import Parts
+from adapters.cascade.results import Sample
+from adapters.cascade.sampling import Sampling
+from adapters.files.places import adapter_path, stage_folders
+from finetune.data.captions import (
+    CaptionCache,
+    PromptEmbeds,
+    collect_prompts,
+    embed_captions,
+)
+from finetune.recipe.schema import Evaluation, Recipe
+
+Group: TypeAlias = Literal["subject", "others", "class"]
+"""The kinds of prompts: with the subject, about other things, about the subject's class."""
+
+Adapters: TypeAlias = Mapping[str, Scale]
+"""Exported folders, other tools' files or hub names, each with its scale."""
+
+SEEDS_APART = 1000
+"""The distance of the seeds of two pictures of one prompt; prompts' seeds are 1 apart."""
+
+BASE, FINE_TUNED = "base", "fine_tuned"
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture to draw with each variant."""
+
+    group: Group
+    place: int
+    """The prompt's place among all prompts."""
+    number: int
+    """The picture's number among those of its prompt."""
+    prompt: str
+    stage_2_prompt: str
+    text: str
+    """The prompt in plain words, for the text score."""
+    seed: int
+
+
+def list_shots(settings: Evaluation) -> tuple[Shot, ...]:
+    """List the pictures to draw, prompt by prompt, for each number in turn."""
+    groups: dict[Group, tuple[str, ...]] = {
+        "subject": settings.prompts,
+        "others": settings.other_prompts,
+        "class": settings.class_prompts,
+    }
+    prompts = [(group, prompt) for group, texts in groups.items() for prompt in texts]
+    second = dict(enumerate(settings.stage_2_prompts or ()))
+    return tuple(
+        Shot(
+            group=group,
+            place=place,
+            number=number,
+            prompt=prompt,
+            stage_2_prompt=second.get(place, prompt),
+            text=prompt.replace(settings.identifier, settings.subject),
+            seed=settings.seed + SEEDS_APART * number + place,
+        )
+        for number in range(settings.pictures_per_prompt)
+        for place, (group, prompt) in enumerate(prompts)
+    )
+
+
+def check_adapters(adapters: Adapters) -> None:
+    """Raise a UserError if there is no adapter in one of the places."""
+    for name in adapters:
+        stage_folders(adapter_path(name))
+
+
+def draw_variants(
+    recipe: Recipe,
+    settings: Evaluation,
+    shots: Sequence[Shot],
+    adapters: Adapters,
+    device: torch.device,
+    *,
+    apart: bool = False,
+) -> dict[str, tuple[Sample, ...]]:
+    """Draw all shots with the base and with the adapters.
+
+    Args:
+        recipe: the run's recipe.
+        settings: its section.
+        shots: the pictures to draw.
+        adapters: the adapters of the fine-tuned cascade, together; none: only the base is drawn.
+        device: the device that draws.
+        apart: draw with each stage's adapters alone as well, if both stages have some.
+
+    Returns:
+        The pictures by variant: ``base``, ``fine_tuned``, and ``stage_1`` and ``stage_2``.
+
+    Raises:
+        UserError: if a model or adapter does not load, or a setting does not suit it.
+    """
+    desk = Desk.of(recipe, settings, shots, device)
+    for name, scale in adapters.items():
+        desk.cascade.add_adapter(name, scale)
+    variants = _variants(desk.cascade, apart=apart)
+    drawn: dict[str, tuple[Sample, ...]] = {}
+    with tqdm(total=len(variants) * len(shots), desc="Drawing") as progress:
+        for variant, scales in variants.items():
+            desk.cascade.set_adapters(scales)
+            progress.set_postfix_str(variant)
+            drawn[variant] = desk.draw(progress)
+    return drawn
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A cascade and all it needs to draw the same shots again and again."""
+
+    cascade: Cascade
+    shots: Sequence[Shot]
+    embeds: PromptEmbeds
+    """The encodings of the shots' prompts."""
+    sampling: Sampling
+    clean_caption: bool
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, settings: Evaluation, shots: Sequence[Shot], device: torch.device
+    ) -> "Desk":
+        """Encode the shots' prompts, and load the recipe's base.
+
+        Raises:
+            UserError: if a model does not load.
+        """
+        written = collect_prompts(recipe)
+        needed = {text for shot in shots for text in (shot.prompt, shot.stage_2_prompt)}
+        captions = {text: written[text] for text in sorted({*needed, ""})}
+        embeds = embed_captions(captions, CaptionCache.of(recipe, device))
+        cascade = load_cascade(
+            recipe.base.stage_1,
+            recipe.base.stage_2,
+            recipe.base.stage_3,
+            revision=recipe.base.revision,
+            variant=recipe.base.variant,
+            device=device,
+            dtype=recipe.precisions_on(device),
+            parts=Parts(text_encoder=False),
+        )
+        sampling = settings.sampling or recipe.validation.sampling
+        return cls(cascade, shots, embeds, sampling, recipe.text.clean_caption)
+
+    def draw(self, progress: "tqdm[Any]") -> tuple[Sample, ...]:
+        """Draw all shots with the adapters that the cascade has now."""
+        samples: list[Sample] = []
+        for start in range(0, len(self.shots), self.sampling.batch_size):
+            batch = self.shots[start : start + self.sampling.batch_size]
+            samples += self.cascade(
+                [shot.prompt for shot in batch],
+                stage_2_prompt=[shot.stage_2_prompt for shot in batch],
+                embeds=self.embeds,
+                seed=[shot.seed for shot in batch],
+                sampling=self.sampling,
+                clean_caption=self.clean_caption,
+                progress=False,
+            )
+            progress.update(len(batch))
+        return tuple(samples)
+
+
+def _variants(cascade: Cascade, *, apart: bool) -> dict[str, dict[str, dict[int, float]]]:
+    """List the scales of the loaded adapters in each variant."""
+    loaded = cascade.adapters
+    variants: dict[str, dict[str, dict[int, float]]] = {BASE: {}}
+    if loaded:
+        variants[FINE_TUNED] = dict(loaded)
+    stages = sorted({stage for scales in loaded.values() for stage in scales})
+    for stage in stages if apart and len(stages) > 1 else ():
+        variants[f"stage_{stage}"] = {
+            name: {stage: scales[stage]} for name, scales in loaded.items() if stage in scales
+        }
+    return variants
+
+
+def rows(shots: Sequence[Shot], group: Group) -> Iterator[int]:
+    """Yield the places of a group's shots in the list."""
+    return (row for row, shot in enumerate(shots) if shot.group == group)

@@ -1,0 +1,40 @@
+"""Lists of prompts: those that are shipped, by name, and a user's own, in text files."""
+
+from pathlib import Path
+from types import MappingProxyType
+
+from adapters.errors import closest
+
+LISTS = MappingProxyType(
+    {file.stem: file for file in sorted(Path(__file__).with_name("prompts").glob("*.txt"))}
+)
+"""The files of the shipped lists, by name."""
+
+SUBJECT = "{}"
+"""The place of the subject in a prompt."""
+
+
+def read_prompts(name: str) -> tuple[str, ...]:
+    """Read a list of prompts, one a line; empty lines and lines that begin with ``#`` are left out.
+
+    Args:
+        name: the name of a shipped list, or the path of a file that ends in ``.txt``.
+
+    Raises:
+        ValueError: if there is no such list, or the file cannot be read or has no prompts.
+    """
+    file = Path(name).expanduser() if name.endswith(".txt") else LISTS.get(name)
+    if file is None:
+        raise ValueError(
+            f"unknown list {name!r}; {closest(name, list(LISTS))}; or name a .txt file"
+        )
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise ValueError(f"the list {name} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError:
+        raise ValueError(f"the list {name} is not text in UTF-8; save it as such") from None
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise ValueError(f"the list {name} has no prompts")
+    return prompts

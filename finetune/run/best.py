@@ -1,0 +1,71 @@
+"""The best of a run's validations, which is exported."""
+
+import math
+from collections.abc import Sequence
+
+from finetune.recipe.schema import Best
+from finetune.run.figures import CLIP_I, CLIP_T, HELD_OUT, OTHERS_CLIP_T, Validated
+
+TAGS = {"clip_i": (CLIP_I, 1), "clip_t": (CLIP_T, 1), "held_out": (HELD_OUT, -1)}
+"""The tag of each figure to judge by, and the sign that makes more of it better."""
+
+
+def choose(history: Sequence[Validated], best: Best) -> Validated | None:
+    """Choose the best validation: of those that keep the bound, the one with the best figure.
+
+    If none keeps the bound, it is the one that comes closest to it. The first validation is the
+    base's and no candidate. The earliest of equals wins, so each further validation either becomes
+    the choice or leaves it as it was.
+
+    Returns:
+        The validation; ``None``: there is no candidate yet.
+    """
+    candidates = history[1:]
+    return max(candidates, key=lambda each: _rank(each, history[0], best), default=None)
+
+
+def kept_share(validated: Validated, first: Validated) -> float:
+    """Return the share of the base's CLIP-T of other prompts that is left; NaN: not measured."""
+    base = first.figures.get(OTHERS_CLIP_T, math.nan)
+    return validated.figures.get(OTHERS_CLIP_T, math.nan) / base if base else math.nan
+
+
+def keeps_bound(validated: Validated, first: Validated, best: Best) -> bool:
+    """Tell whether a validation keeps the bound on forgetting; one not measured does not."""
+    return best.keep_others is None or kept_share(validated, first) >= best.keep_others
+
+
+def _rank(validated: Validated, first: Validated, best: Best) -> tuple[bool, float]:
+    tag, sign = TAGS[best.figure]
+    keeps = keeps_bound(validated, first, best)
+    value = sign * validated.figures.get(tag, math.nan) if keeps else kept_share(validated, first)
+    return keeps, -math.inf if math.isnan(value) else value
+
+
+def has_stalled(history: Sequence[Validated], best: Best) -> bool:
+    """Tell whether the last ``patience`` validations have all been no better than one before."""
+    chosen = choose(history, best)
+    if best.patience is None or chosen is None:
+        return False
+    since = sum(each.step > chosen.step for each in history)
+    return since >= best.patience
+
+
+def explain(history: Sequence[Validated], best: Best, *, stopped_early: bool) -> str:
+    """Say in a sentence which validation was chosen, and why."""
+    chosen = choose(history, best)
+    assert chosen is not None
+    tag, _ = TAGS[best.figure]
+    last = history[-1].step
+    ending = "the run stopped early at" if stopped_early else "the run went on to"
+    when = f"step {chosen.step}" + (f" ({ending} step {last})" if last > chosen.step else "")
+    value = f"{best.figure} is {chosen.figures.get(tag, math.nan):.4f}"
+    if best.keep_others is None:
+        return f"The best validation is that of {when}: {value}."
+    share = f"other prompts keep {kept_share(chosen, history[0]):.1%} of the base's CLIP-T"
+    if keeps_bound(chosen, history[0], best):
+        return f"The best validation is that of {when}: {value}, and {share}."
+    return (
+        f"No validation kept {best.keep_others:.0%} of the base's CLIP-T of other prompts; that of"
+        f" {when} came closest: {share}, and {value}."
+    )

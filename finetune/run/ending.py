@@ -1,0 +1,48 @@
+"""The end of a run: which weights are exported, and what is said about them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters.files.export import export_adapter
+from adapters.files.info import AdapterInfo, read_info
+from adapters.files.model_card import write_card
+from adapters.files.places import stage_folders
+from finetune.run.measures import Measures
+from finetune.run.tracking import Tracker
+from finetune.run.trainee import Trainee
+
+
+def export_run(
+    trainee: Trainee,
+    measures: Measures,
+    tracker: Tracker,
+    folder: Path,
+    info: AdapterInfo,
+    settings: Mapping[str, Any],
+) -> None:
+    """Export the best of a run's validations or else its last step, with a card and samples.
+
+    Args:
+        trainee: the run's, after its last step.
+        measures: its validations.
+        tracker: shows which step is exported, and the row that compares runs.
+        folder: the folder of the run's adapters.
+        info: the description of the last step's adapter.
+        settings: the columns of the table that compares runs.
+    """
+    step, kept = trainee.step, None
+    if measures.best_step is not None:
+        step, kept = measures.best_step, measures.best_weights
+    if choice := measures.explain_choice(stopped_early=info.stopped_early):
+        tracker.bar.write(f"Stage {info.stage}: {choice}")
+        tracker.markdown("exported", choice, trainee.step)
+        tracker.curves({"exported/step": step}, trainee.step)
+        last = trainee.step if trainee.step > step else None
+        info = info.model_copy(update={"step": step, "last_step": last, "choice": choice})
+    with trainee.final_weights(kept) as unet:
+        tracker.bar.write(export_adapter(unet, folder, info).message)
+        samples = measures.draw_exported(step)
+    infos = [read_info(each) for each in stage_folders(folder)]
+    write_card(folder, infos, samples)
+    tracker.hparams(settings, measures.history[-1].figures if measures.history else ())

@@ -1,0 +1,210 @@
+"""What a run measures at each validation, and what it keeps and says because of that."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from adapters.pictures.contact_sheet import contact_sheet
+from finetune.data.pictures import Picture
+from finetune.recipe.schema import Validation
+from finetune.run.best import choose, explain, has_stalled
+from finetune.run.diagnosis import diagnose
+from finetune.run.figures import FIXED_NOISE, HELD_OUT, Validated, add_floors
+from finetune.run.fixed_losses import FixedLosses
+from finetune.run.tracking import Tracker
+from finetune.run.trainee import Trainee
+from finetune.run.validation import DrawnRow, Validator
+
+Score: TypeAlias = Callable[[Sequence[DrawnRow]], dict[str, float]]
+"""Computes the figures of a validation's pictures, by tag."""
+
+Enlarge: TypeAlias = Callable[[Sequence[DrawnRow]], list[DrawnRow]]
+"""Enlarges Stage I's pictures for display."""
+
+
+class Measures:
+    """The validations of one stage, on the main process.
+
+    Args:
+        trainee: what is measured.
+        tracker: shows it.
+        settings: the recipe's validation.
+        validator: draws pictures; ``None``: there are no prompts.
+        score: scores them; ``None``: the recipe has no evaluation section.
+        enlarge: enlarges Stage I's pictures; ``None``: they are shown as they are.
+        fixed: the losses of training pictures at fixed noise, if any.
+        held_out: those of held-out pictures, if any.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        tracker: Tracker,
+        settings: Validation,
+        *,
+        validator: Validator | None = None,
+        score: Score | None = None,
+        enlarge: Enlarge | None = None,
+        fixed: FixedLosses | None = None,
+        held_out: FixedLosses | None = None,
+    ) -> None:
+        self.trainee, self.tracker, self.settings = trainee, tracker, settings
+        self.validator, self.score, self.enlarge = validator, score, enlarge
+        self.fixed, self.held_out = fixed, held_out
+        self.history: list[Validated] = []
+        self.best_weights: dict[str, Tensor] | None = None
+        """The adapter's weights at the best validation so far, on the CPU."""
+        self.first_losses: list[float] = []
+        """The losses of the training pictures at the first validation."""
+        self.said: list[str] = []
+        """The kinds of trouble that have been reported."""
+        self.drawn: list[DrawnRow] = []
+        """The pictures of the newest validation; empty in a run continued after its last one."""
+
+    def validate(self) -> None:
+        """Measure and show the adapter as an export would have it now; keep it if it is best.
+
+        The time that this takes is left out of the progress bar's rate.
+        """
+        started, step = time.perf_counter(), self.trainee.step
+        with self.trainee.final_weights():
+            drawn = self._draw()
+            figures = self._measure(drawn)
+            self.history.append(Validated(step, figures))
+            self._keep_best()
+        self.tracker.curves(add_floors(figures, self.history[0].figures), step)
+        for kind, sentence in diagnose(self.history, self.trainee.training.steps).items():
+            if kind not in self.said:
+                self.said.append(kind)
+                self.tracker.warn(kind, f"Step {step}: {sentence}", step)
+        self.tracker.skip_time(time.perf_counter() - started)
+
+    def draw_exported(self, step: int) -> dict[str, Image.Image]:
+        """Return pictures of the validation prompts by the weights of a step, by prompt.
+
+        They are drawn again, with the weights that the UNet has now, unless the newest validation
+        was of that step. If the recipe wants it, they are shown enlarged by Stage II.
+        """
+        if self.validator is None:
+            return {}
+        newest = step == self.trainee.step and self.drawn
+        drawn = self.drawn if newest else self.validator.sample()
+        if self.enlarge and self.settings.through_stage_2 == "last":
+            self._show(self.enlarge(drawn))
+        own = [each.by_prompt for each in drawn if each.row.kind == "subject"]
+        return own[0] if own else {}
+
+    def _draw(self) -> list[DrawnRow]:
+        """Draw all rows and show them."""
+        self.drawn = self.validator.sample() if self.validator else []
+        self._show(self.drawn)
+        if self.enlarge and self.drawn and self.settings.through_stage_2 == "always":
+            self._show(self.enlarge(self.drawn))
+        return self.drawn
+
+    def _show(self, drawn: Sequence[DrawnRow]) -> None:
+        for each in drawn:
+            sheet = contact_sheet([each.pictures], column_captions=each.row.prompts)
+            self.tracker.picture(each.row.title, sheet, self.trainee.step)
+
+    def _measure(self, drawn: Sequence[DrawnRow]) -> dict[str, float]:
+        """Score the pictures drawn, and compute the losses at fixed noise."""
+        figures = self.score(drawn) if self.score and drawn else {}
+        if self.held_out:
+            losses = self.held_out(self.trainee)
+            figures[HELD_OUT] = sum(losses) / len(losses)
+        if self.fixed:
+            losses = self.fixed(self.trainee)
+            figures[FIXED_NOISE] = sum(losses) / len(losses)
+            self._show_pictures_losses(losses)
+        return figures
+
+    def _show_pictures_losses(self, losses: Sequence[float]) -> None:
+        """Plot each training picture's loss, and list them with the worst first."""
+        assert self.fixed is not None
+        self.first_losses = self.first_losses or list(losses)
+        names, step = name_pictures(self.fixed.pictures), self.trainee.step
+        points = zip(names, losses, strict=True)
+        self.tracker.curves({f"loss_by_picture/{name}": loss for name, loss in points}, step)
+        if step > 0:
+            table = tabulate_losses(names, self.first_losses, losses)
+            self.tracker.markdown("loss_by_picture", table, step)
+
+    def _keep_best(self) -> None:
+        if self.settings.best and choose(self.history, self.settings.best) is self.history[-1]:
+            self.best_weights = self.trainee.copy_weights()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best validation so far; ``None``: the last step is exported."""
+        chosen = choose(self.history, self.settings.best) if self.settings.best else None
+        return chosen.step if chosen else None
+
+    @property
+    def stalled(self) -> bool:
+        """True if the recipe's patience with validations that are no better has run out."""
+        return self.settings.best is not None and has_stalled(self.history, self.settings.best)
+
+    def explain_choice(self, *, stopped_early: bool) -> str | None:
+        """Say why the exported step was chosen; ``None``: it is the last."""
+        if self.settings.best is None or self.best_step is None:
+            return None
+        return explain(self.history, self.settings.best, stopped_early=stopped_early)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the validations so far have left, as a tree for a checkpoint."""
+        return {
+            "history": [{"step": v.step, "figures": dict(v.figures)} for v in self.history],
+            "first_losses": self.first_losses,
+            "said": self.said,
+            "best_weights": self.best_weights,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of the same recipe."""
+        self.history = [Validated(each["step"], each["figures"]) for each in state["history"]]
+        self.first_losses, self.said = state["first_losses"], state["said"]
+        self.best_weights = state["best_weights"]
+
+
+def agree(flag: bool, accelerator: Accelerator) -> bool:
+    """Tell on every process whether the flag is set on any."""
+    flags = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flags, "sum") > 0)
+
+
+def name_pictures(pictures: Sequence[Picture]) -> list[str]:
+    """Name pictures by their files; those that share a name also by their place."""
+    names = [Path(picture.source).name for picture in pictures]
+    return [
+        name if names.count(name) == 1 else f"{index:02d} {name}"
+        for index, name in enumerate(names)
+    ]
+
+
+def tabulate_losses(names: Sequence[str], first: Sequence[float], now: Sequence[float]) -> str:
+    """List pictures' losses in Markdown, the worst first, and name the worst.
+
+    A busy picture has a high loss from the start, so the order is by what is left of it: the
+    picture that is learnt least stands first.
+    """
+    left = {name: new / old for name, old, new in zip(names, first, now, strict=True)}
+    losses = dict(zip(names, zip(first, now, strict=True), strict=True))
+    worst, *others = sorted(left, key=lambda name: -left[name])
+    lines = ["| picture | loss | at first | left |", "|---|---|---|---|"]
+    for name in (worst, *others):
+        old, new = losses[name]
+        lines.append(f"| {name} | {new:.4f} | {old:.4f} | {left[name]:.0%} |")
+    peers = median(left[name] for name in others) if others else math.inf
+    if left[worst] > peers:
+        share = f"{left[worst]:.0%} of its loss is left, of the others' {peers:.0%} (median)."
+        lines += ["", f"Learnt least: {worst}; {share}"]
+    return "\n".join(lines)

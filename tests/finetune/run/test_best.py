@@ -1,0 +1,62 @@
+"""The choice among validations: the best figure under a bound, or else the nearest to the bound."""
+
+import math
+
+import pytest
+
+from finetune.recipe.schema import Best
+from finetune.run.best import choose, explain, has_stalled
+from finetune.run.figures import CLIP_I, HELD_OUT, OTHERS_CLIP_T, Validated
+
+
+def history(likeness: list[float], others: list[float], held_out: list[float]) -> list[Validated]:
+    return [
+        Validated(10 * index, {CLIP_I: one, OTHERS_CLIP_T: two, HELD_OUT: three})
+        for index, (one, two, three) in enumerate(zip(likeness, others, held_out, strict=True))
+    ]
+
+
+RISING = history([0.1, 0.5, 0.6, 0.9], [0.5, 0.5, 0.49, 0.3], [0.3, 0.1, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("best", "step"),
+    [
+        ({"keep_others": None}, 30),
+        ({"keep_others": 0.97}, 20),
+        ({"keep_others": 0.99}, 10),
+        ({"figure": "held_out", "keep_others": None}, 10),
+        ({"figure": "held_out", "keep_others": 0.5}, 10),
+    ],
+)
+def test_the_best_figure_under_the_bound_is_chosen(best: dict[str, object], step: int) -> None:
+    chosen = choose(RISING, Best.model_validate(best))
+    assert chosen is not None
+    assert chosen.step == step
+
+
+def test_the_base_is_no_candidate_and_the_first_of_equals_wins() -> None:
+    best = Best(keep_others=None)
+    assert choose(RISING[:1], best) is None
+    same = history([0.9, 0.5, 0.5], [1, 1, 1], [1, 1, 1])
+    chosen = choose(same, best)
+    assert chosen is same[1]
+    broken = history([0.1, math.nan, 0.2], [1, 1, 1], [1, 1, 1])
+    assert choose(broken, best) is broken[2]
+
+
+def test_without_any_within_the_bound_the_nearest_is_exported_and_said() -> None:
+    far = history([0.1, 0.5, 0.6], [0.5, 0.2, 0.4], [1, 1, 1])
+    chosen = choose(far, Best())
+    assert chosen is far[2]
+    sentence = explain(far, Best(), stopped_early=False)
+    assert "No validation kept 97% of the base's CLIP-T" in sentence
+    assert "step 20 came closest: other prompts keep 80.0%" in sentence
+
+
+def test_patience_counts_validations_since_the_best() -> None:
+    falling = history([0.1, 0.6, 0.5, 0.4], [1] * 4, [1] * 4)
+    for patience, stalled in ((1, True), (2, True), (3, False), (None, False)):
+        assert has_stalled(falling, Best(keep_others=None, patience=patience)) is stalled
+    sentence = explain(falling, Best(keep_others=None), stopped_early=True)
+    assert "step 10 (the run stopped early at step 30): clip_i is 0.6000" in sentence

@@ -1,0 +1,69 @@
+"""Each way to go wrong is recognised from the figures, in words, and a good run has none."""
+
+import pytest
+
+from finetune.run.diagnosis import SYMPTOMS, diagnose
+from finetune.run.figures import (
+    CLIP_I,
+    CLIP_T,
+    FIXED_NOISE,
+    HELD_OUT,
+    NEAREST,
+    OTHERS_CLIP_I,
+    OTHERS_CLIP_T,
+    SAMENESS,
+    Validated,
+    ceiling_of,
+)
+
+GOOD = {
+    CLIP_I: [0.3, 0.5, 0.6, 0.7],
+    ceiling_of(CLIP_I): [0.8] * 4,
+    CLIP_T: [0.3, 0.31, 0.31, 0.3],
+    SAMENESS: [0.4, 0.6, 0.7, 0.8],
+    NEAREST: [0.5, 0.6, 0.8, 0.85],
+    ceiling_of(NEAREST): [0.9] * 4,
+    OTHERS_CLIP_T: [0.3, 0.3, 0.29, 0.29],
+    OTHERS_CLIP_I: [0.2, 0.2, 0.21, 0.22],
+    FIXED_NOISE: [0.2, 0.15, 0.12, 0.1],
+    HELD_OUT: [0.2, 0.16, 0.15, 0.15],
+}
+
+BAD = [
+    ("diverges", {FIXED_NOISE: [0.2, 0.1, 0.15, 0.3]}, "rises (0.200 to 0.300). Lower"),
+    ("memorises", {HELD_OUT: [0.2, 0.15, 0.17, 0.2]}, "on those held out (0.200 to 0.200)"),
+    (
+        "collapses",
+        {SAMENESS: [0.4, 0.6, 0.8, 0.97], CLIP_T: [0.3, 0.31, 0.28, 0.25]},
+        "nearly the same (0.400 to 0.970), and the prompts are followed less (0.300 to 0.250)",
+    ),
+    ("leaks", {OTHERS_CLIP_T: [0.3, 0.28, 0.27, 0.2]}, "CLIP-T goes from 0.300 to 0.200"),
+    ("leaks", {OTHERS_CLIP_I: [0.2, 0.3, 0.4, 0.5]}, "to the subject from 0.200 to 0.500"),
+    ("copies", {NEAREST: [0.5, 0.6, 0.8, 0.95]}, "one of them (0.500 to 0.950)"),
+    ("learns nothing", {CLIP_I: [0.3, 0.3, 0.305, 0.3]}, "the base's (0.300 to 0.300)"),
+]
+
+
+def history(curves: dict[str, list[float]], count: int = 4) -> list[Validated]:
+    return [
+        Validated(10 * index, {tag: values[index] for tag, values in curves.items()})
+        for index in range(count)
+    ]
+
+
+def test_a_good_run_has_no_trouble_at_any_time() -> None:
+    for count in range(1, 5):
+        assert diagnose(history(GOOD, count), 30) == {}
+    for count in range(1, 5):
+        assert diagnose([Validated(10 * index) for index in range(count)], 30) == {}
+
+
+@pytest.mark.parametrize(("kind", "curves", "words"), BAD)
+def test_trouble_is_recognised(kind: str, curves: dict[str, list[float]], words: str) -> None:
+    found = diagnose(history(GOOD | curves), 30)
+    assert list(found) == [kind]
+    assert words in found[kind]
+
+
+def test_every_symptom_is_tested() -> None:
+    assert {kind for kind, _, _ in BAD} == set(SYMPTOMS)

@@ -1,0 +1,246 @@
+"""What validation measures, and that the best of the validations is exported."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+from adapters.errors import UserError
+from adapters.files.info import read_info
+from finetune.data.batches import Batches
+from finetune.recipe.schema import Recipe, Timesteps
+from finetune.run import loop
+from finetune.run.checkpoints import list_checkpoints, load_checkpoint
+from finetune.run.figures import CLIP_I, FIXED_NOISE, HELD_OUT, OTHERS_CLIP_T, floor_of
+from finetune.run.fixed_losses import FixedLosses, check_held_out, hold_out, spread_timesteps
+from finetune.run.folders import Folders, is_finished, select_identity
+from finetune.run.measures import Score, tabulate_losses
+from finetune.run.validation import DrawnRow
+from finetune.step.stages import STAGES
+from tests.builders.random_cascade import RandomCascade
+from tests.builders.small_runs import (
+    batches_for,
+    events_of,
+    exported,
+    flat,
+    logged,
+    material_of,
+    recipe_of,
+    saved_weights,
+    train,
+    trainee_of,
+)
+
+FAST = {"stage_1": {"steps": 1}, "stage_2": {"steps": 1}}
+DRAWN = {"prompts": ["a sks dog"], "other_prompts": ["a cat"], "every": 1, "sampling": FAST}
+QUIET = {"through_stage_2": "never", "loss_pictures": 0}
+EVALUATION = {
+    "identifier": "sks dog",
+    "subject": "dog",
+    "prompts": ["a sks dog"],
+    "clip": "not loaded",
+}
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make(random_cascade: RandomCascade, tmp_path: Path) -> Make:
+    def build(folder: str = "run", **options: Any) -> Recipe:
+        return recipe_of(random_cascade, tmp_path / folder, **options)
+
+    return build
+
+
+def judged(make: Make, best: dict[str, Any], **options: Any) -> Recipe:
+    validation = {**DRAWN, **QUIET, "best": best}
+    return make(validation=validation, evaluation=EVALUATION, **options)
+
+
+def scoring(likeness: Sequence[float], others: Sequence[float] | None = None) -> Score:
+    """A score that follows given curves, validation by validation; it ends in an interruption."""
+    points = iter(zip(likeness, others or [1.0] * len(likeness), strict=True))
+
+    def score(drawn: Sequence[DrawnRow]) -> dict[str, float]:
+        found = next(points, None)
+        if found is None:
+            raise InterruptedError
+        return dict(zip((CLIP_I, OTHERS_CLIP_T), found, strict=True))
+
+    return score
+
+
+def assert_exported(recipe: Recipe, step: int) -> None:
+    """The export is the weights of a step, and the adapter says so."""
+    assert torch.equal(flat(exported(recipe)), saved_weights(recipe)[step])
+    assert read_info(Folders(recipe.folder).adapters / "stage_1").step == step
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer"),
+    [({"adapter": {"rank": 2, "dropout": 0.5}, "ema_decay": 0.9}, {}), ({}, "schedule_free")],
+    ids=["dropout and average", "schedule-free"],
+)
+def test_measuring_does_not_change_training(
+    make: Make, stage: dict[str, Any], optimizer: object
+) -> None:
+    options: dict[str, Any] = {"stage": stage}
+    if optimizer == "schedule_free":
+        options["optimizer"] = {"name": "schedule_free", "betas": None, "learning_rate": 0.03}
+    settings = {**DRAWN, "every": 2, "through_stage_2": "never"}
+    measured = make("measured", validation=settings, **options)
+    plain = make("plain", validation={"loss_pictures": 0}, **options)
+    exports = [train(recipe, 1) for recipe in (measured, plain)]
+    assert torch.equal(saved_weights(measured), saved_weights(plain))
+    assert torch.equal(flat(exports[0]), flat(exports[1]))
+    assert logged(measured, "loss") == logged(plain, "loss")
+    assert len(logged(measured, FIXED_NOISE)) == 3
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_losses_at_fixed_noise_depend_on_the_weights_alone(make: Make, number: int) -> None:
+    measured, trainee = [], trainee_of(make(stages=(number,)), number)
+    for size, seed in ((2, 0), (3, 1)):
+        recipe = make(stage={"batch_size": size}, stages=(number,), seed=seed)
+        material = material_of(recipe, count=2)
+        measured.append(FixedLosses(batches_for(recipe, material, number), material.pictures))
+    one, other = measured
+    with trainee.final_weights():
+        losses = one(trainee)
+        assert one(trainee) == losses
+        assert other(trainee) == pytest.approx(losses, rel=1e-5)
+    assert losses[0] != losses[1]
+
+
+def test_fixed_losses_are_of_evenly_spread_timesteps() -> None:
+    assert spread_timesteps(Timesteps(), 1000) == [62, 187, 312, 437, 562, 687, 812, 937]
+    assert spread_timesteps(Timesteps(low=500, high=507), 1000) == list(range(500, 508))
+
+
+def test_held_out_pictures_are_not_trained_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, original = [], loop.build_batches
+
+    def build(*arguments: Any) -> Batches:
+        trained.append(original(*arguments))
+        return trained[-1]
+
+    monkeypatch.setattr(loop, "build_batches", build)
+    recipe = make(validation={"held_out": 1, "every": 2})
+    pictures = material_of(recipe).pictures
+    kept, held_out = hold_out(pictures, 1, recipe.seed)
+    assert sorted(p.source for p in [*kept, *held_out]) == sorted(p.source for p in pictures)
+    train(recipe)
+    tags = events_of(recipe).Tags()["scalars"]
+    own = {tag.partition("/")[2] for tag in tags if tag.startswith("loss_by_picture/")}
+    assert own == {picture.source for picture in kept}
+    assert [list(batches.pictures) for batches in trained] == [kept]
+    assert [point.step for point in events_of(recipe).Scalars(HELD_OUT)] == [0, 2, 4]
+    with pytest.raises(UserError, match="must be less than the number of pictures, 3"):
+        check_held_out(3, len(pictures))
+    stage = STAGES[1]
+    identities = [select_identity(each.model_dump(mode="json"), stage) for each in (recipe, make())]
+    assert identities[0] != identities[1]
+
+
+def test_the_first_view_has_the_base_a_layout_and_a_row_to_compare(make: Make) -> None:
+    recipe = judged(make, {"keep_others": None})
+    train(recipe, score=scoring([0.1, 0.3, 0.5, 0.2, 0.2]))
+    events = events_of(recipe)
+    tags = events.Tags()
+    for row in ("drawn/samples", "drawn/samples_of_others"):
+        assert [image.step for image in events.Images(row)] == [0, 1, 2, 3, 4]
+    assert logged(recipe, CLIP_I) == pytest.approx([0.1, 0.3, 0.5, 0.2, 0.2])
+    assert logged(recipe, floor_of(CLIP_I)) == pytest.approx([0.1] * 5)
+    layout = Layout.FromString(
+        events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    )
+    assert [category.title[:2] for category in layout.category] == ["1.", "2.", "3."]
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(events.summary_metadata)
+    assert "exported/text_summary" in tags["tensors"]
+    assert logged(recipe, "exported/step") == [2]
+
+
+def test_the_best_validation_is_exported(make: Make) -> None:
+    recipe = judged(make, {"figure": "clip_i"}, stage={"keep_checkpoints": 1})
+    train(recipe, score=scoring([0.1, 0.5, 0.9, 0.7, 0.6], [1.0, 1.0, 0.8, 0.98, 0.99]))
+    kept = list_checkpoints(Folders(recipe.folder).checkpoints(STAGES[1]))
+    assert [folder.name for folder in kept] == ["step-000004"]  # the best has been pruned
+    again = judged(make, {"figure": "clip_i"}, name="again")
+    train(again, score=scoring([0.1, 0.5, 0.9, 0.7, 0.6], [1.0, 1.0, 0.8, 0.98, 0.99]))
+    assert_exported(again, 3)
+    assert torch.equal(flat(exported(recipe)), flat(exported(again)))
+    info = read_info(Folders(recipe.folder).adapters / "stage_1")
+    assert (info.step, info.last_step) == (3, 4)
+    assert info.choice is not None
+    assert "98.0% of the base's" in info.choice
+    assert info.choice in (Folders(recipe.folder).adapters / "README.md").read_text()
+    tree = recipe.model_dump(mode="json")
+    assert is_finished(
+        STAGES[1], 4, select_identity(tree, STAGES[1]), Folders(recipe.folder), patient=False
+    )
+
+
+def test_without_a_choice_the_last_is_exported(make: Make) -> None:
+    recipe = make(validation={**DRAWN, **QUIET})
+    train(recipe, score=scoring([0.1, 0.9, 0.5, 0.4, 0.3]))
+    assert_exported(recipe, 4)
+
+
+def test_the_average_of_the_best_validation_is_exported(make: Make) -> None:
+    recipe = judged(make, {"figure": "clip_i", "keep_others": None}, stage={"ema_decay": 0.9})
+    train(recipe, score=scoring([0.1, 0.2, 0.3, 0.2, 0.2]))
+    folder = Folders(recipe.folder).checkpoints(STAGES[1]) / "step-000002"
+    assert torch.equal(flat(exported(recipe)), flat(load_checkpoint(folder)["average"]))
+
+
+def test_patience_ends_a_run_early_and_for_good(make: Make) -> None:
+    recipe = judged(make, {"keep_others": None, "patience": 2})
+    train(recipe, score=scoring([0.1, 0.5, 0.4, 0.3]))
+    assert_exported(recipe, 1)
+    info = read_info(Folders(recipe.folder).adapters / "stage_1")
+    assert info.stopped_early
+    assert info.last_step == 3
+    train(recipe, score=scoring([]))  # neither trains nor validates, but exports again
+    assert_exported(recipe, 1)
+    identity = select_identity(recipe.model_dump(mode="json"), STAGES[1])
+    for patient in (True, False):
+        found = is_finished(STAGES[1], 4, identity, Folders(recipe.folder), patient=patient)
+        assert found == patient
+
+
+@pytest.mark.parametrize("interrupted", [2, 4])
+def test_an_interrupted_run_chooses_as_an_uninterrupted_one(make: Make, interrupted: int) -> None:
+    likeness = [0.1, 0.5, 0.9, 0.7, 0.6]
+    whole = judged(make, {"keep_others": None}, name="whole")
+    train(whole, score=scoring(likeness))
+    recipe = judged(make, {"keep_others": None})
+    with pytest.raises(InterruptedError):
+        train(recipe, score=scoring(likeness[:interrupted]))
+    train(recipe, score=scoring(likeness[interrupted:]))
+    assert_exported(recipe, 2)
+    assert torch.equal(flat(exported(recipe)), flat(exported(whole)))
+    assert logged(recipe, CLIP_I) == logged(whole, CLIP_I)
+
+
+def test_trouble_is_reported_once(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = make(validation={**DRAWN, **QUIET})
+
+    def score(drawn: Sequence[DrawnRow]) -> dict[str, float]:
+        return {CLIP_I: 0.2}
+
+    train(recipe, score=score)
+    output = capfd.readouterr()
+    assert (output.out + output.err).count("warning: Step 2: Nothing is learnt so far") == 1
+    assert "warnings/learns_nothing/text_summary" in events_of(recipe).Tags()["tensors"]
+
+
+def test_the_picture_that_is_learnt_least_is_named() -> None:
+    table = tabulate_losses(
+        ["busy.png", "odd.png", "plain.png"], [0.4, 0.1, 0.1], [0.2, 0.09, 0.05]
+    )
+    rows = [line.split(" | ")[0] for line in table.splitlines()[2:5]]
+    assert rows == ["| odd.png", "| busy.png", "| plain.png"]
+    assert "Learnt least: odd.png; 90% of its loss is left, of the others' 50% (median)." in table
