@@ -58,7 +58,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     from finetune.memory.report import format_plan
     from finetune.run.early_checks import check_recipe
     from finetune.run.fixed_losses import check_held_out
-    from finetune.run.folders import Folders, is_finished, select_identity
+    from finetune.run.folders import Folders, list_unfinished
     from finetune.run.loop import train_stage
     from unets.fused_norms import compile_ahead
     from unets.precision import compute_dtype
@@ -66,18 +66,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     device = accelerator.device
     if device.type == "cpu":  # the launcher leaves each process a single thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
-    folders, tree = Folders(recipe.folder), recipe.model_dump(mode="json")
-    pending = [
-        stage
-        for stage in recipe.trained
-        if not is_finished(
-            stage,
-            recipe.training(stage).steps,
-            select_identity(tree, stage),
-            folders,
-            patient=recipe.validation.patience is not None,
-        )
-    ]
+    folders, pending = Folders(recipe.folder), list_unfinished(recipe)
     if not pending:
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tqdm.auto import tqdm
@@ -12,8 +12,14 @@ from adapters.arguments import Scale
 from adapters.cascade.cascade import Cascade
 from adapters.cascade.load import Parts
 from adapters.cascade.results import Sample
+from adapters.cascade.sampling import Sampling
 from adapters.files.places import adapter_path, stage_folders
-from finetune.data.captions import CaptionCache, collect_prompts, embed_captions
+from finetune.data.captions import (
+    CaptionCache,
+    PromptEmbeds,
+    collect_prompts,
+    embed_captions,
+)
 from finetune.recipe.schema import Evaluation, Recipe
 
 Group: TypeAlias = Literal["subject", "others", "class"]
@@ -96,44 +102,72 @@ def draw_variants(
     Raises:
         UserError: if a model or adapter does not load, or a setting does not suit it.
     """
-    written = collect_prompts(recipe)
-    needed = {text for shot in shots for text in (shot.prompt, shot.stage_2_prompt)}
-    captions = {text: written[text] for text in sorted({*needed, ""})}
-    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
-    cascade = load_cascade(
-        recipe.base.stage_1,
-        recipe.base.stage_2,
-        recipe.base.stage_3,
-        revision=recipe.base.revision,
-        variant=recipe.base.variant,
-        device=device,
-        dtype=recipe.precisions_on(device),
-        parts=Parts(text_encoder=False),
-    )
+    desk = Desk.of(recipe, settings, shots, device)
     for name, scale in adapters.items():
-        cascade.add_adapter(name, scale)
-    variants = _variants(cascade, apart=apart)
-    sampling = settings.sampling or recipe.validation.sampling
+        desk.cascade.add_adapter(name, scale)
+    variants = _variants(desk.cascade, apart=apart)
     drawn: dict[str, tuple[Sample, ...]] = {}
     with tqdm(total=len(variants) * len(shots), desc="Drawing") as progress:
         for variant, scales in variants.items():
-            cascade.set_adapters(scales)
+            desk.cascade.set_adapters(scales)
             progress.set_postfix_str(variant)
-            samples: list[Sample] = []
-            for start in range(0, len(shots), sampling.batch_size):
-                batch = shots[start : start + sampling.batch_size]
-                samples += cascade(
-                    [shot.prompt for shot in batch],
-                    stage_2_prompt=[shot.stage_2_prompt for shot in batch],
-                    embeds=embeds,
-                    seed=[shot.seed for shot in batch],
-                    sampling=sampling,
-                    clean_caption=recipe.text.clean_caption,
-                    progress=False,
-                )
-                progress.update(len(batch))
-            drawn[variant] = tuple(samples)
+            drawn[variant] = desk.draw(progress)
     return drawn
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A cascade and all it needs to draw the same shots again and again."""
+
+    cascade: Cascade
+    shots: Sequence[Shot]
+    embeds: PromptEmbeds
+    """The encodings of the shots' prompts."""
+    sampling: Sampling
+    clean_caption: bool
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, settings: Evaluation, shots: Sequence[Shot], device: torch.device
+    ) -> "Desk":
+        """Encode the shots' prompts, and load the recipe's base.
+
+        Raises:
+            UserError: if a model does not load.
+        """
+        written = collect_prompts(recipe)
+        needed = {text for shot in shots for text in (shot.prompt, shot.stage_2_prompt)}
+        captions = {text: written[text] for text in sorted({*needed, ""})}
+        embeds = embed_captions(captions, CaptionCache.of(recipe, device))
+        cascade = load_cascade(
+            recipe.base.stage_1,
+            recipe.base.stage_2,
+            recipe.base.stage_3,
+            revision=recipe.base.revision,
+            variant=recipe.base.variant,
+            device=device,
+            dtype=recipe.precisions_on(device),
+            parts=Parts(text_encoder=False),
+        )
+        sampling = settings.sampling or recipe.validation.sampling
+        return cls(cascade, shots, embeds, sampling, recipe.text.clean_caption)
+
+    def draw(self, progress: "tqdm[Any]") -> tuple[Sample, ...]:
+        """Draw all shots with the adapters that the cascade has now."""
+        samples: list[Sample] = []
+        for start in range(0, len(self.shots), self.sampling.batch_size):
+            batch = self.shots[start : start + self.sampling.batch_size]
+            samples += self.cascade(
+                [shot.prompt for shot in batch],
+                stage_2_prompt=[shot.stage_2_prompt for shot in batch],
+                embeds=self.embeds,
+                seed=[shot.seed for shot in batch],
+                sampling=self.sampling,
+                clean_caption=self.clean_caption,
+                progress=False,
+            )
+            progress.update(len(batch))
+        return tuple(samples)
 
 
 def _variants(cascade: Cascade, *, apart: bool) -> dict[str, dict[str, dict[int, float]]]:

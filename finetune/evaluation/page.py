@@ -147,8 +147,9 @@ def _figure(report: Results, variant: str, number: int) -> str:
     if sample.flagged:
         text = f"seed {shot.seed}<br>blackened by the safety checker, not scored"
     alternative = escape(f"{VARIANTS[variant]}: {shot.prompt}")
+    source = embed_picture(sample.final, PICTURE_PX)
     return (
-        f'<figure><img src="{_embed(sample.final, PICTURE_PX)}" alt="{alternative}" loading="lazy">'
+        f'<figure><img src="{source}" alt="{alternative}" loading="lazy">'
         f"<figcaption>{_photo(report, score.nearest)}<span>{text}</span></figcaption></figure>"
     )
 
@@ -165,10 +166,10 @@ def _photo_styles(report: Results) -> Iterator[str]:
     nearest = {score.nearest for scores in report.picture_scores.values() for score in scores}
     for number in sorted({*range(min(len(report.photos), PHOTOS)), *nearest}):
         photo = report.photos[number]
-        yield f".t{number} {{ background-image: url({_embed(photo.image, PHOTO_PX)}); }}\n"
+        yield f".t{number} {{ background-image: url({embed_picture(photo.image, PHOTO_PX)}); }}\n"
 
 
-def _embed(picture: Image.Image, size_px: int) -> str:
+def embed_picture(picture: Image.Image, size_px: int) -> str:
     """Encode a picture as a data URI, reduced to ``size_px``."""
     small = picture.convert("RGB")
     small.thumbnail((size_px, size_px), Image.Resampling.LANCZOS)

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from adapters.errors import UserError, closest
-from finetune.recipe.schema import Place, Recipe
+from finetune.recipe.schema import Place, Recipe, Section
 from finetune.recipe.yaml12 import Loader
 
 NAMING_TOKENS = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)
@@ -34,6 +34,19 @@ PLAIN_WORDS = {
 """Replacements for pydantic's words about Python types, which a reader of YAML does not know."""
 
 
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+class MistakesError(UserError):
+    """The mistakes in a file, one in a row."""
+
+    def __init__(self, title: str, rows: list[str]) -> None:
+        self.rows = rows
+        """Each mistake: its path, and the values expected and found."""
+        listed = "\n".join(f"  {row}" for row in rows)
+        super().__init__(f"{title} has {len(rows)} mistake(s):\n{listed}")
+
+
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read and check a recipe.
 
@@ -46,23 +59,43 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         UserError: with every mistake and its path: unknown keys and names (with the closest valid
             one), wrong types, values out of range, and sections that do not go together.
     """
-    path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {path} cannot be read: {error}.") from error
-    except YAML_ERRORS as error:
-        raise UserError(f"The recipe {path} is not valid YAML: {error}.") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"The recipe {path} must be a YAML mapping (got {type(tree).__name__}).")
+    tree = read_mapping(path, f"The recipe {path}")
     for override in overrides:
         tree = _override(tree, override)
+    return check_section(Recipe, tree, f"The recipe {path}")
+
+
+def read_mapping(path: str | Path, title: str) -> dict[str, Any]:
+    """Read a YAML file of keys and values.
+
+    Args:
+        path: the file.
+        title: the file in messages, such as ``The recipe dog.yaml``.
+
+    Raises:
+        UserError: if it cannot be read, or is something else.
+    """
     try:
-        return Recipe.model_validate(tree)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{title} cannot be read: {error}.") from error
+    except YAML_ERRORS as error:
+        raise UserError(f"{title} is not valid YAML: {error}.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{title} must be a YAML mapping (got {type(tree).__name__}).")
+    return tree
+
+
+def check_section(kind: type[AnySection], tree: dict[str, Any], title: str) -> AnySection:
+    """Check the keys and values of a whole file.
+
+    Raises:
+        MistakesError: with all mistakes.
+    """
+    try:
+        return kind.model_validate(tree)
     except ValidationError as error:
-        rows = _explain(error)
-        listed = "\n".join(f"  {row}" for row in rows)
-        raise UserError(f"The recipe {path} has {len(rows)} mistake(s):\n{listed}") from None
+        raise MistakesError(title, _explain(error, kind)) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
@@ -71,7 +104,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     *sections, key = dotted.split(".")
     if not equals:
         raise UserError(f"An override must be key=value (got {override!r}).")
-    types = _types_at((*sections, key))
+    types = _types_at((*sections, key), Recipe)
     is_text = str in types and types <= {str, NoneType}
     literal = is_text and not (text == "null" and NoneType in types)
     tree = node = dict(tree)
@@ -81,19 +114,27 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
             raise UserError(f"The override {override!r} takes the value {section!r} for a section.")
         node[section] = below = dict(below or {})
         node = below
-    node[key] = text if literal else _parse_value(text, override)
+    node[key] = text if literal else parse_value(text, f"override {override!r}")
     return tree
 
 
-def _parse_value(text: str, override: str) -> Any:
-    """Read a value as YAML, provided that YAML reads all of its text as the value."""
+def parse_value(text: str, origin: str) -> Any:
+    """Read a value as YAML, provided that YAML reads all of its text as the value.
+
+    Args:
+        text: the value.
+        origin: where it stands, for messages, such as ``override 'seed=1'``.
+
+    Raises:
+        UserError: if it is not valid YAML, or YAML skips or interprets a part of it.
+    """
     try:
         value = yaml.load(text, Loader=Loader)
         tokens = [t for t in yaml.scan(text) if not isinstance(t, yaml.StreamEndToken)]
     except YAML_ERRORS as error:
         raise UserError(
-            f"The value of the override {override!r} is not valid YAML: texts within it that"
-            " contain any of : # & * ! [ ] { } , must be in quotes."
+            f"The value of the {origin} is not valid YAML: texts within it that contain any of"
+            " : # & * ! [ ] { } , must be in quotes."
         ) from error
     rest = text[tokens[-1].end_mark.index :].strip()
     named = [
@@ -103,33 +144,33 @@ def _parse_value(text: str, override: str) -> Any:
     ]
     if rest or named:
         raise UserError(
-            f"The override {override!r} contains {(named or [rest])[0]!r}, which YAML does not"
-            " read as text; put the text in quotes."
+            f"The {origin} contains {(named or [rest])[0]!r}, which YAML does not read as text; put"
+            " the text in quotes."
         )
     return value
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, root: type[Section]) -> list[str]:
     """Write one line for each mistake: its path, and the values expected and found."""
     rows = []
-    found = [(_path(mistake["loc"]), mistake) for mistake in error.errors(include_url=False)]
+    found = [(_path(mistake["loc"], root), mistake) for mistake in error.errors(include_url=False)]
     for _, field in groupby(found, lambda pair: [p for p in pair[0] if isinstance(p, str)]):
         mistakes: dict[Place, list[ErrorDetails]] = {}
         for path, mistake in field:
             mistakes.setdefault(path, []).append(mistake)
         deepest = max(map(len, mistakes))  # of a union's branches, the one that got furthest
-        rows += [_row(*pair) for pair in mistakes.items() if len(pair[0]) == deepest]
+        rows += [_row(*pair, root) for pair in mistakes.items() if len(pair[0]) == deepest]
     return rows
 
 
-def _row(path: Place, mistakes: list[ErrorDetails]) -> str:
+def _row(path: Place, mistakes: list[ErrorDetails], root: type[Section]) -> str:
     """Describe a place's mistake, or its mistakes in each branch of a union."""
     first = mistakes[0]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = _explain_unknown_key(path, first["loc"])
+        message = _explain_unknown_key(path, first["loc"], root)
     elif first["type"] == "union_tag_invalid":
-        kinds = [_kind(section) for section in _sections(_types_at(path))]
+        kinds = [_kind(section) for section in _sections(_types_at(path, root))]
         path, found = (*path, "kind"), first["ctx"]["tag"]
         message = f"unknown name {found!r}; {closest(found, kinds)}"
     elif first["type"] not in ("missing", "value_error"):
@@ -142,17 +183,18 @@ def _row(path: Place, mistakes: list[ErrorDetails]) -> str:
     return f"{place}: {message}" if place else message
 
 
-def _explain_unknown_key(path: Place, place: Place) -> str:
+def _explain_unknown_key(path: Place, place: Place, root: type[Section]) -> str:
     """Hint at the key that an unknown one should have been.
 
     Args:
         path: the unknown key's path.
         place: pydantic's place of it, which also names the kind of a section that has several.
+        root: the section that the path starts in.
     """
     new = RENAMED.get(".".join(map(str, path)))
     if new:
         return f"unknown key; is now {new}"
-    key, sections = str(path[-1]), _sections(_types_at(path[:-1]))
+    key, sections = str(path[-1]), _sections(_types_at(path[:-1], root))
     own = sections[0] if len(sections) == 1 else next(s for s in sections if _kind(s) == place[-2])
     others = [_kind(section) for section in sections if key in section.model_fields]
     if others:
@@ -160,12 +202,12 @@ def _explain_unknown_key(path: Place, place: Place) -> str:
     return f"unknown key; {closest(key, list(own.model_fields))}"
 
 
-def _path(place: Place) -> Place:
+def _path(place: Place, root: type[Section]) -> Place:
     """Drop from a place the names that pydantic gives to the branches of unions."""
     path: Place = ()
     kind_named = False
     for part in place:
-        sections = _sections(_types_at(path))
+        sections = _sections(_types_at(path, root))
         if len(sections) > 1 and not kind_named:
             kind_named = True
         elif isinstance(part, int) or sections:
@@ -174,9 +216,9 @@ def _path(place: Place) -> Place:
     return path
 
 
-def _types_at(path: Place) -> set[Any]:
-    """Return the types that the field at a path may hold; none if there is no such field."""
-    types: set[Any] = {Recipe}
+def _types_at(path: Place, root: type[Section]) -> set[Any]:
+    """Return the types that the field at a path in a section may hold; none without a field."""
+    types: set[Any] = {root}
     for part in path:
         fields = [section.model_fields.get(str(part)) for section in _sections(types)]
         types = {kind for field in fields if field for kind in _options(field.annotation)}

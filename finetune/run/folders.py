@@ -98,6 +98,27 @@ def is_finished(
     return last >= steps
 
 
+def list_unfinished(recipe: Recipe) -> list[Stage]:
+    """List the stages of a recipe that are not trained to their end and exported, in order.
+
+    Raises:
+        UserError: as :func:`is_finished`.
+    """
+    folders, tree = Folders(recipe.folder), recipe.model_dump(mode="json")
+    patient = recipe.validation.patience is not None
+    return [
+        stage
+        for stage in recipe.trained
+        if not is_finished(
+            stage,
+            recipe.training(stage).steps,
+            select_identity(tree, stage),
+            folders,
+            patient=patient,
+        )
+    ]
+
+
 def _read_identity(text: str, stage: Stage) -> dict[str, Any]:
     """Read the identity from an exported recipe; empty if this version cannot read the recipe."""
     try:

@@ -22,7 +22,7 @@ assert not slow & sys.modules.keys(), slow & sys.modules.keys()
 """
 
 
-@pytest.mark.parametrize("name", ["train", "precompute", "plan", "evaluate", "compare"])
+@pytest.mark.parametrize("name", ["train", "precompute", "plan", "evaluate", "compare", "sweep"])
 def test_help_and_mistakes_import_nothing_that_is_slow_to_import(name: str, tmp_path: Path) -> None:
     recipe = write(tmp_path, SMALL.replace("steps", "stpes"))
     for argument, code, found in (

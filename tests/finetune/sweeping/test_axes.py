@@ -1,0 +1,126 @@
+"""Grids and random draws: complete, repeatable, within their ranges, and named apart."""
+
+import itertools
+import math
+
+import pytest
+
+from adapters.errors import UserError
+from finetune.sweeping.axes import (
+    Choices,
+    Range,
+    draw_random,
+    expand_grid,
+    list_overrides,
+    read_axis,
+)
+from finetune.sweeping.names import LONGEST, name_runs, shorten_keys
+from finetune.sweeping.schema import read_values
+
+RANK = Choices(("stage_1.adapter.rank", "stage_2.adapter.rank"), ("8", "16"))
+KIND = Choices(("stage_1.adapter.kind",), ("lora", "dora", "loha"))
+RATE = Range(("stage_1.optimizer.learning_rate",), 1e-4, 1e-2, log=True, whole=False)
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    combinations = expand_grid([RANK, KIND])
+    assert combinations == list(itertools.product(("8", "16"), ("lora", "dora", "loha")))
+    assert expand_grid([]) == [()]
+    assert list_overrides([RANK, KIND], combinations[0]) == [
+        "stage_1.adapter.rank=8",
+        "stage_2.adapter.rank=8",
+        "stage_1.adapter.kind=lora",
+    ]
+
+
+def test_a_longer_random_search_begins_with_the_shorter_one() -> None:
+    axes = [RANK, RATE]
+    drawn = draw_random(axes, 20, seed=3)
+    assert len(set(drawn)) == 20
+    assert draw_random(axes, 7, seed=3) == drawn[:7]
+    assert draw_random(axes, 7, seed=4) != drawn[:7]
+
+
+def test_random_draws_exhaust_a_small_space_and_no_more() -> None:
+    assert set(draw_random([RANK, KIND], 6, seed=0)) == set(expand_grid([RANK, KIND]))
+    with pytest.raises(UserError, match=r"random asks for 7 .* have about 6"):
+        draw_random([RANK, KIND], 7, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "whole"),
+    [(1e-4, 1e-2, True, False), (0.0, 1.0, False, False), (1, 64, True, True), (2, 5, False, True)],
+)
+def test_a_range_is_drawn_evenly_within_its_ends(
+    low: float, high: float, log: bool, whole: bool
+) -> None:
+    texts = [c[0] for c in draw_random([Range(("a",), low, high, log, whole)], 4, seed=0)]
+    axis = Range(("a",), low, high, log, whole)
+    rngs = itertools.count()
+    values = [float(draw_random([axis], 1, seed=next(rngs))[0][0]) for _ in range(400)]
+    assert all(low <= value <= high for value in values)
+    middle = math.sqrt(low * high) if log else (low + high) / 2
+    below = sum(value < middle for value in values) / len(values)
+    assert below == pytest.approx(0.5, abs=0.1)
+    assert all(text.isdigit() for text in texts) == whole
+
+
+def test_a_range_keeps_its_ends_when_rounding_would_leave_it() -> None:
+    axis = Range(("a",), 0.12345, 0.12346, log=False, whole=False)
+    assert all(0.12345 <= float(text) <= 0.12346 for (text,) in draw_random([axis], 1, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "said"),
+    [
+        ("seed", [1, 2], "seed cannot be varied: name the seeds of training in seeds"),
+        ("name", ["a"], "name cannot be varied"),
+        ("stage_1.steps", [], "must be a list of values, or a range"),
+        ("stage_1.steps", 8, "must be a list of values, or a range"),
+        ("stage_1.steps", {"low": 1, "hihg": 2}, "unknown key 'hihg'; did you mean high"),
+        ("stage_1.steps", {"low": 1}, r"high must be a number \(got None\)"),
+        ("stage_1.steps", {"low": 3, "high": 1}, "low must be less than high"),
+        ("stage_1.steps", {"low": 0, "high": 1, "log": True}, "low must be above 0"),
+        ("stage_1.steps", {"low": 1, "high": 2, "log": "yes"}, "log must be true or false"),
+    ],
+)
+def test_mistaken_axes_are_named(key: str, values: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_axis(key, values)
+
+
+def test_values_are_taken_from_the_command_line_letter_for_letter() -> None:
+    assert read_values("a.b=1e-3,0.003") == ("a.b", ["1e-3", "0.003"])
+    assert read_values("a=a sks dog on blue,null, [1, 2]") == (
+        "a",
+        ["a sks dog on blue", "null", "[1, 2]"],
+    )
+    assert read_values("a='one, two',three") == ("a", ["one, two", "three"])
+    assert read_values("a={low: 1, high: 2}") == ("a", {"low": 1, "high": 2})
+    for text in ("a", "a=", "=1", "a=[1", "a={low: 1"):
+        with pytest.raises(UserError):
+            read_values(text)
+
+
+def test_values_of_a_file_are_written_as_overrides() -> None:
+    axis = read_axis("a", [1, 2.5, True, None, "x", [1, 2], {"low": 1}, 1])
+    assert isinstance(axis, Choices)
+    assert axis.values == ("1", "2.5", "true", "null", "x", "[1, 2]", '{"low": 1}')
+
+
+def test_names_are_distinct_repeatable_and_fit_a_folder() -> None:
+    labels = shorten_keys([RANK.keys, KIND.keys])
+    runs = [(values, seed) for values in expand_grid([RANK, KIND]) for seed in (0, 1)]
+    names = name_runs(labels, runs)
+    assert names[0] == "rank-8_kind-lora_seed-0"
+    assert len(set(names)) == len(runs)
+    assert [name_runs(labels, [run]) for run in runs] == [[name] for name in names]
+
+
+def test_names_that_would_be_equal_or_long_end_in_a_hash() -> None:
+    runs = [(("a b",), None), (("a+b",), None), (("c",), None), (("x" * 200,), None)]
+    names = name_runs(["targets"], runs)
+    assert len(set(names)) == 4
+    assert names[2] == "targets-c"
+    assert max(map(len, names)) <= LONGEST
+    assert name_runs([], [((), None), ((), 3)]) == ["as_given", "seed-3"]
