@@ -181,9 +181,9 @@ def write_table(outcomes: Outcomes) -> str:
 
 
 def _columns(outcomes: Outcomes) -> tuple[list[str], list[str]]:
-    """List the names of the varied values and of the scores that are shown."""
+    """List the names of the varied values, and of the scores that any run has."""
     names = list(outcomes.rows[0].settings) if outcomes.rows else []
-    return names, [name for name in TITLES if any(name in row.scores for row in outcomes.rows)]
+    return names, [name for name in TITLES if any(row.scores.get(name) for row in outcomes.rows)]
 
 
 def _order(outcomes: Outcomes) -> list[int]:
