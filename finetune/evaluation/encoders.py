@@ -21,7 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from adapters.errors import UserError
 
-BATCH_SIZE = 32
+BATCH_SIZE = 25
 """The number of pictures encoded at once."""
 
 AS_TENSORS = MappingProxyType({"weights_only": True, "dtype": torch.float32})

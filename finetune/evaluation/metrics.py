@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.evaluation.encoders import ClipScorer as ClipScorer
 
-ROWS = 1024
+ROWS = 1000
 """The number of pictures compared with all others at once, which bounds the memory."""
 
 

@@ -13,7 +13,7 @@ from finetune.evaluation.drawing import Group
 from finetune.evaluation.results import CEILING, VARIANTS, Results
 from finetune.evaluation.scoring import MEANINGS, TITLES, Scores
 
-PICTURE_PX, PHOTO_PX = 256, 96
+PICTURE_PX, PHOTO_PX = 240, 90
 """The largest sides of embedded pictures; the files next to the page have them in full."""
 
 PHOTOS = 24

@@ -7,7 +7,7 @@ from html import escape
 from finetune.sweeping.outcomes import Outcomes, Spread
 
 WIDTH, HEIGHT = 800, 480
-LEFT, RIGHT, TOP, BOTTOM = 70, 30, 44, 64
+LEFT, RIGHT, TOP, BOTTOM = 70, 30, 44, 65
 """The margins around the plot, for tick labels and axis titles."""
 
 RADIUS = 6

@@ -15,7 +15,7 @@ from pathlib import Path
 BAR_SECONDS = "5"
 """The seconds between two states of a progress bar in a log."""
 
-TAIL_BYTES = 4096
+TAIL_BYTES = 5000
 """The length of a log's end that is read for progress and errors."""
 
 GRACE_S = 30

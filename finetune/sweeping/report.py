@@ -23,7 +23,7 @@ from finetune.sweeping.scoring import (
 SHOWN: dict[Group, int] = {"subject": 6, "others": 2}
 """The most pictures shown of an outcome, by group of prompts."""
 
-STRIP_PX = 128
+STRIP_PX = 120
 """The side of these pictures, in pixels."""
 
 TITLES = {

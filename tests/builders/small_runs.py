@@ -39,6 +39,7 @@ def recipe_of(
     *,
     stage: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
+    validation: dict[str, Any] | None = None,
     stages: tuple[int, ...] = (1,),
     **sections: Any,
 ) -> Recipe:
@@ -49,6 +50,7 @@ def recipe_of(
         folder: of runs and cache.
         stage: settings of the trained stages' sections.
         optimizer: settings of their optimizer, over :data:`SIGN_DESCENT`.
+        validation: its own settings; none: nothing is measured.
         stages: which stages train.
         sections: of the recipe itself.
     """
@@ -66,6 +68,7 @@ def recipe_of(
             "name": "run",
             "base": {"stage_1": str(cascade.stage_1), "stage_2": str(cascade.stage_2)},
             "data": {"source": "unread", "prompt": "a sks dog"},
+            "validation": validation or {"loss_pictures": 0},
             "log_every": 1,
             "runs_dir": str(folder / "runs"),
             "cache_dir": str(folder / "cache"),

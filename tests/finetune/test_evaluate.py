@@ -50,7 +50,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *(f"runs_dir={folder / 'runs'}", f"cache_dir={folder / 'cache'}", "prior=null"),
             *(f"base.stage_1={TINY / 'stage_1'}", f"base.stage_2={TINY / 'stage_2'}"),
             *(f"data.source={PHOTOS}", f"evaluation.clip={TINY / 'clip'}"),
-            *("validation.prompts=[]", f"evaluation.sampling={STEPS}"),
+            *("validation.prompts=[]", "validation.best=null", f"evaluation.sampling={STEPS}"),
             *(f"evaluation.prompts=[{PROMPTS[0]}, '{PROMPTS[1]}']",),
             *("evaluation.other_prompts=[a pizza]", "evaluation.class_prompts=[an animal]"),
             "evaluation.pictures_per_prompt=2",

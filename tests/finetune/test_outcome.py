@@ -38,7 +38,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
     threads = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("outcome")
     overrides = [
-        *("prior=null", "stage_2=null", "validation.prompts=[]", "data.source=" + str(PHOTOS)),
+        *(
+            "prior=null",
+            "stage_2=null",
+            "validation.prompts=[]",
+            "validation.best=null",
+            "data.source=" + str(PHOTOS),
+        ),
         *("stage_1.steps=60", "stage_1.optimizer.learning_rate=3.0e-3"),
         *(f"base.stage_1={BASE}", "base.stage_2=null", "evaluation.stage_2_prompts=null"),
         *(f"runs_dir={folder / 'runs'}", f"cache_dir={folder / 'cache'}"),

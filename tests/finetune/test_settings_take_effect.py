@@ -21,7 +21,7 @@ from finetune.data.batches import Batches
 from finetune.data.pictures import to_tensor
 from finetune.recipe.schema import Recipe
 from finetune.run.trainee import Trainee
-from finetune.run.validation import Validator
+from finetune.run.validation import DrawnRow, Validator
 from finetune.step.inputs import Batch
 from finetune.step.optimizers import OPTIMIZERS
 from tests.builders.random_cascade import TEXT_WIDTH, RandomCascade
@@ -263,11 +263,13 @@ def test_pictures_on_the_way_are_those_of_the_average(
 ) -> None:
     shown: dict[int, Tensor] = {}
 
-    def look(self: Validator) -> dict[str, Any]:
+    def look(self: Validator) -> list[DrawnRow]:
         unet = self.cascade.stages[1].unet
         shown[len(shown)] = flat(adapter_state(unet))
         assert not unet.training
-        return {}
+        return sample(self)
+
+    sample = Validator.sample
 
     monkeypatch.setattr(Validator, "sample", look)
     for steps in (2, 5):
@@ -278,11 +280,13 @@ def test_pictures_on_the_way_are_those_of_the_average(
             validation={"prompts": [PROMPTS[3]], "every": 2},
         )
         average = flat(train(recipe))
-        assert len(shown) == {2: 1, 5: 3}[steps]  # after every second step, and once at the end
+        assert (
+            len(shown) == {2: 2, 5: 4}[steps]
+        )  # at first, after every second step, and at the end
         torch.testing.assert_close(shown[len(shown) - 1], average, rtol=0, atol=1e-7)
         if steps == 2:
             after_two = average
-    torch.testing.assert_close(shown[0], after_two, rtol=0, atol=1e-7)
+    torch.testing.assert_close(shown[1], after_two, rtol=0, atol=1e-7)
 
 
 # The loss

@@ -161,7 +161,9 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
     empty.mkdir()
     said = refusal(capsys, truth.main, *places, "--pictures", empty)
     assert "There are no pictures in" in said
-    said = refusal(capsys, truth.main, *places, "evaluation=null", "--pictures", empty)
+    said = refusal(
+        capsys, truth.main, *places, "evaluation=null", "validation.best=null", "--pictures", empty
+    )
     assert "evaluation section" in said
     known = [*places, "evaluation.prompts=[a dog on the moon]", "--pictures", "datasets/octopus"]
     said = refusal(capsys, truth.main, *known, "evaluation.identifier=dog")

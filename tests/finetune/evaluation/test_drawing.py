@@ -70,7 +70,7 @@ def test_variants_differ_by_their_adapters_alone(
     random_cascade: RandomCascade, tmp_path: Path
 ) -> None:
     one, two = (adapter_of(random_cascade, tmp_path / f"{n}", n) for n in (1, 2))
-    recipe = evaluated(random_cascade, tmp_path)
+    recipe = evaluated(random_cascade, tmp_path, pictures_per_prompt=1)
     shots = list_shots(settings_of(recipe))
     adapters = {str(one): 0.5, str(two): 2.0}
     drawn = draw_variants(recipe, settings_of(recipe), shots, adapters, CPU, apart=True)
