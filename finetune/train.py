@@ -58,7 +58,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     from finetune.memory.report import format_plan
     from finetune.run.early_checks import check_recipe
     from finetune.run.fixed_losses import check_held_out
-    from finetune.run.folders import Folders, list_unfinished
+    from finetune.run.folders import Folders, explain_ignored, list_unfinished
     from finetune.run.loop import train_stage
     from unets.fused_norms import compile_ahead
     from unets.precision import compute_dtype
@@ -67,6 +67,9 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     if device.type == "cpu":  # the launcher leaves each process a single thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
     folders, pending = Folders(recipe.folder), list_unfinished(recipe)
+    for stage in recipe.trained:
+        if stage not in pending and (ignored := explain_ignored(recipe, stage)):
+            accelerator.print(f"warning: {ignored}")
     if not pending:
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return

@@ -40,6 +40,11 @@ def find_mistakes(tree: Any) -> Iterator[tuple[str, str]]:
         yield "stage_1", "nothing to train: give a stage_1 section, a stage_2 section or both"
     if "stage_2" in trained and given("base.stage_2") is None:
         yield "base.stage_2", "must name a Stage II model if stage_2 is trained"
+    if given("validation.through_stage_2") == "always" and given("base.stage_2") is None:
+        yield (
+            "validation.through_stage_2",
+            "always needs base.stage_2, to enlarge the pictures: give it, or never",
+        )
     if given("stage_1.noise_level") is not None:
         yield "stage_1.noise_level", "is for stage_2 alone: Stage I has no augmentation to draw"
     for stage in trained:

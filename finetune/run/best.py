@@ -14,20 +14,31 @@ def choose(history: Sequence[Validated], best: Best) -> Validated | None:
     """Choose the best validation: of those that keep the bound, the one with the best figure.
 
     If none keeps the bound, it is the one that comes closest to it. The first validation is the
-    base's and no candidate. The earliest of equals wins, so each further validation either becomes
-    the choice or leaves it as it was.
+    base's and no candidate, and neither is one whose figure or share was not measured. The earliest
+    of equals wins, so each further validation either becomes the choice or leaves it as it was.
 
     Returns:
-        The validation; ``None``: there is no candidate yet.
+        The validation; ``None``: there is no candidate.
     """
-    candidates = history[1:]
+    candidates = [each for each in history[1:] if is_measured(each, history[0], best)]
     return max(candidates, key=lambda each: _rank(each, history[0], best), default=None)
 
 
 def kept_share(validated: Validated, first: Validated) -> float:
-    """Return the share of the base's CLIP-T of other prompts that is left; NaN: not measured."""
+    """Return the share of the base's CLIP-T of other prompts that is left; NaN: not measured.
+
+    A CLIP-T is a cosine; where the base's is 0 or less, there are no shares of it.
+    """
     base = first.figures.get(OTHERS_CLIP_T, math.nan)
-    return validated.figures.get(OTHERS_CLIP_T, math.nan) / base if base else math.nan
+    return validated.figures.get(OTHERS_CLIP_T, math.nan) / base if base > 0 else math.nan
+
+
+def is_measured(validated: Validated, first: Validated, best: Best) -> bool:
+    """Tell whether a validation has all that it is judged by."""
+    judged_by = [_figure(validated, best)]
+    if best.keep_others is not None:
+        judged_by.append(kept_share(validated, first))
+    return not any(map(math.isnan, judged_by))
 
 
 def keeps_bound(validated: Validated, first: Validated, best: Best) -> bool:
@@ -35,11 +46,17 @@ def keeps_bound(validated: Validated, first: Validated, best: Best) -> bool:
     return best.keep_others is None or kept_share(validated, first) >= best.keep_others
 
 
+def _figure(validated: Validated, best: Best) -> float:
+    """Return the figure to judge a validation by; NaN: not measured."""
+    tag, _ = TAGS[best.figure]
+    return validated.figures.get(tag, math.nan)
+
+
 def _rank(validated: Validated, first: Validated, best: Best) -> tuple[bool, float]:
-    tag, sign = TAGS[best.figure]
-    keeps = keeps_bound(validated, first, best)
-    value = sign * validated.figures.get(tag, math.nan) if keeps else kept_share(validated, first)
-    return keeps, -math.inf if math.isnan(value) else value
+    _, sign = TAGS[best.figure]
+    if keeps_bound(validated, first, best):
+        return True, sign * _figure(validated, best)
+    return False, kept_share(validated, first)
 
 
 def has_stalled(history: Sequence[Validated], best: Best) -> bool:
@@ -52,14 +69,14 @@ def has_stalled(history: Sequence[Validated], best: Best) -> bool:
 
 
 def explain(history: Sequence[Validated], best: Best, *, stopped_early: bool) -> str:
-    """Say in a sentence which validation was chosen, and why."""
+    """Say in a sentence which validation was chosen, and why; or why none was."""
     chosen = choose(history, best)
-    assert chosen is not None
-    tag, _ = TAGS[best.figure]
+    if chosen is None:
+        return f"{_explain_unmeasured(history, best)}, so the last step is exported."
     last = history[-1].step
     ending = "the run stopped early at" if stopped_early else "the run went on to"
     when = f"step {chosen.step}" + (f" ({ending} step {last})" if last > chosen.step else "")
-    value = f"{best.figure} is {chosen.figures.get(tag, math.nan):.4f}"
+    value = f"{best.figure} is {_figure(chosen, best):.4f}"
     if best.keep_others is None:
         return f"The best validation is that of {when}: {value}."
     share = f"other prompts keep {kept_share(chosen, history[0]):.1%} of the base's CLIP-T"
@@ -69,3 +86,15 @@ def explain(history: Sequence[Validated], best: Best, *, stopped_early: bool) ->
         f"No validation kept {best.keep_others:.0%} of the base's CLIP-T of other prompts; that of"
         f" {when} came closest: {share}, and {value}."
     )
+
+
+def _explain_unmeasured(history: Sequence[Validated], best: Best) -> str:
+    """Say why no validation can be judged."""
+    base = history[0].figures.get(OTHERS_CLIP_T, math.nan)
+    if best.keep_others is not None and base <= 0:
+        return (
+            f"The base's CLIP-T of other prompts is {base:.4f}, of which no share can be kept:"
+            " validation.best.keep_others cannot be judged"
+        )
+    others = "" if best.keep_others is None else " with the CLIP-T of other prompts"
+    return f"No validation has a measured {best.figure}{others}"

@@ -17,9 +17,9 @@ from torch import Tensor
 from adapters.atomic import replace_folder, writing_to
 from adapters.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 """The version of a checkpoint's contents. Since 2, each tensor starts an optimizer block; since 3,
-it holds the validations so far."""
+it holds the validations so far; since 4, also the settings that they depend on."""
 
 
 def save_checkpoint(root: Path, step: int, tree: dict[str, Any], keep: int) -> Path:

@@ -4,6 +4,7 @@ Each row of :data:`SYMPTOMS` is a function of the history alone, and a sentence 
 wrong and what to change.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ RISE = 1.1
 
 DROP = 0.9
 """The ratio of a CLIP-T to its best value, or the base's, below which it counts as fallen."""
+
+LEAST_FALL = 0.01
+"""The least loss of a CLIP-T that counts as a fall, as one near 0 has no ratio to speak of."""
 
 SPILL = 0.5
 """The gain in likeness to the subject of other prompts' pictures, as a part of the gain of the
@@ -65,9 +69,15 @@ def _gain(values: Sequence[float]) -> float:
     return values[-1] - values[0] if values else 0.0
 
 
+def _fallen(now: float, before: float) -> bool:
+    """Tell whether a CLIP-T is well below an earlier one, which may be 0 or negative."""
+    return before - now > max((1 - DROP) * before, LEAST_FALL)
+
+
 def diverges(course: Course) -> bool:
-    """Recognise a loss on training pictures that rises."""
-    return rising(course.curve(FIXED_NOISE))
+    """Recognise a loss on training pictures that rises, or is no longer a finite number."""
+    loss = course.curve(FIXED_NOISE)
+    return rising(loss) or not all(map(math.isfinite, loss[-1:]))
 
 
 def memorises(course: Course) -> bool:
@@ -84,13 +94,13 @@ def collapses(course: Course) -> bool:
     alike, text = course.curve(SAMENESS), course.curve(CLIP_T)
     natural = course.last(ceiling_of(CLIP_I)) or (alike[0] if alike else 1.0)
     one = bool(alike) and alike[-1] > (1 + natural) / 2
-    return one and bool(text) and text[-1] < DROP * max(text)
+    return one and bool(text) and _fallen(text[-1], max(text))
 
 
 def leaks(course: Course) -> bool:
     """Recognise other prompts that are followed less, or whose pictures show the subject."""
     text, image, own = (course.curve(tag) for tag in (OTHERS_CLIP_T, OTHERS_CLIP_I, CLIP_I))
-    forgotten = bool(text) and text[-1] < DROP * text[0]
+    forgotten = bool(text) and _fallen(text[-1], text[0])
     return forgotten or _gain(image) > max(SPILL * _gain(own), LEAST_SPILL)
 
 

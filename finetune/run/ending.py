@@ -33,7 +33,8 @@ def export_run(
     """
     step, kept = trainee.step, None
     if measures.best_step is not None:
-        step, kept = measures.best_step, measures.best_weights
+        step = measures.best_step
+        kept = measures.weights_of(step)
     if choice := measures.explain_choice(stopped_early=info.stopped_early):
         tracker.bar.write(f"Stage {info.stage}: {choice}")
         tracker.markdown("exported", choice, trainee.step)
@@ -45,4 +46,7 @@ def export_run(
         samples = measures.draw_exported(step)
     infos = [read_info(each) for each in stage_folders(folder)]
     write_card(folder, infos, samples)
-    tracker.hparams(settings, measures.history[-1].figures if measures.history else ())
+    figures = measures.figures_at(step)
+    exported = {f"exported/{tag.rpartition('/')[2]}": value for tag, value in figures.items()}
+    tracker.curves(exported, trainee.step)
+    tracker.hparams(settings, exported)

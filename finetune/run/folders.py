@@ -20,6 +20,12 @@ SHARED = ("seed", "base", "data", "prior", "text")
 FREE = ("steps", "checkpoint_every", "keep_checkpoints", "cuda_graph", "compile")
 """The settings of a stage that may change when its run continues."""
 
+BOUND = ("figure", "keep_others")
+"""The settings of ``validation.best`` that decide which validation is the best."""
+
+SCORED_BY = ("identifier", "subject", "clip")
+"""The settings of ``evaluation`` that the figures of validation depend on."""
+
 
 @dataclass(frozen=True)
 class Folders:
@@ -55,11 +61,36 @@ def select_identity(recipe: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     return shared | {stage.name: own}
 
 
+def select_judging(recipe: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+    """Select from a dumped recipe what validation's figures and the choice by them depend on.
+
+    They may change for a stage to continue, but then its history of validations begins again.
+    Patience is none of them, since it decides only when a run stops.
+    """
+    validation, names = recipe["validation"], ["prompts", "other_prompts", "seed", "loss_pictures"]
+    settings: dict[str, Any] = {}
+    if stage.super_resolution:  # what it enlarges is Stage I's
+        names.append("stage_2_prompts")
+        settings["stage_1.steps"] = (recipe["stage_1"] or {}).get("steps")
+    settings |= {f"validation.{name}": validation[name] for name in names}
+    for number in range(1, stage.number + 1):
+        name = f"sampling.stage_{number}"
+        settings[f"validation.{name}"] = validation["sampling"][f"stage_{number}"]
+    best, evaluation = validation["best"] or {}, recipe["evaluation"] or {}
+    settings |= {f"validation.best.{name}": best.get(name) for name in BOUND}
+    return settings | {f"evaluation.{name}": evaluation.get(name) for name in SCORED_BY}
+
+
+def find_changed(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings that have another value than the saved ones."""
+    return [name for name, value in settings.items() if saved.get(name) != value]
+
+
 def check_same(
     identity: Mapping[str, Any], saved: Mapping[str, Any], place: Path, run: Path
 ) -> None:
     """Raise a UserError if the identity saved at a place in a run is another recipe's."""
-    changed = [key for key, value in identity.items() if saved.get(key) != value]
+    changed = find_changed(identity, saved)
     if changed:
         raise UserError(
             f"{place} was made with another recipe ({', '.join(changed)} differ): give the recipe"
@@ -68,12 +99,17 @@ def check_same(
 
 
 def is_finished(
-    stage: Stage, steps: int, identity: Mapping[str, Any], folders: Folders, *, patient: bool
+    stage: Stage,
+    steps: int,
+    identity: Mapping[str, Any],
+    folders: Folders,
+    *,
+    patience: int | None,
 ) -> bool:
     """Tell whether a stage has been trained to its end and exported.
 
-    The end is the last step or, if the recipe is ``patient`` no longer than some validations
-    without a better one, an earlier one.
+    The end is the last step, or an earlier one where validation's patience ran out. A recipe with
+    more ``patience`` than that, or with none at all (``None``), goes on from there.
 
     Raises:
         UserError: if the exported adapter or the newest checkpoint is another recipe's, or if the
@@ -86,8 +122,11 @@ def is_finished(
     if not adapter.is_dir():
         return False
     info = read_info(adapter)
-    check_same(identity, _read_identity(info.recipe, stage), adapter, folders.run)
-    if info.stopped_early and patient:
+    exported = _read_recipe(info.recipe)
+    saved_identity = select_identity(exported.model_dump(mode="json"), stage) if exported else {}
+    check_same(identity, saved_identity, adapter, folders.run)
+    had = exported.validation.patience if exported else None
+    if info.stopped_early and patience is not None and had is not None and patience <= had:
         return True
     last = info.last_step or info.step
     if last < steps and not saved:
@@ -105,7 +144,6 @@ def list_unfinished(recipe: Recipe) -> list[Stage]:
         UserError: as :func:`is_finished`.
     """
     folders, tree = Folders(recipe.folder), recipe.model_dump(mode="json")
-    patient = recipe.validation.patience is not None
     return [
         stage
         for stage in recipe.trained
@@ -114,15 +152,38 @@ def list_unfinished(recipe: Recipe) -> list[Stage]:
             recipe.training(stage).steps,
             select_identity(tree, stage),
             folders,
-            patient=patient,
+            patience=recipe.validation.patience,
         )
     ]
 
 
-def _read_identity(text: str, stage: Stage) -> dict[str, Any]:
-    """Read the identity from an exported recipe; empty if this version cannot read the recipe."""
+def explain_ignored(recipe: Recipe, stage: Stage) -> str | None:
+    """Say which settings of a recipe would have changed a finished stage; ``None``: none.
+
+    They are those that decide which validation is exported, and when the run stops.
+    """
+    folders = Folders(recipe.folder)
+    adapter = folders.adapters / stage.name
+    exported = _read_recipe(read_info(adapter).recipe)
+    if exported is None or not (recipe.validation.best or exported.validation.best):
+        return None  # nothing was chosen by a validation, nor would be
+    now, then = (
+        {"validation.best.patience": each.validation.patience}
+        | select_judging(each.model_dump(mode="json"), stage)
+        for each in (recipe, exported)
+    )
+    if not (changed := find_changed(now, then)):
+        return None
+    return (
+        f"{adapter} stays as it was exported, with other settings ({', '.join(changed)} differ): to"
+        f" train with the new ones, give the recipe a new name, or delete {folders.run} to start"
+        " over."
+    )
+
+
+def _read_recipe(text: str) -> Recipe | None:
+    """Read an exported recipe; ``None``: this version cannot read it."""
     try:
-        recipe = Recipe.model_validate(yaml.safe_load(text))
+        return Recipe.model_validate(yaml.safe_load(text))
     except (ValidationError, yaml.YAMLError):
-        return {}
-    return select_identity(recipe.model_dump(mode="json"), stage)
+        return None

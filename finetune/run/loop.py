@@ -23,8 +23,8 @@ from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe, Training, V
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from finetune.run.ending import export_run
 from finetune.run.fixed_losses import FixedLosses, hold_out, select_evenly
-from finetune.run.folders import FREE, Folders, select_identity
-from finetune.run.measures import Measures, Score, agree
+from finetune.run.folders import FREE, Folders, select_identity, select_judging
+from finetune.run.measures import Measures, Score, agree, was_patient
 from finetune.run.tracking import Meter, Tracker
 from finetune.run.trainee import Trainee
 from finetune.run.update_size import UpdateSize
@@ -91,7 +91,8 @@ def train_stage(
             f"{stage.name}: what prior.kind: output preserves is the predictions of the base in"
             f" {precision}, as it is trained, and not those of its full precision."
         )
-    measures = None
+    tree = recipe.model_dump(mode="json")
+    judging, measures = select_judging(tree, stage), None
     if accelerator.is_main_process:
         enlarger = None
         if recipe.base.stage_2 and not stage.super_resolution:
@@ -106,10 +107,13 @@ def train_stage(
             enlarge=enlarger,
             fixed=FixedLosses(batches, measured) if measured else None,
             held_out=FixedLosses(batches, held_out) if held_out else None,
+            depends_on=judging,
         )
         if state:
             measures.load_state(state["measures"])
-    stopped_early = state.get("stopped_early", False) and settings.patience is not None
+    stopped_early = bool(state.get("stopped_early")) and was_patient(
+        state["measures"], settings, judging
+    )
     if not stopped_early:
         stopped_early = run_steps(
             trainee,
@@ -120,7 +124,7 @@ def train_stage(
             log_every=recipe.log_every,
             validation=settings,
             checkpoints=folders.checkpoints(stage),
-            identity=select_identity(recipe.model_dump(mode="json"), stage),
+            identity=select_identity(tree, stage),
         )
     if measures is not None:
         trainee.watch.check()
@@ -164,8 +168,8 @@ def run_steps(
     """
     training, options, first = trainee.training, trainee.training.optimizer, trainee.step
     gradient = trainee.weights.gradient
-    if measures and first == 0:
-        measures.validate()  # the base, as a fresh adapter changes nothing
+    if measures and not measures.history:
+        measures.begin()
     meter = Meter(
         batches.num_train_timesteps,
         accelerator.device,

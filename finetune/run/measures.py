@@ -13,12 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from adapters.pictures.contact_sheet import contact_sheet
+from adapters.weights.kinds import without_adapter
 from finetune.data.pictures import Picture
 from finetune.recipe.schema import Validation
 from finetune.run.best import choose, explain, has_stalled
 from finetune.run.diagnosis import diagnose
 from finetune.run.figures import FIXED_NOISE, HELD_OUT, Validated, add_floors
 from finetune.run.fixed_losses import FixedLosses
+from finetune.run.folders import find_changed
 from finetune.run.tracking import Tracker
 from finetune.run.trainee import Trainee
 from finetune.run.validation import DrawnRow, Validator
@@ -42,6 +44,7 @@ class Measures:
         enlarge: enlarges Stage I's pictures; ``None``: they are shown as they are.
         fixed: the losses of training pictures at fixed noise, if any.
         held_out: those of held-out pictures, if any.
+        depends_on: the settings that the figures and the choice depend on, by name.
     """
 
     def __init__(
@@ -55,19 +58,36 @@ class Measures:
         enlarge: Enlarge | None = None,
         fixed: FixedLosses | None = None,
         held_out: FixedLosses | None = None,
+        depends_on: Mapping[str, Any] | None = None,
     ) -> None:
         self.trainee, self.tracker, self.settings = trainee, tracker, settings
         self.validator, self.score, self.enlarge = validator, score, enlarge
         self.fixed, self.held_out = fixed, held_out
+        self.depends_on = depends_on or {}
         self.history: list[Validated] = []
         self.best_weights: dict[str, Tensor] | None = None
         """The adapter's weights at the best validation so far, on the CPU."""
+        self.kept_step: int | None = None
+        """The step of those weights."""
         self.first_losses: list[float] = []
         """The losses of the training pictures at the first validation."""
         self.said: list[str] = []
         """The kinds of trouble that have been reported."""
         self.drawn: list[DrawnRow] = []
         """The pictures of the newest validation; empty in a run continued after its last one."""
+
+    def begin(self) -> None:
+        """Begin the history: measure the base, and the adapter if the run is past its first step.
+
+        A fresh adapter changes nothing, so the base is then measured with it; later without.
+        """
+        if self.trainee.step > 0:
+            started = time.perf_counter()
+            with self.trainee.final_weights() as unet, without_adapter(unet):
+                base, _ = self._measure(self.validator.sample() if self.validator else [])
+            self.history.append(Validated(0, base))
+            self.tracker.skip_time(time.perf_counter() - started)
+        self.validate()
 
     def validate(self) -> None:
         """Measure and show the adapter as an export would have it now; keep it if it is best.
@@ -77,7 +97,8 @@ class Measures:
         started, step = time.perf_counter(), self.trainee.step
         with self.trainee.final_weights():
             drawn = self._draw()
-            figures = self._measure(drawn)
+            figures, losses = self._measure(drawn)
+            self._show_pictures_losses(losses)
             self.history.append(Validated(step, figures))
             self._keep_best()
         self.tracker.curves(add_floors(figures, self.history[0].figures), step)
@@ -115,22 +136,26 @@ class Measures:
             sheet = contact_sheet([each.pictures], column_captions=each.row.prompts)
             self.tracker.picture(each.row.title, sheet, self.trainee.step)
 
-    def _measure(self, drawn: Sequence[DrawnRow]) -> dict[str, float]:
-        """Score the pictures drawn, and compute the losses at fixed noise."""
+    def _measure(self, drawn: Sequence[DrawnRow]) -> tuple[dict[str, float], list[float]]:
+        """Score the pictures drawn, and compute the losses at fixed noise.
+
+        Returns:
+            The figures, and the losses of the training pictures one by one.
+        """
         figures = self.score(drawn) if self.score and drawn else {}
         if self.held_out:
             losses = self.held_out(self.trainee)
             figures[HELD_OUT] = sum(losses) / len(losses)
-        if self.fixed:
-            losses = self.fixed(self.trainee)
+        losses = self.fixed(self.trainee) if self.fixed else []
+        if losses:
             figures[FIXED_NOISE] = sum(losses) / len(losses)
-            self._show_pictures_losses(losses)
-        return figures
+        self.first_losses = self.first_losses or losses
+        return figures, losses
 
     def _show_pictures_losses(self, losses: Sequence[float]) -> None:
         """Plot each training picture's loss, and list them with the worst first."""
-        assert self.fixed is not None
-        self.first_losses = self.first_losses or list(losses)
+        if self.fixed is None:
+            return
         names, step = name_pictures(self.fixed.pictures), self.trainee.step
         points = zip(names, losses, strict=True)
         self.tracker.curves({f"loss_by_picture/{name}": loss for name, loss in points}, step)
@@ -141,6 +166,7 @@ class Measures:
     def _keep_best(self) -> None:
         if self.settings.best and choose(self.history, self.settings.best) is self.history[-1]:
             self.best_weights = self.trainee.copy_weights()
+            self.kept_step = self.trainee.step
 
     @property
     def best_step(self) -> int | None:
@@ -148,14 +174,29 @@ class Measures:
         chosen = choose(self.history, self.settings.best) if self.settings.best else None
         return chosen.step if chosen else None
 
+    def weights_of(self, step: int) -> dict[str, Tensor]:
+        """Return the adapter's weights at the step of the best validation.
+
+        Raises:
+            RuntimeError: if the weights kept are another step's, which no recipe can cause.
+        """
+        if self.best_weights is None or self.kept_step != step:
+            raise RuntimeError(f"The weights kept are those of step {self.kept_step}, not {step}.")
+        return self.best_weights
+
+    def figures_at(self, step: int) -> Mapping[str, float]:
+        """Return the figures of the newest validation of a step; empty: there was none."""
+        found = [each.figures for each in self.history if each.step == step]
+        return found[-1] if found else {}
+
     @property
     def stalled(self) -> bool:
         """True if the recipe's patience with validations that are no better has run out."""
         return self.settings.best is not None and has_stalled(self.history, self.settings.best)
 
     def explain_choice(self, *, stopped_early: bool) -> str | None:
-        """Say why the exported step was chosen; ``None``: it is the last."""
-        if self.settings.best is None or self.best_step is None:
+        """Say why the exported step was chosen; ``None``: the recipe chooses none."""
+        if self.settings.best is None:
             return None
         return explain(self.history, self.settings.best, stopped_early=stopped_early)
 
@@ -166,13 +207,44 @@ class Measures:
             "first_losses": self.first_losses,
             "said": self.said,
             "best_weights": self.best_weights,
+            "kept_step": self.kept_step,
+            "depends_on": dict(self.depends_on),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state of the same recipe."""
-        self.history = [Validated(each["step"], each["figures"]) for each in state["history"]]
+        """Continue from a state of the same recipe.
+
+        Figures measured under other settings do not compare, so then nothing is taken over but the
+        trainee's step, and that is said.
+        """
+        if changed := find_changed(self.depends_on, state["depends_on"]):
+            sentence = (
+                f"Other settings than before ({', '.join(changed)}): validation's history begins"
+                f" again at step {self.trainee.step}, after a new measurement of the base, and"
+                " earlier validations are not compared with those from now on."
+            )
+            self.tracker.warn("other settings", sentence, self.trainee.step)
+            return
+        self.history = read_history(state)
         self.first_losses, self.said = state["first_losses"], state["said"]
-        self.best_weights = state["best_weights"]
+        self.best_weights, self.kept_step = state["best_weights"], state["kept_step"]
+
+
+def read_history(state: Mapping[str, Any]) -> list[Validated]:
+    """Read the validations of a state that :class:`Measures` left."""
+    return [Validated(each["step"], each["figures"]) for each in state["history"]]
+
+
+def was_patient(state: Mapping[str, Any], settings: Validation, now: Mapping[str, Any]) -> bool:
+    """Tell whether a state's validations have exhausted the patience that settings have.
+
+    Args:
+        state: what :class:`Measures` left.
+        settings: the recipe's validation.
+        now: the settings that figures depend on; others than the state's begin a new history.
+    """
+    same = not find_changed(now, state["depends_on"])
+    return same and settings.best is not None and has_stalled(read_history(state), settings.best)
 
 
 def agree(flag: bool, accelerator: Accelerator) -> bool:
@@ -196,15 +268,27 @@ def tabulate_losses(names: Sequence[str], first: Sequence[float], now: Sequence[
     A busy picture has a high loss from the start, so the order is by what is left of it: the
     picture that is learnt least stands first.
     """
-    left = {name: new / old for name, old, new in zip(names, first, now, strict=True)}
+    left = {name: _part_left(old, new) for name, old, new in zip(names, first, now, strict=True)}
     losses = dict(zip(names, zip(first, now, strict=True), strict=True))
     worst, *others = sorted(left, key=lambda name: -left[name])
     lines = ["| picture | loss | at first | left |", "|---|---|---|---|"]
     for name in (worst, *others):
         old, new = losses[name]
-        lines.append(f"| {name} | {new:.4f} | {old:.4f} | {left[name]:.0%} |")
+        lines.append(f"| {name} | {new:.4f} | {old:.4f} | {_percent(left[name])} |")
     peers = median(left[name] for name in others) if others else math.inf
     if left[worst] > peers:
-        share = f"{left[worst]:.0%} of its loss is left, of the others' {peers:.0%} (median)."
-        lines += ["", f"Learnt least: {worst}; {share}"]
+        share, others_share = _percent(left[worst]), _percent(peers)
+        told = f"{share} of its loss is left, of the others' {others_share} (median)."
+        lines += ["", f"Learnt least: {worst}; {told}"]
     return "\n".join(lines)
+
+
+def _part_left(first: float, now: float) -> float:
+    """Return the part of a loss that is left: infinite if there was none at first."""
+    if first == 0:
+        return math.inf if now > 0 else 0.0
+    return now / first
+
+
+def _percent(part: float) -> str:
+    return "∞" if math.isinf(part) else f"{part:.0%}"

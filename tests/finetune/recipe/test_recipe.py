@@ -412,6 +412,7 @@ evaluation: {identifier: sks cat, subject: cat, prompts: [a sks cat on red], cli
         ("validation.best.keep_others=1.5", "less than or equal to 1"),
         ("evaluation.prompts=[a sks cat]", None),
         ("validation.best=true", "validation.best"),
+        ("validation.through_stage_2=always", "through_stage_2: always needs base.stage_2"),
     ],
 )
 def test_the_best_needs_what_it_is_chosen_by(

@@ -60,3 +60,24 @@ def test_patience_counts_validations_since_the_best() -> None:
         assert has_stalled(falling, Best(keep_others=None, patience=patience)) is stalled
     sentence = explain(falling, Best(keep_others=None), stopped_early=True)
     assert "step 10 (the run stopped early at step 30): clip_i is 0.6000" in sentence
+
+
+@pytest.mark.parametrize("base", [0.0, -0.2])
+def test_a_base_without_shares_is_no_bound(base: float) -> None:
+    """A share of a negative CLIP-T would grow with forgetting."""
+    forgetful = history([0.1, 0.5, 0.6], [base, base - 0.1, base - 0.3], [1, 1, 1])
+    assert choose(forgetful, Best()) is None
+    assert not has_stalled(forgetful, Best(patience=1))
+    sentence = explain(forgetful, Best(), stopped_early=False)
+    assert f"CLIP-T of other prompts is {base:.4f}, of which no share can be kept" in sentence
+    assert "the last step is exported" in sentence
+    unbounded = choose(forgetful, Best(keep_others=None))
+    assert unbounded is forgetful[2]
+
+
+def test_what_was_not_measured_is_not_chosen_and_said() -> None:
+    for likeness, others in (([math.nan] * 3, [1.0] * 3), ([0.5] * 3, [math.nan] * 3)):
+        unmeasured = history(likeness, others, [1, 1, 1])
+        assert choose(unmeasured, Best()) is None
+        sentence = explain(unmeasured, Best(), stopped_early=False)
+        assert sentence.startswith("No validation has a measured clip_i with the CLIP-T of other")

@@ -1,5 +1,7 @@
 """Each way to go wrong is recognised from the figures, in words, and a good run has none."""
 
+import math
+
 import pytest
 
 from finetune.run.diagnosis import SYMPTOMS, diagnose
@@ -31,6 +33,7 @@ GOOD = {
 
 BAD = [
     ("diverges", {FIXED_NOISE: [0.2, 0.1, 0.15, 0.3]}, "rises (0.200 to 0.300). Lower"),
+    ("diverges", {FIXED_NOISE: [0.2, 0.1, 0.1, math.nan]}, "rises (0.200 to nan). Lower"),
     ("memorises", {HELD_OUT: [0.2, 0.15, 0.17, 0.2]}, "on those held out (0.200 to 0.200)"),
     (
         "collapses",
@@ -56,6 +59,16 @@ def test_a_good_run_has_no_trouble_at_any_time() -> None:
         assert diagnose(history(GOOD, count), 30) == {}
     for count in range(1, 5):
         assert diagnose([Validated(10 * index) for index in range(count)], 30) == {}
+
+
+@pytest.mark.parametrize("tag", [CLIP_T, OTHERS_CLIP_T])
+def test_a_text_score_near_nothing_is_no_fall(tag: str) -> None:
+    """A tenth of a cosine near 0, or below it, is noise."""
+    alike = {SAMENESS: [0.4, 0.6, 0.8, 0.97]} if tag == CLIP_T else {}
+    for curve in ([-0.05, -0.05, -0.05, -0.05], [0.01, 0.01, 0.01, 0.005]):
+        assert diagnose(history(GOOD | alike | {tag: curve}), 30) == {}
+    fallen = history(GOOD | alike | {tag: [-0.05, -0.05, -0.06, -0.1]})
+    assert list(diagnose(fallen, 30)) == ["collapses" if tag == CLIP_T else "leaks"]
 
 
 @pytest.mark.parametrize(("kind", "curves", "words"), BAD)

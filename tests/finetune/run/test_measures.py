@@ -1,5 +1,7 @@
 """What validation measures, and that the best of the validations is exported."""
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,15 @@ from finetune.run import loop
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint
 from finetune.run.figures import CLIP_I, FIXED_NOISE, HELD_OUT, OTHERS_CLIP_T, floor_of
 from finetune.run.fixed_losses import FixedLosses, check_held_out, hold_out, spread_timesteps
-from finetune.run.folders import Folders, is_finished, select_identity
-from finetune.run.measures import Score, tabulate_losses
+from finetune.run.folders import (
+    Folders,
+    explain_ignored,
+    is_finished,
+    list_unfinished,
+    select_identity,
+)
+from finetune.run.measures import Measures, Score, tabulate_losses
+from finetune.run.trainee import Trainee
 from finetune.run.validation import DrawnRow
 from finetune.step.stages import STAGES
 from tests.builders.random_cascade import RandomCascade
@@ -179,7 +188,7 @@ def test_the_best_validation_is_exported(make: Make) -> None:
     assert info.choice in (Folders(recipe.folder).adapters / "README.md").read_text()
     tree = recipe.model_dump(mode="json")
     assert is_finished(
-        STAGES[1], 4, select_identity(tree, STAGES[1]), Folders(recipe.folder), patient=False
+        STAGES[1], 4, select_identity(tree, STAGES[1]), Folders(recipe.folder), patience=None
     )
 
 
@@ -206,9 +215,108 @@ def test_patience_ends_a_run_early_and_for_good(make: Make) -> None:
     train(recipe, score=scoring([]))  # neither trains nor validates, but exports again
     assert_exported(recipe, 1)
     identity = select_identity(recipe.model_dump(mode="json"), STAGES[1])
-    for patient in (True, False):
-        found = is_finished(STAGES[1], 4, identity, Folders(recipe.folder), patient=patient)
-        assert found == patient
+    for patience, finished in ((1, True), (2, True), (3, False), (None, False)):
+        found = is_finished(STAGES[1], 4, identity, Folders(recipe.folder), patience=patience)
+        assert found == finished
+    more = judged(make, {"keep_others": None, "patience": 3})
+    train(more, score=scoring([0.2]))  # goes on
+    assert_exported(more, 1)
+    info = read_info(Folders(recipe.folder).adapters / "stage_1")
+    assert (info.last_step, info.stopped_early) == (4, False)  # the last step ends it anyway
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "scored", "changed"),
+    [
+        ({}, {}, EVALUATION, "validation.best.figure"),
+        ({"best": {"keep_others": 0.5}}, {}, EVALUATION, "validation.best.keep_others"),
+        (
+            {"best": {"keep_others": None}},
+            {"seed": 5},
+            {**EVALUATION, "subject": "animal"},
+            "(validation.seed, evaluation.subject)",
+        ),
+    ],
+    ids=["no best", "bound", "seed and subject"],
+)
+def test_other_settings_begin_the_history_again(
+    make: Make,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    scored: dict[str, Any],
+    changed: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Figures that do not compare are not compared, and the weights are those of the step named."""
+    first = make(validation={**DRAWN, **QUIET, **before}, evaluation=EVALUATION)
+    train(first, score=scoring([0.1, 0.5, 0.9, 0.4, 0.3]))  # the best is that of step 2
+    validation = {**DRAWN, **QUIET, "best": {"keep_others": None}, **now}
+    recipe = make(validation=validation, evaluation=scored, stage={"steps": 6})
+    train(recipe, score=scoring([0.1, 0.4, 0.7, 0.6]))  # of the base and of steps 4 to 6
+    assert_exported(recipe, 5)
+    output = capfd.readouterr()
+    assert changed in output.out + output.err
+    assert "history begins again at step 4" in output.out + output.err
+    assert logged(recipe, floor_of(CLIP_I))[-3:] == pytest.approx([0.1] * 3)
+
+
+def test_a_history_that_begins_again_begins_with_the_base(make: Make) -> None:
+    drawn_first = []
+
+    def score(drawn: Sequence[DrawnRow]) -> dict[str, float]:
+        drawn_first.append([picture.tobytes() for each in drawn for picture in each.pictures])
+        return {CLIP_I: 0.5}
+
+    settings = {**DRAWN, **QUIET, "loss_pictures": 2, "every": 4}
+    train(make(validation=settings, evaluation=EVALUATION), score=score)
+    best = {**settings, "best": {"keep_others": None}}
+    recipe = make(validation=best, evaluation=EVALUATION)
+    train(recipe, score=score)
+    base, trained, base_again, trained_again = drawn_first
+    assert base == base_again != trained
+    assert trained == trained_again
+    measured = logged(recipe, FIXED_NOISE)
+    assert measured[1] == measured[2]
+
+
+def test_the_weights_of_another_step_are_never_exported(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainee, "copy_weights", lambda trainee: {})
+    monkeypatch.setattr(Measures, "best_step", 3)
+    with pytest.raises(RuntimeError, match="are those of step 1, not 3"):
+        train(judged(make, {"keep_others": None}), score=scoring([0.1, 0.5, 0.4, 0.3, 0.2]))
+
+
+def test_a_finished_run_says_which_settings_it_ignores(make: Make) -> None:
+    recipe = judged(make, {"keep_others": None, "patience": 2})
+    train(recipe, score=scoring([0.1, 0.2, 0.3, 0.4, 0.5]))
+    assert explain_ignored(recipe, STAGES[1]) is None
+    for best, changed in (
+        ({"keep_others": None, "patience": 3}, r"\(validation.best.patience differ\)"),
+        ({"keep_others": 0.5, "patience": 2}, r"\(validation.best.keep_others differ\)"),
+    ):
+        other = judged(make, best)
+        assert not list_unfinished(other)
+        assert re.search(changed, explain_ignored(other, STAGES[1]) or "")
+
+
+def test_without_a_measured_figure_the_last_is_exported_and_said(make: Make) -> None:
+    recipe = judged(make, {})
+    train(recipe, score=scoring([math.nan] * 5))
+    assert_exported(recipe, 4)
+    choice = read_info(Folders(recipe.folder).adapters / "stage_1").choice or ""
+    assert "so the last step is exported" in choice
+    assert "nan" not in choice
+
+
+def test_the_row_of_a_run_has_the_figures_of_the_exported_step(make: Make) -> None:
+    recipe = judged(make, {"keep_others": None})
+    train(recipe, score=scoring([0.1, 0.2, 0.9, 0.4, 0.3]))
+    assert logged(recipe, "exported/clip_i") == pytest.approx([0.9])
+    data = events_of(recipe).summary_metadata["_hparams_/experiment"].plugin_data.content
+    assert b"exported/clip_i" in data
+    assert CLIP_I.encode() not in data
 
 
 @pytest.mark.parametrize("interrupted", [2, 4])
@@ -244,3 +352,12 @@ def test_the_picture_that_is_learnt_least_is_named() -> None:
     rows = [line.split(" | ")[0] for line in table.splitlines()[2:5]]
     assert rows == ["| odd.png", "| busy.png", "| plain.png"]
     assert "Learnt least: odd.png; 90% of its loss is left, of the others' 50% (median)." in table
+
+
+def test_a_picture_without_a_loss_at_first_is_listed() -> None:
+    table = tabulate_losses(
+        ["none.png", "some.png", "plain.png"], [0.0, 0.0, 0.1], [0.0, 0.1, 0.05]
+    )
+    rows = table.splitlines()[2:5]
+    assert rows[0] == "| some.png | 0.1000 | 0.0000 | ∞ |"
+    assert rows[2] == "| none.png | 0.0000 | 0.0000 | 0% |"
