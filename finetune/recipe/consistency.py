@@ -87,6 +87,16 @@ def _mistakes_of_best(given: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
         )
 
 
+def find_absent_subject(identifier: str, prompts: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the mistake that no prompt names the subject that is to be scored."""
+    if not any(identifier in prompt for prompt in prompts):
+        yield (
+            "evaluation.identifier",
+            f"none of evaluation.prompts contains it (got {identifier!r}): give the words that name"
+            " the subject there",
+        )
+
+
 def find_shared_pictures(
     chosen_by: Collection[Drawing], judged_by: Collection[Drawing]
 ) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,10 @@ def read_prompts(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: if there is no such list, or the file cannot be read or has no prompts.
     """
-    file = Path(name).expanduser() if name.endswith(".txt") else LISTS.get(name)
+    try:
+        file = Path(name).expanduser() if name.endswith(".txt") else LISTS.get(name)
+    except RuntimeError:  # a ~ of someone who is not a user
+        raise ValueError(f"the list {name} names no user's home folder") from None
     if file is None:
         raise ValueError(
             f"unknown list {name!r}; {closest(name, list(LISTS))}; or name a .txt file"

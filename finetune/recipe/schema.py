@@ -29,7 +29,13 @@ from pydantic_core import PydanticCustomError
 from adapters.cascade.sampling import Sampling
 from adapters.errors import name_in
 from adapters.weights.kinds import AdapterSpec
-from finetune.recipe.consistency import JUDGED, Drawing, find_mistakes, find_shared_pictures
+from finetune.recipe.consistency import (
+    JUDGED,
+    Drawing,
+    find_absent_subject,
+    find_mistakes,
+    find_shared_pictures,
+)
 from finetune.recipe.prompt_lists import SUBJECT, read_prompts
 from finetune.recipe.yaml12 import Dumper
 from finetune.step.optimizers import OPTIMIZERS
@@ -85,8 +91,10 @@ def _read_own_list(prompts: Any) -> Any:
     return list(read_prompts(prompts)) if own else prompts
 
 
+Words = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -430,7 +438,7 @@ class Validation(Section):
     """Steps between validations; there is always one before the first step and one at the end."""
     best: Best | None = None
     """Export the best of the validations instead of the last step; ``None``: export the last."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """The seed of every validation, so that only training changes the pictures."""
     sampling: Sampling = Sampling()
     """Steps, guidance and noise level, by stage."""
@@ -468,9 +476,9 @@ class Expected(Section):
 class Evaluation(Section):
     """The subject, and how well it was learnt (``python -m finetune.evaluate``)."""
 
-    identifier: str
+    identifier: Words
     """The words that name the subject in prompts, such as ``sks octopus``."""
-    subject: str
+    subject: Words
     """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
     prompts: Annotated[SubjectPrompts, Field(min_length=1)]
     """Prompts that should show the subject, in which ``{}`` is the identifier; or the name of a
@@ -491,7 +499,7 @@ class Evaluation(Section):
     dino: str | None = None
     """The DINO or DINOv2 model that scores likeness, such as DreamBooth's ``facebook/dino-vits16``,
     or ``facebook/dinov2-small``: a folder or hub name; ``None``: not scored."""
-    seed: NonNegative = 1000
+    seed: Seed = 1000
     """The seed of the first picture, other than ``validation.seed``; every variant of the cascade
     draws from the same seeds."""
     sampling: Sampling | None = None
@@ -518,7 +526,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's name: its folder under ``runs_dir``."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """The seed of the run. All its randomness derives from the seed and each picture's position in
     the run, so a global batch (over all processes and accumulated batches) is the same however it
     is divided."""
@@ -553,6 +561,10 @@ class Recipe(Section):
         between = dict(find_mistakes(tree))
         try:
             recipe = handler(tree)
+            if recipe.evaluation:
+                between |= find_absent_subject(
+                    recipe.evaluation.identifier, recipe.evaluation.prompts
+                )
             if recipe.validation.best and recipe.evaluation:
                 between |= find_shared_pictures(
                     recipe.validation.drawings, recipe.evaluation.drawings

@@ -333,8 +333,10 @@ def test_no_caption_of_a_recipe_is_emptied(
     section, name = field.split(".")
 
     def with_text(text: str, /, **sections: Any) -> Recipe:
-        value = text if field == "data.prompt" else [text]
-        return Recipe.model_validate(tree | {section: tree[section] | {name: value}} | sections)
+        changes: dict[str, Any] = {name: text if field == "data.prompt" else [text]}
+        if field == "evaluation.prompts":
+            changes["identifier"] = "#3"  # which the prompts contain
+        return Recipe.model_validate(tree | {section: tree[section] | changes} | sections)
 
     sentence = rf"leaves no word of {field} '#3'; .* text.clean_caption: false"
     with pytest.raises(UserError, match=sentence):

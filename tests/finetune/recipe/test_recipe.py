@@ -425,6 +425,24 @@ def test_the_best_needs_what_it_is_chosen_by(
         load_recipe(path, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "mistake"),
+    [
+        ("evaluation.identifier=zzz", "evaluation.identifier: none of evaluation.prompts contains"),
+        ("evaluation.identifier=", "evaluation.identifier: "),
+        ("evaluation.subject= ", "evaluation.subject: "),
+        ("evaluation.seed=9223372036854775808", "evaluation.seed: "),
+        ("validation.seed=9223372036854775808", "validation.seed: "),
+        ("evaluation.prompts=~nobody_of_this_name/a.txt", "names no user's home folder"),
+    ],
+)
+def test_the_subject_and_seeds_are_such_that_pictures_can_be_drawn_and_scored(
+    tmp_path: Path, override: str, mistake: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(mistake)):
+        load_recipe(write(tmp_path, BEST), [override])
+
+
 def test_the_best_is_not_chosen_by_the_pictures_of_the_evaluation(tmp_path: Path) -> None:
     path = write(tmp_path, BEST)
     same = ["evaluation.prompts=[a red dog, a sks cat]", "evaluation.seed=41", "validation.seed=42"]

@@ -27,7 +27,7 @@ from tests.builders.recipes import SMALL, write
 
 EVALUATION = """\
 evaluation:
-  {prompts: [a <sks> dog], other_prompts: [a cat], identifier: sks dog, subject: dog, clip: clip}
+  {prompts: [a <sks> dog], other_prompts: [a cat], identifier: <sks> dog, subject: dog, clip: clip}
 """
 
 CEILING = 0.8
