@@ -159,7 +159,7 @@ def test_mistakes_of_all_combinations_are_one_error(
             "--over has stage_1.steps twice; list all values in one",
         ),
         (
-            ["--over", "stage_1.steps=1,2", "--over", "stage_1={steps: 3},null"],
+            ["--over", "stage_1.steps=1,2", "--over", "stage_1=null"],
             "stage_1.steps is given twice",
         ),
         (["stage_1.steps=7", "--over", "stage_1.steps=10"], "stage_1.steps is both varied and set"),
