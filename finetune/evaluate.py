@@ -5,9 +5,10 @@ python -m finetune.evaluate RECIPE [key=value â€¦] [--adapters FOLDER[=SCALE] â€
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.errors import quiet_libraries
+from adapters.errors import UserError, quiet_libraries
 from finetune.command import run_command
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def evaluate_and_save(recipe: "Recipe", options: argparse.Namespace) -> str:
     """Evaluate, and write the report into the run's folder; return the scores as a table."""
     from adapters.tables import format_facts
+    from finetune.evaluation.drawing import BASE, FINE_TUNED
     from finetune.evaluation.measurement import evaluate
     from finetune.evaluation.report import SCORES, check_folder
     from finetune.run.folders import Folders
@@ -59,17 +61,29 @@ def evaluate_and_save(recipe: "Recipe", options: argparse.Namespace) -> str:
     )
     page = report.save(folder)
     facts = [("Report", str(page)), ("Scores", str(folder / SCORES))]
+    if options.stages == "apart" and not set(report.variants) - {BASE, FINE_TUNED}:
+        facts.append(("Stages", "not apart, as no more than one of them has adapters"))
     return f"{report.table()}\n\n{format_facts(facts)}\n"
 
 
 def read_adapters(arguments: Sequence[str] | None) -> "dict[str, Scale] | None":
-    """Read adapters and their scales; ``None``: the run's own."""
+    """Read adapters and their scales; ``None``: the run's own.
+
+    Raises:
+        UserError: if a scale cannot be read, or adapters are given twice.
+    """
     from adapters.arguments import parse_scaled
 
     if arguments is None:
         return None
-    scaled = map(parse_scaled, arguments)
-    return {name: 1.0 if scale is None else scale for name, scale in scaled}
+    adapters, places = dict[str, "Scale"](), set[Path]()
+    for name, scale in map(parse_scaled, arguments):
+        place = Path(name).resolve()
+        if place in places:
+            raise UserError(f"--adapters must name different adapters (got {name} twice).")
+        places.add(place)
+        adapters[name] = 1.0 if scale is None else scale
+    return adapters
 
 
 if __name__ == "__main__":

@@ -126,11 +126,8 @@ def score(
     """
     from finetune.evaluation.metrics import clip_i, clip_t
 
-    (thing, _), shapes = parse_caption(subject), score_shapes(pictures, captions)
-    mine = [i for i, text in enumerate(captions) if parse_caption(text)[0] == thing]
+    mine, shapes = find_subject(captions, subject), score_shapes(pictures, captions)
     others = [i for i in range(len(captions)) if i not in mine]
-    if not mine:
-        raise UserError(f"No picture is of {subject!r}, the subject: draw some of its prompts.")
     seen, read = scorer.images(pictures), scorer.texts(captions)
     scores = {
         "clip_i": clip_i(seen[mine], scorer.images(photos)),
@@ -143,6 +140,19 @@ def score(
     return scores
 
 
+def find_subject(captions: Sequence[str], subject: str) -> list[int]:
+    """Find the places of the captions that name the subject.
+
+    Raises:
+        UserError: if none does, or a caption is none of this world.
+    """
+    thing, _ = parse_caption(subject)
+    mine = [i for i, text in enumerate(captions) if parse_caption(text)[0] == thing]
+    if not mine:
+        raise UserError(f"No picture is of {subject!r}, the subject: draw some of its prompts.")
+    return mine
+
+
 def measure(
     recipe: Recipe, folder: Path | None = None, images_per_prompt: int = 1
 ) -> dict[str, Scores]:
@@ -152,15 +162,16 @@ def measure(
         recipe: a recipe of the embedded cascade with an `evaluation` section.
         folder: captioned pictures to score, a dataset's or of `adapters.generate`; `None`: those
             that the run's adapters draw of the evaluation's prompts.
-        images_per_prompt: the number of pictures drawn of each prompt.
+        images_per_prompt: the number of pictures drawn of each prompt, 1 or more.
 
     Returns:
         The scores by column of `COLUMNS`. `own` has only `shape`, of the base's pictures of `OWN`
         on the captions' backgrounds.
 
     Raises:
-        UserError: if there is no `evaluation` section, no adapter or no picture, or a prompt is
-            none of this world.
+        UserError: before anything is drawn, if there is no `evaluation` section, no adapter or no
+            picture, a prompt is none of this world, none is of the subject, or no picture of each
+            is asked for.
     """
     from adapters import load_cascade
     from finetune.evaluation.metrics import ClipScorer
@@ -169,12 +180,15 @@ def measure(
     settings, adapters = recipe.evaluation, Folders(recipe.folder).adapters
     if settings is None:
         raise UserError("The recipe needs an evaluation section: prompts, subject and clip.")
+    if images_per_prompt < 1:
+        raise UserError(f"--images-per-prompt must be 1 or more (got {images_per_prompt}).")
     if folder is None and not adapters.is_dir():
         raise UserError(f"There are no adapters in {adapters}: train the recipe first.")
     size_px = recipe.source(STAGES[2 if recipe.base.stage_2 else 1]).picture_size_px
     given, given_prompts = ([], []) if folder is None else read_drawn(folder, recipe.cache, size_px)
     prompts = list(dict.fromkeys(given_prompts)) or [*settings.prompts, *settings.other_prompts]
     captions = _to_captions(prompts, settings)
+    find_subject(captions, settings.subject)
     true = render_true(captions, DRAWS, settings.seed, size_px)  # finds mistakes in captions
     photos, _ = read_captioned(recipe.data, recipe.cache, size_px)
     scorer = ClipScorer(settings.clip)

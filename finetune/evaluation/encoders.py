@@ -4,22 +4,28 @@ Shapes: N pictures or texts, E the width of a model's space.
 """
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils._validators import validate_repo_id
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel
 
 # the one that transformers exports refuses to work without torchvision, but does not need it
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import logging
 
-from adapters.errors import UserError
+from adapters.errors import UserError, listed
 
 BATCH_SIZE = 25
 """The number of pictures encoded at once."""
@@ -27,6 +33,15 @@ BATCH_SIZE = 25
 AS_TENSORS = MappingProxyType({"weights_only": True, "dtype": torch.float32})
 """The settings that weights are loaded with: from files that are older than safetensors, PyTorch's
 reader builds nothing but tensors, and refuses the rest."""
+
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""The errors that transformers raises if a file of a model is missing or damaged."""
+
+SHOWN = 2
+"""The number of weights named that a model's files lack."""
 
 
 class PictureEncoder(Protocol):
@@ -43,10 +58,12 @@ class ClipScorer:
         """Load a CLIP model from a folder or hub name.
 
         Raises:
-            UserError: if there is no such model, or its weights hold more than tensors.
+            UserError: if there is no such model, it is of another type, or its files are damaged or
+                hold more than tensors.
         """
         load = partial(_load, "clip", "a CLIP model", clip)
-        self.model = load(CLIPModel.from_pretrained, **AS_TENSORS).eval().to(device)
+        _check_type("clip", "a CLIP model", "openai/clip-vit-base-patch32", clip, ["clip"])
+        self.model = _load_weights(load, CLIPModel).eval().to(device)
         self.processor = load(AutoProcessor.from_pretrained)
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -87,18 +104,14 @@ class DinoScorer:
         """Load a model from a folder or hub name.
 
         Raises:
-            UserError: if there is no such model, it is of another type, or its weights hold more
-                than tensors.
+            UserError: if there is no such model, it is of another type, or its files are damaged or
+                hold more than tensors.
         """
         load = partial(_load, "dino", "a DINO or DINOv2 model", dino)
-        kind = load(AutoConfig.from_pretrained).model_type
-        if kind not in self.OPTIONS:
-            raise UserError(
-                "evaluation.dino must name a DINO or DINOv2 model, such as facebook/dino-vits16,"
-                f" but {dino!r} is of the type {kind!r}; name another."
-            )
-        options = {**AS_TENSORS, **self.OPTIONS[kind]}
-        self.model = load(AutoModel.from_pretrained, **options).eval().to(device)
+        kind = _check_type(
+            "dino", "a DINO or DINOv2 model", "facebook/dino-vits16", dino, self.OPTIONS
+        )
+        self.model = _load_weights(load, AutoModel, **self.OPTIONS[kind]).eval().to(device)
         self.processor = load(AutoImageProcessor.from_pretrained)
 
     @torch.inference_mode()
@@ -134,15 +147,70 @@ def _batches(pictures: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
         yield batch
 
 
-def _load(field: str, kind: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
+def _check_type(field: str, kind: str, example: str, name: str, types: Collection[str]) -> str:
+    """Return a model's type, as its settings name it; a UserError if it is none of ``types``."""
+    found = str(_load(field, kind, name, AutoConfig.from_pretrained).model_type)
+    if found not in types:
+        raise UserError(
+            f"evaluation.{field} must name {kind}, such as {example}, but {name!r} is of the type"
+            f" {found!r}; name another."
+        )
+    return found
+
+
+def _load_weights(load: Callable[..., Any], model: Any, **options: Any) -> Any:
+    """Load a model whose files hold all of its weights, as transformers draws others at random."""
+
+    def load_all(name: str) -> Any:
+        loaded, found = model.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **AS_TENSORS, **options
+        )
+        mismatched = {weight for weight, *_ in found["mismatched_keys"]}
+        for problem, weights in (("lack", found["missing_keys"]), ("do not fit", mismatched)):
+            if weights:
+                raise ValueError(
+                    f"the files {problem} the weights {listed(sorted(weights), SHOWN)} that"
+                    " config.json describes"
+                )
+        return loaded
+
+    return load(load_all)
+
+
+def _load(field: str, kind: str, name: str, load: Callable[[str], Any]) -> Any:
     """Load a part of a model; its failures are sentences about the recipe's field."""
     try:
-        return load(name, **options)
+        _check_place(name)
+        with _silence():
+            return load(name)
     except pickle.UnpicklingError as error:
         reason = "its weights hold more than tensors, such as code, none of which was run"
         cause: Exception = error
-    except (OSError, ValueError, KeyError) as error:
-        reason, cause = str(error), error
+    except LOADING_ERRORS as error:
+        reason, cause = " ".join(str(error).split()) or type(error).__name__, error
     raise UserError(
         f"evaluation.{field} must name {kind}, as a folder or on the hub (got {name!r}): {reason}"
     ) from cause
+
+
+def _check_place(name: str) -> None:
+    """Raise an OSError if a model's name is neither a folder nor a name that the hub may have."""
+    if Path(name).is_dir():
+        return
+    if Path(name).exists():
+        raise NotADirectoryError("it is a file, not a folder")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise FileNotFoundError("there is no such folder") from None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Silence transformers' reports of what does not load, which a UserError sums up."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

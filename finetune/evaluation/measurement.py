@@ -68,13 +68,13 @@ def evaluate(
     encoders = Encoders.load(settings, device)
     photos = load_photos(recipe)
     shots = list_shots(settings)
-    samples = draw_variants(recipe, settings, shots, adapters, device, apart=apart)
     yardstick = Yardstick(
         real=encoders.encode(photos, attrgetter("image"), "Scoring training pictures"),
         texts=encoders.clip.texts([shot.text for shot in shots]),
         shots=shots,
         reference=encoders.encode_reference(files) if files else None,
-    )
+    )  # reads all pictures, so that a damaged one is found before any is drawn
+    samples = draw_variants(recipe, settings, shots, adapters, device, apart=apart)
     measured = {
         name: yardstick.measure(
             encoders.encode(drawn, attrgetter("final"), f"Scoring {name}"),
@@ -156,10 +156,14 @@ def find_pictures(folder: Path) -> list[Path]:
     """List the picture files in a folder and in folders inside it, sorted.
 
     Raises:
-        UserError: if there are fewer than two, from which no covariance can be computed.
+        UserError: if it is no folder, or has fewer than two, from which no covariance can be
+            computed.
     """
-    found = [path for path in folder.rglob("*") if not path.name.startswith(".")]
-    files = sorted(path for path in found if path.suffix.lower() in ImageFolder.EXTENSIONS)
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "not there"
+        raise UserError(f"--reference must be a folder of pictures, but {folder} is {found}.")
+    paths = [path for path in folder.rglob("*") if not path.name.startswith(".")]
+    files = sorted(path for path in paths if path.suffix.lower() in ImageFolder.EXTENSIONS)
     if len(files) < 2:
         raise UserError(
             f"--reference must be a folder with two pictures or more, but {folder} has"

@@ -9,16 +9,21 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from adapters.arguments import LARGEST
 from adapters.errors import UserError, closest
 
 Combination: TypeAlias = tuple[str, ...]
 """A value of each axis, as it would stand behind ``key=`` on the command line."""
 
 ATTEMPTS = 100
-"""The number of draws for each random combination before the sweep counts as exhausted."""
+"""The number of draws in a row, for each combination so far, that all repeat one of them before the
+axes count as exhausted."""
 
 DIGITS = 3
 """The significant digits of a number drawn from a range, so that it can be read and typed."""
+
+FARTHEST: Mapping[type, float] = {int: 2**63 - 1, float: LARGEST}
+"""The largest absolute values of a range's ends: what NumPy draws, and what float32 holds."""
 
 SET_BY_THE_SWEEP = {
     "name": "each run is named after its values",
@@ -36,6 +41,11 @@ class Choices:
     """The fields that take the value: usually one, several if they vary together."""
     values: tuple[str, ...]
 
+    @property
+    def size(self) -> float:
+        """The number of different values."""
+        return len(self.values)
+
     def draw(self, rng: np.random.Generator) -> str:
         """Draw one of the values."""
         return self.values[rng.integers(len(self.values))]
@@ -52,6 +62,11 @@ class Range:
     """Draw uniformly in the logarithm, so that each factor of ten has an equal share."""
     whole: bool
     """Draw whole numbers."""
+
+    @property
+    def size(self) -> float:
+        """The largest number of different values that can be drawn."""
+        return int(self.high) - int(self.low) + 1 if self.whole else math.inf
 
     def draw(self, rng: np.random.Generator) -> str:
         """Draw a number of :data:`DIGITS` digits."""
@@ -112,9 +127,12 @@ def _read_range(keys: tuple[str, ...], values: Mapping[str, Any]) -> Range:
 
 def _read_end(name: str, end: str, value: Any) -> float:
     """Read an end of a range."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name}: {end} must be a number (got {value!r})")
-    return value
+    farthest = FARTHEST.get(type(value))  # of none but numbers: a bool is of a type of its own
+    if farthest is None or not abs(value) <= farthest:  # nor is nan
+        most = "" if farthest is None else f" from {-farthest:.3g} to {farthest:.3g}"
+        raise UserError(f"{name}: {end} must be a number{most} (got {value!r})")
+    number: float = value
+    return number
 
 
 def _as_text(value: Any) -> str:
@@ -137,15 +155,25 @@ def draw_random(axes: Sequence[Axis], count: int, seed: int) -> list[Combination
         UserError: if there are fewer combinations.
     """
     drawn: dict[Combination, None] = {}
-    for position in range(ATTEMPTS * count):
-        rng = np.random.default_rng([seed, position])
+    most, repeated = math.prod(axis.size for axis in axes), 0
+    for position in itertools.count():
+        if most < count or repeated > ATTEMPTS * len(drawn):
+            break
+        rng, before = np.random.default_rng([seed, position]), len(drawn)
         drawn[tuple(axis.draw(rng) for axis in axes)] = None
+        repeated = repeated + 1 if len(drawn) == before else 0
         if len(drawn) == count:
             return list(drawn)
+    known = most if most < count else f"about {len(drawn)}"
     raise UserError(
-        f"random asks for {count} different combinations, but the axes have about {len(drawn)};"
-        " lower it, or leave it out to train all."
+        f"random asks for {count} different combinations, but the axes have {known}; lower it, or"
+        " leave it out to train all."
     )
+
+
+def hides(later: str, earlier: str) -> bool:
+    """Tell whether a dotted key that is set later undoes an earlier one: it is it or holds it."""
+    return f"{earlier}.".startswith(f"{later}.")
 
 
 def list_overrides(axes: Sequence[Axis], values: Combination) -> list[str]:

@@ -1,4 +1,4 @@
-"""Short names: of the fields that a sweep varies, and of its runs."""
+"""Short names: of the fields that a sweep varies, of its runs, and of adapter scales."""
 
 import hashlib
 import re
@@ -64,6 +64,16 @@ def name_runs(labels: Sequence[str], runs: Sequence[tuple[Combination, int | Non
         else name
         for name, run in zip(plain, runs, strict=True)
     ]
+
+
+def name_variant(scale: float) -> str:
+    """Name the variant of an adapter scale, apart from every other scale, so that it is read back.
+
+    Example:
+        >>> name_variant(0.7), name_variant(1.0), name_variant(0.70000001)
+        ('0.7', '1', '0.70000001')
+    """
+    return repr(float(scale) + 0.0).removesuffix(".0")  # -0.0 + 0.0 is 0.0
 
 
 def _name(labels: Sequence[str], values: Combination, seed: int | None) -> str:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.sweeping.front import find_front
+from finetune.sweeping.names import name_variant
 from finetune.sweeping.progress import read_seconds
-from finetune.sweeping.scoring import BASE, name_variant
+from finetune.sweeping.scoring import BASE
 from finetune.sweeping.work import Result
 
 

@@ -67,7 +67,7 @@ def plan_points(sweep: Sweep) -> tuple[Path, list[Point]]:
     labels = shorten_keys([axis.keys for axis in sweep.axes])
     runs = [(values, seed) for values in combinations for seed in sweep.seeds or (None,)]
     names = name_runs(labels, runs)
-    points, mistakes = [], dict[str, list[str]]()
+    points, mistakes, twins = [], dict[str, list[str]](), dict[str, str]()
     for run_name, (values, seed) in zip(names, runs, strict=True):
         own = [] if seed is None else [f"seed={seed}"]
         own += [f"name={run_name}", f"runs_dir={folder}"]
@@ -81,6 +81,10 @@ def plan_points(sweep: Sweep) -> tuple[Path, list[Point]]:
         except UserError as error:
             mistakes.setdefault(str(error), []).append(run_name)
         else:
+            twin = twins.setdefault(recipe.model_dump_json(exclude={"name"}), run_name)
+            if twin != run_name:
+                mistake = f"the values mean the same as those of {twin}; leave one out"
+                mistakes.setdefault(mistake, []).append(run_name)
             settings = dict(zip(labels, values, strict=True))
             points.append(Point(recipe, settings, recipe.seed))
     check_none(mistakes, len(runs))

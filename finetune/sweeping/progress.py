@@ -3,10 +3,17 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from adapters.atomic import write_text
 from finetune.recipe.schema import Recipe
-from finetune.sweeping.scoring import name_variant, read_scores
+from finetune.sweeping.names import name_variant
+from finetune.sweeping.scoring import read_scores
+
+TIMES = TypeAdapter(dict[str, Annotated[FiniteFloat, Field(ge=0)]])
+"""The shape of the file of a training's time."""
 
 
 def is_trained(recipe: Recipe) -> bool:
@@ -35,8 +42,8 @@ def add_seconds(recipe: Recipe, seconds: float) -> None:
 def read_seconds(recipe: Recipe) -> float | None:
     """Read how long a run's training took; ``None``: not known."""
     try:
-        return float(json.loads(_time_file(recipe).read_text(encoding="utf-8"))["seconds"])
-    except (OSError, ValueError, KeyError):
+        return TIMES.validate_json(_time_file(recipe).read_bytes())["seconds"]
+    except (OSError, ValidationError, KeyError):
         return None
 
 

@@ -1,16 +1,19 @@
 """The report of a sweep: one self-contained page, and a table for the terminal."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from html import escape
 from itertools import islice
 from pathlib import Path
 
+from adapters.errors import UserError
 from adapters.pictures.reading import read_picture
 from adapters.tables import format_table
 from finetune.evaluation import page
 from finetune.evaluation.drawing import Group, list_shots, rows
 from finetune.evaluation.page import embed_picture
 from finetune.recipe.schema import Recipe
+from finetune.sweeping.names import name_variant
 from finetune.sweeping.outcomes import Outcome, Outcomes, Spread, compute_figures
 from finetune.sweeping.plot import draw_plot
 from finetune.sweeping.scoring import (
@@ -101,24 +104,24 @@ def _best(index: int, row: Outcome) -> Iterator[str]:
     yield f'<section class="row"><h3>{index + 1}: {escape(describe_outcome(row))}</h3>'
     yield f"<div>{escape(scores)}</div>"
     yield from _strip(first.recipe, pictures_folder(first.recipe, row.scale))
-    yield f"<code>{escape(str(first.adapters))}={row.scale:g}</code></section>"
+    yield f"<code>{escape(str(first.adapters))}={name_variant(row.scale)}</code></section>"
 
 
 def describe_outcome(row: Outcome) -> str:
     """Describe an outcome by its values and its scale."""
     values = [f"{name} {value}" for name, value in row.settings.items()]
-    return ", ".join([*values, f"scale {row.scale:g}"])
+    return ", ".join([*values, f"scale {name_variant(row.scale)}"])
 
 
 def _strip(recipe: Recipe, folder: Path) -> Iterator[str]:
-    """Show some of the pictures that were drawn into a folder."""
+    """Show some of the pictures that were drawn into a folder, without those that are damaged."""
     assert recipe.evaluation is not None
     shots = list_shots(recipe.evaluation)
     files = list_files(folder, len(shots))
     yield '<div class="strip">'
     for group, most in SHOWN.items():
         for row in islice(rows(shots, group), most):
-            if files[row].exists():
+            with suppress(UserError):
                 source = embed_picture(read_picture(files[row]), STRIP_PX)
                 text = escape(shots[row].prompt)
                 yield f'<img src="{source}" alt="{text}" title="{text}" loading="lazy">'
@@ -133,7 +136,7 @@ def _table(outcomes: Outcomes) -> Iterator[str]:
     yield "</tr></thead><tbody>"
     for index in _order(outcomes):
         row = outcomes.rows[index]
-        cells = [str(index + 1), *map(escape, row.settings.values()), f"{row.scale:g}"]
+        cells = [str(index + 1), *map(escape, row.settings.values()), name_variant(row.scale)]
         cells += [_cell(row.scores.get(name)) for name in scores]
         cells += [format_seconds(row.seconds)]
         front = ' class="front"' if index in outcomes.front else ""
@@ -172,7 +175,7 @@ def write_table(outcomes: Outcomes) -> str:
             (
                 f"{index + 1}{' *' if index in outcomes.front else ''}",
                 *row.settings.values(),
-                f"{row.scale:g}",
+                name_variant(row.scale),
                 *("-" if (s := row.scores.get(name)) is None else str(s) for name in scores),
                 format_seconds(row.seconds),
             )

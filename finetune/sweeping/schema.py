@@ -7,11 +7,11 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from adapters.arguments import LARGEST
-from adapters.errors import UserError
+from adapters.errors import UserError, listed
 from finetune.recipe.file import check_section, parse_value, read_mapping
 from finetune.recipe.schema import NonNegative, Positive, Section
 from finetune.recipe.yaml12 import Loader
-from finetune.sweeping.axes import Axis, Choices, Range, read_axis
+from finetune.sweeping.axes import Axis, Choices, Range, hides, read_axis
 
 KEYS = ("recipe", "over")
 """The keys that every sweep's file has; a recipe's has neither."""
@@ -51,7 +51,8 @@ class Sweep(Section):
             except UserError as error:
                 mistakes.append(str(error))
             else:
-                mistakes += [f"{each} is given twice" for each in sorted(keys & seen)]
+                hidden = {old for old in seen for new in keys if hides(new, old)}
+                mistakes += [f"{each} is given twice" for each in sorted(hidden)]
                 seen |= keys
         if mistakes:
             raise ValueError("; ".join(mistakes))
@@ -75,6 +76,11 @@ class Sweep(Section):
             )
         if self.random is not None and not self.over:
             raise ValueError("random needs over, the fields to draw")
+        varied = [key for axis in self.axes for key in axis.keys] + ["seed"] * bool(self.seeds)
+        for override in self.overrides:
+            fixed = override.partition("=")[0]
+            if any(hides(key, fixed) for key in varied):
+                raise ValueError(f"{fixed} is both varied and set by {override!r}; leave one out")
         return self
 
     @property
@@ -110,14 +116,18 @@ def read_sweep(
     tree = tree if any(key in tree for key in KEYS) else {"recipe": str(path)}
     given = {key: text for key, text in options.items() if text is not None}
     for key, text in given.items():
-        listed = f"[{text}]" if key in ("seeds", "scales") else text
-        tree[key] = text if key == "name" else parse_value(listed, f"option --{key} {text}")
+        value = f"[{text}]" if key in ("seeds", "scales") else text
+        tree[key] = text if key == "name" else parse_value(value, f"option --{key} {text}")
     own = tree.get("overrides")
     if overrides and isinstance(own, list | None):
         tree["overrides"] = [*(own or []), *overrides]
     varied = tree.get("over")
+    read = list(map(read_values, over))
+    keys = [key for key, _ in read]
+    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise UserError(f"--over has {listed(twice)} twice; list all values in one.")
     if over and isinstance(varied, dict | None):
-        tree["over"] = dict(varied or {}) | dict(map(read_values, over))
+        tree["over"] = dict(varied or {}) | dict(read)
     if isinstance(tree.get("scales"), list):  # 1 is as good as 1.0
         tree["scales"] = [float(s) if type(s) is int else s for s in tree["scales"]]
     return check_section(Sweep, tree, f"The sweep {path}")
@@ -136,13 +146,13 @@ def read_values(argument: str) -> tuple[str, Any]:
         raise UserError(f"--over must be key=value,value,… (got {argument!r}).")
     if text.lstrip().startswith("{"):
         return key, parse_value(text, f"option --over {argument!r}")
-    listed = f"[{text}]"
-    parse_value(listed, f"option --over {argument!r}")
-    node = yaml.compose(listed, Loader=Loader)  # the nodes know each value's own text
+    array = f"[{text}]"
+    parse_value(array, f"option --over {argument!r}")
+    node = yaml.compose(array, Loader=Loader)  # the nodes know each value's own text
     assert isinstance(node, yaml.SequenceNode)
     return key, [
         each.value
         if isinstance(each, yaml.ScalarNode)
-        else listed[each.start_mark.index : each.end_mark.index]
+        else array[each.start_mark.index : each.end_mark.index]
         for each in node.value
     ]

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from adapters.atomic import write_png, write_text
 from adapters.base.hub import STAGE_FOLDERS
 from adapters.errors import UserError
 from adapters.files.places import PEFT_WEIGHTS
 from finetune.recipe.schema import Recipe
+from finetune.sweeping.names import name_variant
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,6 +43,27 @@ Drawn: TypeAlias = "tuple[list[Image.Image], list[bool]]"
 
 FLAGGED = "flagged.json"
 """The file beside a variant's pictures that lists what the safety checker has blackened."""
+
+FLAGS = TypeAdapter(list[bool])
+"""The shape of that file."""
+
+
+class Figure(TypedDict):
+    """The part of a score that a scores file must have for it."""
+
+    value: float | None
+
+
+class ScoresFile(TypedDict):
+    """What a scores file must have."""
+
+    key: str
+    variants: dict[str, dict[str, Figure | None]]
+    ceiling: dict[str, Figure | None]
+
+
+SCORES = TypeAdapter(ScoresFile)
+"""The shape of a scores file."""
 
 
 def score_and_keep(recipe: Recipe, scales: Sequence[float]) -> None:
@@ -84,7 +108,7 @@ def score_point(recipe: Recipe, scales: Sequence[float]) -> dict[str, Any]:
         folder = base_folder(recipe)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # of runs scored at once, one draws
-            if (base := read_drawn(folder)) is None:
+            if (base := read_drawn(folder, len(shots))) is None:
                 base = keep_drawn(folder, desk.draw(progress))
         drawn[BASE] = base
         name = desk.cascade.add_adapter(recipe.folder / "adapters")
@@ -112,25 +136,21 @@ def keep_drawn(folder: Path, samples: "Sequence[Sample]") -> Drawn:
     return [sample.final for sample in samples], flagged
 
 
-def read_drawn(folder: Path) -> "Drawn | None":
-    """Read the pictures that a variant has drawn; ``None`` if they are not all there."""
+def read_drawn(folder: Path, count: int) -> "Drawn | None":
+    """Read the pictures that a variant has drawn; ``None`` if they are not all there and whole."""
     from adapters.pictures.reading import read_picture
 
     try:
-        flagged: list[bool] = json.loads((folder / FLAGGED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        flagged = FLAGS.validate_json((folder / FLAGGED).read_bytes(), strict=True)
+        pictures = [read_picture(file) for file in list_files(folder, count)]
+    except (OSError, ValidationError, UserError):
         return None
-    return [read_picture(file) for file in list_files(folder, len(flagged))], flagged
+    return (pictures, flagged) if len(flagged) == count else None
 
 
 def list_files(folder: Path, count: int) -> list[Path]:
     """List the files of the pictures drawn into a folder, in the order of the shots."""
     return [folder / f"{index:03d}.png" for index in range(count)]
-
-
-def name_variant(scale: float) -> str:
-    """Name the variant of an adapter scale."""
-    return f"{scale:.6g}"
 
 
 def pictures_folder(recipe: Recipe, scale: float) -> Path:
@@ -153,9 +173,12 @@ def read_scores(recipe: Recipe) -> dict[str, Any]:
     key = scores_key(recipe)
     try:
         scores: dict[str, Any] = json.loads(scores_file(recipe).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        scores = {}
-    return scores if scores.get("key") == key else {"format": FORMAT, "key": key, "variants": {}}
+        known = SCORES.validate_python(scores, strict=True)
+    except (OSError, ValueError):  # no file, no JSON, or of another shape
+        known = None
+    if known is not None and known["key"] == key and BASE in known["variants"]:
+        return scores
+    return {"format": FORMAT, "key": key, "variants": {}}
 
 
 def scores_key(recipe: Recipe) -> str:

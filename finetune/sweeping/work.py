@@ -1,9 +1,10 @@
 """The work of a sweep: each run trained and then scored, one after another or several at once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -12,11 +13,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from adapters.atomic import write_text
-from adapters.errors import UserError
+from adapters.errors import UserError, quiet_libraries
+from finetune.recipe.schema import Evaluation, Recipe
+from finetune.sweeping.names import name_variant
 from finetune.sweeping.points import Point, check_none
 from finetune.sweeping.processes import Children, read_progress, read_reason, share_cores
 from finetune.sweeping.progress import is_scored, is_trained
-from finetune.sweeping.scoring import name_variant, read_scores
+from finetune.sweeping.scoring import read_scores
 
 CHILD = "finetune.sweeping.child"
 """The module that trains and scores a run."""
@@ -107,11 +110,12 @@ def finish_points(
 
     Raises:
         UserError: if a folder holds another recipe's run, or a recipe has a mistake that is found
-            without weights. No run is started then.
+            without training. No run is started then.
     """
     trained = find_trained(points)
     done_before = [p for p in points if p.name in trained and is_scored(p.recipe, scales)]
     to_do = [point for point in points if point not in done_before]
+    check_material(to_do, trained, len(points))
     for point in to_do:
         write_text(point.recipe_file, point.recipe.to_yaml())
     workers, results = Workers(scales, at_once), [Result.read(point) for point in done_before]
@@ -159,6 +163,61 @@ def find_trained(points: Sequence[Point]) -> set[str]:
             mistakes.setdefault(str(error), []).append(point.name)
     check_none(mistakes, len(points))
     return trained
+
+
+def check_material(points: Sequence[Point], trained: Collection[str], count: int) -> None:
+    """Load the models that score, once each, and the pictures of which some are held out.
+
+    Args:
+        points: the runs that are to be trained or scored.
+        trained: the names of those that are only to be scored.
+        count: the number of all runs.
+
+    Raises:
+        UserError: with the mistakes of all runs: a model or picture is missing or damaged, or no
+            picture would be left to train on.
+    """
+    quiet_libraries()
+    mistakes, failures = dict[str, list[str]](), dict[Hashable, str | None]()
+    for point in points:
+        recipe, settings = point.recipe, point.recipe.evaluation
+        assert settings is not None
+        models = (settings.clip, settings.dino)
+        checks: dict[Hashable, Callable[[], None]] = {models: partial(_load_encoders, settings)}
+        if recipe.validation.held_out and point.name not in trained:
+            pictures = (recipe.validation.held_out, recipe.data.model_dump_json(), recipe.cache)
+            checks[pictures] = partial(_check_held_out, recipe)
+        for subject, check in checks.items():
+            if subject not in failures:
+                failures[subject] = _find_failure(check)
+            if failure := failures[subject]:
+                mistakes.setdefault(failure, []).append(point.name)
+    check_none(mistakes, count)
+
+
+def _load_encoders(settings: Evaluation) -> None:
+    import torch
+
+    from finetune.evaluation.measurement import Encoders
+
+    Encoders.load(settings, torch.device("cpu"))
+
+
+def _check_held_out(recipe: Recipe) -> None:
+    from finetune.data.pictures import load_pictures
+    from finetune.run.fixed_losses import check_held_out
+
+    pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
+    check_held_out(recipe.validation.held_out, len(pictures))
+
+
+def _find_failure(check: Callable[[], None]) -> str | None:
+    """Return the sentence of a check's UserError; ``None``: it raises none."""
+    try:
+        check()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 import json
 import re
+from argparse import Namespace
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 
 from adapters import read_picture_info
 from adapters.errors import UserError
-from finetune.evaluate import main, read_adapters
+from finetune.evaluate import evaluate_and_save, main, read_adapters
 from finetune.evaluation import EvaluationReport, evaluate
 from finetune.evaluation.encoders import ClipScorer
 from finetune.evaluation.metrics import clip_i, clip_i_ceiling, clip_t
@@ -227,6 +229,7 @@ def test_a_later_evaluation_replaces_the_earlier_one(
         (["--adapters", "a=b"], "'a=b' ends in 'b', which is not a scale"),
         (["evaluation.clip=/nowhere/clip"], "evaluation.clip must name a CLIP model"),
         (["evaluation.dino=/nowhere/dino"], "evaluation.dino must name a DINO or DINOv2 model"),
+        (["--adapters", "a=0.5", "a=1"], "--adapters must name different adapters (got a twice)"),
         (["--reference", str(ROOT / "recipes")], "two pictures or more, but"),
         (["evaluation=null"], "needs an `evaluation` section"),
         (["data.source=/nowhere/pictures"], "/nowhere/pictures"),
@@ -264,6 +267,45 @@ def test_scales_are_read_from_the_command_line() -> None:
     assert read_adapters(None) is None
     assert read_adapters([]) == {}
     assert read_adapters(["a", "b=0.5", "c=1:0.5,2:0"]) == {"a": 1.0, "b": 0.5, "c": {1: 0.5, 2: 0}}
+    for twice in (["a=0.5", "a=1"], ["a", "b", "./a/"]):
+        with pytest.raises(UserError, match="must name different adapters"):
+            read_adapters(twice)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("nowhere", "nowhere is not there"), ("0.png", "0.png is a file"), ("", "0.png cannot be")],
+)
+def test_a_mistaken_reference_is_found_before_anything_is_drawn(
+    place: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("finetune.evaluation.measurement.draw_variants", None)
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [f"cache_dir={tmp_path / 'cache'}"])
+    with pytest.raises(UserError, match=said):
+        evaluate(recipe, {}, reference=tmp_path / place)
+
+
+@pytest.mark.parametrize(
+    ("stages", "variants", "said"),
+    [
+        ("apart", ("base", "fine_tuned"), True),
+        ("apart", ("base", "fine_tuned", "stage_1", "stage_2"), False),
+        ("together", ("base", "fine_tuned"), False),
+    ],
+)
+def test_stages_that_cannot_be_told_apart_are_spoken_of(
+    stages: str, variants: tuple[str, ...], said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = SimpleNamespace(
+        variants=dict.fromkeys(variants), save=lambda folder: folder, table=lambda: "scores"
+    )
+    monkeypatch.setattr("finetune.evaluation.measurement.evaluate", lambda *_, **__: report)
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml", ["name=nothing"])
+    options = Namespace(adapters=None, stages=stages, reference=None)
+    assert ("not apart" in evaluate_and_save(recipe, options)) == said
 
 
 def test_one_training_picture_leaves_the_ceiling_undefined(recipe: Recipe) -> None:

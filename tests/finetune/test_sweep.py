@@ -154,6 +154,18 @@ def test_mistakes_of_all_combinations_are_one_error(
         (["--scales", "1,1"], "scales: must be different"),
         (["--at-once", "0"], "at_once: "),
         (["--seeds", "a"], "seeds.0: "),
+        (
+            ["--over", "stage_1.steps=1", "--over", "stage_1.steps=2"],
+            "--over has stage_1.steps twice; list all values in one",
+        ),
+        (
+            ["--over", "stage_1.steps=1,2", "--over", "stage_1=null"],
+            "stage_1.steps is given twice",
+        ),
+        (["stage_1.steps=7", "--over", "stage_1.steps=10"], "stage_1.steps is both varied and set"),
+        (["seed=7", "--seeds", "0,1"], "seed is both varied and set by 'seed=7'"),
+        (["--over", "stage_1.steps=10,010"], "the values mean the same as those of steps-10"),
+        (["--over", f"{RATE}=1e-3,0.001"], "the values mean the same as those of"),
         (["evaluation=null"], "the recipe needs an evaluation section"),
         (["evaluation.other_prompts=[]"], "the recipe needs an evaluation section"),
     ],
@@ -165,6 +177,31 @@ def test_a_mistake_is_a_sentence(
         main([str(save_recipe(tmp_path)), *arguments])
     assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluation.clip=/nowhere/clip"], "evaluation.clip must name a CLIP model"),
+        (["evaluation.dino=/nowhere/dino"], "evaluation.dino must name a DINO or DINOv2 model"),
+        (
+            ["--over", "validation.held_out=5,6,99"],
+            "number of pictures, 6 (got 99). (held_out-99)",
+        ),
+    ],
+)
+def test_what_would_stop_a_run_later_is_found_before_the_first(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("finetune.sweeping.work.Workers", None)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(save_recipe(tmp_path)), *arguments])
+    assert said in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("recipe.yaml"))
 
 
 def test_a_missing_base_is_found_before_anything_is_trained(

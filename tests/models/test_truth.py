@@ -154,7 +154,9 @@ def test_the_last_stages_saved_pictures_are_read_with_their_prompts(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("at_root")
-def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     places = [RECIPE, f"runs_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]
     assert "train the recipe first" in refusal(capsys, truth.main, *places)
     empty = tmp_path / "empty"
@@ -165,6 +167,17 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
         capsys, truth.main, *places, "evaluation=null", "validation.best=null", "--pictures", empty
     )
     assert "evaluation section" in said
+    octopuses = [*places, "--pictures", "datasets/octopus"]
+    for count in (0, -1):
+        said = refusal(capsys, truth.main, *octopuses, "--images-per-prompt", count)
+        assert f"--images-per-prompt must be 1 or more (got {count})" in said
+    monkeypatch.setattr(truth, "draw", None)
+    others = tmp_path / "others"
+    others.mkdir()
+    shutil.copy("datasets/octopus/00.png", others)
+    (others / "00.txt").write_text("a pizza on a green background")
+    said = refusal(capsys, truth.main, *places, "--pictures", others)
+    assert "No picture is of 'octopus'" in said
     known = [*places, "evaluation.prompts=[a dog on the moon]", "--pictures", "datasets/octopus"]
     said = refusal(capsys, truth.main, *known, "evaluation.identifier=dog")
     assert "is no caption of the embedded world" in said

@@ -195,12 +195,77 @@ def test_nothing_else_is_unpickled(tmp_path: Path) -> None:
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.clip must name a CLIP model"):
-        ClipScorer(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"evaluation\.dino must name a DINO or DINOv2 model"):
-        DinoScorer(str(tmp_path / "nowhere"))
+    nowhere, file = str(tmp_path / "nowhere"), ROOT / "README.md"
+    with pytest.raises(UserError, match=r"evaluation\.clip must name a CLIP .* no such folder"):
+        ClipScorer(nowhere)
+    with pytest.raises(UserError, match=r"evaluation\.dino must name a DINO .* no such folder"):
+        DinoScorer(nowhere)
+    with pytest.raises(UserError, match="it is a file, not a folder"):
+        ClipScorer(str(file))
 
 
-def test_a_model_of_another_type_is_no_dino() -> None:
-    with pytest.raises(UserError, match=r"evaluation\.dino must name .* of the type 'clip'"):
-        DinoScorer(str(CLIP))
+@pytest.mark.parametrize(
+    ("kind", "folder", "said"),
+    [
+        (DinoScorer, "clip", r"evaluation\.dino must name .* of the type 'clip'"),
+        (DinoScorer, "stage_1/text_encoder", r"evaluation\.dino must name .* of the type 't5'"),
+        (ClipScorer, "stage_1/text_encoder", r"evaluation\.clip must name .* of the type 't5'"),
+    ],
+)
+def test_a_model_of_another_type_is_refused(
+    kind: type[ClipScorer | DinoScorer], folder: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        kind(str(ROOT / "models/if-tiny" / folder))
+
+
+def drop_a_weight(clip: Path) -> None:
+    weights = load_file(clip / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, clip / "model.safetensors", {"format": "pt"})
+
+
+def truncate(clip: Path) -> None:
+    weights = clip / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def change_config(**values: object) -> Callable[[Path], None]:
+    def change(clip: Path) -> None:
+        config = json.loads((clip / "config.json").read_text())
+        (clip / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, "deserializing header"),
+        (drop_a_weight, "lack the weights visual_projection.weight that"),
+        (
+            change_config(projection_dim=256),
+            "do not fit the weights text_projection.weight, visual_projection.weight that",
+        ),
+        (change_config(projection_dim="x"), "'projection_dim' with value 'x'"),
+        (change_config(text_config=3), "text_config"),
+        (lambda clip: (clip / "config.json").write_text("[]"), "indices"),
+        (lambda clip: (clip / "config.json").write_text("3"), "'int' object"),
+        (lambda clip: (clip / "config.json").unlink(), "config.json"),
+    ],
+)
+def test_a_damaged_model_is_a_sentence(
+    damage: Callable[[Path], None],
+    said: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    clip = tmp_path / "clip"
+    shutil.copytree(CLIP, clip)
+    damage(clip)
+    with pytest.raises(UserError) as caught:
+        ClipScorer(str(clip))
+    assert str(caught.value).startswith("evaluation.clip must name a CLIP model, as a folder")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "REPORT" not in capfd.readouterr().err

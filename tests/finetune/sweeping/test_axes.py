@@ -5,8 +5,10 @@ import math
 
 import pytest
 
+from adapters.arguments import LARGEST
 from adapters.errors import UserError
 from finetune.sweeping.axes import (
+    Axis,
     Choices,
     Range,
     draw_random,
@@ -14,7 +16,7 @@ from finetune.sweeping.axes import (
     list_overrides,
     read_axis,
 )
-from finetune.sweeping.names import LONGEST, name_runs, shorten_keys
+from finetune.sweeping.names import LONGEST, name_runs, name_variant, shorten_keys
 from finetune.sweeping.schema import read_values
 
 RANK = Choices(("stage_1.adapter.rank", "stage_2.adapter.rank"), ("8", "16"))
@@ -43,8 +45,28 @@ def test_a_longer_random_search_begins_with_the_shorter_one() -> None:
 
 def test_random_draws_exhaust_a_small_space_and_no_more() -> None:
     assert set(draw_random([RANK, KIND], 6, seed=0)) == set(expand_grid([RANK, KIND]))
-    with pytest.raises(UserError, match=r"random asks for 7 .* have about 6"):
+    with pytest.raises(UserError, match=r"random asks for 7 .* have 6;"):
         draw_random([RANK, KIND], 7, seed=0)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("axis", "known"),
+    [
+        (RANK, "2"),
+        (Range(("a",), 1, 3, log=False, whole=True), "3"),
+        (Range(("a",), 1.0, 1.1, log=False, whole=False), "about 11"),  # of three digits
+    ],
+)
+def test_far_too_many_draws_are_refused_at_once(axis: Axis, known: str) -> None:
+    with pytest.raises(UserError, match=f"have {known};"):
+        draw_random([axis], 10**6, seed=0)
+
+
+@pytest.mark.parametrize("ends", [(-(2**63 - 1), 2**63 - 1), (-LARGEST, LARGEST)])
+def test_the_widest_ranges_can_be_drawn_from(ends: tuple[float, float]) -> None:
+    axis = read_axis("a", dict(zip(("low", "high"), ends, strict=True)))
+    assert len(draw_random([axis], 5, seed=0)) == 5
 
 
 @pytest.mark.parametrize(
@@ -82,6 +104,12 @@ def test_a_range_keeps_its_ends_when_rounding_would_leave_it() -> None:
         ("stage_1.steps", {"low": 3, "high": 1}, "low must be less than high"),
         ("stage_1.steps", {"low": 0, "high": 1, "log": True}, "low must be above 0"),
         ("stage_1.steps", {"low": 1, "high": 2, "log": "yes"}, "log must be true or false"),
+        ("stage_1.steps", {"low": 1, "high": 10**20}, "high must be a number from -9.22e"),
+        ("stage_1.steps", {"low": 1, "high": 10**400}, "high must be a number from -9.22e"),
+        ("stage_1.steps", {"low": -1e308, "high": 1e308}, "low must be a number from -3.4e"),
+        ("stage_1.steps", {"low": 1.0, "high": math.inf}, "high must be a number from -3.4e"),
+        ("stage_1.steps", {"low": 1.0, "high": math.nan}, "high must be a number from -3.4e"),
+        ("stage_1.steps", {"low": True, "high": 2}, r"low must be a number \(got True\)"),
     ],
 )
 def test_mistaken_axes_are_named(key: str, values: object, said: str) -> None:
@@ -124,3 +152,9 @@ def test_names_that_would_be_equal_or_long_end_in_a_hash() -> None:
     assert names[2] == "targets-c"
     assert max(map(len, names)) <= LONGEST
     assert name_runs([], [((), None), ((), 3)]) == ["as_given", "seed-3"]
+
+
+def test_scales_are_named_apart_and_read_back() -> None:
+    scales = (0.7, 0.70000001, 1.0, 1234567.0, 1234568.0, 1e-7, 1e22, -0.5)
+    assert [float(name_variant(scale)) for scale in scales] == list(scales)
+    assert [name_variant(scale) for scale in (1, 0.5, -0.0)] == ["1", "0.5", "0"]

@@ -1,7 +1,9 @@
 """Outcomes from scores on disk: means over seeds, parts of ceiling and base, and the page."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -9,10 +11,17 @@ from PIL import Image
 from adapters.files.places import PEFT_WEIGHTS
 from finetune.sweeping.outcomes import Outcomes, collect_outcomes, compute_figures, to_json
 from finetune.sweeping.points import Point, plan_points
-from finetune.sweeping.progress import add_seconds, is_scored
+from finetune.sweeping.progress import add_seconds, is_scored, read_seconds
 from finetune.sweeping.report import write_page, write_table
 from finetune.sweeping.schema import Sweep
-from finetune.sweeping.scoring import list_files, pictures_folder, read_scores, scores_file
+from finetune.sweeping.scoring import (
+    FLAGGED,
+    list_files,
+    pictures_folder,
+    read_drawn,
+    read_scores,
+    scores_file,
+)
 from finetune.sweeping.work import Result
 from tests.builders.recipes import SMALL, write
 
@@ -95,6 +104,77 @@ def test_scores_are_of_these_adapters_and_settings(tmp_path: Path) -> None:
     assert not is_scored(point.recipe.model_copy(update={"evaluation": other}), (1.0,))
     save_adapter(point, b"another")
     assert not is_scored(point.recipe, (1.0,))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda known: [],
+        lambda known: None,
+        lambda known: 3,
+        lambda known: known | {"variants": []},
+        lambda known: known | {"variants": {"1": {}}},  # not the base's
+        lambda known: known | {"variants": known["variants"] | {"1": 3}},
+        lambda known: known | {"variants": known["variants"] | {"1": {"clip_i": {}}}},
+        lambda known: known | {"ceiling": {"clip_i": {"value": "high"}}},
+        lambda known: {name: known[name] for name in ("key", "format", "ceiling")},
+        lambda known: {name: known[name] for name in ("key", "format", "variants")},
+    ],
+)
+def test_damaged_scores_count_as_none(change: Callable[[Any], Any], tmp_path: Path) -> None:
+    point = finished(tmp_path)[0]
+    file = scores_file(point.recipe)
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    assert not is_scored(point.recipe, (1.0,))
+    assert read_scores(point.recipe)["variants"] == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "3", "{", "{}", '{"seconds": null}', '{"seconds": NaN}', "[" * 9]
+)
+def test_a_damaged_time_counts_as_none(text: str, tmp_path: Path) -> None:
+    point = finished(tmp_path)[0]
+    add_seconds(point.recipe, 1.0)
+    (point.folder / "training_time.json").write_text(text)
+    assert read_seconds(point.recipe) is None
+    add_seconds(point.recipe, 2.0)
+    assert read_seconds(point.recipe) == 2.0
+
+
+@pytest.mark.parametrize("flags", ["3", "[]", "null", "[0, 1]", "[true]", "{"])
+def test_pictures_with_a_damaged_list_are_drawn_again(flags: str, tmp_path: Path) -> None:
+    keep(tmp_path)
+    (tmp_path / FLAGGED).write_text(flags)
+    assert read_drawn(tmp_path, 2) is None
+
+
+def test_missing_and_damaged_pictures_are_drawn_again(tmp_path: Path) -> None:
+    first, second = keep(tmp_path)
+    found = read_drawn(tmp_path, 2)
+    assert found is not None
+    assert found[1] == [False, True]
+    assert read_drawn(tmp_path, 3) is None
+    second.write_bytes(second.read_bytes()[:40])
+    assert read_drawn(tmp_path, 2) is None
+    second.unlink()
+    assert read_drawn(tmp_path, 2) is None
+    assert first.exists()
+
+
+def keep(folder: Path) -> list[Path]:
+    """Two kept pictures, of which the safety checker has blackened the second."""
+    files = list_files(folder, 2)
+    for file in files:
+        Image.new("RGB", (8, 8), "red").save(file)
+    (folder / FLAGGED).write_text("[false, true]")
+    return files
+
+
+def test_the_page_leaves_damaged_pictures_out(tmp_path: Path) -> None:
+    (point, *_) = finished(tmp_path, seeds=(0,))
+    (file,) = list_files(pictures_folder(point.recipe, 1.0), 1)
+    file.write_bytes(file.read_bytes()[:40])
+    assert write_page("a sweep", collect([point])).count("data:image/jpeg") == 1
 
 
 def test_the_page_shows_ranges_the_front_and_failures(tmp_path: Path) -> None:
