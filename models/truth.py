@@ -75,7 +75,7 @@ def render_true(
         size_px: the picture size.
 
     Raises:
-        UserError: if a caption is none of this world, or its object's sprite is not stored.
+        UserError: if a caption is not of this world, or its object's sprite is not stored.
     """
     import torch
 
@@ -94,7 +94,7 @@ def score_shapes(pictures: "Sequence[Image.Image]", captions: Sequence[str]) -> 
     """Compute the SSIM of each picture with the sprite of the object that its caption names.
 
     Raises:
-        UserError: if a caption is none of this world, or its object's sprite is not stored.
+        UserError: if a caption is not of this world, or its object's sprite is not stored.
     """
     from models.scenes import read_sprites
     from models.shape import shape_score
@@ -144,7 +144,7 @@ def find_subject(captions: Sequence[str], subject: str) -> list[int]:
     """Find the places of the captions that name the subject.
 
     Raises:
-        UserError: if none does, or a caption is none of this world.
+        UserError: if none does, or a caption is not of this world.
     """
     thing, _ = parse_caption(subject)
     mine = [i for i, text in enumerate(captions) if parse_caption(text)[0] == thing]
@@ -170,7 +170,7 @@ def measure(
 
     Raises:
         UserError: before anything is drawn, if there is no `evaluation` section, no adapter or no
-            picture, a prompt is none of this world, none is of the subject, or no picture of each
+            picture, a prompt is not of this world, none names the subject, or no picture of each
             is asked for.
     """
     from adapters import load_cascade

@@ -28,7 +28,7 @@ def test_the_packages_are_typed() -> None:
 
 
 def test_rooms_import_downwards_and_in_no_circle() -> None:
-    linter = Path(sys.executable).with_name("lint-imports")  # a process: it sets logging up anew
+    linter = Path(sys.executable).with_name("lint-imports")  # a process, as it resets logging
     subprocess.run(
         [linter, "--config", ROOT / "pyproject.toml", "--no-cache"], check=True, cwd=ROOT
     )

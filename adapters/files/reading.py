@@ -96,7 +96,7 @@ def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
     """Read the configuration next to a file, or in its header.
 
     Returns:
-        The configuration; ``None`` if there is none, or only that of a LoRA with alpha = rank.
+        The configuration; ``None`` if it is missing, or is merely a LoRA with alpha = rank.
 
     Raises:
         UserError: if it is damaged.

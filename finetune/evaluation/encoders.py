@@ -148,7 +148,7 @@ def _batches(pictures: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
 
 
 def _check_type(field: str, kind: str, example: str, name: str, types: Collection[str]) -> str:
-    """Return a model's type, as its settings name it; a UserError if it is none of ``types``."""
+    """Return the type that a model's settings name; raise a UserError if it is not in ``types``."""
     found = str(_load(field, kind, name, AutoConfig.from_pretrained).model_type)
     if found not in types:
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from adapters.arguments import Scale, format_scales
-from finetune.evaluation.drawing import Group
+from finetune.evaluation.drawing import BASE, Group
 from finetune.evaluation.results import CEILING, VARIANTS, Results
 from finetune.evaluation.scoring import MEANINGS, TITLES, Scores
 
@@ -61,9 +61,10 @@ def write_page(report: Results) -> str:
             for name in _shown(report)
         ),
         "</dl>",
-        '<p class="faint">Intervals hold 95 % of the means that resampling the prompts gives. Below'
-        " them are changes from the base, coloured where the interval of the pairs (all variants"
-        " draw from the same seeds) leaves out zero.</p>",
+        '<p class="faint">Arrows show which way is better. Intervals hold 95 % of the means that'
+        " resampling the prompts gives; of few prompts they say little. Below them are changes"
+        " from the base, coloured where the interval of the pairs (all variants draw from the same"
+        " seeds) leaves out zero.</p>",
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
@@ -89,16 +90,24 @@ def _shown(report: Results) -> list[str]:
 
 def _score_table(report: Results) -> Iterator[str]:
     yield '<div class="scroll"><table><thead><tr><th></th>'
-    yield "".join(f"<th>{escape(VARIANTS[name])}</th>" for name in report.variants)
-    yield f"<th>{CEILING}</th></tr></thead><tbody>"
+    heads = [VARIANTS[name] + " (floor)" * (name == BASE) for name in report.variants]
+    yield "".join(f"<th>{escape(head)}</th>" for head in [*heads, f"{CEILING} (ceiling)"])
+    yield "</tr></thead><tbody>"
     for name in _shown(report):
         cells = "".join(
             f"<td>{_score(scores, name)}{_change(report, variant, name)}</td>"
             for variant, scores in report.variants.items()
         )
-        yield f"<tr><th>{escape(report.title(name))}</th>{cells}"
+        yield f"<tr><th>{escape(report.title(name))} {_direction(name)}</th>{cells}"
         yield f"<td>{_score(report.ceiling, name)}</td></tr>"
     yield "</tbody></table></div>"
+
+
+def _direction(name: str) -> str:
+    """Return an arrow to where a score should go."""
+    if name in NEUTRAL:
+        return ""
+    return "↓" if name in SMALLER_IS_BETTER else "↑"
 
 
 def _score(scores: Scores, name: str) -> str:
@@ -119,7 +128,8 @@ def _change(report: Results, variant: str, name: str) -> str:
     if certain and name not in NEUTRAL:
         better = (change.value > 0) != (name in SMALLER_IS_BETTER)
         colour = ' class="good"' if better else ' class="bad"'
-    return f"<small{colour}>{change.value:+.3f}</small>"
+    interval = "" if change.low is None else f" ({change.low:+.3f} to {change.high:+.3f})"
+    return f"<small{colour}>{change.value:+.3f}{interval}</small>"
 
 
 def _pictures(report: Results) -> Iterator[str]:

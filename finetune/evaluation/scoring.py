@@ -143,9 +143,9 @@ class Yardstick:
     """The vectors that pictures are measured against."""
 
     real: Vectors
-    """Of the training pictures, [M, E]."""
+    """The vectors of the training pictures, [M, E]."""
     texts: Tensor
-    """CLIP's, of each shot's prompt in plain words, [N, E]."""
+    """CLIP's vectors of each shot's prompt in plain words, [N, E]."""
     shots: Sequence[Shot]
     reference: Tensor | None = None
     """CLIP's, of the reference pictures, [K, E]; ``None``: none are given."""

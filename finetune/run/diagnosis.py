@@ -29,7 +29,7 @@ DROP = 0.9
 """The ratio of a CLIP-T to its best value, or the base's, below which it counts as fallen."""
 
 LEAST_FALL = 0.01
-"""The least loss of a CLIP-T that counts as a fall, as one near 0 has no ratio to speak of."""
+"""The smallest drop of a CLIP-T that counts as a fall; near 0, a ratio means nothing."""
 
 SPILL = 0.5
 """The gain in likeness to the subject of other prompts' pictures, as a part of the gain of the
@@ -153,8 +153,8 @@ SYMPTOMS: Mapping[str, tuple[Callable[[Course], bool], str]] = {
         " the captions name the subject as validation.prompts do.",
     ),
 }
-"""What can go wrong, by kind: how to recognise it, and the sentence, whose placeholders are the
-tags of curves."""
+"""The kinds of trouble: each with its test, and a sentence whose placeholders are the tags of
+curves."""
 
 
 def diagnose(history: Sequence[Validated], steps: int) -> dict[str, str]:

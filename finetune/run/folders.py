@@ -65,7 +65,7 @@ def select_judging(recipe: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """Select from a dumped recipe what validation's figures and the choice by them depend on.
 
     They may change for a stage to continue, but then its history of validations begins again.
-    Patience is none of them, since it decides only when a run stops.
+    Patience is not among them, since it decides only when a run stops.
     """
     validation, names = recipe["validation"], ["prompts", "other_prompts", "seed", "loss_pictures"]
     settings: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What a run measures at each validation, and what it keeps and says because of that."""
+"""Measurements at each validation, and what is kept and said because of them."""
 
 import math
 import time

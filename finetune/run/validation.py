@@ -23,7 +23,7 @@ from unets.memory import free_memory
 from unets.precision import Precision
 
 Kind = Literal["subject", "others", "photos"]
-"""What a row shows: the validation prompts, prompts without the subject, or training pictures."""
+"""The contents of a row: validation prompts, prompts without the subject, or training pictures."""
 
 PHOTOS = 4
 """The number of training pictures that Stage II upsamples from a downsampled copy."""

@@ -1,4 +1,4 @@
-"""How far a run of a sweep is, by its folder: whether it is trained, in which time, and scored."""
+"""The progress of a run of a sweep, by its folder: trained, in which time, and scored."""
 
 import json
 from collections.abc import Sequence

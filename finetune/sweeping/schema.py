@@ -1,4 +1,4 @@
-"""What a sweep tries: the keys of its file, which are also the options of its command."""
+"""The settings of a sweep: the keys of its file, which are also the options of its command."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self

@@ -55,7 +55,7 @@ class Figure(TypedDict):
 
 
 class ScoresFile(TypedDict):
-    """What a scores file must have."""
+    """The keys that a scores file must have."""
 
     key: str
     variants: dict[str, dict[str, Figure | None]]

@@ -51,6 +51,9 @@ def test_prompts_and_settings_are_shown_as_text(tmp_path: Path) -> None:
     assert "scored by a/clip and a/dino" in page
     assert page.count("CLIP-I, generated vs. real pictures") == 2
     assert "PRES" not in page  # not defined for any variant
+    assert "<th>base (floor)</th>" in page
+    assert "<th>real pictures (ceiling)</th>" in page
+    assert "<th>CLIP-I, generated vs. real pictures ↑</th>" in page
 
 
 def test_a_change_is_coloured_only_if_it_is_certain(tmp_path: Path) -> None:
