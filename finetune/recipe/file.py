@@ -5,15 +5,18 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from adapters.errors import UserError, closest
-from finetune.recipe.schema import Place, Recipe, Section
+from finetune.recipe.schema import Recipe, Section
 from finetune.recipe.yaml12 import Loader
+
+Place: TypeAlias = tuple[int | str, ...]
+"""The path of a key or value: names of keys, and places in lists."""
 
 NAMING_TOKENS = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)
 """The YAML tokens that name a value or its type."""

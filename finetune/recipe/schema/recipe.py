@@ -1,0 +1,140 @@
+"""A whole recipe: its sections, and what follows from several of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from finetune.recipe.consistency import find_absent_subject, find_mistakes, find_shared_pictures
+from finetune.recipe.schema.base import Base
+from finetune.recipe.schema.data import Data
+from finetune.recipe.schema.evaluation import Evaluation
+from finetune.recipe.schema.fields import Positive, Section, Seed
+from finetune.recipe.schema.prior import PicturePrior, Prior
+from finetune.recipe.schema.text import Text
+from finetune.recipe.schema.training import Training
+from finetune.recipe.schema.validation import Validation
+from finetune.recipe.yaml12 import Dumper
+from finetune.step.stages import STAGES, Stage
+from unets.precision import Precision
+
+if TYPE_CHECKING:  # so that mistakes are reported without these slow imports
+    import torch
+
+    from adapters.base.source import Source
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's name: its folder under ``runs_dir``."""
+    seed: Seed = 0
+    """The seed of the run. All its randomness derives from the seed and each picture's position in
+    the run, so a global batch (over all processes and accumulated batches) is the same however it
+    is divided."""
+    base: Base
+    """The cascade to fine-tune."""
+    data: Data
+    """The pictures to train on."""
+    prior: Prior | None = None
+    """Prior preservation, of one of two kinds; ``None``: none."""
+    text: Text = Text()
+    """The text encoder and its captions."""
+    stage_1: Training | None = None
+    """The training of Stage I; ``None``: it is not trained."""
+    stage_2: Training | None = None
+    """The training of Stage II, after Stage I if both are given; ``None``: it is not trained."""
+    validation: Validation = Validation()
+    """The pictures sampled during training."""
+    evaluation: Evaluation | None = None
+    """The scores of what was learnt; ``None``: they are not computed."""
+    log_every: Positive = 10
+    """Steps between TensorBoard points."""
+    runs_dir: str = "runs"
+    """The folder of all runs."""
+    cache_dir: str = ".cache/finetune"
+    """The folder that keeps decoded pictures, text encodings and class pictures between runs."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_sections_together(cls, tree: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Report mistakes between sections along with those within them."""
+        mistakes: list[Any] = []
+        between = dict(find_mistakes(tree))
+        try:
+            recipe = handler(tree)
+            if recipe.evaluation:
+                between |= find_absent_subject(
+                    recipe.evaluation.identifier, recipe.evaluation.prompts
+                )
+            if recipe.validation.best and recipe.evaluation:
+                between |= find_shared_pictures(
+                    recipe.validation.drawings, recipe.evaluation.drawings
+                )
+        except ValidationError as error:
+            mistakes += error.errors(include_url=False)
+        places = {mistake["loc"] for mistake in mistakes}
+        for path, message in between.items():
+            kind = PydanticCustomError("value_error", "{message}", {"message": message})
+            place = tuple(path.split("."))
+            if place not in places:
+                mistakes.append({"type": kind, "loc": place, "input": None})
+        if mistakes:
+            raise ValidationError.from_exception_data(cls.__name__, mistakes)
+        return recipe
+
+    @property
+    def class_pictures(self) -> PicturePrior | None:
+        """The section of class pictures; ``None`` if the recipe uses none."""
+        return self.prior if isinstance(self.prior, PicturePrior) else None
+
+    @property
+    def trained(self) -> tuple[Stage, ...]:
+        """The stages that this recipe trains, in order."""
+        sections = {1: self.stage_1, 2: self.stage_2}
+        return tuple(stage for number, stage in STAGES.items() if sections[number] is not None)
+
+    def training(self, stage: Stage) -> Training:
+        """Return the section of a trained stage."""
+        section = {1: self.stage_1, 2: self.stage_2}[stage.number]
+        assert section is not None
+        return section
+
+    def source(self, stage: Stage) -> "Source":
+        """Return the source of a stage's base model."""
+        return self.base.source(stage)
+
+    def precisions_on(self, device: "torch.device") -> dict[int, Precision]:
+        """Return the precision of each UNet on a device; an untrained stage takes the other's."""
+        trained = {s.number: self.training(s).precision_on(device) for s in self.trained}
+        return {number: trained.get(number, next(iter(trained.values()))) for number in STAGES}
+
+    @property
+    def shows_stage_2(self) -> bool:
+        """True if Stage I's validation pictures are also shown enlarged by Stage II."""
+        drawn = self.validation.prompts or self.validation.other_prompts
+        shown = self.stage_1 and drawn and self.validation.through_stage_2 != "never"
+        return bool(shown) and self.base.stage_2 is not None
+
+    @property
+    def crops_px(self) -> list[int]:
+        """The sides of the crops that the stages are trained on, in pixels, ascending."""
+        return sorted({self.source(stage).picture_size_px for stage in self.trained})
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def cache(self) -> Path:
+        """``cache_dir`` as a path."""
+        return Path(self.cache_dir)
+
+    def to_yaml(self) -> str:
+        """Write the resolved recipe, defaults included; loading it gives the same recipe."""
+        tree = self.model_dump(mode="json")
+        return yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=100, allow_unicode=True)
