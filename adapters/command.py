@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from adapters.errors import command_line, quiet_libraries
 
@@ -43,6 +43,27 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """Options that several commands share."""
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser that says where a missing argument has gone: to an option with several values."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, and keep the arguments for messages."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print a mistake, and exit with status 2."""
+        greedy = [
+            option
+            for action in self._actions
+            for option in action.option_strings
+            if action.nargs in ("*", "+") and option in self._given
+        ]
+        if "arguments are required" in message and greedy:
+            message += f" ({greedy[0]} takes all values that follow it: write the others before it)"
+        super().error(message)
+
+
 def command_parser(
     name: str, description: str, example: str, *shared: str, **settings: Any
 ) -> argparse.ArgumentParser:
@@ -51,7 +72,7 @@ def command_parser(
     ``shared`` are names of :data:`OPTIONS`, and ``settings`` go to ``ArgumentParser``.
     """
     command = f"python -m adapters.{name}"
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=command,
         description=description,
         epilog=f"example:\n  {command} {example}",

@@ -1,9 +1,11 @@
 """The version, the error for users to read, and helpers that word its sentences."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import NoReturn
 
 from pydantic import AfterValidator
@@ -44,8 +46,20 @@ def _exit(sentence: str) -> NoReturn:
     raise SystemExit(2) from None
 
 
+@cache
+def say_loading() -> None:
+    """Say that a command is about to import what takes seconds, once, to those who watch.
+
+    Nothing is said where standard error is a file, nor by any process but the first of several.
+    """
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write("Loading libraries …\n")
+        sys.stderr.flush()
+
+
 def quiet_libraries() -> None:
-    """Turn off the libraries' progress bars, as a command shows its own."""
+    """Import the libraries, and turn off their progress bars, as a command shows its own."""
+    say_loading()
     import datasets
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -7,9 +7,9 @@ from itertools import zip_longest
 def format_table(rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
     """Align rows in columns, two spaces apart, the first ``left`` ones flush left.
 
-    Rows may be shorter than others.
+    Rows may be shorter than others, and cells may have several lines.
     """
-    rows = list(rows)
+    rows = [line for row in rows for line in _split_lines(row)]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     sides = [str.ljust] * left + [str.rjust] * len(widths)
     return "\n".join(
@@ -18,6 +18,11 @@ def format_table(rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def _split_lines(row: Sequence[str]) -> list[tuple[str, ...]]:
+    """Split a row into the lines of its cells; cells with fewer end in empty ones."""
+    return list(zip_longest(*(cell.split("\n") for cell in row), fillvalue="")) or [()]
 
 
 def format_facts(facts: Sequence[tuple[str, str]]) -> str:

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adapters.command import CommandParser
 from adapters.errors import command_line
-from finetune.recipe.file import load_recipe
+from finetune.recipe.file import is_override, load_recipe
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
@@ -31,7 +32,7 @@ def run_command(
             ``--help`` and mistakes are answered at once.
         **options: further options and their settings, such as ``vram={"help": …}``.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"python -m finetune.{name}",
         description=description,
         epilog=f"example:\n  python -m finetune.{name} recipes/quickstart.yaml stage_1.steps=100",
@@ -44,5 +45,20 @@ def run_command(
     for option, settings in options.items():
         parser.add_argument(f"--{option.replace('_', '-')}", **settings)
     given = parser.parse_intermixed_args(arguments)
+    for option, settings in options.items():
+        if "nargs" in settings:
+            move_overrides(given, option)
     with command_line():
         sys.stdout.write(work(load_recipe(given.recipe, given.overrides), given))
+
+
+def move_overrides(given: argparse.Namespace, option: str) -> None:
+    """Move overrides of the recipe from an option's values to the others.
+
+    An option with several values takes all that follow it, as in ``--adapters A seed=1``.
+    """
+    values = getattr(given, option)
+    taken = [value for value in values or () if is_override(value)]
+    if taken:
+        setattr(given, option, [value for value in values if value not in taken])
+        given.overrides = [*given.overrides, *taken]

@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare_and_judge(recipe: "Recipe", options: argparse.Namespace) -> str:
     """Compare, and judge the scores if the recipe expects some for the same data."""
+    quiet_libraries()
     from finetune.evaluation.comparison import compare, judge
 
-    quiet_libraries()
     text, report = compare(recipe)
     if recipe.evaluation is None or (expected := recipe.evaluation.expected) is None:
         return text

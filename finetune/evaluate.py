@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
 
 
+WIDTH = 100
+"""The most characters of a printed line."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     run_command(
@@ -43,14 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def evaluate_and_save(recipe: "Recipe", options: argparse.Namespace) -> str:
-    """Evaluate, and write the report into the run's folder; return the scores as a table."""
+    """Evaluate, and write the report into the run's folder; return scores and verdict as text."""
+    quiet_libraries()
+    from textwrap import fill
+
     from adapters.tables import format_facts
     from finetune.evaluation.drawing import BASE, FINE_TUNED
     from finetune.evaluation.measurement import evaluate
     from finetune.evaluation.report import SCORES, check_folder
+    from finetune.evaluation.verdict import write_verdict
     from finetune.run.folders import Folders
 
-    quiet_libraries()
     folder = Folders(recipe.folder).evaluation
     check_folder(folder)
     report = evaluate(
@@ -63,7 +70,8 @@ def evaluate_and_save(recipe: "Recipe", options: argparse.Namespace) -> str:
     facts = [("Report", str(page)), ("Scores", str(folder / SCORES))]
     if options.stages == "apart" and not set(report.variants) - {BASE, FINE_TUNED}:
         facts.append(("Stages", "not apart, as no more than one of them has adapters"))
-    return f"{report.table()}\n\n{format_facts(facts)}\n"
+    remarks = [fill(text, WIDTH) for text in (write_verdict(report), report.explain_intervals())]
+    return "\n\n".join([report.table(), *remarks, format_facts(facts)]) + "\n"
 
 
 def read_adapters(arguments: Sequence[str] | None) -> "dict[str, Scale] | None":

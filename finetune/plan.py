@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from adapters.errors import say_loading
 from finetune.command import run_command
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def describe_memory(recipe: "Recipe", options: argparse.Namespace) -> str:
     """Describe a recipe's memory, or the settings that fit ``options.vram``, and its downloads."""
+    say_loading()
     import torch
 
     from finetune.memory.fit import plan

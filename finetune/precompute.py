@@ -21,12 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def precompute(recipe: "Recipe", options: argparse.Namespace | None = None) -> str:
     """Encode the captions that the cache lacks; return their number and how to train on them."""
+    quiet_libraries()
     import torch
 
     from finetune.data.captions import CaptionCache, collect_captions, embed_captions
     from finetune.data.sources import load_captions
 
-    quiet_libraries()
     own = load_captions(recipe.data, recipe.cache)
     captions = {text: f"row {row} of {recipe.data.source}" for row, text in enumerate(own)}
     captions |= collect_captions(recipe, ())

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adapters.errors import UserError, command_line
+from adapters.errors import UserError, command_line, say_loading
 from finetune.sweeping.schema import read_sweep
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def run_sweep(sweep: "Sweep") -> None:
 
     folder, points = plan_points(sweep)
 
+    say_loading()
     from adapters.atomic import write_text
     from adapters.tables import format_facts
     from finetune.sweeping.outcomes import collect_outcomes, to_json

@@ -34,16 +34,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
     """Run a recipe, or return its text if ``options.dry_run`` is set."""
     if options.dry_run:
-        return recipe.to_yaml() if os.environ.get("RANK", "0") == "0" else ""
+        return preview(recipe) if os.environ.get("RANK", "0") == "0" else ""
+    quiet_libraries()
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    quiet_libraries()
     # the others wait while one process gathers the material, perhaps past NCCL's ten minutes
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(kwargs_handlers=[waiting])
     train(recipe, accelerator)
     accelerator.end_training()
     return ""
+
+
+def preview(recipe: "Recipe") -> str:
+    """Return a recipe's text, of long lists of prompts only the first few."""
+    text = recipe.to_yaml(shorten=True)
+    if text == recipe.to_yaml():
+        return text
+    note = f"# Long lists are cut short here; training writes them to {recipe.folder}/recipe.yaml."
+    return f"{note}\n{text}"
 
 
 def train(recipe: "Recipe", accelerator: "Accelerator") -> None:

@@ -20,6 +20,7 @@ from finetune.data.captions import (
     collect_prompts,
     embed_captions,
 )
+from finetune.evaluation.base_pictures import BasePictures, keep_batch, read_batch
 from finetune.recipe.schema import Evaluation, Recipe
 
 Group: TypeAlias = Literal["subject", "others", "class"]
@@ -88,6 +89,8 @@ def draw_variants(
 ) -> dict[str, tuple[Sample, ...]]:
     """Draw all shots with the base and with the adapters.
 
+    The base's pictures are read where an earlier evaluation has drawn them.
+
     Args:
         recipe: the run's recipe.
         settings: its section.
@@ -109,9 +112,8 @@ def draw_variants(
     drawn: dict[str, tuple[Sample, ...]] = {}
     with tqdm(total=len(variants) * len(shots), desc="Drawing") as progress:
         for variant, scales in variants.items():
-            desk.cascade.set_adapters(scales)
             progress.set_postfix_str(variant)
-            drawn[variant] = desk.draw(progress)
+            drawn[variant] = desk.draw(scales, progress) if scales else desk.draw_base(progress)
     return drawn
 
 
@@ -125,6 +127,8 @@ class Desk:
     """The encodings of the shots' prompts."""
     sampling: Sampling
     clean_caption: bool
+    kept: BasePictures
+    """The base's pictures that have been drawn before."""
 
     @classmethod
     def of(
@@ -150,24 +154,47 @@ class Desk:
             parts=Parts(text_encoder=False),
         )
         sampling = settings.sampling or recipe.validation.sampling
-        return cls(cascade, shots, embeds, sampling, recipe.text.clean_caption)
+        kept = BasePictures.of(recipe, sampling, device)
+        return cls(cascade, shots, embeds, sampling, recipe.text.clean_caption, kept)
 
-    def draw(self, progress: "tqdm[Any]") -> tuple[Sample, ...]:
-        """Draw all shots with the adapters that the cascade has now."""
+    def draw(self, scales: Mapping[str, Scale], progress: "tqdm[Any]") -> tuple[Sample, ...]:
+        """Draw all shots with some of the cascade's adapters."""
+        self.cascade.set_adapters(scales)
         samples: list[Sample] = []
-        for start in range(0, len(self.shots), self.sampling.batch_size):
-            batch = self.shots[start : start + self.sampling.batch_size]
-            samples += self.cascade(
-                [shot.prompt for shot in batch],
-                stage_2_prompt=[shot.stage_2_prompt for shot in batch],
-                embeds=self.embeds,
-                seed=[shot.seed for shot in batch],
-                sampling=self.sampling,
-                clean_caption=self.clean_caption,
-                progress=False,
-            )
+        for batch in self._batches():
+            samples += self._draw(batch)
             progress.update(len(batch))
         return tuple(samples)
+
+    def draw_base(self, progress: "tqdm[Any]") -> tuple[Sample, ...]:
+        """Draw all shots without adapters; read those that have been drawn before."""
+        self.cascade.set_adapters({})
+        samples: list[Sample] = []
+        with self.kept.alone():  # of evaluations at once, one draws and the others read
+            for batch in self._batches():
+                folder = self.kept.place(batch, self.embeds)
+                if (drawn := read_batch(folder, len(batch))) is None:
+                    drawn = self._draw(batch)
+                    keep_batch(folder, drawn)
+                samples += drawn
+                progress.update(len(batch))
+        return tuple(samples)
+
+    def _batches(self) -> Iterator[Sequence[Shot]]:
+        size = self.sampling.batch_size
+        return (self.shots[start : start + size] for start in range(0, len(self.shots), size))
+
+    def _draw(self, batch: Sequence[Shot]) -> tuple[Sample, ...]:
+        drawn = self.cascade(
+            [shot.prompt for shot in batch],
+            stage_2_prompt=[shot.stage_2_prompt for shot in batch],
+            embeds=self.embeds,
+            seed=[shot.seed for shot in batch],
+            sampling=self.sampling,
+            clean_caption=self.clean_caption,
+            progress=False,
+        )
+        return tuple(drawn)
 
 
 def _variants(cascade: Cascade, *, apart: bool) -> dict[str, dict[str, dict[int, float]]]:

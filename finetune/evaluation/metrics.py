@@ -33,12 +33,12 @@ def faithfulness(generated: Tensor, texts: Tensor) -> Tensor:
     return (generated.double() * texts.double()).sum(-1)
 
 
-def diversity(generated: Tensor) -> float:
-    """Average 1 - cosine over all pairs of different pictures of one prompt; N is at least 2.
+def diversities(generated: Tensor) -> Tensor:
+    """Average 1 - cosine of each picture of one prompt with the others, [N]; N is at least 2.
 
     DreamBooth's DIV is the same average of LPIPS, a distance learnt from people's judgements.
     """
-    return 1.0 - float(likeness_among(generated).mean())
+    return 1.0 - likeness_among(generated)
 
 
 def nearest(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

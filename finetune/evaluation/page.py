@@ -12,6 +12,7 @@ from adapters.arguments import Scale, format_scales
 from finetune.evaluation.drawing import BASE, Group
 from finetune.evaluation.results import CEILING, VARIANTS, Results
 from finetune.evaluation.scoring import MEANINGS, TITLES, Scores
+from finetune.evaluation.verdict import write_verdict
 
 PICTURE_PX, PHOTO_PX = 240, 90
 """The largest sides of embedded pictures; the files next to the page have them in full."""
@@ -47,6 +48,7 @@ def write_page(report: Results) -> str:
         f"<title>{title}</title>",
         f"<style>\n{style}{''.join(_photo_styles(report))}</style></head><body>",
         f"<h1>{title}</h1>",
+        f'<p class="verdict">{escape(write_verdict(report))}</p>',
         f'<p class="faint">{escape(_describe(report))}</p>',
         *_score_table(report),
         "<h2>Training pictures</h2>",
@@ -61,8 +63,8 @@ def write_page(report: Results) -> str:
             for name in _shown(report)
         ),
         "</dl>",
-        '<p class="faint">Arrows show which way is better. Intervals hold 95 % of the means that'
-        " resampling the prompts gives; of few prompts they say little. Below them are changes"
+        '<p class="faint">Arrows show which way is better.'
+        f" {escape(report.explain_intervals())} Below them are changes"
         " from the base, coloured where the interval of the pairs (all variants draw from the same"
         " seeds) leaves out zero.</p>",
         "</body></html>",

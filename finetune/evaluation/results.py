@@ -1,7 +1,9 @@
 """The result of an evaluation: scores and pictures, as a table and as JSON."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ from PIL import Image
 from adapters.cascade.results import Sample, picture_name
 from adapters.tables import format_table
 from finetune.data.pictures import Picture, crop
-from finetune.evaluation.drawing import Shot
+from finetune.evaluation.drawing import Group, Shot
+from finetune.evaluation.intervals import CONFIDENCE
 from finetune.evaluation.scoring import (
     BY_JUDGE,
     ENCODERS,
@@ -26,6 +29,9 @@ FORMAT = 1
 PICTURES = "pictures"
 """The folder of the pictures' files."""
 
+TITLE_WIDTH = 26
+"""The width of scores' titles in a table with intervals, which fits a terminal of 100 columns."""
+
 CEILING = "real pictures"
 """The title of the training pictures' scores among themselves."""
 
@@ -36,6 +42,14 @@ VARIANTS = {
     "stage_2": "Stage II alone",
 }
 """The variants' titles, in their order."""
+
+
+ONLY_PROMPT: Mapping[Group, str] = {
+    "subject": "with the subject",
+    "others": "without the subject",
+    "class": "of the subject's class",
+}
+"""What the single prompt of a group is called."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ class Results:
 
         Args:
             names: the scores to show.
-            intervals: show their confidence intervals.
+            intervals: show their confidence intervals, below them.
         """
         columns = [*self.variants.values(), self.ceiling]
         titles = [VARIANTS[name] for name in self.variants]
@@ -101,8 +115,20 @@ class Results:
         for name in names:
             if any(scores.get(name) for scores in self.variants.values()):
                 cells = [_format(scores, name, intervals=intervals) for scores in columns]
-                lines.append((self.title(name), *cells))
+                title = self.title(name)
+                lines.append((fill(title, TITLE_WIDTH) if intervals else title, *cells))
         return format_table([("", *titles, CEILING), *lines])
+
+    def explain_intervals(self) -> str:
+        """Say in a sentence what the intervals are of."""
+        prompts = {(shot.group, shot.place) for shot in self.shots}
+        counts = Counter(group for group, _ in prompts)
+        alone = [title for group, title in ONLY_PROMPT.items() if counts[group] == 1]
+        by_picture = f", or the pictures where there is only one prompt ({', '.join(alone)})"
+        return (
+            f"Intervals hold {100 * CONFIDENCE:.0f} % of the means that resampling the prompts"
+            f" gives{by_picture * bool(alone)}; of few they say little."
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return all figures, as the saved file holds them; undefined ones are ``None``."""
@@ -153,7 +179,8 @@ def _format(scores: Scores, name: str, *, intervals: bool) -> str:
     score = scores[name]
     if score is None:
         return "-"
-    return str(score) if intervals else f"{score.value:.3f}"
+    interval = "" if score.low is None else f"\n{score.low:.3f}–{score.high:.3f}"  # noqa: RUF001
+    return f"{score.value:.3f}{interval * intervals}"
 
 
 def _plain(scores: Scores) -> dict[str, Any]:

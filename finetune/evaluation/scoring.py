@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.evaluation.drawing import BASE, Shot, rows
 from finetune.evaluation.intervals import Score, summarize
 from finetune.evaluation.metrics import (
-    diversity,
+    diversities,
     faithfulness,
     frechet_distance,
     likeness,
@@ -76,6 +76,10 @@ BY_JUDGE = ("div", "pres", "nearest", "copied")
 """The scores by the encoder that tells subjects apart best, see :func:`choose_judge`."""
 
 
+LIKENESS = MappingProxyType({"clip": "clip_i", "dino": "dino"})
+"""The score of likeness to the training pictures, by encoder."""
+
+
 def choose_judge(encoders: Collection[str]) -> str:
     """Choose the encoder of the scores :data:`BY_JUDGE`: DINO, as in DreamBooth, or else CLIP."""
     return "dino" if "dino" in encoders else "clip"
@@ -86,7 +90,7 @@ class Values:
     """The values that a score is the mean of, in an order that all variants share."""
 
     values: tuple[float, ...]
-    """One for each picture or, of DIV, prompt; not a number where a picture is missing."""
+    """One for each picture; not a number where it is missing."""
     groups: tuple[int, ...]
     """The prompt of each value."""
 
@@ -210,17 +214,23 @@ class Yardstick:
         return Measured(values, pictures, self._frechet(vectors["clip"], missing))
 
     def _diversities(self, vectors: Tensor, missing: Sequence[bool]) -> Values | None:
-        """Compute the diversity of each of the subject's prompts that has two pictures or more."""
+        """Compute each picture's distance from the others of its prompt, whose mean is the DIV.
+
+        Only if a prompt of the subject has two pictures or more.
+        """
+        own = list(rows(self.shots, "subject"))
         of_prompt = defaultdict(list)
-        for number in rows(self.shots, "subject"):
+        for number in own:
             of_prompt[self.shots[number].place].append(number)
         if max(map(len, of_prompt.values())) < 2:
             return None
-        found = []
+        found = dict.fromkeys(own, float("nan"))
         for numbers in of_prompt.values():
             kept = [number for number in numbers if not missing[number]]
-            found.append(diversity(vectors[kept]) if len(kept) > 1 else float("nan"))
-        return Values(tuple(found), tuple(of_prompt))
+            if len(kept) > 1:
+                found |= zip(kept, diversities(vectors[kept]).tolist(), strict=True)
+        places = tuple(self.shots[number].place for number in own)
+        return Values(tuple(found[number] for number in own), places)
 
     def _frechet(self, vectors: Tensor, missing: Sequence[bool]) -> Score | None:
         kept = [number for number in rows(self.shots, "subject") if not missing[number]]

@@ -68,6 +68,18 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return check_section(Recipe, tree, f"The recipe {path}")
 
 
+def is_override(text: str) -> bool:
+    """Tell whether a text sets a value of a recipe, rather than naming a file or folder.
+
+    Example:
+        >>> is_override("evaluation.pictures_per_prompt=2"), is_override("runs/dog/adapters=0.5")
+        (True, False)
+    """
+    dotted, equals, _ = text.partition("=")
+    section = dotted.partition(".")[0]
+    return bool(equals) and section in Recipe.model_fields and not Path(dotted).exists()
+
+
 def read_mapping(path: str | Path, title: str) -> dict[str, Any]:
     """Read a YAML file of keys and values.
 

@@ -12,7 +12,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
@@ -79,8 +78,8 @@ def score_and_keep(recipe: Recipe, scales: Sequence[float]) -> None:
 def score_point(recipe: Recipe, scales: Sequence[float]) -> dict[str, Any]:
     """Draw the evaluation's prompts with the base and at each scale, and score the pictures.
 
-    The base's pictures are drawn once for all runs of the sweep that are evaluated alike. This is
-    the only place that knows how scores are made.
+    The base's pictures are drawn once for all runs that are evaluated alike, and shown from the
+    sweep's folder. This is the only place that knows how scores are made.
 
     Returns:
         The ``variants`` and the ``ceiling`` of the scores file.
@@ -106,16 +105,13 @@ def score_point(recipe: Recipe, scales: Sequence[float]) -> dict[str, Any]:
     drawn = {}
     with tqdm(total=(1 + len(scales)) * len(shots), desc="Drawing") as progress:
         folder = base_folder(recipe)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # of runs scored at once, one draws
-            if (base := read_drawn(folder, len(shots))) is None:
-                base = keep_drawn(folder, desk.draw(progress))
+        if (base := read_drawn(folder, len(shots))) is None:
+            base = keep_drawn(folder, desk.draw_base(progress))
         drawn[BASE] = base
         name = desk.cascade.add_adapter(recipe.folder / "adapters")
         for scale in scales:
-            desk.cascade.set_adapters({name: scale})
             folder = pictures_folder(recipe, scale)
-            drawn[name_variant(scale)] = keep_drawn(folder, desk.draw(progress))
+            drawn[name_variant(scale)] = keep_drawn(folder, desk.draw({name: scale}, progress))
     variants = {}
     for variant, (pictures, flagged) in drawn.items():
         vectors = encoders.encode(pictures, lambda picture: picture, f"Scoring {variant}")

@@ -26,6 +26,10 @@ if TYPE_CHECKING:  # so that mistakes are reported without these slow imports
     from adapters.base.source import Source
 
 
+LONG, SHOWN = 10, 3
+"""The number of items above which a list is long, and of those that are shown of it."""
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -134,7 +138,22 @@ class Recipe(Section):
         """``cache_dir`` as a path."""
         return Path(self.cache_dir)
 
-    def to_yaml(self) -> str:
-        """Write the resolved recipe, defaults included; loading it gives the same recipe."""
+    def to_yaml(self, *, shorten: bool = False) -> str:
+        """Write the resolved recipe, defaults included; loading it gives the same recipe.
+
+        Args:
+            shorten: cut long lists short, for people. The text is no recipe then, and not taken for
+                one.
+        """
         tree = self.model_dump(mode="json")
+        tree = _shorten(tree) if shorten else tree
         return yaml.dump(tree, Dumper=Dumper, sort_keys=False, width=100, allow_unicode=True)
+
+
+def _shorten(tree: Any) -> Any:
+    """Cut long lists in a tree short; their last item then is a mapping, which no list may hold."""
+    if isinstance(tree, dict):
+        return {name: _shorten(below) for name, below in tree.items()}
+    if isinstance(tree, list) and len(tree) > LONG:
+        return [*tree[:SHOWN], {"and": f"{len(tree) - SHOWN} more"}]
+    return tree
