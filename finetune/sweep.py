@@ -48,6 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="a field to vary, with its values, or with a range {low: 1e-4, high: 1e-2, log: true};"
         " may be repeated",
     )
+    parser.add_argument(
+        "--across",
+        action="append",
+        default=[],
+        metavar="NAME={VALUE: {KEY: …}, …}",
+        help="something to train every combination on and to average scores across, such as"
+        " subjects: its values by name, each with the fields that it sets; may be repeated",
+    )
     for option, about in OPTIONS.items():
         parser.add_argument(f"--{option}", help=about)
     given = parser.parse_intermixed_args(arguments)
@@ -57,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.recipe,
             overrides=given.overrides,
             over=given.over,
+            across=given.across,
             options={name: getattr(given, name) for name in names},
         )
         run_sweep(sweep)

@@ -1,16 +1,14 @@
 """The fields that a sweep varies: their values, all combinations of them, and random ones."""
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from adapters.arguments import LARGEST
-from adapters.errors import UserError, closest
+from adapters.errors import UserError
 
 Combination: TypeAlias = tuple[str, ...]
 """A value of each axis, as it would stand behind ``key=`` on the command line."""
@@ -21,16 +19,6 @@ axes count as exhausted."""
 
 DIGITS = 3
 """The significant digits of a number drawn from a range, so that it can be read and typed."""
-
-FARTHEST: Mapping[type, float] = {int: 2**63 - 1, float: LARGEST}
-"""The largest absolute values of a range's ends: what NumPy draws, and what float32 holds."""
-
-SET_BY_THE_SWEEP = {
-    "name": "each run is named after its values",
-    "runs_dir": "all runs are in the sweep's folder",
-    "seed": "name the seeds of training in seeds, over which scores are averaged",
-}
-"""Keys of a recipe that are no axes, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +34,57 @@ class Choices:
         """The number of different values."""
         return len(self.values)
 
+    @property
+    def named_after(self) -> tuple[str, ...]:
+        """The keys that its short name is made of."""
+        return self.keys
+
     def draw(self, rng: np.random.Generator) -> str:
         """Draw one of the values."""
         return self.values[rng.integers(len(self.values))]
+
+    def list_overrides(self, value: str) -> list[str]:
+        """List a value as overrides of a recipe."""
+        return [f"{key}={value}" for key in self.keys]
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """An axis with named values, each of which sets fields of its own, such as a subject's."""
+
+    name: str
+    """The axis's name, which is no key of a recipe."""
+    bundles: Mapping[str, tuple[str, ...]]
+    """The overrides of each value, by its name."""
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The names of the values."""
+        return tuple(self.bundles)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The fields that some value sets."""
+        overrides = itertools.chain(*self.bundles.values())
+        return tuple(dict.fromkeys(override.partition("=")[0] for override in overrides))
+
+    @property
+    def size(self) -> float:
+        """The number of different values."""
+        return len(self.bundles)
+
+    @property
+    def named_after(self) -> tuple[str, ...]:
+        """The keys that its short name is made of."""
+        return (self.name,)
+
+    def draw(self, rng: np.random.Generator) -> str:
+        """Draw one of the values."""
+        return self.values[rng.integers(len(self.bundles))]
+
+    def list_overrides(self, value: str) -> list[str]:
+        """List the overrides that a value stands for."""
+        return list(self.bundles[value])
 
 
 @dataclass(frozen=True)
@@ -68,6 +104,11 @@ class Range:
         """The largest number of different values that can be drawn."""
         return int(self.high) - int(self.low) + 1 if self.whole else math.inf
 
+    @property
+    def named_after(self) -> tuple[str, ...]:
+        """The keys that its short name is made of."""
+        return self.keys
+
     def draw(self, rng: np.random.Generator) -> str:
         """Draw a number of :data:`DIGITS` digits."""
         if self.whole and not self.log:
@@ -80,67 +121,18 @@ class Range:
         clipped = min(max(value, self.low), self.high)  # as rounding may leave the range
         return str(round(clipped)) if self.whole else f"{clipped:g}"
 
-
-Axis: TypeAlias = Choices | Range
-
-
-def read_axis(key: str, values: Any) -> Axis:
-    """Read an axis from a sweep's ``over`` section.
-
-    Args:
-        key: the dotted key of a field, or several with commas between them.
-        values: a list of values, or a range: ``{low: …, high: …}`` with ``log: true`` if wanted.
-
-    Raises:
-        UserError: if a key is one that the sweep sets, or the values are neither.
-    """
-    keys = tuple(part.strip() for part in key.split(","))
-    for each in keys:
-        if reason := SET_BY_THE_SWEEP.get(each):
-            raise UserError(f"{each} cannot be varied: {reason}")
-    if isinstance(values, Mapping):
-        return _read_range(keys, values)
-    if not isinstance(values, list) or not values:
-        raise UserError(
-            f"{key} must be a list of values, or a range as in {{low: 1e-4, high: 1e-2, log: true}}"
-            f" (got {values!r})"
-        )
-    return Choices(keys, tuple(dict.fromkeys(map(_as_text, values))))
+    def list_overrides(self, value: str) -> list[str]:
+        """List a value as overrides of a recipe."""
+        return [f"{key}={value}" for key in self.keys]
 
 
-def _read_range(keys: tuple[str, ...], values: Mapping[str, Any]) -> Range:
-    """Read a range, and check its ends."""
-    name, names = ", ".join(keys), ("low", "high", "log")
-    for unknown in values.keys() - set(names):
-        raise UserError(f"{name} has the unknown key {unknown!r}; {closest(str(unknown), names)}")
-    low, high = (_read_end(name, end, values.get(end)) for end in ("low", "high"))
-    log = values.get("log", False)
-    if not isinstance(log, bool):
-        raise UserError(f"{name}: log must be true or false (got {log!r})")
-    if not low < high:
-        raise UserError(f"{name}: low must be less than high (got {low} and {high})")
-    if log and low <= 0:
-        raise UserError(f"{name}: low must be above 0 with log: true (got {low})")
-    whole = isinstance(low, int) and isinstance(high, int)
-    return Range(keys, low, high, log, whole)
+Listed: TypeAlias = Choices | Bundles
+"""An axis whose values can be counted out."""
+
+Axis: TypeAlias = Listed | Range
 
 
-def _read_end(name: str, end: str, value: Any) -> float:
-    """Read an end of a range."""
-    farthest = FARTHEST.get(type(value))  # of none but numbers: a bool is of a type of its own
-    if farthest is None or not abs(value) <= farthest:  # nor is nan
-        most = "" if farthest is None else f" from {-farthest:.3g} to {farthest:.3g}"
-        raise UserError(f"{name}: {end} must be a number{most} (got {value!r})")
-    number: float = value
-    return number
-
-
-def _as_text(value: Any) -> str:
-    """Write a value as it would stand in an override; JSON is YAML too."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def expand_grid(axes: Sequence[Choices]) -> list[Combination]:
+def expand_grid(axes: Sequence[Listed]) -> list[Combination]:
     """List all combinations; the last axis changes fastest."""
     return list(itertools.product(*(axis.values for axis in axes)))
 
@@ -178,4 +170,5 @@ def hides(later: str, earlier: str) -> bool:
 
 def list_overrides(axes: Sequence[Axis], values: Combination) -> list[str]:
     """List a combination's values as overrides of a recipe."""
-    return [f"{key}={value}" for axis, value in zip(axes, values, strict=True) for key in axis.keys]
+    pairs = zip(axes, values, strict=True)
+    return [override for axis, value in pairs for override in axis.list_overrides(value)]

@@ -2,14 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
 
 from finetune.sweeping.front import find_front
 from finetune.sweeping.names import name_variant
 from finetune.sweeping.progress import read_seconds
 from finetune.sweeping.scoring import BASE
 from finetune.sweeping.work import Result
+
+Figures: TypeAlias = Mapping[str, float | None]
+"""Scores by name, with ``fidelity`` and ``preservation``; ``None``: not defined."""
+
+FORMAT = 2
+"""The version of the JSON's layout."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +40,48 @@ class Spread:
         return text if self.low == self.high else f"{text} ({self.low:.3f} to {self.high:.3f})"
 
 
+def spread_each(figures: Sequence[Figures]) -> dict[str, Spread | None]:
+    """Compute the spread of each figure that one of some runs has."""
+    names = dict.fromkeys(name for each in figures for name in each)
+    return {name: Spread.of([each.get(name) for each in figures]) for name in names}
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """A combination of values at one adapter scale, over its seeds."""
+    """A combination of values at one adapter scale, over its runs."""
 
     settings: Mapping[str, str]
-    """The values that the sweep varies, by short name."""
+    """The values that the sweep compares, by short name."""
     scale: float
-    """The adapter scale."""
+    """The adapter scale; 0 is the base."""
     runs: tuple[Result, ...]
-    """Its scored runs, one for each seed."""
-    scores: Mapping[str, Spread | None]
-    """Each score, by name: those of the pictures, ``fidelity`` and ``preservation``."""
-    seconds: Spread | None
-    """The time that a training took."""
+    """Its scored runs: one for each seed, and each value that the sweep averages across."""
+    variant: str
+    """The variant of the runs' scores."""
+
+    @cached_property
+    def figures(self) -> tuple[Figures, ...]:
+        """The figures of each run."""
+        return tuple(compute_figures(run.scores, self.variant) for run in self.runs)
+
+    @cached_property
+    def seconds(self) -> Spread | None:
+        """The time that a training took."""
+        return Spread.of([read_seconds(run.point.recipe) for run in self.runs])
+
+    @cached_property
+    def scores(self) -> Mapping[str, Spread | None]:
+        """Each score over all runs, by name."""
+        return spread_each(self.figures)
+
+    def select(self, axis: str, value: str) -> "Outcome":
+        """Select the runs with one of the values that the sweep averages across."""
+        runs = tuple(run for run in self.runs if run.point.across[axis] == value)
+        return replace(self, runs=runs)
 
     @property
     def place(self) -> tuple[float | None, float | None]:
-        """Fidelity and preservation, the means over the seeds."""
+        """Fidelity and preservation, the means over the runs."""
         spreads = (self.scores.get("fidelity"), self.scores.get("preservation"))
         fidelity, preservation = (None if s is None else s.mean for s in spreads)
         return fidelity, preservation
@@ -69,6 +100,21 @@ class Outcomes:
     total: int
     """The number of runs that the sweep has."""
 
+    @property
+    def across(self) -> dict[str, list[str]]:
+        """The values that the sweep averages across, of the runs so far, by short name."""
+        found: dict[str, dict[str, None]] = {}
+        for row in self.rows:
+            for run in row.runs:
+                for axis, value in run.point.across.items():
+                    found.setdefault(axis, {})[value] = None
+        return {axis: list(values) for axis, values in found.items()}
+
+    def base(self) -> Outcome:
+        """Return the base's outcome, over all runs, as each subject has a base score of its own."""
+        runs = {run.point.name: run for row in self.rows for run in row.runs}
+        return Outcome({}, 0.0, tuple(runs.values()), BASE)
+
 
 def collect_outcomes(results: Sequence[Result], scales: Sequence[float], total: int) -> Outcomes:
     """Collect what the finished runs score."""
@@ -77,16 +123,16 @@ def collect_outcomes(results: Sequence[Result], scales: Sequence[float], total: 
         if result.failure is None:
             values = tuple(result.point.settings.values())
             combinations.setdefault(values, []).append(result)
-    rows = []
-    for runs in combinations.values():
-        seconds = Spread.of([read_seconds(run.point.recipe) for run in runs])
-        for scale in scales:
-            figures = [compute_figures(run.scores, name_variant(scale)) for run in runs]
-            spreads = {
-                name: Spread.of([each.get(name) for each in figures])
-                for name in dict.fromkeys(name for each in figures for name in each)
-            }
-            rows.append(Outcome(runs[0].point.settings, scale, tuple(runs), spreads, seconds))
+    rows = [
+        Outcome(
+            settings=runs[0].point.settings,
+            scale=scale,
+            runs=tuple(runs),
+            variant=name_variant(scale),
+        )
+        for runs in combinations.values()
+        for scale in scales
+    ]
     return Outcomes(
         tuple(rows),
         tuple(find_front([row.place for row in rows])),
@@ -124,30 +170,43 @@ def _divide(part: float | None, whole: float | None) -> float | None:
 def to_json(outcomes: Outcomes) -> dict[str, Any]:
     """Write outcomes for programs."""
     return {
-        "format": 1,
+        "format": FORMAT,
         "runs": outcomes.total,
         "outcomes": [
-            {
-                "settings": dict(row.settings),
-                "scale": row.scale,
-                "on_front": index in outcomes.front,
-                "scores": {
-                    name: None if spread is None else vars(spread)
-                    for name, spread in row.scores.items()
-                },
-                "training_seconds": None if row.seconds is None else vars(row.seconds),
-                "runs": [
-                    {
-                        "name": run.point.name,
-                        "seed": run.point.seed,
-                        "adapters": str(run.point.adapters),
-                    }
-                    for run in row.runs
-                ],
-            }
+            _outcome_to_json(row, outcomes.across) | {"on_front": index in outcomes.front}
             for index, row in enumerate(outcomes.rows)
         ],
         "failures": [
             {"name": failed.point.name, "reason": failed.failure} for failed in outcomes.failures
         ],
+    }
+
+
+def _outcome_to_json(row: Outcome, across: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    return {
+        "settings": dict(row.settings),
+        "scale": row.scale,
+        "scores": _spreads_to_json(row.scores),
+        "across": {
+            axis: {value: _spreads_to_json(row.select(axis, value).scores) for value in values}
+            for axis, values in across.items()
+        },
+        "training_seconds": None if row.seconds is None else vars(row.seconds),
+        "runs": [
+            {
+                "name": run.point.name,
+                "across": dict(run.point.across),
+                "seed": run.point.seed,
+                "adapters": str(run.point.adapters),
+                "scores": dict(figures),
+                "base": compute_figures(run.scores, BASE),
+            }
+            for run, figures in zip(row.runs, row.figures, strict=True)
+        ],
+    }
+
+
+def _spreads_to_json(spreads: Mapping[str, Spread | None]) -> dict[str, Any]:
+    return {
+        name: None if spread is None else dict(vars(spread)) for name, spread in spreads.items()
     }

@@ -22,7 +22,9 @@ class Point:
     recipe: Recipe
     """Its recipe, named after the values."""
     settings: Mapping[str, str]
-    """The values that it varies, by short name."""
+    """The values that the sweep compares, by short name."""
+    across: Mapping[str, str]
+    """The values across which scores are averaged, such as the subject's name, by short name."""
     seed: int
     """The seed of its training."""
 
@@ -64,14 +66,20 @@ def plan_points(sweep: Sweep) -> tuple[Path, list[Point]]:
         combinations = expand_grid(sweep.listed_axes)
     else:
         combinations = draw_random(sweep.axes, sweep.random, sweep.seed)
-    labels = shorten_keys([axis.keys for axis in sweep.axes])
-    runs = [(values, seed) for values in combinations for seed in sweep.seeds or (None,)]
+    axes, compared = sweep.all_axes, len(sweep.axes)
+    labels = shorten_keys([axis.named_after for axis in axes])
+    runs = [
+        (values + others, seed)
+        for values in combinations
+        for others in expand_grid(sweep.across_axes)
+        for seed in sweep.seeds or (None,)
+    ]
     names = name_runs(labels, runs)
     points, mistakes, twins = [], dict[str, list[str]](), dict[str, str]()
     for run_name, (values, seed) in zip(names, runs, strict=True):
         own = [] if seed is None else [f"seed={seed}"]
         own += [f"name={run_name}", f"runs_dir={folder}"]
-        overrides = [*sweep.overrides, *list_overrides(sweep.axes, values), *own]
+        overrides = [*sweep.overrides, *list_overrides(axes, values), *own]
         try:
             recipe = load_recipe(sweep.recipe, overrides)
             check_scores(recipe)
@@ -85,8 +93,10 @@ def plan_points(sweep: Sweep) -> tuple[Path, list[Point]]:
             if twin != run_name:
                 mistake = f"the values mean the same as those of {twin}; leave one out"
                 mistakes.setdefault(mistake, []).append(run_name)
-            settings = dict(zip(labels, values, strict=True))
-            points.append(Point(recipe, settings, recipe.seed))
+            pairs = list(zip(labels, values, strict=True))
+            points.append(
+                Point(recipe, dict(pairs[:compared]), dict(pairs[compared:]), recipe.seed)
+            )
     check_none(mistakes, len(runs))
     return folder, points
 

@@ -14,7 +14,7 @@ from finetune.evaluation.drawing import Group, list_shots, rows
 from finetune.evaluation.page import embed_picture
 from finetune.recipe.schema import Recipe
 from finetune.sweeping.names import name_variant
-from finetune.sweeping.outcomes import Outcome, Outcomes, Spread, compute_figures
+from finetune.sweeping.outcomes import Outcome, Outcomes, Spread
 from finetune.sweeping.plot import draw_plot
 from finetune.sweeping.scoring import (
     BASE,
@@ -83,6 +83,7 @@ def write_page(title: str, outcomes: Outcomes) -> str:
         *(part for index in outcomes.front for part in _best(index, outcomes.rows[index])),
         "<h2>All outcomes</h2>",
         *_table(outcomes),
+        *_tables_across(outcomes),
         *_failures(outcomes),
         "</body></html>",
     ]
@@ -142,10 +143,39 @@ def _table(outcomes: Outcomes) -> Iterator[str]:
         front = ' class="front"' if index in outcomes.front else ""
         yield f"<tr{front}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     if outcomes.rows:
-        figures = _base_figures(outcomes)
+        figures = outcomes.base().scores
         cells = ["base", *[""] * len(names), "", *(_cell(figures.get(n)) for n in scores), ""]
         yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     yield "</tbody></table></div>"
+
+
+def _tables_across(outcomes: Outcomes) -> Iterator[str]:
+    """Show fidelity and preservation for each value that the sweep averages across."""
+    for axis in outcomes.across:
+        head, *rows = list_across(outcomes, axis)
+        yield f"<h2>By {escape(axis)}: fidelity, preservation</h2>"
+        yield '<div class="scroll"><table><thead><tr>'
+        yield "".join(f"<th>{escape(text)}</th>" for text in head)
+        yield "</tr></thead><tbody>"
+        for row in rows:
+            yield "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>"
+        yield "</tbody></table></div>"
+
+
+def list_across(outcomes: Outcomes, axis: str) -> Iterator[tuple[str, ...]]:
+    """List each outcome's fidelity and preservation by the values of an axis, and the base's."""
+    values, names = outcomes.across[axis], _columns(outcomes)[0]
+    yield ("", *names, "scale", *values)
+    for index in _order(outcomes):
+        row = outcomes.rows[index]
+        cells = (_format_place(row.select(axis, value)) for value in values)
+        yield (str(index + 1), *row.settings.values(), name_variant(row.scale), *cells)
+    base = outcomes.base()
+    yield (BASE, *[""] * len(names), "", *(_format_place(base.select(axis, v)) for v in values))
+
+
+def _format_place(row: Outcome) -> str:
+    return ", ".join("-" if score is None else f"{score:.3f}" for score in row.place)
 
 
 def _cell(spread: Spread | None) -> str:
@@ -180,7 +210,11 @@ def write_table(outcomes: Outcomes) -> str:
                 format_seconds(row.seconds),
             )
         )
-    return format_table(rows)
+    tables = [format_table(rows)]
+    for axis in outcomes.across:
+        about = f"By {axis}: fidelity, preservation"
+        tables.append(f"{about}\n{format_table(list_across(outcomes, axis))}")
+    return "\n\n".join(tables)
 
 
 def _columns(outcomes: Outcomes) -> tuple[list[str], list[str]]:
@@ -198,13 +232,6 @@ def _order(outcomes: Outcomes) -> list[int]:
         return float("inf") if fidelity is None else -fidelity
 
     return [*outcomes.front, *sorted(others, key=fall)]
-
-
-def _base_figures(outcomes: Outcomes) -> dict[str, Spread | None]:
-    """Compute the base's figures, which are the same for all runs that are evaluated alike."""
-    figures = [compute_figures(run.scores, BASE) for row in outcomes.rows for run in row.runs]
-    names = dict.fromkeys(name for each in figures for name in each)
-    return {name: Spread.of([each.get(name) for each in figures]) for name in names}
 
 
 def format_seconds(spread: Spread | None) -> str:

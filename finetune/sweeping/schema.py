@@ -1,20 +1,20 @@
 """The settings of a sweep: the keys of its file, which are also the options of its command."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from adapters.arguments import LARGEST
 from adapters.errors import UserError, listed
 from finetune.recipe.file import check_section, parse_value, read_mapping
 from finetune.recipe.schema import NonNegative, Positive, Section
-from finetune.recipe.yaml12 import Loader
-from finetune.sweeping.axes import Axis, Choices, Range, hides, read_axis
+from finetune.sweeping.axes import Axis, Listed, Range, hides
+from finetune.sweeping.reading import read_axis, read_values
 
-KEYS = ("recipe", "over")
-"""The keys that every sweep's file has; a recipe's has neither."""
+KEYS = ("recipe", "over", "across")
+"""The keys of which every sweep's file has some; a recipe's has none."""
 
 
 class Sweep(Section):
@@ -29,7 +29,13 @@ class Sweep(Section):
     """``key=value`` pairs that replace the recipe's values in every run."""
     over: dict[str, Any] = Field(default={})
     """The fields to vary, by dotted key: a list of values, or a range ``{low, high, log}`` to draw
-    from at random. A key of several fields with commas between them gives all the same value."""
+    from at random. A key of several fields with commas between them gives all the same value. Or,
+    by a name of its own, named values that set several fields each, such as
+    ``{small: {stage_1.adapter.rank: 4}, large: {…}}``."""
+    across: dict[str, Any] = Field(default={})
+    """Axes like those of ``over``, but without ranges, on which every combination is trained and
+    across which its scores are averaged, as over seeds: above all the subject, such as ``subject:
+    {dog: {data.source: …, evaluation.identifier: …}, cat: {…}}``."""
     random: Positive | None = None
     """The number of combinations to draw at random; ``None``: all combinations."""
     seed: NonNegative = 0
@@ -41,22 +47,25 @@ class Sweep(Section):
     at_once: Positive = 1
     """The number of runs at a time on this machine."""
 
-    @field_validator("over")
+    @field_validator("over", "across")
     @classmethod
-    def _check_axes(cls, over: dict[str, Any]) -> dict[str, Any]:
-        mistakes, seen = [], set[str]()
-        for key, values in over.items():
+    def _check_axes(cls, axes: dict[str, Any]) -> dict[str, Any]:
+        mistakes = []
+        for key, values in axes.items():
             try:
-                keys = set(read_axis(key, values).keys)
+                read_axis(key, values)
             except UserError as error:
                 mistakes.append(str(error))
-            else:
-                hidden = {old for old in seen for new in keys if hides(new, old)}
-                mistakes += [f"{each} is given twice" for each in sorted(hidden)]
-                seen |= keys
         if mistakes:
             raise ValueError("; ".join(mistakes))
-        return over
+        return axes
+
+    @field_validator("across")
+    @classmethod
+    def _check_listed(cls, across: dict[str, Any]) -> dict[str, Any]:
+        if ranges := [k for k, values in across.items() if isinstance(read_axis(k, values), Range)]:
+            raise ValueError(f"{listed(ranges)} must list values, as scores are averaged over all")
+        return across
 
     @field_validator("seeds", "scales")
     @classmethod
@@ -76,10 +85,17 @@ class Sweep(Section):
             )
         if self.random is not None and not self.over:
             raise ValueError("random needs over, the fields to draw")
-        varied = [key for axis in self.axes for key in axis.keys] + ["seed"] * bool(self.seeds)
+        if twice := sorted(self.over.keys() & self.across.keys()):
+            raise ValueError(f"{listed(twice)} is given twice, in over and in across")
+        varied: dict[str, str] = {}
+        for name, axis in zip([*self.over, *self.across], self.all_axes, strict=True):
+            for old in varied:
+                if any(hides(key, old) for key in axis.keys):
+                    raise ValueError(f"{old} is given twice, by {varied[old]} and by {name}")
+            varied |= dict.fromkeys(axis.keys, name)
         for override in self.overrides:
             fixed = override.partition("=")[0]
-            if any(hides(key, fixed) for key in varied):
+            if any(hides(key, fixed) for key in [*varied, *["seed"] * bool(self.seeds)]):
                 raise ValueError(f"{fixed} is both varied and set by {override!r}; leave one out")
         return self
 
@@ -89,9 +105,20 @@ class Sweep(Section):
         return [read_axis(key, values) for key, values in self.over.items()]
 
     @property
-    def listed_axes(self) -> list[Choices]:
+    def listed_axes(self) -> list[Listed]:
         """The axes of a grid."""
-        return [axis for axis in self.axes if isinstance(axis, Choices)]
+        return [axis for axis in self.axes if not isinstance(axis, Range)]
+
+    @property
+    def across_axes(self) -> list[Listed]:
+        """The axes across which scores are averaged."""
+        read = (read_axis(key, values) for key, values in self.across.items())
+        return [axis for axis in read if not isinstance(axis, Range)]
+
+    @property
+    def all_axes(self) -> list[Axis]:
+        """The axes of ``over``, then those of ``across``."""
+        return [*self.axes, *self.across_axes]
 
 
 def read_sweep(
@@ -99,6 +126,7 @@ def read_sweep(
     *,
     overrides: list[str],
     over: list[str],
+    across: Sequence[str] = (),
     options: dict[str, str | None],
 ) -> Sweep:
     """Read a sweep from the command line.
@@ -107,6 +135,7 @@ def read_sweep(
         path: a recipe, or a sweep's own file, whose values the rest replaces.
         overrides: ``key=value`` pairs for the recipe, added to the file's.
         over: ``key=values`` pairs, see :func:`read_values`.
+        across: likewise, see :attr:`Sweep.across`.
         options: the sweep's other keys as texts; ``None``: not given.
 
     Raises:
@@ -121,38 +150,14 @@ def read_sweep(
     own = tree.get("overrides")
     if overrides and isinstance(own, list | None):
         tree["overrides"] = [*(own or []), *overrides]
-    varied = tree.get("over")
-    read = list(map(read_values, over))
-    keys = [key for key, _ in read]
-    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
-        raise UserError(f"--over has {listed(twice)} twice; list all values in one.")
-    if over and isinstance(varied, dict | None):
-        tree["over"] = dict(varied or {}) | dict(read)
+    for section, axes in (("over", over), ("across", across)):
+        read = [read_values(section, axis) for axis in axes]
+        keys = [key for key, _ in read]
+        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+            raise UserError(f"--{section} has {listed(twice)} twice; list all values in one.")
+        known = tree.get(section)
+        if read and isinstance(known, dict | None):
+            tree[section] = dict(known or {}) | dict(read)
     if isinstance(tree.get("scales"), list):  # 1 is as good as 1.0
         tree["scales"] = [float(s) if type(s) is int else s for s in tree["scales"]]
     return check_section(Sweep, tree, f"The sweep {path}")
-
-
-def read_values(argument: str) -> tuple[str, Any]:
-    """Read an axis from the command line.
-
-    The argument is ``key=8,16`` with values letter for letter, or ``key={low: 1, high: 9}``.
-
-    Raises:
-        UserError: if it is neither.
-    """
-    key, equals, text = argument.partition("=")
-    if not equals or not key or not text.strip():
-        raise UserError(f"--over must be key=value,value,… (got {argument!r}).")
-    if text.lstrip().startswith("{"):
-        return key, parse_value(text, f"option --over {argument!r}")
-    array = f"[{text}]"
-    parse_value(array, f"option --over {argument!r}")
-    node = yaml.compose(array, Loader=Loader)  # the nodes know each value's own text
-    assert isinstance(node, yaml.SequenceNode)
-    return key, [
-        each.value
-        if isinstance(each, yaml.ScalarNode)
-        else array[each.start_mark.index : each.end_mark.index]
-        for each in node.value
-    ]

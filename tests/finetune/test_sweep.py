@@ -14,6 +14,7 @@ import yaml
 from filelock import FileLock
 
 from finetune.sweep import main
+from finetune.sweeping.points import Point
 from tests.builders import ROOT
 from tests.builders.commands import refusal
 
@@ -160,7 +161,28 @@ def test_mistakes_of_all_combinations_are_one_error(
         ),
         (
             ["--over", "stage_1.steps=1,2", "--over", "stage_1=null"],
-            "stage_1.steps is given twice",
+            "stage_1.steps is given twice, by stage_1.steps and by stage_1",
+        ),
+        (
+            ["--over", "data.source=a,b", "--across", "pet={dog: {data.source: a}, cat: {}}"],
+            "data.source is given twice, by data.source and by pet",
+        ),
+        (
+            ["--over", "pet={dog: {data.source: a}}", "--across", "pet={cat: {seed_: a}}"],
+            "pet is given twice, in over and in across",
+        ),
+        (
+            ["--across", "pet={dog: {data.sorce: a}}"],
+            "data.sorce: unknown key; did you mean source? (pet-dog)",
+        ),
+        (
+            ["--across", "stage_1.steps={low: 1, high: 4}"],
+            "across: stage_1.steps must list values, as scores are averaged over all",
+        ),
+        (["--across", "pet={dog: {}, cat: {}}"], "the values mean the same as those of pet-dog"),
+        (
+            ["data.source=a", "--across", "pet={dog: {data: {source: a}}}"],
+            "data.source is both varied and set by 'data.source=a'",
         ),
         (["stage_1.steps=7", "--over", "stage_1.steps=10"], "stage_1.steps is both varied and set"),
         (["seed=7", "--seeds", "0,1"], "seed is both varied and set by 'seed=7'"),
@@ -256,6 +278,29 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
     assert all(point.folder == folder / point.name for point in points)
 
 
+def test_every_combination_is_trained_across_all_subjects_and_seeds(tmp_path: Path) -> None:
+    from finetune.sweeping.points import plan_points
+    from finetune.sweeping.schema import read_sweep
+
+    pets = "pet={dog: {data.source: dogs, evaluation: {subject: dog}}, cat: {data.source: cats}}"
+    over = [f"{RATE}={{low: 1.0e-4, high: 1.0e-2, log: true}}"]
+    options: dict[str, str | None] = {"random": "3", "seeds": "0,1"}
+    recipe = save_recipe(tmp_path)
+    sweep = read_sweep(recipe, overrides=[], over=over, across=[pets], options=options)
+    _, points = plan_points(sweep)
+    rates = dict.fromkeys(point.settings["learning_rate"] for point in points)
+    assert len(rates) == 3
+    assert [(p.settings["learning_rate"], p.across["pet"], p.seed) for p in points] == [
+        (rate, pet, seed) for rate in rates for pet in ("dog", "cat") for seed in (0, 1)
+    ]
+    for point in points:
+        assert point.recipe.data.source == f"{point.across['pet']}s"
+        assert point.recipe.evaluation is not None
+        given = {"dog": "dog", "cat": "octopus"}  # the cat keeps the recipe's
+        assert point.recipe.evaluation.subject == given[point.across["pet"]]
+    assert points[1].name.endswith("_pet-dog_seed-1")
+
+
 def test_options_replace_what_a_file_says(tmp_path: Path) -> None:
     from finetune.sweeping.schema import read_sweep
 
@@ -269,13 +314,31 @@ def test_options_replace_what_a_file_says(tmp_path: Path) -> None:
     assert sweep.recipe == "a.yaml"
 
 
-def test_the_shipped_sweep_is_valid_and_says_how_to_run() -> None:
+@pytest.mark.parametrize(("name", "runs"), [("quickstart", 6), ("subjects", 12)])
+def test_the_shipped_sweeps_are_valid_and_say_how_to_run(name: str, runs: int) -> None:
+    points = plan_shipped(name)
+    assert len(points) == runs
+    path = f"recipes/sweeps/{name}.yaml"
+    assert f"python -m finetune.sweep {path}" in (ROOT / path).read_text()
+
+
+def test_the_shipped_subjects_leave_nothing_of_one_another() -> None:
+    for point in plan_shipped("subjects"):
+        words = point.across["subject"].replace("_", " ")
+        assert point.recipe.evaluation is not None
+        assert point.recipe.evaluation.subject == words
+        settings = point.recipe.model_dump_json(exclude={"name"})
+        assert ("octopus" in settings) == (words == "octopus")
+        assert all(f"sks {words} " in prompt for prompt in point.recipe.validation.prompts)
+        captions = (ROOT / point.recipe.data.source / "metadata.jsonl").read_text()
+        assert f"a {point.recipe.evaluation.identifier} on" in captions
+
+
+def plan_shipped(name: str) -> list[Point]:
+    """The runs of a shipped sweep."""
     from finetune.sweeping.points import plan_points
     from finetune.sweeping.schema import read_sweep
 
-    path = "recipes/sweeps/quickstart.yaml"
-    sweep = read_sweep(ROOT / path, overrides=[], over=[], options={})
-    recipe = str(ROOT / sweep.recipe)
-    _, points = plan_points(sweep.model_copy(update={"recipe": recipe}))
-    assert len(points) == 6
-    assert f"python -m finetune.sweep {path}" in (ROOT / path).read_text()
+    sweep = read_sweep(ROOT / f"recipes/sweeps/{name}.yaml", overrides=[], over=[], options={})
+    _, points = plan_points(sweep.model_copy(update={"recipe": str(ROOT / sweep.recipe)}))
+    return points

@@ -14,10 +14,9 @@ from finetune.sweeping.axes import (
     draw_random,
     expand_grid,
     list_overrides,
-    read_axis,
 )
 from finetune.sweeping.names import LONGEST, name_runs, name_variant, shorten_keys
-from finetune.sweeping.schema import read_values
+from finetune.sweeping.reading import read_axis
 
 RANK = Choices(("stage_1.adapter.rank", "stage_2.adapter.rank"), ("8", "16"))
 KIND = Choices(("stage_1.adapter.kind",), ("lora", "dora", "loha"))
@@ -90,50 +89,6 @@ def test_a_range_is_drawn_evenly_within_its_ends(
 def test_a_range_keeps_its_ends_when_rounding_would_leave_it() -> None:
     axis = Range(("a",), 0.12345, 0.12346, log=False, whole=False)
     assert all(0.12345 <= float(text) <= 0.12346 for (text,) in draw_random([axis], 1, seed=0))
-
-
-@pytest.mark.parametrize(
-    ("key", "values", "said"),
-    [
-        ("seed", [1, 2], "seed cannot be varied: name the seeds of training in seeds"),
-        ("name", ["a"], "name cannot be varied"),
-        ("stage_1.steps", [], "must be a list of values, or a range"),
-        ("stage_1.steps", 8, "must be a list of values, or a range"),
-        ("stage_1.steps", {"low": 1, "hihg": 2}, "unknown key 'hihg'; did you mean high"),
-        ("stage_1.steps", {"low": 1}, r"high must be a number \(got None\)"),
-        ("stage_1.steps", {"low": 3, "high": 1}, "low must be less than high"),
-        ("stage_1.steps", {"low": 0, "high": 1, "log": True}, "low must be above 0"),
-        ("stage_1.steps", {"low": 1, "high": 2, "log": "yes"}, "log must be true or false"),
-        ("stage_1.steps", {"low": 1, "high": 10**20}, "high must be a number from -9.22e"),
-        ("stage_1.steps", {"low": 1, "high": 10**400}, "high must be a number from -9.22e"),
-        ("stage_1.steps", {"low": -1e308, "high": 1e308}, "low must be a number from -3.4e"),
-        ("stage_1.steps", {"low": 1.0, "high": math.inf}, "high must be a number from -3.4e"),
-        ("stage_1.steps", {"low": 1.0, "high": math.nan}, "high must be a number from -3.4e"),
-        ("stage_1.steps", {"low": True, "high": 2}, r"low must be a number \(got True\)"),
-    ],
-)
-def test_mistaken_axes_are_named(key: str, values: object, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        read_axis(key, values)
-
-
-def test_values_are_taken_from_the_command_line_letter_for_letter() -> None:
-    assert read_values("a.b=1e-3,0.003") == ("a.b", ["1e-3", "0.003"])
-    assert read_values("a=a sks dog on blue,null, [1, 2]") == (
-        "a",
-        ["a sks dog on blue", "null", "[1, 2]"],
-    )
-    assert read_values("a='one, two',three") == ("a", ["one, two", "three"])
-    assert read_values("a={low: 1, high: 2}") == ("a", {"low": 1, "high": 2})
-    for text in ("a", "a=", "=1", "a=[1", "a={low: 1"):
-        with pytest.raises(UserError):
-            read_values(text)
-
-
-def test_values_of_a_file_are_written_as_overrides() -> None:
-    axis = read_axis("a", [1, 2.5, True, None, "x", [1, 2], {"low": 1}, 1])
-    assert isinstance(axis, Choices)
-    assert axis.values == ("1", "2.5", "true", "null", "x", "[1, 2]", '{"low": 1}')
 
 
 def test_names_are_distinct_repeatable_and_fit_a_folder() -> None:

@@ -33,17 +33,28 @@ evaluation:
 CEILING = 0.8
 
 
+PETS = {"dog": {"evaluation.subject": "dog"}, "cat": {"evaluation.subject": "cat"}}
+
+BASE_OTHERS = {"dog": 0.5, "cat": 0.4}
+"""The base's CLIP-T of others, when each subject is trained on."""
+
+
 def finished(
-    tmp_path: Path, seeds: tuple[int, ...] = (0, 1), ceiling: float | None = CEILING
+    tmp_path: Path,
+    seeds: tuple[int, ...] = (0, 1),
+    ceiling: float | None = CEILING,
+    across: dict[str, Any] | None = None,
 ) -> list[Point]:
     """Points with adapters, pictures and scores: the higher rank is closer and forgets more."""
     recipe = write(tmp_path, f"{SMALL}runs_dir: {tmp_path / 'runs'}\n{EVALUATION}")
     over = {"stage_1.adapter.rank": [4, 8, 16]}
-    _, points = plan_points(Sweep(recipe=str(recipe), over=over, seeds=seeds))
+    sweep = Sweep(recipe=str(recipe), over=over, across=across or {}, seeds=seeds)
+    _, points = plan_points(sweep)
     for point in points:
         save_adapter(point, b"adapter")
         closer = int(point.settings["rank"]) / 32 + point.seed / 100
-        variants = {"base": {"clip_i": {"value": 0.1}, "clip_t_others": {"value": 0.5}}}
+        others = BASE_OTHERS[point.across.get("pet", "dog")]
+        variants = {"base": {"clip_i": {"value": 0.1}, "clip_t_others": {"value": others}}}
         for scale in (0.5, 1.0):
             variants[f"{scale:g}"] = {
                 "clip_i": {"value": closer * scale},
@@ -87,6 +98,32 @@ def test_seeds_are_averaged_and_scales_kept_apart(tmp_path: Path) -> None:
     assert row.seconds.mean == 65
     assert len(outcomes.front) == 6  # more of one score is less of the other throughout
     json.dumps(to_json(outcomes), allow_nan=False)
+
+
+def test_each_subject_is_compared_with_its_own_base(tmp_path: Path) -> None:
+    outcomes = collect(finished(tmp_path, across={"pet": PETS}))
+    assert outcomes.across == {"pet": ["dog", "cat"]}
+    assert len(outcomes.rows) == 6
+    row = outcomes.rows[1]
+    assert [(run.point.across["pet"], run.point.seed) for run in row.runs] == [
+        *(("dog", 0), ("dog", 1)),
+        *(("cat", 0), ("cat", 1)),
+    ]
+    drawn = 0.5 - 0.13 / 4  # the mean of the seeds, the same for both
+    shares = {pet: drawn / base for pet, base in BASE_OTHERS.items()}
+    for pet, share in shares.items():
+        assert row.select("pet", pet).place[1] == pytest.approx(share)
+        assert outcomes.base().select("pet", pet).place == pytest.approx((0.1 / CEILING, 1))
+    assert row.place[1] == pytest.approx(sum(shares.values()) / 2)
+
+    found = to_json(outcomes)["outcomes"][1]
+    assert found["across"]["pet"]["cat"]["preservation"]["mean"] == pytest.approx(shares["cat"])
+    assert [run["across"] for run in found["runs"]] == [{"pet": "dog"}] * 2 + [{"pet": "cat"}] * 2
+    assert {run["base"]["clip_t_others"] for run in found["runs"][2:]} == {0.4}
+    table, page = write_table(outcomes), write_page("a sweep", outcomes)
+    cell = f"{row.select('pet', 'cat').place[0]:.3f}, {shares['cat']:.3f}"
+    assert cell in table.partition("By pet")[2]
+    assert f"<td>{cell}</td>" in page.partition("By pet")[2]
 
 
 def test_without_a_ceiling_fidelity_is_clip_i(tmp_path: Path) -> None:
