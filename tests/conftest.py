@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,14 @@ if not torch.cuda.is_available():
 from tests.builders.random_cascade import RandomCascade, save_random_cascade
 
 torch.set_num_threads(1)  # models this small lose more than they win by a second thread
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep runs in this process from taking all cores, which tests after them would then share."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
