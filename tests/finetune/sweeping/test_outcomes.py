@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from adapters.files.places import PEFT_WEIGHTS
-from finetune.sweeping.outcomes import Outcomes, collect_outcomes, compute_figures, to_json
+from finetune.sweeping.outcomes import Outcomes, collect_outcomes, compute_figures
 from finetune.sweeping.points import Point, plan_points
 from finetune.sweeping.progress import add_seconds, is_scored, read_seconds
-from finetune.sweeping.report import write_page, write_table
+from finetune.sweeping.report import write_page, write_text_report
+from finetune.sweeping.results import to_json
 from finetune.sweeping.schema import Sweep
 from finetune.sweeping.scoring import (
     FLAGGED,
@@ -120,7 +121,7 @@ def test_each_subject_is_compared_with_its_own_base(tmp_path: Path) -> None:
     assert found["across"]["pet"]["cat"]["preservation"]["mean"] == pytest.approx(shares["cat"])
     assert [run["across"] for run in found["runs"]] == [{"pet": "dog"}] * 2 + [{"pet": "cat"}] * 2
     assert {run["base"]["clip_t_others"] for run in found["runs"][2:]} == {0.4}
-    table, page = write_table(outcomes), write_page("a sweep", outcomes)
+    table, page = write_text_report(outcomes), write_page("a sweep", outcomes)
     cell = f"{row.select('pet', 'cat').place[0]:.3f}, {shares['cat']:.3f}"
     assert cell in table.partition("By pet")[2]
     assert f"<td>{cell}</td>" in page.partition("By pet")[2]
@@ -228,10 +229,10 @@ def test_the_page_shows_ranges_the_front_and_failures(tmp_path: Path) -> None:
     assert 'alt="a &lt;sks&gt; dog"' in page
     assert "http" not in page
     assert "url(" not in page
-    assert write_table(outcomes).count(" *") == len(outcomes.front)
+    assert write_text_report(outcomes).count(" *") == len(outcomes.front)
 
 
 def test_a_page_without_any_result_can_be_written() -> None:
     nothing = collect_outcomes([], (1.0,), 3)
     assert "0 of 3 runs scored" in write_page("a sweep", nothing)
-    assert write_table(nothing)
+    assert write_text_report(nothing)
