@@ -1,7 +1,7 @@
 """Which combination is better: paired differences, and a recommendation in words."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from adapters.errors import listed
 from finetune.sweeping.names import name_variant
 from finetune.sweeping.outcomes import Outcome, Outcomes
+from finetune.sweeping.points import Trial
 
 COMPARED = ("fidelity", "preservation")
 """The figures whose differences are shown."""
@@ -53,13 +54,19 @@ def compare(one: Outcome, other: Outcome, figure: str) -> Difference | None:
     Returns:
         The difference; ``None`` if there are no pairs.
     """
-    theirs = other.trials
-    found = [
-        (mine.get(figure), theirs[trial].get(figure))
-        for trial, mine in one.trials.items()
-        if trial in theirs
-    ]
-    values = [a - b for a, b in found if a is not None and b is not None]
+    mine, theirs = (
+        {trial: figures.get(figure) for trial, figures in row.trials.items()}
+        for row in (one, other)
+    )
+    return subtract(mine, theirs)
+
+
+def subtract(
+    mine: Mapping[Trial, float | None], theirs: Mapping[Trial, float | None]
+) -> Difference | None:
+    """Subtract figures, pair by pair; ``None``: there are no pairs in which both are defined."""
+    pairs = [(value, theirs.get(trial)) for trial, value in mine.items()]
+    values = [a - b for a, b in pairs if a is not None and b is not None]
     if not values:
         return None
     mean = math.fsum(values) / len(values)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from finetune.memory.fit import Phase, plan
 from finetune.recipe.schema import Recipe
 from unets.tally import DRIVER_BYTES, GIB
 
-WITHOUT_WEIGHT = {
+WITHOUT_WEIGHT: dict[str, Any] = {
     "name": True,
     "runs_dir": True,
     "seed": True,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from adapters.tables import format_table
-from finetune.sweeping.judgement import COMPARED, compare_all, count_higher
+from finetune.sweeping.judgement import COMPARED, compare_all, count_higher, describe
 from finetune.sweeping.names import name_variant
 from finetune.sweeping.outcomes import Outcome, Outcomes, Spread
 from finetune.sweeping.scoring import BASE
@@ -53,9 +53,12 @@ class Table:
         yield "</tr></thead><tbody>"
         for number, row in enumerate(self.rows):
             front = ' class="front"' if number in self.raised else ""
+            colours = (self.colours.get((number, place), "") for place in range(len(row)))
             cells = (
-                f'<td class="{self.colours.get((number, place), "")}">{escape(text)}</td>'
-                for place, text in enumerate(row)
+                f'<td class="{colour}">{escape(text)}</td>'
+                if colour
+                else f"<td>{escape(text)}</td>"
+                for text, colour in zip(row, colours, strict=True)
             )
             yield f"<tr{front}>{''.join(cells)}</tr>"
         yield "</tbody></table></div>"
@@ -113,7 +116,7 @@ def tabulate_differences(outcomes: Outcomes) -> Table:
         )
         texts = (str(found[name]) if name in found else "-" for name in COMPARED)
         rows.append((*before, *texts, pairs, *agreeing))
-    title = f"Differences from {outcomes.reference + 1}, of pairs of the same seed"
+    title = f"Differences from {describe(outcomes, outcomes.reference)}, of pairs of the same seed"
     return Table(
         title + "".join(f" and {axis}" for axis in outcomes.across),
         (
