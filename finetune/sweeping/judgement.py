@@ -151,8 +151,8 @@ def recommend(outcomes: Outcomes) -> str:
     best = max(kept, key=lambda index: places[index][0])
     fidelity, share = places[best]
     chosen = (
-        f"Recommended: {describe(outcomes, best)}, of the highest fidelity, {fidelity:.3f}, among"
-        f" those that keep {bound} (it keeps {share:.1%})."
+        f"Recommended: {describe(outcomes, best)}. Its fidelity, {fidelity:.3f}, is the highest of"
+        f" those that keep {bound}; it keeps {share:.1%}."
     )
     return " ".join([chosen, *_describe_rivals(outcomes, best, kept)])
 

@@ -169,6 +169,4 @@ def read_sweep(
             tree[section] = dict(known or {}) | dict(read)
     if isinstance(tree.get("scales"), list):  # 1 is as good as 1.0
         tree["scales"] = [float(s) if type(s) is int else s for s in tree["scales"]]
-    if type(tree.get("keep_others")) is int:
-        tree["keep_others"] = float(tree["keep_others"])
     return check_section(Sweep, tree, f"The sweep {path}")

@@ -142,7 +142,7 @@ def tabulate_across(outcomes: Outcomes, axis: str) -> Table:
     base = outcomes.base()
     floors = (_format_place(base.select(axis, value)) for value in values)
     return Table(
-        f"By {axis}: fidelity, preservation",
+        f"Fidelity and preservation by {axis}",
         ("", *names, "scale", *values),
         (*rows, (BASE, *[""] * len(names), "", *floors)),
         raised=frozenset(range(len(outcomes.front))),

@@ -271,15 +271,20 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         "against: rank-4\n"
         "keep_others: 1\n"
     )
-    given = ["--name=mine", "--random=3", "--seeds=0,1", "--scales=0.5,1", "--against=rank-4"]
-    given += ["--keep-others=1"]
-    options = {
-        text[2:].partition("=")[0].replace("-", "_"): text.partition("=")[2] for text in given
+    options: dict[str, str | None] = {
+        "name": "mine",
+        "random": "3",
+        "seeds": "0,1",
+        "scales": "0.5,1",
+        "against": "rank-4",
+        "keep_others": "1",
     }
     over = [f"{RATE}={{low: 1.0e-4, high: 1.0e-2, log: true}}", "stage_1.adapter.rank=2,4"]
-    typed = read_sweep(recipe, overrides=["stage_1.steps=3"], over=over, options=dict(options))
+    typed = read_sweep(recipe, overrides=["stage_1.steps=3"], over=over, options=options)
     filed = read_sweep(file, overrides=[], over=[], options={})
     assert filed.axes == typed.axes
+    assert filed.model_dump(exclude={"over"}) == typed.model_dump(exclude={"over"})
+    assert (filed.against, filed.keep_others) == ("rank-4", 1)
     (folder, points), (_, same) = plan_points(filed), plan_points(typed)
     assert points == same
     assert folder == tmp_path / "runs/mine"

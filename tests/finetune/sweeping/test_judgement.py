@@ -87,11 +87,11 @@ def test_the_closest_that_keeps_others_is_recommended(tmp_path: Path) -> None:
     points = finish_sweep(tmp_path, seeds=SEEDS, across={"pet": PETS}, score=noisy)
     outcomes = collect(points)
     said = recommend(outcomes)
-    assert said.startswith(f"Recommended: {row_of(outcomes, '8') + 1} (rank 8, scale 1), of the")
-    assert "among those that keep 90% of the base's CLIP-T of other prompts" in said
+    assert said.startswith(f"Recommended: {row_of(outcomes, '8') + 1} (rank 8, scale 1). Its")
+    assert "highest of those that keep 90% of the base's CLIP-T of other prompts" in said
     assert said.endswith("that of all others that keep as much.")
     bold = recommend(collect(points, keep_others=0.5))
-    best = "16" if "(rank 16, scale 1), of the" in bold else "8"
+    best = "16" if "(rank 16, scale 1). Its" in bold else "8"
     other = {"8": "16", "16": "8"}[best]
     assert f"No difference in fidelity is shown from {row_of(outcomes, other) + 1} (" in bold
     shy = recommend(collect(points, keep_others=0.99))

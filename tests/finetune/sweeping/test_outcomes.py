@@ -72,8 +72,8 @@ def test_each_subject_is_compared_with_its_own_base(tmp_path: Path) -> None:
     assert {run["base"]["clip_t_others"] for run in found["runs"][2:]} == {0.4}
     table, page = write_text_report(outcomes), write_page("a sweep", outcomes)
     cell = f"{row.select('pet', 'cat').place[0]:.3f}, {shares['cat']:.3f}"
-    assert cell in table.partition("By pet")[2]
-    assert f"<td>{cell}</td>" in page.partition("By pet")[2]
+    assert cell in table.partition("by pet")[2]
+    assert f"<td>{cell}</td>" in page.partition("by pet")[2]
 
 
 def test_without_a_ceiling_fidelity_is_clip_i(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_markdown_holds_the_command_and_all_tables(tmp_path: Path) -> None:
     for title in (
         "Outcomes:",
         "Differences from 2 (rank 4, scale 1), of pairs of the same seed and pet:",
-        "By pet",
+        "Fidelity and preservation by pet",
     ):
         assert f"\n\n{title}" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
