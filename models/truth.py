@@ -1,7 +1,8 @@
-"""Score a run of the embedded cascade beside what is true of its world.
+"""Score runs of the embedded cascade beside what is true of its world.
 
     python -m models.truth recipes/quickstart.yaml
     python -m models.truth recipes/quickstart.yaml --pictures drawn --json truth.json
+    python -m models.truth runs/quickstart-subjects --json truth.json
 
 Two things are known of this world alone. One is the most that a CLIP score can reach: the score of
 true renders of the same captions. The other is the shape that each object should have, about which
@@ -11,26 +12,35 @@ shown beside what the base reaches on objects that it was trained on.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from adapters.atomic import check_out, write_text
 from adapters.errors import UserError, command_line, quiet_libraries
 from adapters.tables import format_table
 from finetune.recipe.file import load_recipe
-from finetune.recipe.schema import Data, Evaluation, Recipe
+from finetune.recipe.schema import Evaluation, Recipe
 from finetune.step.stages import STAGES
-from models.world import BACKGROUNDS, SEEN, caption, parse_caption
+from models.picture_scores import (
+    Scores,
+    find_subject,
+    read_captioned,
+    read_drawn,
+    render_true,
+    score,
+    score_shapes,
+)
+from models.world import SEEN, caption, parse_caption
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from adapters import Cascade
-    from finetune.evaluation.metrics import ClipScorer
 
 OWN = SEEN[::12]
 """Objects of all classes that the base was trained on: indices into `world.THINGS`."""
@@ -38,12 +48,6 @@ OTHERS = ("pizza",)
 """The objects of the shipped recipes' other prompts that are not in `OWN`."""
 DRAWS = 8
 """The number of true renders of each caption."""
-PICTURE_PX = 128
-"""The size of the embedded cascade's pictures."""
-
-Scores: TypeAlias = dict[str, float]
-"""Scores by their names in `ROWS`; those of other prompts only if there are some."""
-
 ROWS: Mapping[str, tuple[str, str]] = {
     "clip_i": ("CLIP-I, generated to real pictures", "true"),
     "clip_t": ("CLIP-T, picture to prompt", "true"),
@@ -59,98 +63,6 @@ COLUMNS: Mapping[str, str] = {
     "true": "true renders",
 }
 """The columns of the table."""
-
-
-def render_true(
-    captions: Sequence[str], count: int, seed: int, size_px: int = PICTURE_PX
-) -> "list[Image.Image]":
-    """Draw captions with the world's own renderer: `count` pictures of each, one after another.
-
-    Places are random, and so is the background of a caption that names none.
-
-    Args:
-        captions: captions of this world, without an identifier.
-        count: the number of pictures of each.
-        seed: the seed of places and backgrounds.
-        size_px: the picture size.
-
-    Raises:
-        UserError: if a caption is not of this world, or its object's sprite is not stored.
-    """
-    import torch
-
-    from models.scenes import draw_scenes, read_sprites
-
-    scenes = [parse_caption(text) for text in captions for _ in range(count)]
-    chance = torch.Generator().manual_seed(seed)
-    backgrounds = torch.randint(len(BACKGROUNDS), (len(scenes),), generator=chance)
-    for index, (_, named) in enumerate(scenes):
-        if named is not None:
-            backgrounds[index] = named
-    return draw_scenes(read_sprites([thing for thing, _ in scenes]), backgrounds, size_px, seed)
-
-
-def score_shapes(pictures: "Sequence[Image.Image]", captions: Sequence[str]) -> list[float]:
-    """Compute the SSIM of each picture with the sprite of the object that its caption names.
-
-    Raises:
-        UserError: if a caption is not of this world, or its object's sprite is not stored.
-    """
-    from models.scenes import read_sprites
-    from models.shape import shape_score
-
-    sprites = read_sprites([parse_caption(text)[0] for text in captions])
-    return [
-        shape_score([picture], sprite)[0] for picture, sprite in zip(pictures, sprites, strict=True)
-    ]
-
-
-def score(
-    pictures: "Sequence[Image.Image]",
-    captions: Sequence[str],
-    subject: str,
-    photos: "Sequence[Image.Image]",
-    scorer: "ClipScorer",
-) -> Scores:
-    """Score pictures of the subject and of other things.
-
-    Args:
-        pictures: the pictures, drawn by a cascade or true.
-        captions: the caption of each, without an identifier.
-        subject: the subject's name; pictures whose captions name another object are the others.
-        photos: real pictures of the subject.
-        scorer: the CLIP model.
-
-    Raises:
-        UserError: if no caption names the subject.
-    """
-    from finetune.evaluation.metrics import clip_i, clip_t
-
-    mine, shapes = find_subject(captions, subject), score_shapes(pictures, captions)
-    others = [i for i in range(len(captions)) if i not in mine]
-    seen, read = scorer.images(pictures), scorer.texts(captions)
-    scores = {
-        "clip_i": clip_i(seen[mine], scorer.images(photos)),
-        "clip_t": clip_t(seen[mine], read[mine]),
-        "shape": fmean(shapes[i] for i in mine),
-    }
-    if others:
-        scores["clip_t_others"] = clip_t(seen[others], read[others])
-        scores["shape_others"] = fmean(shapes[i] for i in others)
-    return scores
-
-
-def find_subject(captions: Sequence[str], subject: str) -> list[int]:
-    """Find the places of the captions that name the subject.
-
-    Raises:
-        UserError: if none does, or a caption is not of this world.
-    """
-    thing, _ = parse_caption(subject)
-    mine = [i for i, text in enumerate(captions) if parse_caption(text)[0] == thing]
-    if not mine:
-        raise UserError(f"No picture is of {subject!r}, the subject: draw some of its prompts.")
-    return mine
 
 
 def measure(
@@ -248,43 +160,6 @@ def draw(
     return list(images.final)
 
 
-def read_drawn(folder: Path, cache: Path, size_px: int) -> "tuple[list[Image.Image], list[str]]":
-    """Read a folder's pictures and prompts: its captions, or else the records in saved pictures.
-
-    Raises:
-        UserError: if the folder has no pictures, or they have no prompts.
-    """
-    from PIL import Image
-
-    from adapters import read_picture_info
-    from adapters.cascade.results import SHEET
-    from finetune.data.sources import has_captions
-
-    if has_captions(folder):
-        return read_captioned(Data(source=str(folder)), cache, size_px)
-    records = {
-        file: read_picture_info(file) for file in sorted(folder.glob("*.png")) if file.name != SHEET
-    }
-    if not records:
-        raise UserError(f"There are no pictures in {folder}: name a folder of captioned ones.")
-    last = max(info.stage for info in records.values())
-    kept = {file: info for file, info in records.items() if info.stage == last}
-    return [Image.open(file) for file in kept], [info.prompts[1] for info in kept.values()]
-
-
-def read_captioned(data: Data, cache: Path, size_px: int) -> "tuple[list[Image.Image], list[str]]":
-    """Read a dataset's pictures, cropped to squares, and their captions."""
-    import numpy as np
-
-    from finetune.data.pictures import crop, load_pictures
-
-    read, rng = load_pictures(data, cache, size_px), np.random.default_rng(0)
-    squares = [
-        crop(picture, size_px, rng, center_shift=0.0, horizontal_flip=False) for picture in read
-    ]
-    return squares, [picture.caption for picture in read]
-
-
 def compute_shares(scores: Mapping[str, Scores]) -> Scores:
     """Divide the fine-tuned cascade's scores by those that `ROWS` compares them with."""
     return {
@@ -316,9 +191,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="values that replace the recipe's"
+        "sources",
+        nargs="+",
+        metavar="RECIPE [key=value …] | SWEEP",
+        help="a YAML file, such as recipes/quickstart.yaml, and values that replace its own; or"
+        " folders of sweeps, such as runs/quickstart-subjects, whose runs are all scored",
     )
     parser.add_argument(
         "--pictures", type=Path, metavar="FOLDER", help="score these instead of the run's"
@@ -326,18 +204,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--images-per-prompt", type=int, default=1, metavar="N", help="(default: 1)"
     )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="for sweeps (default: one for each core)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores here")
     options = parser.parse_intermixed_args(arguments)
     with command_line():
-        recipe = load_recipe(options.recipe, options.overrides)
         if options.json is not None:
             check_out(options.json, "file")
-        quiet_libraries()
-        scores = measure(recipe, options.pictures, options.images_per_prompt)
+        work = score_sweeps if Path(options.sources[0]).is_dir() else score_recipe
+        table, everything = work(options)
         if options.json is not None:
-            everything = scores | {"share": compute_shares(scores)}
             write_text(options.json, json.dumps(everything, indent=2) + "\n")
-        sys.stdout.write(f"{tabulate(scores)}\n")
+        sys.stdout.write(f"{table}\n")
+
+
+def score_recipe(options: argparse.Namespace) -> tuple[str, Any]:
+    """Score a recipe's run, and return the table and all figures."""
+    recipe = load_recipe(options.sources[0], options.sources[1:])
+    quiet_libraries()
+    scores = measure(recipe, options.pictures, options.images_per_prompt)
+    return tabulate(scores), scores | {"share": compute_shares(scores)}
+
+
+def score_sweeps(options: argparse.Namespace) -> tuple[str, Any]:
+    """Score all runs of some sweeps, and return the tables and all figures.
+
+    Raises:
+        UserError: if other options or overrides are given, which are a single recipe's.
+    """
+    from models.truth_of_sweeps import measure_runs, read_runs
+    from models.truth_tables import tabulate_runs, to_json
+
+    if options.pictures is not None or options.images_per_prompt != 1:
+        raise UserError("--pictures and --images-per-prompt need a recipe: a sweep has its own.")
+    processes = options.processes
+    if processes is None:
+        processes = len(os.sched_getaffinity(0))
+    if processes < 1:
+        raise UserError(f"--processes must be 1 or more (got {processes}).")
+    runs = [run for folder in options.sources for run in read_runs(Path(folder))]
+    scores = measure_runs(runs, processes)
+    return tabulate_runs(runs, scores), to_json(runs, scores)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""The outcomes of a sweep: the scores of each combination and scale, over its seeds."""
+"""The outcomes of a sweep: the scores of each combination and scale, over its runs."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
 from finetune.sweeping.front import find_front
 from finetune.sweeping.names import name_variant
+from finetune.sweeping.points import Trial
 from finetune.sweeping.progress import read_seconds
 from finetune.sweeping.scoring import BASE
 from finetune.sweeping.work import Result
@@ -15,17 +17,21 @@ from finetune.sweeping.work import Result
 Figures: TypeAlias = Mapping[str, float | None]
 """Scores by name, with ``fidelity`` and ``preservation``; ``None``: not defined."""
 
-FORMAT = 2
-"""The version of the JSON's layout."""
+KEEP_OTHERS = 0.9
+"""The preservation that a recommended combination has at least, unless told otherwise."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean of a figure over some runs, and its range."""
+    """The mean of a figure over some runs, and how far they lie apart."""
 
     mean: float
     low: float
     high: float
+    error: float | None
+    """The standard error of the mean; ``None`` of a single run."""
+    count: int
+    """The number of runs."""
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Spread | None":
@@ -33,11 +39,12 @@ class Spread:
         defined = [value for value in values if value is not None and math.isfinite(value)]
         if not defined:
             return None
-        return cls(sum(defined) / len(defined), min(defined), max(defined))
+        count = len(defined)
+        error = stdev(defined) / math.sqrt(count) if count > 1 else None
+        return cls(fmean(defined), min(defined), max(defined), error, count)
 
     def __str__(self) -> str:
-        text = f"{self.mean:.3f}"
-        return text if self.low == self.high else f"{text} ({self.low:.3f} to {self.high:.3f})"
+        return f"{self.mean:.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
 
 
 def spread_each(figures: Sequence[Figures]) -> dict[str, Spread | None]:
@@ -74,6 +81,17 @@ class Outcome:
         """Each score over all runs, by name."""
         return spread_each(self.figures)
 
+    @property
+    def name(self) -> str:
+        """The name of the combination and its scale, as in ``rank-8=0.7``."""
+        return f"{self.runs[0].point.combination}={self.variant}"
+
+    @property
+    def trials(self) -> dict[Trial, Figures]:
+        """The figures of each run, by what it has in common with runs of other combinations."""
+        pairs = zip(self.runs, self.figures, strict=True)
+        return {run.point.trial: figures for run, figures in pairs}
+
     def select(self, axis: str, value: str) -> "Outcome":
         """Select the runs with one of the values that the sweep averages across."""
         runs = tuple(run for run in self.runs if run.point.across[axis] == value)
@@ -99,6 +117,16 @@ class Outcomes:
     """The runs that failed."""
     total: int
     """The number of runs that the sweep has."""
+    reference: int | None = None
+    """The row that others are compared with; ``None``: it has not been scored yet."""
+    keep_others: float = KEEP_OTHERS
+    """The preservation that a recommended row has at least."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True once every run is scored or has failed."""
+        done = {run.point.name for row in self.rows for run in row.runs}
+        return len(done) + len(self.failures) == self.total
 
     @property
     def across(self) -> dict[str, list[str]]:
@@ -116,14 +144,27 @@ class Outcomes:
         return Outcome({}, 0.0, tuple(runs.values()), BASE)
 
 
-def collect_outcomes(results: Sequence[Result], scales: Sequence[float], total: int) -> Outcomes:
-    """Collect what the finished runs score."""
-    combinations: dict[tuple[str, ...], list[Result]] = {}
+def collect_outcomes(
+    results: Sequence[Result],
+    scales: Sequence[float],
+    total: int,
+    reference: str | None = None,
+    keep_others: float = KEEP_OTHERS,
+) -> Outcomes:
+    """Collect what the finished runs score.
+
+    Args:
+        results: the runs so far.
+        scales: the adapter scales that they are scored at.
+        total: the number of all runs.
+        reference: the :attr:`Outcome.name` of the row that others are compared with.
+        keep_others: see :class:`Outcomes`.
+    """
+    combinations: dict[str, list[Result]] = {}
     for result in results:
         if result.failure is None:
-            values = tuple(result.point.settings.values())
-            combinations.setdefault(values, []).append(result)
-    rows = [
+            combinations.setdefault(result.point.combination, []).append(result)
+    rows = tuple(
         Outcome(
             settings=runs[0].point.settings,
             scale=scale,
@@ -132,12 +173,15 @@ def collect_outcomes(results: Sequence[Result], scales: Sequence[float], total: 
         )
         for runs in combinations.values()
         for scale in scales
-    ]
+    )
+    names = [row.name for row in rows]
     return Outcomes(
-        tuple(rows),
+        rows,
         tuple(find_front([row.place for row in rows])),
         tuple(result for result in results if result.failure is not None),
         total,
+        names.index(reference) if reference in names else None,
+        keep_others,
     )
 
 
@@ -165,48 +209,3 @@ def compute_figures(scores: Mapping[str, Any], variant: str) -> dict[str, float 
 def _divide(part: float | None, whole: float | None) -> float | None:
     """Divide scores; ``None`` if one is undefined or the whole is not above 0."""
     return None if part is None or whole is None or not whole > 0 else part / whole
-
-
-def to_json(outcomes: Outcomes) -> dict[str, Any]:
-    """Write outcomes for programs."""
-    return {
-        "format": FORMAT,
-        "runs": outcomes.total,
-        "outcomes": [
-            _outcome_to_json(row, outcomes.across) | {"on_front": index in outcomes.front}
-            for index, row in enumerate(outcomes.rows)
-        ],
-        "failures": [
-            {"name": failed.point.name, "reason": failed.failure} for failed in outcomes.failures
-        ],
-    }
-
-
-def _outcome_to_json(row: Outcome, across: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    return {
-        "settings": dict(row.settings),
-        "scale": row.scale,
-        "scores": _spreads_to_json(row.scores),
-        "across": {
-            axis: {value: _spreads_to_json(row.select(axis, value).scores) for value in values}
-            for axis, values in across.items()
-        },
-        "training_seconds": None if row.seconds is None else vars(row.seconds),
-        "runs": [
-            {
-                "name": run.point.name,
-                "across": dict(run.point.across),
-                "seed": run.point.seed,
-                "adapters": str(run.point.adapters),
-                "scores": dict(figures),
-                "base": compute_figures(run.scores, BASE),
-            }
-            for run, figures in zip(row.runs, row.figures, strict=True)
-        ],
-    }
-
-
-def _spreads_to_json(spreads: Mapping[str, Spread | None]) -> dict[str, Any]:
-    return {
-        name: None if spread is None else dict(vars(spread)) for name, spread in spreads.items()
-    }

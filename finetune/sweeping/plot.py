@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-from finetune.sweeping.outcomes import Outcomes, Spread
+from finetune.sweeping.judgement import describe_outcome
+from finetune.sweeping.outcomes import Outcome, Outcomes, Spread
 
 WIDTH, HEIGHT = 800, 480
 LEFT, RIGHT, TOP, BOTTOM = 70, 30, 44, 65
@@ -43,39 +44,41 @@ class Scale:
 
 
 def draw_plot(outcomes: Outcomes, titles: tuple[str, str]) -> str:
-    """Draw all outcomes that have both scores, with their ranges over seeds, and the Pareto front.
+    """Draw all outcomes that have both scores, with standard errors, the Pareto front and the base.
 
     Args:
         outcomes: the outcomes; numbers at the points are those of the rows, from 1.
         titles: what the scores are, of fidelity (upwards) and preservation (to the right).
     """
-    places = {
-        index: (row.scores["preservation"], row.scores["fidelity"])
-        for index, row in enumerate(outcomes.rows)
-        if None not in row.place
-    }
-    known = {i: (x, y) for i, (x, y) in places.items() if x is not None and y is not None}
+    places = {index: find_place(row) for index, row in enumerate(outcomes.rows)}
+    known = {index: place for index, place in places.items() if place is not None}
     if not known:
         return '<p class="faint">No run has both scores yet.</p>'
-    across = Scale([v for x, _ in known.values() for v in (x.low, x.high)], LEFT, WIDTH - RIGHT)
-    up = Scale([v for _, y in known.values() for v in (y.low, y.high)], HEIGHT - BOTTOM, TOP)
+    base = find_place(outcomes.base())
+    sides, heights = zip(*known.values(), strict=True)
+    shares, fidelities = (
+        [end for each in spreads for end in find_ends(each)] for spreads in (sides, heights)
+    )
+    if base is not None:
+        shares.append(base[0].mean)
+        if is_near(base[1].mean, fidelities):
+            fidelities.append(base[1].mean)
+    across = Scale(shares, LEFT, WIDTH - RIGHT)
+    up = Scale(fidelities, HEIGHT - BOTTOM, TOP)
     lines = [
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
         f' aria-label="{escape(titles[0])} against {escape(titles[1])}">',
         *_axes(across, up, titles),
         _stairs([known[index] for index in outcomes.front], across, up),
+        *([] if base is None else _base(*base, across, up)),
     ]
     # the front is drawn last, above the others
     for index in sorted(known, key=lambda index: index in outcomes.front):
-        row = outcomes.rows[index]
-        about = [
-            *(f"{name} {value}" for name, value in row.settings.items()),
-            f"scale {row.scale:g}",
-        ]
         x, y = known[index]
+        about = escape(describe_outcome(outcomes.rows[index]))
         lines += [
             f'<g class="{"front" if index in outcomes.front else "other"}">',
-            f"<title>{index + 1}: {escape(', '.join(about))}&#10;"
+            f"<title>{index + 1}: {about}&#10;"
             f"{escape(titles[0])} {y}&#10;{escape(titles[1])} {x}</title>",
             *_point(x, y, across, up),
             "</g>",
@@ -105,16 +108,47 @@ def _axes(across: Scale, up: Scale, titles: tuple[str, str]) -> Iterator[str]:
     yield f'<text class="axis" x="8" y="20">↑ {escape(titles[0])}</text>'
 
 
+def find_place(row: Outcome) -> tuple[Spread, Spread] | None:
+    """Return an outcome's preservation and fidelity; ``None``: one is undefined."""
+    x, y = row.scores.get("preservation"), row.scores.get("fidelity")
+    return None if x is None or y is None else (x, y)
+
+
+def find_ends(spread: Spread) -> tuple[float, float]:
+    """Return the ends of a score's bar, one standard error from its mean."""
+    error = spread.error or 0.0
+    return spread.mean - error, spread.mean + error
+
+
+def is_near(value: float, others: Sequence[float]) -> bool:
+    """Tell whether a score is as near to others as they are to each other, to share their axis."""
+    low, high = min(others), max(others)
+    return low - value <= high - low
+
+
 def _point(x: Spread, y: Spread, across: Scale, up: Scale) -> Iterator[str]:
-    """Draw the mean, and the ranges over the seeds through it."""
+    """Draw the mean, and its standard errors through it."""
     middle_x, middle_y = across(x.mean), up(y.mean)
+    (left, right), (bottom, top) = find_ends(x), find_ends(y)
     for x1, x2, y1, y2 in (
-        (across(x.low), across(x.high), middle_y, middle_y),
-        (middle_x, middle_x, up(y.low), up(y.high)),
+        (across(left), across(right), middle_y, middle_y),
+        (middle_x, middle_x, up(bottom), up(top)),
     ):
         if (x1, y1) != (x2, y2):
             yield f'<line class="range" x1="{x1}" x2="{x2}" y1="{y1}" y2="{y2}"/>'
     yield f'<circle cx="{middle_x}" cy="{middle_y}" r="{RADIUS}"/>'
+
+
+def _base(x: Spread, y: Spread, across: Scale, up: Scale) -> Iterator[str]:
+    """Draw the base, which has forgotten nothing; at the lower edge if it is far below the rest."""
+    place, below = across(x.mean), y.mean < up.ticks[0]
+    height = HEIGHT - BOTTOM if below else up(y.mean)
+    yield f'<line class="base" x1="{place}" x2="{place}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+    yield f'<circle class="base" cx="{place}" cy="{height}" r="{RADIUS}"/>'
+    yield (
+        f'<text class="base" x="{place - 10}" y="{height - 9}" text-anchor="end">'
+        f"base{f' {y.mean:.3f} ↓' if below else ''}</text>"
+    )
 
 
 def _stairs(front: Sequence[tuple[Spread, Spread]], across: Scale, up: Scale) -> str:

@@ -1,18 +1,23 @@
 """The points of a sweep: runs of their own, each with its recipe, checked before the first one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from adapters.errors import UserError, listed
+from adapters.errors import UserError, closest, listed
 from finetune.recipe.file import MistakesError, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.sweeping.axes import draw_random, expand_grid, list_overrides
-from finetune.sweeping.names import name_runs, shorten_keys
+from finetune.sweeping.names import name_runs, name_variant, shorten_keys
 from finetune.sweeping.schema import Sweep
 
 SHOWN = 3
 """The number of runs named with a mistake that they share."""
+
+
+Trial: TypeAlias = tuple[tuple[str, ...], int]
+"""The values that scores are averaged across, and the seed."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,15 @@ class Point:
     """The values that the sweep compares, by short name."""
     across: Mapping[str, str]
     """The values across which scores are averaged, such as the subject's name, by short name."""
+    combination: str
+    """The name of the combination of values that the sweep compares."""
     seed: int
     """The seed of its training."""
+
+    @property
+    def trial(self) -> Trial:
+        """What it has in common with a run of each other combination."""
+        return tuple(self.across.values()), self.seed
 
     @property
     def name(self) -> str:
@@ -66,20 +78,23 @@ def plan_points(sweep: Sweep) -> tuple[Path, list[Point]]:
         combinations = expand_grid(sweep.listed_axes)
     else:
         combinations = draw_random(sweep.axes, sweep.random, sweep.seed)
-    axes, compared = sweep.all_axes, len(sweep.axes)
+    axes = sweep.all_axes
     labels = shorten_keys([axis.named_after for axis in axes])
+    own_labels, across_labels = labels[: len(sweep.axes)], labels[len(sweep.axes) :]
     runs = [
-        (values + others, seed)
+        (values, others, seed)
         for values in combinations
         for others in expand_grid(sweep.across_axes)
         for seed in sweep.seeds or (None,)
     ]
-    names = name_runs(labels, runs)
+    names = name_runs(labels, [(values + others, seed) for values, others, seed in runs])
+    titles = name_runs(own_labels, [(values, None) for values in combinations])
+    title_of = dict(zip(combinations, titles, strict=True))
     points, mistakes, twins = [], dict[str, list[str]](), dict[str, str]()
-    for run_name, (values, seed) in zip(names, runs, strict=True):
+    for run_name, (values, others, seed) in zip(names, runs, strict=True):
         own = [] if seed is None else [f"seed={seed}"]
         own += [f"name={run_name}", f"runs_dir={folder}"]
-        overrides = [*sweep.overrides, *list_overrides(axes, values), *own]
+        overrides = [*sweep.overrides, *list_overrides(axes, values + others), *own]
         try:
             recipe = load_recipe(sweep.recipe, overrides)
             check_scores(recipe)
@@ -93,12 +108,37 @@ def plan_points(sweep: Sweep) -> tuple[Path, list[Point]]:
             if twin != run_name:
                 mistake = f"the values mean the same as those of {twin}; leave one out"
                 mistakes.setdefault(mistake, []).append(run_name)
-            pairs = list(zip(labels, values, strict=True))
             points.append(
-                Point(recipe, dict(pairs[:compared]), dict(pairs[compared:]), recipe.seed)
+                Point(
+                    recipe=recipe,
+                    settings=dict(zip(own_labels, values, strict=True)),
+                    across=dict(zip(across_labels, others, strict=True)),
+                    combination=title_of[values],
+                    seed=recipe.seed,
+                )
             )
     check_none(mistakes, len(runs))
     return folder, points
+
+
+def find_reference(sweep: Sweep, points: Sequence[Point]) -> str:
+    """Return the name of the combination and scale that others are compared with.
+
+    Raises:
+        UserError: if the sweep names one that it does not have.
+    """
+    names = list(dict.fromkeys(point.combination for point in points))
+    wanted = names[0] if sweep.against is None else sweep.against
+    name, equals, text = wanted.partition("=")
+    scales = [name_variant(scale) for scale in sweep.scales]
+    scale = text if equals else "1" if "1" in scales else scales[0]
+    if name not in names:
+        raise UserError(f"There is no combination {name!r} to compare with; {closest(name, names)}")
+    if scale not in scales:
+        raise UserError(
+            f"There is no scale {scale!r} to compare with, in {wanted!r}; valid: {listed(scales)}"
+        )
+    return f"{name}={scale}"
 
 
 def check_scores(recipe: Recipe) -> None:

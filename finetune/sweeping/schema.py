@@ -16,6 +16,9 @@ from finetune.sweeping.reading import read_axis, read_values
 KEYS = ("recipe", "over", "across")
 """The keys of which every sweep's file has some; a recipe's has none."""
 
+TEXTS = ("name", "against")
+"""The options that are taken letter for letter."""
+
 
 class Sweep(Section):
     """A sweep over a recipe."""
@@ -44,6 +47,12 @@ class Sweep(Section):
     """Seeds to train every combination with; none: the recipe's alone."""
     scales: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (1.0,)
     """Adapter scales to score every run at."""
+    against: str | None = None
+    """The combination that others are compared with, by the name that its runs' folders begin with,
+    and its scale, such as ``rank-8`` or ``rank-8=0.7``; ``None``: the first. The scale is 1 unless
+    given, or the first if 1 is not scored."""
+    keep_others: Annotated[float, Field(ge=0)] = 0.9
+    """The least share of the base's CLIP-T of other prompts that a recommendation keeps."""
     at_once: Positive = 1
     """The number of runs at a time on this machine."""
 
@@ -146,7 +155,7 @@ def read_sweep(
     given = {key: text for key, text in options.items() if text is not None}
     for key, text in given.items():
         value = f"[{text}]" if key in ("seeds", "scales") else text
-        tree[key] = text if key == "name" else parse_value(value, f"option --{key} {text}")
+        tree[key] = text if key in TEXTS else parse_value(value, f"option --{key} {text}")
     own = tree.get("overrides")
     if overrides and isinstance(own, list | None):
         tree["overrides"] = [*(own or []), *overrides]

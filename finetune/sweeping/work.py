@@ -1,10 +1,9 @@
 """The work of a sweep: each run trained and then scored, one after another or several at once."""
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -13,12 +12,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from adapters.atomic import write_text
-from adapters.errors import UserError, quiet_libraries
-from finetune.recipe.schema import Evaluation, Recipe
+from adapters.errors import UserError
+from finetune.sweeping.checks import check_at_once, check_material, find_trained
 from finetune.sweeping.names import name_variant
-from finetune.sweeping.points import Point, check_none
+from finetune.sweeping.points import Point
 from finetune.sweeping.processes import Children, read_progress, read_reason, share_cores
-from finetune.sweeping.progress import is_scored, is_trained
+from finetune.sweeping.progress import is_scored
 from finetune.sweeping.scoring import read_scores
 
 CHILD = "finetune.sweeping.child"
@@ -97,7 +96,7 @@ def finish_points(
     scales: Sequence[float],
     at_once: int,
     title: str,
-    show: Callable[[Sequence[Result]], None],
+    show: Callable[[Sequence[Result]], object],
 ) -> list[Result]:
     """Train and score what is not, and return all results in the order of the points.
 
@@ -106,19 +105,21 @@ def finish_points(
         scales: the adapter scales to score.
         at_once: the number of runs at a time.
         title: the title of the progress bar.
-        show: called with the results so far after each run.
+        show: called with the results so far, before the first run and after each.
 
     Raises:
-        UserError: if a folder holds another recipe's run, or a recipe has a mistake that is found
-            without training. No run is started then.
+        UserError: if a folder holds another recipe's run, a recipe has a mistake that is found
+            without training, or the GPU has no room for the runs at once. No run is started then.
     """
     trained = find_trained(points)
     done_before = [p for p in points if p.name in trained and is_scored(p.recipe, scales)]
     to_do = [point for point in points if point not in done_before]
     check_material(to_do, trained, len(points))
+    check_at_once(to_do, at_once)
     for point in to_do:
         write_text(point.recipe_file, point.recipe.to_yaml())
     workers, results = Workers(scales, at_once), [Result.read(point) for point in done_before]
+    show(results)
     bar = tqdm(desc=title, initial=len(results), total=len(points), unit="run", dynamic_ncols=True)
     with bar, ThreadPoolExecutor(at_once) as pool:
         pending = {pool.submit(workers.finish, point) for point in to_do}
@@ -139,85 +140,6 @@ def finish_points(
             workers.children.end()
     order = [point.name for point in points]
     return sorted(results, key=lambda result: order.index(result.point.name))
-
-
-def find_trained(points: Sequence[Point]) -> set[str]:
-    """Find the runs that are trained to the end, and check the others.
-
-    Raises:
-        UserError: with the mistakes of all runs.
-    """
-    import torch
-
-    from finetune.run.early_checks import check_recipe
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained, mistakes = set(), dict[str, list[str]]()
-    for point in points:
-        try:
-            if is_trained(point.recipe):
-                trained.add(point.name)
-            else:
-                check_recipe(point.recipe, device)
-        except UserError as error:
-            mistakes.setdefault(str(error), []).append(point.name)
-    check_none(mistakes, len(points))
-    return trained
-
-
-def check_material(points: Sequence[Point], trained: Collection[str], count: int) -> None:
-    """Load the models that score, once each, and the pictures of which some are held out.
-
-    Args:
-        points: the runs that are to be trained or scored.
-        trained: the names of those that are only to be scored.
-        count: the number of all runs.
-
-    Raises:
-        UserError: with the mistakes of all runs: a model or picture is missing or damaged, or no
-            picture would be left to train on.
-    """
-    quiet_libraries()
-    mistakes, failures = dict[str, list[str]](), dict[Hashable, str | None]()
-    for point in points:
-        recipe, settings = point.recipe, point.recipe.evaluation
-        assert settings is not None
-        models = (settings.clip, settings.dino)
-        checks: dict[Hashable, Callable[[], None]] = {models: partial(_load_encoders, settings)}
-        if recipe.validation.held_out and point.name not in trained:
-            pictures = (recipe.validation.held_out, recipe.data.model_dump_json(), recipe.cache)
-            checks[pictures] = partial(_check_held_out, recipe)
-        for subject, check in checks.items():
-            if subject not in failures:
-                failures[subject] = _find_failure(check)
-            if failure := failures[subject]:
-                mistakes.setdefault(failure, []).append(point.name)
-    check_none(mistakes, count)
-
-
-def _load_encoders(settings: Evaluation) -> None:
-    import torch
-
-    from finetune.evaluation.measurement import Encoders
-
-    Encoders.load(settings, torch.device("cpu"))
-
-
-def _check_held_out(recipe: Recipe) -> None:
-    from finetune.data.pictures import load_pictures
-    from finetune.run.fixed_losses import check_held_out
-
-    pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
-    check_held_out(recipe.validation.held_out, len(pictures))
-
-
-def _find_failure(check: Callable[[], None]) -> str | None:
-    """Return the sentence of a check's UserError; ``None``: it raises none."""
-    try:
-        check()
-    except UserError as error:
-        return str(error)
-    return None
 
 
 @contextmanager

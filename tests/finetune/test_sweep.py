@@ -71,7 +71,8 @@ def interrupt_in_the_second_run(recipe: Path, sweep: Path) -> None:
         finally:
             running.kill()
     assert running.returncode == 130, shown
-    assert "interrupted" in shown
+    assert "interrupted: 1 of 2 runs are done" in shown
+    assert "Run the same command again to continue." in shown
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
@@ -155,6 +156,11 @@ def test_mistakes_of_all_combinations_are_one_error(
         (["--scales", "1,1"], "scales: must be different"),
         (["--at-once", "0"], "at_once: "),
         (["--seeds", "a"], "seeds.0: "),
+        (["--keep-others", "-1"], "keep_others: "),
+        (
+            ["--over", "stage_1.steps=1,2", "--against", "step-1"],
+            "There is no combination 'step-1' to compare with; did you mean steps-1?",
+        ),
         (
             ["--over", "stage_1.steps=1", "--over", "stage_1.steps=2"],
             "--over has stage_1.steps twice; list all values in one",
@@ -262,13 +268,23 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         "random: 3\n"
         "seeds: [0, 1]\n"
         "scales: [0.5, 1]\n"
+        "against: rank-4\n"
+        "keep_others: 1\n"
     )
-    given = ["--name=mine", "--random=3", "--seeds=0,1", "--scales=0.5,1"]
-    options = {text[2:].partition("=")[0]: text.partition("=")[2] for text in given}
+    options: dict[str, str | None] = {
+        "name": "mine",
+        "random": "3",
+        "seeds": "0,1",
+        "scales": "0.5,1",
+        "against": "rank-4",
+        "keep_others": "1",
+    }
     over = [f"{RATE}={{low: 1.0e-4, high: 1.0e-2, log: true}}", "stage_1.adapter.rank=2,4"]
-    typed = read_sweep(recipe, overrides=["stage_1.steps=3"], over=over, options=dict(options))
+    typed = read_sweep(recipe, overrides=["stage_1.steps=3"], over=over, options=options)
     filed = read_sweep(file, overrides=[], over=[], options={})
     assert filed.axes == typed.axes
+    assert filed.model_dump(exclude={"over"}) == typed.model_dump(exclude={"over"})
+    assert (filed.against, filed.keep_others) == ("rank-4", 1)
     (folder, points), (_, same) = plan_points(filed), plan_points(typed)
     assert points == same
     assert folder == tmp_path / "runs/mine"

@@ -8,81 +8,29 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from adapters.files.places import PEFT_WEIGHTS
-from finetune.sweeping.outcomes import Outcomes, collect_outcomes, compute_figures, to_json
-from finetune.sweeping.points import Point, plan_points
+from finetune.sweeping.outcomes import compute_figures
 from finetune.sweeping.progress import add_seconds, is_scored, read_seconds
-from finetune.sweeping.report import write_page, write_table
-from finetune.sweeping.schema import Sweep
+from finetune.sweeping.report import write_page, write_text_report
+from finetune.sweeping.results import to_json
 from finetune.sweeping.scoring import (
     FLAGGED,
     list_files,
-    pictures_folder,
     read_drawn,
     read_scores,
     scores_file,
 )
-from finetune.sweeping.work import Result
-from tests.builders.recipes import SMALL, write
-
-EVALUATION = """\
-evaluation:
-  {prompts: [a <sks> dog], other_prompts: [a cat], identifier: <sks> dog, subject: dog, clip: clip}
-"""
-
-CEILING = 0.8
-
-
-PETS = {"dog": {"evaluation.subject": "dog"}, "cat": {"evaluation.subject": "cat"}}
-
-BASE_OTHERS = {"dog": 0.5, "cat": 0.4}
-"""The base's CLIP-T of others, when each subject is trained on."""
-
-
-def finished(
-    tmp_path: Path,
-    seeds: tuple[int, ...] = (0, 1),
-    ceiling: float | None = CEILING,
-    across: dict[str, Any] | None = None,
-) -> list[Point]:
-    """Points with adapters, pictures and scores: the higher rank is closer and forgets more."""
-    recipe = write(tmp_path, f"{SMALL}runs_dir: {tmp_path / 'runs'}\n{EVALUATION}")
-    over = {"stage_1.adapter.rank": [4, 8, 16]}
-    sweep = Sweep(recipe=str(recipe), over=over, across=across or {}, seeds=seeds)
-    _, points = plan_points(sweep)
-    for point in points:
-        save_adapter(point, b"adapter")
-        closer = int(point.settings["rank"]) / 32 + point.seed / 100
-        others = BASE_OTHERS[point.across.get("pet", "dog")]
-        variants = {"base": {"clip_i": {"value": 0.1}, "clip_t_others": {"value": others}}}
-        for scale in (0.5, 1.0):
-            variants[f"{scale:g}"] = {
-                "clip_i": {"value": closer * scale},
-                "clip_t_others": {"value": 0.5 - closer * scale / 4},
-            }
-            (file,) = list_files(pictures_folder(point.recipe, scale), 1)
-            file.parent.mkdir(parents=True)
-            Image.new("RGB", (8, 8), "red").save(file)
-        scores = read_scores(point.recipe) | {"variants": variants}
-        text = json.dumps(scores | {"ceiling": {"clip_i": {"value": ceiling}}})
-        scores_file(point.recipe).write_text(text)
-        add_seconds(point.recipe, 30.0)
-        add_seconds(point.recipe, 35.0)
-    return points
-
-
-def save_adapter(point: Point, content: bytes) -> None:
-    file = point.adapters / "stage_1" / PEFT_WEIGHTS
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
-
-
-def collect(points: list[Point]) -> Outcomes:
-    return collect_outcomes([Result.read(point) for point in points], (0.5, 1.0), len(points))
+from tests.builders.sweeps import (
+    BASE_OTHERS,
+    CEILING,
+    PETS,
+    collect,
+    finish_sweep,
+    save_adapter,
+)
 
 
 def test_seeds_are_averaged_and_scales_kept_apart(tmp_path: Path) -> None:
-    outcomes = collect(finished(tmp_path))
+    outcomes = collect(finish_sweep(tmp_path))
     assert [(row.settings["rank"], row.scale) for row in outcomes.rows] == [
         (rank, scale) for rank in ("4", "8", "16") for scale in (0.5, 1.0)
     ]
@@ -91,6 +39,8 @@ def test_seeds_are_averaged_and_scales_kept_apart(tmp_path: Path) -> None:
     assert fidelity is not None
     assert preservation is not None
     assert (fidelity.low, fidelity.high) == pytest.approx((0.125 / CEILING, 0.135 / CEILING))
+    assert fidelity.error == pytest.approx(0.005 / CEILING)  # half the distance of the two
+    assert fidelity.count == 2
     assert fidelity.mean == pytest.approx(0.13 / CEILING)
     assert preservation.mean == pytest.approx((0.5 - 0.13 / 4) / 0.5)
     assert [run.point.seed for run in row.runs] == [0, 1]
@@ -101,7 +51,7 @@ def test_seeds_are_averaged_and_scales_kept_apart(tmp_path: Path) -> None:
 
 
 def test_each_subject_is_compared_with_its_own_base(tmp_path: Path) -> None:
-    outcomes = collect(finished(tmp_path, across={"pet": PETS}))
+    outcomes = collect(finish_sweep(tmp_path, across={"pet": PETS}))
     assert outcomes.across == {"pet": ["dog", "cat"]}
     assert len(outcomes.rows) == 6
     row = outcomes.rows[1]
@@ -120,20 +70,20 @@ def test_each_subject_is_compared_with_its_own_base(tmp_path: Path) -> None:
     assert found["across"]["pet"]["cat"]["preservation"]["mean"] == pytest.approx(shares["cat"])
     assert [run["across"] for run in found["runs"]] == [{"pet": "dog"}] * 2 + [{"pet": "cat"}] * 2
     assert {run["base"]["clip_t_others"] for run in found["runs"][2:]} == {0.4}
-    table, page = write_table(outcomes), write_page("a sweep", outcomes)
+    table, page = write_text_report(outcomes), write_page("a sweep", outcomes)
     cell = f"{row.select('pet', 'cat').place[0]:.3f}, {shares['cat']:.3f}"
-    assert cell in table.partition("By pet")[2]
-    assert f"<td>{cell}</td>" in page.partition("By pet")[2]
+    assert cell in table.partition("by pet")[2]
+    assert f"<td>{cell}</td>" in page.partition("by pet")[2]
 
 
 def test_without_a_ceiling_fidelity_is_clip_i(tmp_path: Path) -> None:
-    (point, *_) = finished(tmp_path, seeds=(0,), ceiling=None)
+    (point, *_) = finish_sweep(tmp_path, seeds=(0,), ceiling=None)
     assert compute_figures(read_scores(point.recipe), "1")["fidelity"] == 0.125
     assert "Fidelity: CLIP-I<" in write_page("title", collect([point]))
 
 
 def test_scores_are_of_these_adapters_and_settings(tmp_path: Path) -> None:
-    point = finished(tmp_path)[0]
+    point = finish_sweep(tmp_path)[0]
     assert is_scored(point.recipe, (0.5, 1.0))
     assert not is_scored(point.recipe, (0.5, 0.7))
     assert point.recipe.evaluation is not None
@@ -159,7 +109,7 @@ def test_scores_are_of_these_adapters_and_settings(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_scores_count_as_none(change: Callable[[Any], Any], tmp_path: Path) -> None:
-    point = finished(tmp_path)[0]
+    point = finish_sweep(tmp_path)[0]
     file = scores_file(point.recipe)
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     assert not is_scored(point.recipe, (1.0,))
@@ -170,7 +120,7 @@ def test_damaged_scores_count_as_none(change: Callable[[Any], Any], tmp_path: Pa
     "text", ["[]", "null", "3", "{", "{}", '{"seconds": null}', '{"seconds": NaN}', "[" * 9]
 )
 def test_a_damaged_time_counts_as_none(text: str, tmp_path: Path) -> None:
-    point = finished(tmp_path)[0]
+    point = finish_sweep(tmp_path)[0]
     add_seconds(point.recipe, 1.0)
     (point.folder / "training_time.json").write_text(text)
     assert read_seconds(point.recipe) is None
@@ -205,33 +155,3 @@ def keep(folder: Path) -> list[Path]:
         Image.new("RGB", (8, 8), "red").save(file)
     (folder / FLAGGED).write_text("[false, true]")
     return files
-
-
-def test_the_page_leaves_damaged_pictures_out(tmp_path: Path) -> None:
-    (point, *_) = finished(tmp_path, seeds=(0,))
-    (file,) = list_files(pictures_folder(point.recipe, 1.0), 1)
-    file.write_bytes(file.read_bytes()[:40])
-    assert write_page("a sweep", collect([point])).count("data:image/jpeg") == 1
-
-
-def test_the_page_shows_ranges_the_front_and_failures(tmp_path: Path) -> None:
-    points = finished(tmp_path)
-    results = [Result.read(point) for point in points[:-1]]
-    results.append(Result(points[-1], failure="The loss is <nan>."))
-    outcomes = collect_outcomes(results, (0.5, 1.0), len(points))
-    page = write_page("a sweep", outcomes)
-    assert page.count("<circle") == len(outcomes.rows)
-    assert 'class="range"' in page
-    assert page.count('class="stairs"') == 1
-    assert page.count("data:image/jpeg") == len(outcomes.front)  # the base has no pictures here
-    assert "The loss is &lt;nan&gt;." in page
-    assert 'alt="a &lt;sks&gt; dog"' in page
-    assert "http" not in page
-    assert "url(" not in page
-    assert write_table(outcomes).count(" *") == len(outcomes.front)
-
-
-def test_a_page_without_any_result_can_be_written() -> None:
-    nothing = collect_outcomes([], (1.0,), 3)
-    assert "0 of 3 runs scored" in write_page("a sweep", nothing)
-    assert write_table(nothing)
