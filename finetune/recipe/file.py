@@ -220,7 +220,7 @@ def _path(place: Place, root: type[Section]) -> Place:
     kind_named = False
     for part in place:
         sections = _sections(_types_at(path, root))
-        if len(sections) > 1 and not kind_named:
+        if not kind_named and len(sections) > 1 and part in map(_kind, sections):
             kind_named = True
         elif isinstance(part, int) or sections:
             path += (part,)

@@ -4,7 +4,7 @@ Every section is a pydantic model: its fields, with their types and ranges, are 
 text under each field is its documentation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -36,7 +36,7 @@ from finetune.recipe.consistency import (
     find_mistakes,
     find_shared_pictures,
 )
-from finetune.recipe.prompt_lists import SUBJECT, read_prompts
+from finetune.recipe.prompt_lists import NAMES_IN, SUBJECT, put_in, read_prompts
 from finetune.recipe.yaml12 import Dumper
 from finetune.step.optimizers import OPTIMIZERS
 from finetune.step.schedules import SCHEDULES
@@ -75,17 +75,9 @@ def _check_one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple
     return prompts
 
 
-def _read_list(field: str) -> BeforeValidator:
-    """Make a validator that reads a list by name, and puts another field's text in for ``{}``."""
-
-    def read(prompts: Any, info: ValidationInfo) -> Any:
-        listed = read_prompts(prompts) if isinstance(prompts, str) else prompts
-        if not isinstance(listed, list | tuple):
-            return listed  # pydantic reports it
-        subject = info.data.get(field, SUBJECT)  # absent if it has a mistake itself
-        return [p.replace(SUBJECT, subject) if isinstance(p, str) else p for p in listed]
-
-    return BeforeValidator(read)
+def _read_list(prompts: Any) -> Any:
+    """Read a list of prompts by name; pydantic reports what is none."""
+    return list(read_prompts(prompts)) if isinstance(prompts, str) else prompts
 
 
 def _read_own_list(prompts: Any) -> Any:
@@ -106,7 +98,7 @@ Levels = Annotated[
 ]
 Prompts = Annotated[tuple[str, ...], Field(strict=False)]
 StagePrompts = Annotated[Prompts, AfterValidator(_check_one_for_each)]
-SubjectPrompts = Annotated[Prompts, _read_list("identifier")]
+NamedPrompts = Annotated[Prompts, BeforeValidator(_read_list)]
 ChosenPrecision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 Place = tuple[int | str, ...]
 
@@ -162,7 +154,8 @@ class Data(Section):
     revision: str | None = None
     """The dataset's hub revision; ``None``: the newest."""
     prompt: Annotated[str, Field(min_length=1)] | None = None
-    """One caption for all pictures; ``None``: each picture has its own."""
+    """One caption for all pictures, in which ``{}`` is ``evaluation.identifier``; ``None``: each
+    picture has its own."""
     split: str = "train"
     """The split of the dataset."""
     image_column: str = "image"
@@ -203,7 +196,8 @@ class PicturePrior(Preservation):
     kind: Literal["pictures"] = "pictures"
     """``pictures``; this kind if the field is left out."""
     prompts: Annotated[Prompts, Field(min_length=1)]
-    """Prompts of the class pictures, used in rotation, and their captions."""
+    """Prompts of the class pictures, used in rotation, and their captions; ``{}`` is
+    ``evaluation.subject``."""
     count: Positive = 100
     """The number of class pictures."""
     folder: str | None = None
@@ -227,7 +221,8 @@ class OutputPrior(Preservation):
         Annotated[Prompts, Field(min_length=1)] | Literal["everyday", "data"],
         BeforeValidator(_read_own_list),
     ]
-    """The captions to preserve, in random order: a list; the name of a ``.txt`` file with a caption
+    """The captions to preserve, in random order: a list, in which ``{}`` is
+    ``evaluation.subject``; the name of a ``.txt`` file with a caption
     on each line; ``everyday``, for the captions of everyday things in
     ``finetune/recipe/prompts/everyday.txt``; or ``data``, for the training data's own, which holds
     back what is learnt of them."""
@@ -424,10 +419,10 @@ class Validation(Section):
     """Pictures and losses measured during training, for TensorBoard."""
 
     prompts: Prompts = ()
-    """Prompts to sample; none: no pictures."""
+    """Prompts to sample, in which ``{}`` is ``evaluation.identifier``; none: no pictures."""
     stage_2_prompts: StagePrompts | None = None
     """Prompts for Stage II, one for each of ``prompts``, often the same without the subject's
-    identifier; ``None``: the same."""
+    identifier; ``{}`` is ``evaluation.subject``. ``None``: the same."""
     other_prompts: Prompts = ()
     """Prompts without the subject, whose pictures training should not change."""
     through_stage_2: Literal["never", "last", "always"] = "last"
@@ -480,19 +475,21 @@ class Evaluation(Section):
     """The subject, and how well it was learnt (``python -m finetune.evaluate``)."""
 
     identifier: Words
-    """The words that name the subject in prompts, such as ``sks octopus``."""
+    """The words that name the subject in prompts, such as ``sks octopus``, put in for ``{}`` there
+    (:data:`finetune.recipe.prompt_lists.NAMES_IN` lists the fields)."""
     subject: Words
-    """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
-    prompts: Annotated[SubjectPrompts, Field(min_length=1)]
+    """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T), and is
+    put in for ``{}`` in prompts of its class."""
+    prompts: Annotated[NamedPrompts, Field(min_length=1)]
     """Prompts that should show the subject, in which ``{}`` is the identifier; or the name of a
     shipped list, ``objects`` or ``live``, or of a ``.txt`` file with a prompt on each line."""
-    stage_2_prompts: Annotated[StagePrompts | None, _read_list("subject")] = None
+    stage_2_prompts: Annotated[StagePrompts | None, BeforeValidator(_read_list)] = None
     """Prompts for Stage II, one for each of ``prompts``, likewise, in which ``{}`` is the subject
     in plain words; ``None``: the same."""
-    other_prompts: SubjectPrompts = ()
+    other_prompts: NamedPrompts = ()
     """Prompts without the subject, or the name of the list ``others``; training should not
     change their pictures."""
-    class_prompts: Annotated[Prompts, _read_list("subject")] = ()
+    class_prompts: NamedPrompts = ()
     """Prompts of the subject's class, such as ``a photo of a {}``, in which ``{}`` is the subject
     in plain words; their pictures should not show the subject (PRES). None: not scored."""
     pictures_per_prompt: Positive = 1
@@ -564,6 +561,8 @@ class Recipe(Section):
         between = dict(find_mistakes(tree))
         try:
             recipe = handler(tree)
+            between |= dict(recipe._find_nameless())
+            recipe = recipe._put_names_in()
             if recipe.evaluation:
                 between |= find_absent_subject(
                     recipe.evaluation.identifier, recipe.evaluation.prompts
@@ -583,6 +582,26 @@ class Recipe(Section):
         if mistakes:
             raise ValidationError.from_exception_data(cls.__name__, mistakes)
         return recipe
+
+    def _find_nameless(self) -> Iterator[tuple[str, str]]:
+        """Yield the path and message of each field with a ``{}`` that nothing can be put in for."""
+        for name, fields in NAMES_IN.items() if self.evaluation is None else ():
+            for field, prompts in dict(self)[name] or ():
+                if field in fields and put_in("", prompts) != prompts:
+                    words = f"evaluation.{fields[field]}"
+                    yield f"{name}.{field}", f"{SUBJECT} is {words}: give that, or write it out"
+
+    def _put_names_in(self) -> Self:
+        """Put the subject's names in for ``{}`` in all prompts."""
+        names, filled = dict(self.evaluation or ()), {}
+        for name, fields in NAMES_IN.items() if names else ():
+            if section := dict(self)[name]:
+                own = dict(section)
+                update = {
+                    field: put_in(names[words], own[field]) for field, words in fields.items()
+                }
+                filled[name] = section.model_copy(update=update)
+        return self.model_copy(update=filled)
 
     @property
     def class_pictures(self) -> PicturePrior | None:
