@@ -46,9 +46,12 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 class CommandParser(argparse.ArgumentParser):
     """A parser that says where a missing argument has gone: to an option with several values."""
 
+    _given: Sequence[str] = ()
+    """The arguments, for messages."""
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, and keep the arguments for messages."""
-        self._given = sys.argv[1:] if args is None else list(args)
+        """Parse as argparse does; intermixed arguments in two passes, the first with all."""
+        self._given = self._given or (sys.argv[1:] if args is None else list(args))
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
+from textwrap import fill
+
+WIDTH = 100
+"""The most characters of a line in the terminal, where that is possible."""
 
 
 def format_table(rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
@@ -23,6 +27,11 @@ def format_table(rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
 def _split_lines(row: Sequence[str]) -> list[tuple[str, ...]]:
     """Split a row into the lines of its cells; cells with fewer end in empty ones."""
     return list(zip_longest(*(cell.split("\n") for cell in row), fillvalue="")) or [()]
+
+
+def fill_lines(text: str) -> str:
+    """Break a text into lines of at most :data:`WIDTH` characters."""
+    return fill(text, WIDTH, break_on_hyphens=False)
 
 
 def format_facts(facts: Sequence[tuple[str, str]]) -> str:

@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
 
 
-WIDTH = 100
-"""The most characters of a printed line."""
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     run_command(
@@ -49,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def evaluate_and_save(recipe: "Recipe", options: argparse.Namespace) -> str:
     """Evaluate, and write the report into the run's folder; return scores and verdict as text."""
     quiet_libraries()
-    from textwrap import fill
-
-    from adapters.tables import format_facts
+    from adapters.tables import fill_lines, format_facts
     from finetune.evaluation.drawing import BASE, FINE_TUNED
     from finetune.evaluation.measurement import evaluate
     from finetune.evaluation.report import SCORES, check_folder
@@ -70,7 +64,7 @@ def evaluate_and_save(recipe: "Recipe", options: argparse.Namespace) -> str:
     facts = [("Report", str(page)), ("Scores", str(folder / SCORES))]
     if options.stages == "apart" and not set(report.variants) - {BASE, FINE_TUNED}:
         facts.append(("Stages", "not apart, as no more than one of them has adapters"))
-    remarks = [fill(text, WIDTH) for text in (write_verdict(report), report.explain_intervals())]
+    remarks = map(fill_lines, (write_verdict(report), report.explain_intervals()))
     return "\n\n".join([report.table(), *remarks, format_facts(facts)]) + "\n"
 
 

@@ -8,12 +8,13 @@ from PIL import Image
 from adapters.atomic import write_png
 from adapters.errors import UserError
 from adapters.pictures.contact_sheet import contact_sheet
-from adapters.tables import format_facts
+from adapters.tables import fill_lines, format_facts
 from finetune.evaluation.drawing import BASE, FINE_TUNED
 from finetune.evaluation.intervals import Score
 from finetune.evaluation.measurement import evaluate
 from finetune.evaluation.report import EvaluationReport
 from finetune.evaluation.scoring import TITLES
+from finetune.evaluation.verdict import write_verdict
 from finetune.recipe.schema import Expected, Recipe
 from finetune.run.folders import Folders
 
@@ -28,7 +29,7 @@ def compare(recipe: Recipe) -> tuple[str, EvaluationReport]:
     """Evaluate a run, and write ``before_after.png`` next to its report.
 
     Returns:
-        The scores as a table to print, and the evaluation.
+        The scores and the verdict as text to print, and the evaluation.
 
     Raises:
         UserError: as :func:`finetune.evaluation.measurement.evaluate`.
@@ -43,7 +44,8 @@ def compare(recipe: Recipe) -> tuple[str, EvaluationReport]:
         ("Adapters", str(folders.adapters)),
         ("Curves", f".venv/bin/tensorboard --logdir {folders.run / 'logs'}"),
     ]
-    return f"{report.table(JUDGED, intervals=False)}\n\n{format_facts(facts)}\n", report
+    parts = report.table(JUDGED, intervals=False), fill_lines(write_verdict(report))
+    return "\n\n".join([*parts, format_facts(facts)]) + "\n", report
 
 
 def before_after(report: EvaluationReport) -> Image.Image:
@@ -76,7 +78,7 @@ def judge(scores: Mapping[str, Score | None], expected: Expected) -> str:
         if wanted - found > expected.spread:
             sentences.append(f"{TITLES[name]} is {found:.3f}, expected {wanted:.3f}")
     if not sentences:
-        return f"As expected, to within {expected.spread}: the subject is learnt.\n"
+        return f"The scores are as expected, to within {expected.spread}.\n"
     if max(shortfalls) > FAR * expected.spread:
         raise UserError(
             f"The run did not learn what it should: {'; '.join(sentences)}. Compare its recipe with"

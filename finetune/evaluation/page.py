@@ -91,17 +91,22 @@ def _shown(report: Results) -> list[str]:
 
 
 def _score_table(report: Results) -> Iterator[str]:
-    yield '<div class="scroll"><table><thead><tr><th></th>'
     heads = [VARIANTS[name] + " (floor)" * (name == BASE) for name in report.variants]
-    yield "".join(f"<th>{escape(head)}</th>" for head in [*heads, f"{CEILING} (ceiling)"])
+    heads = [escape(head) for head in [*heads, f"{CEILING} (ceiling)"]]
+    yield '<div class="scroll"><table class="scores"><thead><tr><th></th>'
+    yield "".join(f"<th>{head}</th>" for head in heads)
     yield "</tr></thead><tbody>"
     for name in _shown(report):
-        cells = "".join(
-            f"<td>{_score(scores, name)}{_change(report, variant, name)}</td>"
+        cells = [
+            f"{_score(scores, name)}{_change(report, variant, name)}"
             for variant, scores in report.variants.items()
-        )
-        yield f"<tr><th>{escape(report.title(name))} {_direction(name)}</th>{cells}"
-        yield f"<td>{_score(report.ceiling, name)}</td></tr>"
+        ]
+        cells.append(_score(report.ceiling, name))
+        yield f"<tr><th>{escape(report.title(name))}{_direction(name)}</th>"
+        # narrow screens show the heads in the cells, see report.css
+        for head, cell in zip(heads, cells, strict=True):
+            yield f'<td data-of="{head}">{cell}</td>'
+        yield "</tr>"
     yield "</tbody></table></div>"
 
 
@@ -109,7 +114,7 @@ def _direction(name: str) -> str:
     """Return an arrow to where a score should go."""
     if name in NEUTRAL:
         return ""
-    return "↓" if name in SMALLER_IS_BETTER else "↑"
+    return "&nbsp;↓" if name in SMALLER_IS_BETTER else "&nbsp;↑"
 
 
 def _score(scores: Scores, name: str) -> str:

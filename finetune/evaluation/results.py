@@ -29,7 +29,7 @@ FORMAT = 1
 PICTURES = "pictures"
 """The folder of the pictures' files."""
 
-TITLE_WIDTH = 26
+TITLE_WIDTH = 20
 """The width of scores' titles in a table with intervals, which fits a terminal of 100 columns."""
 
 CEILING = "real pictures"
@@ -179,7 +179,7 @@ def _format(scores: Scores, name: str, *, intervals: bool) -> str:
     score = scores[name]
     if score is None:
         return "-"
-    interval = "" if score.low is None else f"\n{score.low:.3f}–{score.high:.3f}"  # noqa: RUF001
+    interval = "" if score.low is None else f"\n{score.low:.3f} to {score.high:.3f}"
     return f"{score.value:.3f}{interval * intervals}"
 
 

@@ -57,7 +57,7 @@ def _judge_subject(report: Results) -> str:
     word, certain = _weigh(change, 0.0, way, LEARNT, "not learnt")
     return (
         f"the subject {'is' if certain else 'seems'} {word}"
-        f" ({_share(tuned, 0.0, ceiling)} of the likeness of real pictures; the base reaches"
+        f" ({_share(tuned, 0.0, ceiling, 'the likeness of real pictures')}; the base reaches"
         f" {_percent(base.value / ceiling)})"
     )
 
@@ -71,8 +71,8 @@ def _judge_others(report: Results) -> str:
     if base.value <= 0:  # a cosine, of which there are no shares then
         return f"the CLIP-T of other things {_move(change)}, by {change.value:+.3f}"
     word, certain = _weigh(change, base.value, base.value, KEPT, "damaged")
-    share = _share(change, base.value, base.value)
-    return f"other things {'are' if certain else 'seem'} {word} ({share} of the base's CLIP-T)"
+    share = _share(change, base.value, base.value, "the base's CLIP-T")
+    return f"other things {'are' if certain else 'seem'} {word} ({share})"
 
 
 def _judge_copies(report: Results) -> str:
@@ -91,7 +91,7 @@ def _judge_copies(report: Results) -> str:
 
 def _compare_stages(report: Results) -> str:
     """Give the likeness that each stage's adapters reach alone."""
-    ceiling, parts = _ceiling(report), []
+    ceiling, parts = _ceiling(report), list[str]()
     for variant in report.variants:
         score = report.variants[variant].get(_likeness(report))
         if variant not in (BASE, FINE_TUNED) and score is not None and ceiling is not None:
@@ -127,13 +127,13 @@ def _weigh(
     return word, bool(ends) and all(choose(end) == word for end in ends)
 
 
-def _share(score: Score, start: float, whole: float) -> str:
+def _share(score: Score, start: float, whole: float, title: str) -> str:
     """Format a score on top of a start as a share of a whole, with its interval."""
-    share = _percent((start + score.value) / whole)
+    share = f"{_percent((start + score.value) / whole)} of {title}"
     if score.low is None or score.high is None:
-        return f"{share}, by a single picture,"
+        return f"{share}, by a single picture"
     low, high = ((start + end) / whole for end in (score.low, score.high))
-    return f"{share}, {100 * low:.0f} to {_percent(high)},"
+    return f"{share}, {100 * low:.0f} to {_percent(high)}"
 
 
 def _move(change: Score) -> str:

@@ -9,7 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.data.pictures import Picture, crop
-from finetune.evaluation.metrics import ClipScorer, clip_i, clip_i_ceiling, clip_t
+from finetune.evaluation.metrics import (
+    ClipScorer,
+    clip_i,
+    clip_i_ceiling,
+    clip_t,
+    faithfulness,
+    likeness,
+)
 from finetune.recipe.schema import Evaluation
 from finetune.run.figures import (
     CLIP_I,
@@ -48,8 +55,8 @@ class Likeness:
             ceilings[ceiling_of(NEAREST)] = float(among.fill_diagonal_(-1).amax(1).mean())
         reached = {tag: value for tag, value in ceilings.items() if value is not None}
 
-        def score(drawn: Sequence[DrawnRow]) -> dict[str, float]:
-            figures: dict[str, float] = {}
+        def score(drawn: Sequence[DrawnRow]) -> dict[str, float | list[float]]:
+            figures: dict[str, float | list[float]] = {}
             if any(each.row.kind == "subject" for each in drawn):
                 images, texts = self._encode(drawn, "subject")
                 figures |= {
@@ -62,8 +69,8 @@ class Likeness:
             if any(each.row.kind == "others" for each in drawn):
                 images, texts = self._encode(drawn, "others")
                 figures |= {
-                    OTHERS_CLIP_T: clip_t(images, texts),
-                    OTHERS_CLIP_I: clip_i(images, real),
+                    OTHERS_CLIP_T: faithfulness(images, texts).tolist(),
+                    OTHERS_CLIP_I: likeness(images, real).tolist(),
                 }
             return figures
 

@@ -1,7 +1,9 @@
-"""Lists of prompts: those that are shipped, by name, and a user's own, in text files."""
+"""Lists of prompts, shipped or a user's own, and the names of the subject in them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from adapters.errors import closest
 
@@ -11,7 +13,37 @@ LISTS = MappingProxyType(
 """The files of the shipped lists, by name."""
 
 SUBJECT = "{}"
-"""The place of the subject in a prompt."""
+"""The place of the subject's name in a prompt."""
+
+
+NAMES_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "data": {"prompt": "identifier"},
+        "prior": {"prompts": "subject"},
+        "validation": {
+            "prompts": "identifier",
+            "stage_2_prompts": "subject",
+            "other_prompts": "identifier",
+        },
+        "evaluation": {
+            "prompts": "identifier",
+            "stage_2_prompts": "subject",
+            "other_prompts": "identifier",
+            "class_prompts": "subject",
+        },
+    }
+)
+"""The fields of a recipe that hold prompts, by section, each with the field of ``evaluation`` whose
+words are put in for ``{}``."""
+
+Filled = TypeVar("Filled", str, tuple[str, ...], None)
+
+
+def put_in(words: str, prompts: Filled) -> Filled:
+    """Put the subject's name in for ``{}`` in a prompt, or in several."""
+    if isinstance(prompts, str):
+        return prompts.replace(SUBJECT, words)
+    return prompts and tuple(prompt.replace(SUBJECT, words) for prompt in prompts)
 
 
 def read_prompts(name: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from finetune.run.figures import (
     CLIP_I,
@@ -38,6 +39,13 @@ subject's own, from which the subject leaks."""
 LEAST_SPILL = 0.05
 """The least gain in that likeness that counts as leaking."""
 
+LEAST_PICTURES = 4
+"""The least number of pictures of other prompts from which anything is concluded."""
+
+STANDARD_ERRORS = 3.2
+"""The standard errors either side of a mean that hold 95 % of means of four values, by Student's t;
+those of more values need fewer."""
+
 LEAST_GAIN = 0.01
 """The least CLIP-I above the base's that counts as learnt."""
 
@@ -53,6 +61,19 @@ class Course:
     def curve(self, tag: str) -> list[float]:
         """Return the values of a figure, where it was measured, first to last."""
         return [each.figures[tag] for each in self.history if tag in each.figures]
+
+    def is_certain(self, tag: str) -> bool:
+        """Tell whether a figure's change from the base is more than chance.
+
+        Its pictures are drawn from the same prompts and seeds each time, so the changes by picture
+        are compared with their own spread.
+        """
+        before, now = (self.history[end].by_picture.get(tag, ()) for end in (0, -1))
+        if not LEAST_PICTURES <= len(before) == len(now):
+            return False
+        changes = [new - old for old, new in zip(before, now, strict=True)]
+        error = stdev(changes) / math.sqrt(len(changes))
+        return abs(fmean(changes)) > STANDARD_ERRORS * error
 
     def last(self, tag: str) -> float | None:
         """Return the newest value of a figure; ``None``: the last validation has none."""
@@ -101,7 +122,10 @@ def leaks(course: Course) -> bool:
     """Recognise other prompts that are followed less, or whose pictures show the subject."""
     text, image, own = (course.curve(tag) for tag in (OTHERS_CLIP_T, OTHERS_CLIP_I, CLIP_I))
     forgotten = bool(text) and _fallen(text[-1], text[0])
-    return forgotten or _gain(image) > max(SPILL * _gain(own), LEAST_SPILL)
+    spilt = _gain(image) > max(SPILL * _gain(own), LEAST_SPILL)
+    return (forgotten and course.is_certain(OTHERS_CLIP_T)) or (
+        spilt and course.is_certain(OTHERS_CLIP_I)
+    )
 
 
 def copies(course: Course) -> bool:
@@ -137,8 +161,7 @@ SYMPTOMS: Mapping[str, tuple[Callable[[Course], bool], str]] = {
     "leaks": (
         leaks,
         "The subject leaks into other prompts: their CLIP-T goes from {forgetting/others_clip_t},"
-        " their likeness to the subject from {forgetting/others_clip_i}. Add prior preservation or"
-        " raise its share, or take fewer steps or a lower optimizer.learning_rate.",
+        " their likeness to the subject from {forgetting/others_clip_i}. {remedy}",
     ),
     "copies": (
         copies,
@@ -154,13 +177,26 @@ SYMPTOMS: Mapping[str, tuple[Callable[[Course], bool], str]] = {
     ),
 }
 """The kinds of trouble: each with its test, and a sentence whose placeholders are the tags of
-curves."""
+curves, and the remedy for leaking."""
+
+REMEDIES: Mapping[str | None, str] = {
+    None: "Add prior preservation (prior), or take fewer steps or a lower optimizer.learning_rate.",
+    "pictures": "Raise prior.share or prior.weight, or try prior.kind: output.",
+    "output": "Raise prior.share or prior.weight.",
+}
+"""The advice if the subject leaks, by the kind of prior preservation."""
 
 
-def diagnose(history: Sequence[Validated], steps: int) -> dict[str, str]:
-    """Return a sentence for each thing that goes wrong now, by kind."""
+def diagnose(history: Sequence[Validated], steps: int, prior: str | None = None) -> dict[str, str]:
+    """Return a sentence for each thing that goes wrong now, by kind.
+
+    Args:
+        history: the validations so far, the base's first.
+        steps: the steps that the run will have.
+        prior: the kind of prior preservation; ``None``: none.
+    """
     course = Course(history, steps)
-    changes = defaultdict(lambda: "what was not measured")
+    changes = defaultdict(lambda: "what was not measured", remedy=REMEDIES[prior])
     for tag in history[-1].figures:
         curve = course.curve(tag)
         changes[tag] = f"{curve[0]:.3f} to {curve[-1]:.3f}"

@@ -4,7 +4,7 @@ TensorBoard sorts groups of tags by name, so the groups' names are chosen for th
 (pictures), ``fidelity``, ``forgetting``, ``loss``, ``optimizer``, ``reference``, ``speed``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 CLIP_I = "fidelity/clip_i"
@@ -52,6 +52,8 @@ class Validated:
     step: int
     figures: Mapping[str, float] = field(default_factory=dict)
     """The figures by tag; absent: not measured."""
+    by_picture: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The values by picture of some of the figures, which are their means."""
 
 
 def add_floors(figures: Mapping[str, float], first: Mapping[str, float]) -> dict[str, float]:

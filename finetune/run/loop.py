@@ -108,6 +108,7 @@ def train_stage(
             fixed=FixedLosses(batches, measured) if measured else None,
             held_out=FixedLosses(batches, held_out) if held_out else None,
             depends_on=judging,
+            prior=recipe.prior.kind if recipe.prior else None,
         )
         if state:
             measures.load_state(state["measures"])

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, TypeAlias
 
 import torch
@@ -25,8 +25,9 @@ from finetune.run.tracking import Tracker
 from finetune.run.trainee import Trainee
 from finetune.run.validation import DrawnRow, Validator
 
-Score: TypeAlias = Callable[[Sequence[DrawnRow]], dict[str, float]]
-"""Computes the figures of a validation's pictures, by tag."""
+Score: TypeAlias = Callable[[Sequence[DrawnRow]], Mapping[str, float | Sequence[float]]]
+"""Computes the figures of a validation's pictures, by tag: numbers, or values by picture, of which
+the figure is the mean."""
 
 Enlarge: TypeAlias = Callable[[Sequence[DrawnRow]], list[DrawnRow]]
 """Enlarges Stage I's pictures for display."""
@@ -45,6 +46,7 @@ class Measures:
         fixed: the losses of training pictures at fixed noise, if any.
         held_out: those of held-out pictures, if any.
         depends_on: the settings that the figures and the choice depend on, by name.
+        prior: the kind of prior preservation; ``None``: none.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class Measures:
         fixed: FixedLosses | None = None,
         held_out: FixedLosses | None = None,
         depends_on: Mapping[str, Any] | None = None,
+        prior: str | None = None,
     ) -> None:
         self.trainee, self.tracker, self.settings = trainee, tracker, settings
         self.validator, self.score, self.enlarge = validator, score, enlarge
         self.fixed, self.held_out = fixed, held_out
-        self.depends_on = depends_on or {}
+        self.depends_on, self.prior = depends_on or {}, prior
         self.history: list[Validated] = []
         self.best_weights: dict[str, Tensor] | None = None
         """The adapter's weights at the best validation so far, on the CPU."""
@@ -84,8 +87,8 @@ class Measures:
         if self.trainee.step > 0:
             started = time.perf_counter()
             with self.trainee.final_weights() as unet, without_adapter(unet):
-                base, _ = self._measure(self.validator.sample() if self.validator else [])
-            self.history.append(Validated(0, base))
+                base, _ = self._measure(0, self.validator.sample() if self.validator else [])
+            self.history.append(base)
             self.tracker.skip_time(time.perf_counter() - started)
         self.validate()
 
@@ -97,12 +100,13 @@ class Measures:
         started, step = time.perf_counter(), self.trainee.step
         with self.trainee.final_weights():
             drawn = self._draw()
-            figures, losses = self._measure(drawn)
+            measured, losses = self._measure(step, drawn)
             self._show_pictures_losses(losses)
-            self.history.append(Validated(step, figures))
+            self.history.append(measured)
             self._keep_best()
-        self.tracker.curves(add_floors(figures, self.history[0].figures), step)
-        for kind, sentence in diagnose(self.history, self.trainee.training.steps).items():
+        self.tracker.curves(add_floors(measured.figures, self.history[0].figures), step)
+        trouble = diagnose(self.history, self.trainee.training.steps, self.prior)
+        for kind, sentence in trouble.items():
             if kind not in self.said:
                 self.said.append(kind)
                 self.tracker.warn(kind, f"Step {step}: {sentence}", step)
@@ -136,13 +140,17 @@ class Measures:
             sheet = contact_sheet([each.pictures], column_captions=each.row.prompts)
             self.tracker.picture(each.row.title, sheet, self.trainee.step)
 
-    def _measure(self, drawn: Sequence[DrawnRow]) -> tuple[dict[str, float], list[float]]:
+    def _measure(self, step: int, drawn: Sequence[DrawnRow]) -> tuple[Validated, list[float]]:
         """Score the pictures drawn, and compute the losses at fixed noise.
 
         Returns:
-            The figures, and the losses of the training pictures one by one.
+            The validation, and the losses of the training pictures one by one.
         """
-        figures = self.score(drawn) if self.score and drawn else {}
+        scored = self.score(drawn) if self.score and drawn else {}
+        by_picture = {tag: each for tag, each in scored.items() if isinstance(each, Sequence)}
+        figures = {
+            tag: fmean(each) if isinstance(each, Sequence) else each for tag, each in scored.items()
+        }
         if self.held_out:
             losses = self.held_out(self.trainee)
             figures[HELD_OUT] = sum(losses) / len(losses)
@@ -150,7 +158,7 @@ class Measures:
         if losses:
             figures[FIXED_NOISE] = sum(losses) / len(losses)
         self.first_losses = self.first_losses or losses
-        return figures, losses
+        return Validated(step, figures, by_picture), losses
 
     def _show_pictures_losses(self, losses: Sequence[float]) -> None:
         """Plot each training picture's loss, and list them with the worst first."""
@@ -203,7 +211,10 @@ class Measures:
     def state(self) -> dict[str, Any]:
         """Return all that the validations so far have left, as a tree for a checkpoint."""
         return {
-            "history": [{"step": v.step, "figures": dict(v.figures)} for v in self.history],
+            "history": [
+                {"step": v.step, "figures": dict(v.figures), "by_picture": dict(v.by_picture)}
+                for v in self.history
+            ],
             "first_losses": self.first_losses,
             "said": self.said,
             "best_weights": self.best_weights,
@@ -232,7 +243,11 @@ class Measures:
 
 def read_history(state: Mapping[str, Any]) -> list[Validated]:
     """Read the validations of a state that :class:`Measures` left."""
-    return [Validated(each["step"], each["figures"]) for each in state["history"]]
+    return [
+        # checkpoints of the same format have been written without values by picture
+        Validated(each["step"], each["figures"], each.get("by_picture", {}))
+        for each in state["history"]
+    ]
 
 
 def was_patient(state: Mapping[str, Any], settings: Validation, now: Mapping[str, Any]) -> bool:
@@ -277,9 +292,9 @@ def tabulate_losses(names: Sequence[str], first: Sequence[float], now: Sequence[
         lines.append(f"| {name} | {new:.4f} | {old:.4f} | {_percent(left[name])} |")
     peers = median(left[name] for name in others) if others else math.inf
     if left[worst] > peers:
-        share, others_share = _percent(left[worst]), _percent(peers)
-        told = f"{share} of its loss is left, of the others' {others_share} (median)."
-        lines += ["", f"Learnt least: {worst}; {told}"]
+        share, rest = _percent(left[worst]), _percent(peers)
+        compared = f"the others have {rest} (median)" if others[1:] else f"the other has {rest}"
+        lines += ["", f"Learnt least: {worst}, with {share} of its loss left; {compared}."]
     return "\n".join(lines)
 
 

@@ -5,10 +5,11 @@ import shlex
 import subprocess
 import sys
 from importlib import import_module
+from io import StringIO
 
 import pytest
 
-from adapters import command
+from adapters import command, errors
 from tests.builders import ROOT
 
 COMMANDS = (
@@ -58,3 +59,40 @@ def test_a_result_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     parser = command.command_parser("x", "Do it.", "--rank 2", "--rank", "--json")
     command.run_command(parser, ["--rank", "2"], lambda options: f"{options.rank} {options.json}")
     assert capsys.readouterr().out == "2 False\n"
+
+
+def test_what_an_option_with_several_values_has_taken_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments, said in (
+        (["--targets", "attention", "tuned"], True),
+        (["--rank", "2"], False),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            import_module("adapters.extract").main(arguments)
+        error = capsys.readouterr().err
+        assert "the following arguments are required" in error
+        assert ("--targets takes all values that follow it" in error) == said
+
+
+class Terminal(StringIO):
+    """A stream that a person watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "rank", "said"),
+    [(Terminal(), "0", "Loading"), (Terminal(), "1", ""), (StringIO(), "0", "")],
+)
+def test_a_person_is_told_once_that_libraries_are_loading(
+    stream: StringIO, rank: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("RANK", rank)
+    errors.say_loading.cache_clear()
+    errors.say_loading()
+    errors.say_loading()
+    assert stream.getvalue().startswith(said)
+    assert stream.getvalue().count("\n") == bool(said)

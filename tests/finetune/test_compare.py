@@ -27,7 +27,7 @@ QUICKSTART = str(ROOT / "recipes/quickstart.yaml")
 @pytest.mark.parametrize(
     ("overrides", "shift", "said"),
     [
-        ([], 0, "As expected"),
+        ([], 0, "The scores are as expected"),
         ([], -0.3, None),
         (["data.source=my_dog"], -0.3, "Not judged: the expected scores are for datasets/octopus,"),
         (["data.source=my_dog", "evaluation.expected.data=my_dog"], -0.3, None),
@@ -57,7 +57,7 @@ def test_scores_of_other_data_are_not_judged(
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ((0.46, 0.62, 0.60), "As expected, to within 0.05"),
+        ((0.46, 0.62, 0.60), "The scores are as expected, to within 0.05"),
         (
             (0.44, 0.62, 0.60),
             "Lower than expected: CLIP-I, generated vs. real pictures is 0.440",
@@ -88,4 +88,6 @@ def test_a_score_that_is_not_defined_is_not_as_expected(score: float | None) -> 
 
 def test_scores_that_were_not_asked_for_are_not_judged() -> None:
     expected = Expected(data="x", clip_i=0.5, clip_t=0.5, clip_t_others=0.5, spread=0.05)
-    assert comparison.judge(scores_of(clip_i=0.5, clip_t=0.5), expected).startswith("As expected")
+    assert comparison.judge(scores_of(clip_i=0.5, clip_t=0.5), expected).startswith(
+        "The scores are as expected"
+    )

@@ -4,6 +4,7 @@ import json
 import re
 from argparse import Namespace
 from contextlib import redirect_stdout
+from html import escape
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -147,10 +148,18 @@ def test_the_table_names_every_score_that_is_defined(shown: str) -> None:
     header, *rows = shown.splitlines()
     for title in VARIANTS.values():
         assert title in header
-    assert any(re.match(r"CLIP-I, .* 0\.\d{3} \(", row) for row in rows)
-    assert any(row.startswith("DIV, among pictures of one prompt (CLIP)") for row in rows)
+    assert re.match(r"CLIP-I, generated( +-?0\.\d{3}){5}$", rows[0])
+    assert re.match(r"vs\. real pictures( +-?0\.\d{3} to 0\.\d{3}){5}$", rows[1])
+    assert any(row.startswith("DIV, among pictures ") for row in rows)
     assert "DINO" not in shown
     assert "report.html" in shown
+
+
+def test_the_verdict_stands_below_the_table_and_on_the_page(shown: str, folder: Path) -> None:
+    below = " ".join(shown.split("\n\n")[1].split())
+    assert below.startswith("The subject ")
+    assert "Stage II alone" in below
+    assert f'<p class="verdict">{escape(below)}</p>' in (folder / "report.html").read_text()
 
 
 class Page(HTMLParser):
@@ -229,6 +238,7 @@ def test_a_later_evaluation_replaces_the_earlier_one(
         (["--adapters", "a=b"], "'a=b' ends in 'b', which is not a scale"),
         (["evaluation.clip=/nowhere/clip"], "evaluation.clip must name a CLIP model"),
         (["evaluation.dino=/nowhere/dino"], "evaluation.dino must name a DINO or DINOv2 model"),
+        (["--adapters", "a", "seed=-1"], "seed: Input should be greater than or equal to 0"),
         (["--adapters", "a=0.5", "a=1"], "--adapters must name different adapters (got a twice)"),
         (["--reference", str(ROOT / "recipes")], "two pictures or more, but"),
         (["evaluation=null"], "needs an `evaluation` section"),
@@ -300,8 +310,12 @@ def test_stages_that_cannot_be_told_apart_are_spoken_of(
     stages: str, variants: tuple[str, ...], said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = SimpleNamespace(
-        variants=dict.fromkeys(variants), save=lambda folder: folder, table=lambda: "scores"
+        variants=dict.fromkeys(variants),
+        save=lambda folder: folder,
+        table=lambda: "scores",
+        explain_intervals=lambda: "of few they say little",
     )
+    monkeypatch.setattr("finetune.evaluation.verdict.write_verdict", lambda _: "It is learnt.")
     monkeypatch.setattr("finetune.evaluation.measurement.evaluate", lambda *_, **__: report)
     recipe = load_recipe(ROOT / "recipes/quickstart.yaml", ["name=nothing"])
     options = Namespace(adapters=None, stages=stages, reference=None)
@@ -322,3 +336,17 @@ def test_one_training_picture_leaves_the_ceiling_undefined(recipe: Recipe) -> No
     assert report.table().splitlines()[1].endswith("-")
     with pytest.raises(UserError, match="is no earlier evaluation"):
         report.save(folder)
+
+
+def test_a_runs_own_recipe_needs_no_more_words(
+    recipe: Recipe, folder: Path, scores: dict[str, Any]
+) -> None:
+    """This test is the last, as it replaces the evaluation that the others look at."""
+    before = (folder / "scores.json").stat().st_ino
+    main([str(recipe.folder / "recipe.yaml")])
+    assert (folder / "scores.json").stat().st_ino != before
+    again = json.loads((folder / "scores.json").read_text())
+    assert list(again["variants"]) == ["base", "fine_tuned"]
+    assert again["variants"]["base"] == scores["variants"]["base"] | {
+        "frechet": again["variants"]["base"]["frechet"]
+    }

@@ -18,7 +18,8 @@ class Data(Section):
     revision: str | None = None
     """The dataset's hub revision; ``None``: the newest."""
     prompt: Annotated[str, Field(min_length=1)] | None = None
-    """One caption for all pictures; ``None``: each picture has its own."""
+    """One caption for all pictures, in which ``{}`` is ``evaluation.identifier``; ``None``: each
+    picture has its own."""
     split: str = "train"
     """The split of the dataset."""
     image_column: str = "image"

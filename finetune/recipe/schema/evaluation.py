@@ -7,7 +7,7 @@ from pydantic import Field
 from adapters.cascade.sampling import Sampling
 from finetune.recipe.consistency import Drawing
 from finetune.recipe.schema.fields import Positive, Section, Seed, Words
-from finetune.recipe.schema.prompts import Prompts, StagePrompts, SubjectPrompts, read_list
+from finetune.recipe.schema.prompts import NamedPrompts, NamedStagePrompts
 
 SEEDS_APART = 1000
 """The distance between the seeds of two pictures of one prompt, more than there are prompts."""
@@ -32,19 +32,21 @@ class Evaluation(Section):
     """The subject, and how well it was learnt (``python -m finetune.evaluate``)."""
 
     identifier: Words
-    """The words that name the subject in prompts, such as ``sks octopus``."""
+    """The words that name the subject in prompts, such as ``sks octopus``, put in for ``{}`` there
+    (:data:`finetune.recipe.prompt_lists.NAMES_IN` lists the fields)."""
     subject: Words
-    """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
-    prompts: Annotated[SubjectPrompts, Field(min_length=1)]
+    """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T), and is
+    put in for ``{}`` in prompts of its class."""
+    prompts: Annotated[NamedPrompts, Field(min_length=1)]
     """Prompts that should show the subject, in which ``{}`` is the identifier; or the name of a
     shipped list, ``objects`` or ``live``, or of a ``.txt`` file with a prompt on each line."""
-    stage_2_prompts: Annotated[StagePrompts | None, read_list("subject")] = None
+    stage_2_prompts: NamedStagePrompts = None
     """Prompts for Stage II, one for each of ``prompts``, likewise, in which ``{}`` is the subject
     in plain words; ``None``: the same."""
-    other_prompts: SubjectPrompts = ()
+    other_prompts: NamedPrompts = ()
     """Prompts without the subject, or the name of the list ``others``; training should not
     change their pictures."""
-    class_prompts: Annotated[Prompts, read_list("subject")] = ()
+    class_prompts: NamedPrompts = ()
     """Prompts of the subject's class, such as ``a photo of a {}``, in which ``{}`` is the subject
     in plain words; their pictures should not show the subject (PRES). None: not scored."""
     pictures_per_prompt: Positive = 1

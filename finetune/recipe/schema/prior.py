@@ -37,7 +37,8 @@ class PicturePrior(Preservation):
     kind: Literal["pictures"] = "pictures"
     """``pictures``; this kind if the field is left out."""
     prompts: Annotated[Prompts, Field(min_length=1)]
-    """Prompts of the class pictures, used in rotation, and their captions."""
+    """Prompts of the class pictures, used in rotation, and their captions; ``{}`` is
+    ``evaluation.subject``."""
     count: Positive = 100
     """The number of class pictures."""
     folder: str | None = None
@@ -67,10 +68,10 @@ class OutputPrior(Preservation):
         Annotated[Prompts, Field(min_length=1)] | Literal["everyday", "data"],
         BeforeValidator(_read_own_list),
     ]
-    """The captions to preserve, in random order: a list; the name of a ``.txt`` file with a caption
-    on each line; ``everyday``, for the captions of everyday things in
-    ``finetune/recipe/prompts/everyday.txt``; or ``data``, for the training data's own, which holds
-    back what is learnt of them."""
+    """The captions to preserve, in random order: a list, in which ``{}`` is
+    ``evaluation.subject``; the name of a ``.txt`` file with a caption on each line; ``everyday``,
+    for the captions of everyday things in ``finetune/recipe/prompts/everyday.txt``; or ``data``,
+    for the training data's own, which holds back what is learnt of them."""
     share: Share = 0.25
     """The share of preserved pictures in each optimizer step, as in either kind."""
 

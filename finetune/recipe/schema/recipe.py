@@ -1,5 +1,6 @@
 """A whole recipe: its sections, and what follows from several of them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -8,6 +9,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_va
 from pydantic_core import PydanticCustomError
 
 from finetune.recipe.consistency import find_absent_subject, find_mistakes, find_shared_pictures
+from finetune.recipe.prompt_lists import NAMES_IN, SUBJECT, put_in
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data
 from finetune.recipe.schema.evaluation import Evaluation
@@ -70,6 +72,8 @@ class Recipe(Section):
         between = dict(find_mistakes(tree))
         try:
             recipe = handler(tree)
+            between |= dict(recipe._find_nameless())
+            recipe = recipe._put_names_in()
             if recipe.evaluation:
                 between |= find_absent_subject(
                     recipe.evaluation.identifier, recipe.evaluation.prompts
@@ -89,6 +93,26 @@ class Recipe(Section):
         if mistakes:
             raise ValidationError.from_exception_data(cls.__name__, mistakes)
         return recipe
+
+    def _find_nameless(self) -> Iterator[tuple[str, str]]:
+        """Yield the path and message of each field with a ``{}`` that nothing can be put in for."""
+        for name, fields in NAMES_IN.items() if self.evaluation is None else ():
+            for field, prompts in dict(self)[name] or ():
+                if field in fields and put_in("", prompts) != prompts:
+                    words = f"evaluation.{fields[field]}"
+                    yield f"{name}.{field}", f"{SUBJECT} is {words}: give that, or write it out"
+
+    def _put_names_in(self) -> Self:
+        """Put the subject's names in for ``{}`` in all prompts."""
+        names, filled = dict(self.evaluation or ()), {}
+        for name, fields in NAMES_IN.items() if names else ():
+            if section := dict(self)[name]:
+                own = dict(section)
+                update = {
+                    field: put_in(names[words], own[field]) for field, words in fields.items()
+                }
+                filled[name] = section.model_copy(update=update)
+        return self.model_copy(update=filled)
 
     @property
     def class_pictures(self) -> PicturePrior | None:

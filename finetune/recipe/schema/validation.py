@@ -28,10 +28,10 @@ class Validation(Section):
     """Pictures and losses measured during training, for TensorBoard."""
 
     prompts: Prompts = ()
-    """Prompts to sample; none: no pictures."""
+    """Prompts to sample, in which ``{}`` is ``evaluation.identifier``; none: no pictures."""
     stage_2_prompts: StagePrompts | None = None
     """Prompts for Stage II, one for each of ``prompts``, often the same without the subject's
-    identifier; ``None``: the same."""
+    identifier; ``{}`` is ``evaluation.subject``. ``None``: the same."""
     other_prompts: Prompts = ()
     """Prompts without the subject, whose pictures training should not change."""
     through_stage_2: Literal["never", "last", "always"] = "last"

@@ -11,7 +11,7 @@ from finetune.evaluation.metrics import (
     clip_i,
     clip_i_ceiling,
     clip_t,
-    diversity,
+    diversities,
     faithfulness,
     frechet_distance,
     likeness,
@@ -51,7 +51,7 @@ def test_pictures_are_not_compared_with_themselves() -> None:
     np.testing.assert_allclose(likeness_among(real), np.mean(others, axis=1), rtol=1e-12)
     np.testing.assert_allclose(nearest_among(real), np.max(others, axis=1), rtol=1e-12)
     assert clip_i_ceiling(real) == pytest.approx(np.mean(others), rel=1e-12)
-    assert diversity(real) == pytest.approx(1 - np.mean(others), rel=1e-12)
+    assert float(diversities(real).mean()) == pytest.approx(1 - np.mean(others), rel=1e-12)
     assert clip_i_ceiling(real[:1]) is None
 
 
@@ -63,7 +63,7 @@ def test_many_pictures_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_equal_pictures_have_no_diversity() -> None:
-    assert diversity(units(1, 0).expand(3, -1)) == pytest.approx(0, abs=1e-6)
+    assert diversities(units(1, 0).expand(3, -1)).tolist() == pytest.approx([0] * 3, abs=1e-6)
 
 
 def test_the_frechet_distance_equals_the_formula_with_a_root_of_a_matrix() -> None:

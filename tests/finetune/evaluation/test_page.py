@@ -1,5 +1,6 @@
 """The page of a report: what is said of unusual pictures, and what many training pictures cost."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from finetune.data.pictures import Picture
 from finetune.evaluation.drawing import Shot
 from finetune.evaluation.intervals import Score
 from finetune.evaluation.page import PHOTOS, write_page
-from finetune.evaluation.results import Photo, Results
+from finetune.evaluation.results import VARIANTS, Photo, Results
 from finetune.evaluation.scoring import MEANINGS, TITLES, PictureScore
+from finetune.evaluation.verdict import write_verdict
 
 SHOT = Shot("subject", 0, 0, "a <sks> dog", "a <sks> dog", "a dog", 7)
 
@@ -53,7 +55,38 @@ def test_prompts_and_settings_are_shown_as_text(tmp_path: Path) -> None:
     assert "PRES" not in page  # not defined for any variant
     assert "<th>base (floor)</th>" in page
     assert "<th>real pictures (ceiling)</th>" in page
-    assert "<th>CLIP-I, generated vs. real pictures ↑</th>" in page
+    for head in ("base (floor)", "fine-tuned", "real pictures (ceiling)"):
+        assert page.count(f'<td data-of="{head}">') == 1  # for narrow screens
+    assert "<th>CLIP-I, generated vs. real pictures&nbsp;↑</th>" in page
+
+
+def test_the_verdict_stands_first(tmp_path: Path) -> None:
+    results = results_of(tmp_path)
+    page = write_page(results)
+    verdict = f'<p class="verdict">{write_verdict(results)}</p>'
+    assert page.index("<h1>") < page.index(verdict) < page.index("<table ")
+
+
+def test_the_legend_says_what_is_resampled(tmp_path: Path) -> None:
+    one = results_of(tmp_path)
+    several = replace(one, shots=[SHOT, replace(SHOT, place=1), replace(SHOT, group="others")])
+    two_of_one = replace(one, shots=[SHOT, replace(SHOT, number=1)])
+    own, other = "with the subject", "without the subject"
+    for results, alone in ((one, own), (several, other), (two_of_one, own)):
+        said = f"gives, or the pictures where there is only one prompt ({alone}); of few"
+        assert said in results.explain_intervals()
+    many = replace(one, shots=[SHOT, replace(SHOT, place=1)])
+    assert "resampling the prompts gives; of few" in many.explain_intervals()
+    assert many.explain_intervals() in write_page(replace(many, samples={}, variants={"base": {}}))
+
+
+def test_the_table_fits_a_terminal_with_all_variants(tmp_path: Path) -> None:
+    results, scores = results_of(tmp_path), dict.fromkeys(TITLES, Score(0.512, 0.401, 0.623, 12))
+    table = replace(results, variants=dict.fromkeys(VARIANTS, scores), ceiling=scores).table()
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[1].startswith("CLIP-I, generated  ")
+    assert lines[1].count("0.512") == lines[2].count("0.401 to 0.623") == len(VARIANTS) + 1
 
 
 def test_a_change_is_coloured_only_if_it_is_certain(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def test_figures_are_those_of_the_evaluation(photos: list[Picture]) -> None:
         CLIP_T: clip_t(vectors, texts),
         SAMENESS: float(vectors[0] @ vectors[1]),
         NEAREST: (1 + float((photo_vectors @ vectors[1]).max())) / 2,
-        OTHERS_CLIP_T: clip_t(vectors[1:], scorer.texts(["a pizza on a red background"])),
-        OTHERS_CLIP_I: clip_i(vectors[1:], photo_vectors),
+        OTHERS_CLIP_T: [clip_t(vectors[1:], scorer.texts(["a pizza on a red background"]))],
+        OTHERS_CLIP_I: [clip_i(vectors[1:], photo_vectors)],
     }
     for tag, value in expected.items():
         assert figures[tag] == pytest.approx(value, abs=1e-4), tag

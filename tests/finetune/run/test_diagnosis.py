@@ -47,11 +47,21 @@ BAD = [
 ]
 
 
-def history(curves: dict[str, list[float]], count: int = 4) -> list[Validated]:
-    return [
-        Validated(10 * index, {tag: values[index] for tag, values in curves.items()})
-        for index in range(count)
-    ]
+APART = (-0.02, 0.01, 0.02, -0.01)
+"""The distances of pictures' values from their mean."""
+
+
+def history(
+    curves: dict[str, list[float]], count: int = 4, apart: tuple[float, ...] = APART
+) -> list[Validated]:
+    """Validations, in which the pictures of other prompts change alike."""
+    found = []
+    for index in range(count):
+        figures = {tag: values[index] for tag, values in curves.items()}
+        others = {tag: figures[tag] for tag in (OTHERS_CLIP_T, OTHERS_CLIP_I)}
+        by_picture = {tag: [mean + each for each in apart] for tag, mean in others.items()}
+        found.append(Validated(10 * index, figures, by_picture))
+    return found
 
 
 def test_a_good_run_has_no_trouble_at_any_time() -> None:
@@ -76,6 +86,39 @@ def test_trouble_is_recognised(kind: str, curves: dict[str, list[float]], words:
     found = diagnose(history(GOOD | curves), 30)
     assert list(found) == [kind]
     assert words in found[kind]
+
+
+LEAK = {OTHERS_CLIP_T: [0.3, 0.28, 0.27, 0.2]}
+
+
+def test_few_pictures_are_no_evidence_of_a_leak() -> None:
+    assert diagnose(history(GOOD | LEAK, apart=APART[:2]), 30) == {}
+    assert diagnose(history(GOOD | LEAK, apart=APART), 30) != {}
+    unknown = [Validated(each.step, each.figures) for each in history(GOOD | LEAK)]
+    assert diagnose(unknown, 30) == {}
+
+
+@pytest.mark.parametrize(("spread", "said"), [(0.05, True), (0.2, False)])
+def test_a_leak_is_told_from_the_spread_of_its_changes(spread: float, said: bool) -> None:
+    """A mean fall of 0.1 has a standard error of half of the spread."""
+    first, *between, last = history(GOOD | LEAK)
+    before = first.by_picture[OTHERS_CLIP_T]
+    changes = [-0.1 + spread * each for each in (1.0, -1.0, 0.5, -0.5)]
+    now = {OTHERS_CLIP_T: [b + c for b, c in zip(before, changes, strict=True)]}
+    found = diagnose([first, *between, Validated(last.step, last.figures, now)], 30)
+    assert ("leaks" in found) == said
+
+
+@pytest.mark.parametrize(
+    ("prior", "advice"),
+    [
+        (None, "Add prior preservation (prior), or take"),
+        ("pictures", "or try prior.kind: output."),
+        ("output", "to 0.220. Raise prior.share or prior.weight."),
+    ],
+)
+def test_advice_against_a_leak_depends_on_the_prior(prior: str | None, advice: str) -> None:
+    assert advice in diagnose(history(GOOD | LEAK), 30, prior)["leaks"]
 
 
 def test_every_symptom_is_tested() -> None:

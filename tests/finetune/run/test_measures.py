@@ -25,7 +25,7 @@ from finetune.run.folders import (
     list_unfinished,
     select_identity,
 )
-from finetune.run.measures import Measures, Score, tabulate_losses
+from finetune.run.measures import Measures, Score, read_history, tabulate_losses
 from finetune.run.trainee import Trainee
 from finetune.run.validation import DrawnRow
 from finetune.step.stages import STAGES
@@ -336,13 +336,17 @@ def test_an_interrupted_run_chooses_as_an_uninterrupted_one(make: Make, interrup
 def test_trouble_is_reported_once(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = make(validation={**DRAWN, **QUIET})
 
-    def score(drawn: Sequence[DrawnRow]) -> dict[str, float]:
-        return {CLIP_I: 0.2}
+    def score(drawn: Sequence[DrawnRow]) -> dict[str, float | list[float]]:
+        return {CLIP_I: 0.2, OTHERS_CLIP_T: [0.25, 0.5]}
 
     train(recipe, score=score)
     output = capfd.readouterr()
     assert (output.out + output.err).count("warning: Step 2: Nothing is learnt so far") == 1
     assert "warnings/learns_nothing/text_summary" in events_of(recipe).Tags()["tensors"]
+    assert logged(recipe, OTHERS_CLIP_T) == [0.375] * 5
+    saved = list_checkpoints(Folders(recipe.folder).checkpoints(STAGES[1]))[-1]
+    history = read_history(load_checkpoint(saved)["measures"])
+    assert [each.by_picture for each in history] == [{OTHERS_CLIP_T: [0.25, 0.5]}] * len(history)
 
 
 def test_the_picture_that_is_learnt_least_is_named() -> None:
@@ -351,7 +355,8 @@ def test_the_picture_that_is_learnt_least_is_named() -> None:
     )
     rows = [line.split(" | ")[0] for line in table.splitlines()[2:5]]
     assert rows == ["| odd.png", "| busy.png", "| plain.png"]
-    assert "Learnt least: odd.png; 90% of its loss is left, of the others' 50% (median)." in table
+    said = "Learnt least: odd.png, with 90% of its loss left; the others have 50% (median)."
+    assert said in table
 
 
 def test_a_picture_without_a_loss_at_first_is_listed() -> None:
