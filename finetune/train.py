@@ -62,6 +62,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
 
     from adapters.atomic import write_text
     from finetune.data.pictures import load_pictures
+    from finetune.evaluation.encoders import check_clip, check_dino
     from finetune.evaluation.while_training import Likeness
     from finetune.memory.fit import explain_out_of_memory, plan
     from finetune.memory.report import format_plan
@@ -83,6 +84,10 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return
     check_recipe(recipe, device)
+    if recipe.evaluation:  # or hours later the run could not be scored
+        check_clip(recipe.evaluation.clip)
+        if recipe.evaluation.dino:
+            check_dino(recipe.evaluation.dino)
     precision = recipe.training(pending[0]).precision_on(device)
     activation = recipe.source(pending[0]).unet_config["act_fn"]
     compile_ahead(device, compute_dtype(precision, device), activation)

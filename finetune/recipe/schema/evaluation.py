@@ -6,7 +6,7 @@ from pydantic import Field
 
 from adapters.cascade.sampling import Sampling
 from finetune.recipe.consistency import Drawing
-from finetune.recipe.schema.fields import Positive, Section, Seed, Words
+from finetune.recipe.schema.fields import Positive, Section, Seed
 from finetune.recipe.schema.prompts import Prompts, StagePrompts, SubjectPrompts, read_list
 
 SEEDS_APART = 1000
@@ -31,9 +31,9 @@ class Expected(Section):
 class Evaluation(Section):
     """The subject, and how well it was learnt (``python -m finetune.evaluate``)."""
 
-    identifier: Words
+    identifier: str
     """The words that name the subject in prompts, such as ``sks octopus``."""
-    subject: Words
+    subject: str
     """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T)."""
     prompts: Annotated[SubjectPrompts, Field(min_length=1)]
     """Prompts that should show the subject, in which ``{}`` is the identifier; or the name of a
