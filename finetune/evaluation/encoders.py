@@ -26,6 +26,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from adapters.errors import UserError, listed
+from unets.loading import is_finite
 
 BATCH_SIZE = 25
 """The number of pictures encoded at once."""
@@ -171,8 +172,14 @@ def _load_weights(load: Callable[..., Any], model: Any, **options: Any) -> Any:
         loaded, found = model.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **AS_TENSORS, **options
         )
-        mismatched = {weight for weight, *_ in found["mismatched_keys"]}
-        for problem, weights in (("lack", found["missing_keys"]), ("do not fit", mismatched)):
+        problems = {
+            "lack": found["missing_keys"],
+            "do not fit": {weight for weight, *_ in found["mismatched_keys"]},
+            "hold NaN or infinite values in": {
+                name for name, weight in loaded.named_parameters() if not is_finite(weight)
+            },
+        }
+        for problem, weights in problems.items():
             if weights:
                 raise ValueError(
                     f"the files {problem} the weights {listed(sorted(weights), SHOWN)} that"
