@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from adapters.files.info import read_info
 from adapters.pictures.contact_sheet import CELL_PX
 from finetune.compare import main as compare
 from finetune.data.pictures import load_pictures
@@ -311,6 +312,37 @@ def test_a_global_batch_trains_the_same_however_it_is_divided(
         ours = load_file(adapter_file(own, "stage_1"))
         for name, tensor in weights.items():
             assert torch.allclose(ours[name], tensor, rtol=1e-3, atol=1e-5), name
+
+
+def test_all_processes_stop_early_together_and_nothing_goes_on_from_there(
+    random_cascade: RandomCascade,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only the first of them knows that patience has run out; the others would wait for it."""
+    validation = {"every": 1, "loss_pictures": 0, "held_out": 1}
+    validation["best"] = {"figure": "held_out", "keep_others": None, "patience": 1}
+    tree = recipe_of(random_cascade, pictures, stage_2=None, validation=validation, log_every=1)
+    tree |= {"prior": None, "evaluation": None}
+    tree["stage_1"]["optimizer"]["learning_rate"] = 1e-30  # too low to change a loss
+    path = save_recipe(tmp_path, tree)
+    done = launch(path, processes=2)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert said.count("that of step 1 (the run stopped early at step 2)") == 1
+    assert len(points(tmp_path / "runs" / "run", "loss")) == 2
+    adapter = tmp_path / "runs" / "run" / "adapters" / "stage_1"
+    info = read_info(adapter)
+    assert (info.step, info.last_step, info.stopped_early) == (1, 2, True)
+    run(path)
+    (already,) = capsys.readouterr().out.splitlines()
+    assert already.startswith("Already trained")
+    run(path, "validation.loss_pictures=1")
+    warning, again = capsys.readouterr().out.splitlines()
+    ignored = "as it was exported, with other settings (validation.loss_pictures differ): to train"
+    assert warning.startswith(f"warning: {adapter} stays {ignored}")
+    assert again == already
 
 
 def test_what_a_recipe_says_of_draws_reaches_the_batches(
