@@ -26,7 +26,7 @@ from adapters.pictures.contact_sheet import CELL_PX
 from finetune.compare import main as compare
 from finetune.data.pictures import load_pictures
 from finetune.recipe.file import load_recipe
-from finetune.run import loop
+from finetune.run import stage_run
 from finetune.step.inputs import Batch
 from finetune.train import gather, main
 from tests.builders import ROOT
@@ -414,9 +414,9 @@ def test_a_stage_is_loaded_once_the_one_before_is_out_of_memory(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    others, load, found = unets_in_memory(), loop.load_trainee, []
+    others, load, found = unets_in_memory(), stage_run.load_trainee, []
     monkeypatch.setattr(
-        loop, "load_trainee", lambda *a: found.append(unets_in_memory() - others) or load(*a)
+        stage_run, "load_trainee", lambda *a: found.append(unets_in_memory() - others) or load(*a)
     )
     run(save_recipe(tmp_path, recipe_of(random_cascade, pictures, prior=None)))
     assert found == [set(), set()]

@@ -19,7 +19,7 @@ from adapters.files.info import read_info
 from finetune.data.batches import Batches
 from finetune.data.pictures import Picture
 from finetune.recipe.schema import Recipe, Timesteps
-from finetune.run import loop
+from finetune.run import stage_run
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint
 from finetune.run.figures import CLIP_I, FIXED_NOISE, HELD_OUT, OTHERS_CLIP_T, floor_of
 from finetune.run.fixed_losses import FixedLosses, check_held_out, hold_out, spread_timesteps
@@ -188,13 +188,13 @@ def test_fixed_losses_are_of_evenly_spread_timesteps() -> None:
 
 
 def test_held_out_pictures_are_not_trained_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, original = [], loop.build_batches
+    trained, original = [], stage_run.build_batches
 
     def build(*arguments: Any) -> Batches:
         trained.append(original(*arguments))
         return trained[-1]
 
-    monkeypatch.setattr(loop, "build_batches", build)
+    monkeypatch.setattr(stage_run, "build_batches", build)
     recipe = make(validation={"held_out": 1, "every": 2})
     pictures = material_of(recipe).pictures
     kept, held_out = hold_out(pictures, 1, recipe.seed)
