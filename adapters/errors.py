@@ -78,8 +78,13 @@ def listed(names: Iterable[str], limit: int = 20) -> str:
 
 def closest(word: str, names: Sequence[str]) -> str:
     """Hint at the valid name closest to a word, or list all of them."""
+    return hint(word, names) or f"valid: {', '.join(names)}"
+
+
+def hint(word: str, names: Sequence[str]) -> str:
+    """Hint at the valid name closest to a word; empty if none is close."""
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def name_in(table: Mapping[str, object]) -> AfterValidator:

@@ -53,11 +53,12 @@ def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting:
     setting that turns cleaning off.
 
     Raises:
-        UserError: if a caption has only invisible characters, or cleaning leaves no word of it.
+        UserError: if a caption has only invisible characters or some that no text may have, or
+            cleaning leaves no word of it.
     """
     for caption, place in captions.items():
-        if found := find_invisible(caption):
-            raise UserError(f"Nothing in {place} is visible (found {found}); write some text.")
+        if caption and (flaw := find_flaw(caption)):
+            raise UserError(f"The text of {place} {flaw}.")
     if not clean_caption:
         return
     lost: dict[str, tuple[str, ...]] = {}
@@ -133,12 +134,25 @@ def find_lost_words(caption: str, cleaned: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(dropped))
 
 
-def find_invisible(text: str) -> str | None:
-    """Name a text's characters if none is visible; ``None``: one is, or the text is empty."""
-    if any(unicodedata.category(character)[0] not in "CZ" for character in text):
-        return None
-    names = (unicodedata.name(character, f"U+{ord(character):04X}") for character in text)
-    return listed(dict.fromkeys(names), 3) or None
+def find_flaw(text: str) -> str | None:
+    """Say what is wrong with a text that shows nothing or cannot be written; ``None``: nothing.
+
+    Example:
+        >>> from adapters.texts import find_flaw
+        >>> find_flaw(" ")
+        'has no visible character (found SPACE); write some text'
+    """
+    if not text:
+        return "is empty; write some text"
+    if "\0" in text:
+        return f"has a NUL character (in {_quote(text)}); leave it out"
+    if any(unicodedata.category(character) == "Cs" for character in text):  # a lone surrogate
+        return f"has a byte that is not UTF-8 (in {_quote(text)}); write it again in UTF-8"
+    if all(unicodedata.category(character)[0] in "CZ" for character in text):
+        names = (unicodedata.name(character, f"U+{ord(character):04X}") for character in text)
+        found = listed(dict.fromkeys(names), 3)
+        return f"has no visible character (found {found}); write some text"
+    return None
 
 
 @cache
@@ -194,13 +208,12 @@ def _quote(caption: str) -> str:
 
 
 def check_texts(texts: Iterable[object]) -> None:
-    """Raise a UserError if one of the texts is not a string, or is not valid UTF-8."""
+    """Raise a UserError if one of the texts is not a string, or cannot be written.
+
+    It may be empty, as negative prompts often are.
+    """
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"A prompt must be a string (got {text!r}); give one or several.")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"The prompt {text!r} has a byte that is not UTF-8; write it again in UTF-8."
-            ) from None
+        if text and (flaw := find_flaw(text)):
+            raise UserError(f"A prompt {flaw}.")

@@ -26,7 +26,7 @@ from adapters.tables import format_table
 from benchmarks.machine import parser, prepare_models, write_report
 from finetune.memory.footprint import Rehearsal
 from finetune.recipe.schema import Recipe
-from finetune.run.loop import load_trainee
+from finetune.run.stage_run import load_trainee
 from finetune.step.inputs import Batch
 from finetune.step.stages import STAGES
 from unets.tally import GIB

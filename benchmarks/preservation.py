@@ -24,7 +24,7 @@ from adapters.tables import format_table
 from finetune.data.pictures import load_pictures
 from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.run.loop import build_batches, load_trainee
+from finetune.run.stage_run import build_batches, load_trainee
 from finetune.step.stages import STAGES
 from finetune.train import gather
 

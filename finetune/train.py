@@ -17,11 +17,15 @@ from adapters.errors import UserError, quiet_libraries
 from finetune.command import run_command
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from finetune.data.pictures import Picture
+    from finetune.evaluation.while_training import Likeness
     from finetune.recipe.schema import Recipe
-    from finetune.run.loop import Material
+    from finetune.run.folders import Folders
+    from finetune.run.stage_run import Material
+    from finetune.step.stages import Stage
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,21 +60,16 @@ def preview(recipe: "Recipe") -> str:
 
 
 def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
-    """Run a recipe: gather its material, then train each of its stages in turn."""
+    """Run a recipe: check it, gather its material, then train each of its stages in turn."""
     import torch
-    from tqdm import tqdm
 
     from adapters.atomic import write_text
     from finetune.data.pictures import load_pictures
-    from finetune.evaluation.while_training import Likeness
-    from finetune.memory.fit import explain_out_of_memory, plan
-    from finetune.memory.report import format_plan
+    from finetune.memory.fit import explain_out_of_memory
     from finetune.run.early_checks import check_recipe
     from finetune.run.fixed_losses import check_held_out
     from finetune.run.folders import Folders, explain_ignored, list_unfinished
-    from finetune.run.loop import train_stage
-    from unets.fused_norms import compile_ahead
-    from unets.precision import compute_dtype
+    from finetune.run.stage_run import train_stage
 
     device = accelerator.device
     if device.type == "cpu":  # the launcher leaves each process a single thread
@@ -83,28 +82,18 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return
     check_recipe(recipe, device)
-    precision = recipe.training(pending[0]).precision_on(device)
-    activation = recipe.source(pending[0]).unet_config["act_fn"]
-    compile_ahead(device, compute_dtype(precision, device), activation)
+    check_scorers(recipe)
+    compile_kernels(recipe, pending[0], device)
     with accelerator.main_process_first():
         pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
     check_held_out(recipe.validation.held_out, len(pictures))
-    likeness = None
+    likeness = load_likeness(recipe) if accelerator.is_main_process else None
     if accelerator.is_main_process:
-        if recipe.evaluation and (recipe.validation.prompts or recipe.validation.other_prompts):
-            likeness = Likeness(recipe.evaluation)
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
-
-    def print_plan() -> None:
-        try:
-            tqdm.write(format_plan(plan(recipe, device)))
-        except (UserError, RuntimeError) as error:  # training does not need it
-            tqdm.write(f"The memory of this run cannot be estimated: {error!r}")
-
     try:
         with ThreadPoolExecutor(1) as background:
             if accelerator.is_main_process:
-                background.submit(print_plan)
+                background.submit(print_plan, recipe, device)
             with accelerator.main_process_first():
                 material = gather(recipe, pictures, accelerator)
             for stage in pending:
@@ -113,13 +102,49 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
                 train_stage(recipe, stage, material, accelerator, score)
     except torch.OutOfMemoryError:
         raise explain_out_of_memory(recipe, device) from None
-    board = "tensorboard"
-    program = board if shutil.which(board) else str(Path(sys.executable).with_name(board))
-    accelerator.print(
-        f"Adapters:    {folders.adapters}\n"
-        # by default it shows ten pictures of a row, and drops some of the others: perhaps the base
-        f"TensorBoard: {program} --logdir {folders.run / 'logs'} --samples_per_plugin images=100"
-    )
+    accelerator.print(point_to_results(folders))
+
+
+def check_scorers(recipe: "Recipe") -> None:
+    """Raise a UserError if there are no such models as score the run, here or hours later."""
+    if recipe.evaluation is None:
+        return
+    from finetune.evaluation.encoders import check_clip, check_dino
+
+    check_clip(recipe.evaluation.clip)
+    if recipe.evaluation.dino:
+        check_dino(recipe.evaluation.dino)
+
+
+def compile_kernels(recipe: "Recipe", stage: "Stage", device: "torch.device") -> None:
+    """Begin to compile a stage's kernels, on a GPU, while the run gathers its material."""
+    from unets.fused_norms import compile_ahead
+    from unets.precision import compute_dtype
+
+    precision = recipe.training(stage).precision_on(device)
+    activation = recipe.source(stage).unet_config["act_fn"]
+    compile_ahead(device, compute_dtype(precision, device), activation)
+
+
+def load_likeness(recipe: "Recipe") -> "Likeness | None":
+    """Load what scores the pictures of validation; ``None``: none are drawn, or none are scored."""
+    from finetune.evaluation.while_training import Likeness
+
+    drawn = recipe.validation.prompts or recipe.validation.other_prompts
+    return Likeness(recipe.evaluation) if recipe.evaluation and drawn else None
+
+
+def print_plan(recipe: "Recipe", device: "torch.device") -> None:
+    """Print the memory that a run will take, or why that is not known."""
+    from tqdm import tqdm
+
+    from finetune.memory.fit import plan
+    from finetune.memory.report import format_plan
+
+    try:
+        tqdm.write(format_plan(plan(recipe, device)))
+    except (UserError, RuntimeError) as error:  # training does not need it
+        tqdm.write(f"The memory of this run cannot be estimated: {error!r}")
 
 
 def gather(
@@ -128,13 +153,24 @@ def gather(
     """Encode the captions, and load or sample the class pictures of a prior that has them."""
     from finetune.data.captions import CaptionCache, collect_captions, embed_captions
     from finetune.data.prior import ClassPictures
-    from finetune.run.loop import Material
+    from finetune.run.stage_run import Material
 
     device = accelerator.device
     captions = collect_captions(recipe, pictures)
     embeds = embed_captions(captions, CaptionCache.of(recipe, device))
     classes = ClassPictures.of(recipe, embeds, device).load() if recipe.class_pictures else []
     return Material(pictures, classes, embeds)
+
+
+def point_to_results(folders: "Folders") -> str:
+    """Say where a run's adapters are, and how to look at its curves and pictures."""
+    board = "tensorboard"
+    program = board if shutil.which(board) else str(Path(sys.executable).with_name(board))
+    return (
+        f"Adapters:    {folders.adapters}\n"
+        # by default it shows ten pictures of a row, and drops some of the others: perhaps the base
+        f"TensorBoard: {program} --logdir {folders.run / 'logs'} --samples_per_plugin images=100"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Export writes the former; ``python -m adapters.card FOLDER`` rewrites it.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -176,13 +177,14 @@ def _use_here(infos: Sequence[AdapterInfo]) -> str:
     """Explain how to load adapters with this toolkit."""
     bases = {info.stage: with_revision(info.base_model, info.base_revision) for info in infos}
     names = ", ".join(f'stage_{stage}="{base}"' for stage, base in bases.items())
-    prompt = next(iter(_prompts(infos)), "")
+    prompt = json.dumps(next(iter(_prompts(infos)), ""), ensure_ascii=False)  # quotes and all
+    low_res = "" if 1 in bases else ', low_res="picture_of_stage_1.png"'
     return (
         "With this toolkit, from the folder of this file or by its name on the hub, `owner/name`"
         " (any kind, all stages, merged):\n\n"
         "```python\nfrom adapters import load_cascade\n\n"
         f'cascade = load_cascade({names}, adapters=["."])\n'
-        f'pictures = cascade("{prompt}", seed=0).final\n```'
+        f"pictures = cascade({prompt}{low_res}, seed=0).final\n```"
     )
 
 

@@ -26,6 +26,7 @@ from adapters.files.licence import licence_files
 from adapters.files.model_card import CARD, merged_card
 from adapters.files.stage_adapter import StageAdapter, merged_weight
 from adapters.merging.measure import check_weights_only
+from unets.loading import is_finite
 from unets.precision import dtype_of
 
 UNET = "unet"
@@ -247,8 +248,7 @@ class MergedModel:
         if leaf == "weight" and any(module in adapter.modules for adapter, _ in self.adapters):
             weight = merged_weight(self.adapters, module, weight)
         result = weight.to(self.weights[name].dtype).contiguous()
-        low, high = result.aminmax()  # takes no memory, whereas isfinite takes a copy
-        if not (low.isfinite() and high.isfinite()):
+        if not is_finite(result):
             raise UserError(
                 f"{name} has values that {result.dtype} cannot hold once merged; choose another"
                 " --dtype or a lower --scale."

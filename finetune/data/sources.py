@@ -10,7 +10,7 @@ import datasets
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from adapters.errors import UserError
-from adapters.texts import find_invisible
+from adapters.texts import find_flaw
 from finetune.recipe.schema import Data
 
 PICTURE_FEATURES = (
@@ -112,9 +112,8 @@ def _read_text_beside(picture: Path) -> str:
             " in a metadata.jsonl, or give data.prompt for all."
         )
     caption = read_text(text)
-    if not caption or find_invisible(caption):
-        found = find_invisible(caption) or "no characters"
-        raise UserError(f"The caption {text} is empty (found {found}); write one.")
+    if flaw := find_flaw(caption):
+        raise UserError(f"The caption {text} {flaw}.")
     return caption
 
 
@@ -143,12 +142,10 @@ def read_captions(data: Data, table: datasets.Dataset) -> list[str]:
     _check_column(data, table, "caption_column", CAPTION_FEATURES)
     captions = [(caption or "").strip() for caption in table[data.caption_column]]
     for row, caption in enumerate(captions):
-        invisible = find_invisible(caption)
-        if not caption or invisible:
-            kind = f"invisible caption ({invisible})" if invisible else "empty caption"
+        if flaw := find_flaw(caption):
             raise UserError(
-                f"data.source {data.source!r}: row {row} has an {kind} in column"
-                f" {data.caption_column!r}; write one, or give data.prompt for all pictures"
+                f"data.source {data.source!r}: the caption of row {row}, in column"
+                f" {data.caption_column!r}, {flaw}, or give data.prompt for all pictures"
                 " (data.caption_dropout trains the empty caption)."
             )
     return captions

@@ -26,6 +26,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from adapters.errors import UserError, listed
+from unets.loading import is_finite
 
 BATCH_SIZE = 25
 """The number of pictures encoded at once."""
@@ -33,6 +34,16 @@ BATCH_SIZE = 25
 AS_TENSORS = MappingProxyType({"weights_only": True, "dtype": torch.float32})
 """The settings that weights are loaded with: from files that are older than safetensors, PyTorch's
 reader builds nothing but tensors, and refuses the rest."""
+
+DINO_OPTIONS = MappingProxyType(
+    {
+        "vit": {"add_pooling_layer": False},
+        "dinov2": {},
+        "dinov2_with_registers": {},
+    }
+)
+"""The settings that each type of DINO is loaded with: a ViT leaves out its pooling layer, for which
+DINO's files have no weights."""
 
 LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError),
@@ -62,7 +73,7 @@ class ClipScorer:
                 hold more than tensors.
         """
         load = partial(_load, "clip", "a CLIP model", clip)
-        _check_type("clip", "a CLIP model", "openai/clip-vit-base-patch32", clip, ["clip"])
+        check_clip(clip)
         self.model = _load_weights(load, CLIPModel).eval().to(device)
         self.processor = load(AutoProcessor.from_pretrained)
 
@@ -85,20 +96,7 @@ class ClipScorer:
 
 
 class DinoScorer:
-    """A DINO model (arXiv 2104.14294) or DINOv2 (2304.07193), by the CLS token of its last layer.
-
-    Attributes:
-        OPTIONS: the settings that each type of model is loaded with. A ViT leaves out its pooling
-            layer, for which DINO's files have no weights.
-    """
-
-    OPTIONS = MappingProxyType(
-        {
-            "vit": {"add_pooling_layer": False},
-            "dinov2": {},
-            "dinov2_with_registers": {},
-        }
-    )
+    """A DINO (arXiv 2104.14294) or DINOv2 (2304.07193), by the CLS token of its last layer."""
 
     def __init__(self, dino: str, device: torch.device | str = "cpu") -> None:
         """Load a model from a folder or hub name.
@@ -108,10 +106,8 @@ class DinoScorer:
                 hold more than tensors.
         """
         load = partial(_load, "dino", "a DINO or DINOv2 model", dino)
-        kind = _check_type(
-            "dino", "a DINO or DINOv2 model", "facebook/dino-vits16", dino, self.OPTIONS
-        )
-        self.model = _load_weights(load, AutoModel, **self.OPTIONS[kind]).eval().to(device)
+        options = DINO_OPTIONS[check_dino(dino)]
+        self.model = _load_weights(load, AutoModel, **options).eval().to(device)
         self.processor = load(AutoImageProcessor.from_pretrained)
 
     @torch.inference_mode()
@@ -147,6 +143,17 @@ def _batches(pictures: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
         yield batch
 
 
+def check_clip(clip: str) -> None:
+    """Raise a UserError if there is no CLIP model of a name; no weights are loaded."""
+    _check_type("clip", "a CLIP model", "openai/clip-vit-base-patch32", clip, ["clip"])
+
+
+def check_dino(dino: str) -> str:
+    """Return the type of a DINO model, without loading weights; raise a UserError if it is none."""
+    known = ("dino", "a DINO or DINOv2 model", "facebook/dino-vits16")
+    return _check_type(*known, dino, DINO_OPTIONS)
+
+
 def _check_type(field: str, kind: str, example: str, name: str, types: Collection[str]) -> str:
     """Return the type that a model's settings name; raise a UserError if it is not in ``types``."""
     found = str(_load(field, kind, name, AutoConfig.from_pretrained).model_type)
@@ -165,8 +172,14 @@ def _load_weights(load: Callable[..., Any], model: Any, **options: Any) -> Any:
         loaded, found = model.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **AS_TENSORS, **options
         )
-        mismatched = {weight for weight, *_ in found["mismatched_keys"]}
-        for problem, weights in (("lack", found["missing_keys"]), ("do not fit", mismatched)):
+        problems = {
+            "lack": found["missing_keys"],
+            "do not fit": {weight for weight, *_ in found["mismatched_keys"]},
+            "hold NaN or infinite values in": {
+                name for name, weight in loaded.named_parameters() if not is_finite(weight)
+            },
+        }
+        for problem, weights in problems.items():
             if weights:
                 raise ValueError(
                     f"the files {problem} the weights {listed(sorted(weights), SHOWN)} that"

@@ -1,17 +1,17 @@
 """Reading of recipes: the file, overrides from the command line, and mistakes in words."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from adapters.errors import UserError, closest
+from adapters.errors import UserError, closest, hint
 from finetune.recipe.schema import Recipe, Section
 from finetune.recipe.yaml12 import Loader
 
@@ -186,16 +186,37 @@ def _row(path: Place, mistakes: list[ErrorDetails], root: type[Section]) -> str:
         message = _explain_unknown_key(path, first["loc"], root)
     elif first["type"] == "union_tag_invalid":
         kinds = [_kind(section) for section in _sections(_types_at(path, root))]
-        path, found = (*path, "kind"), first["ctx"]["tag"]
-        message = f"unknown name {found!r}; {closest(found, kinds)}"
+        path, found = (*path, "kind"), first["input"]["kind"]
+        valid = " or ".join(map(repr, kinds))
+        message = f"Input should be {valid}{_describe_found(found, kinds)}"
     elif first["type"] not in ("missing", "value_error"):
         others = [mistake["msg"].removeprefix("Input should be ") for mistake in mistakes[1:]]
         message = " or ".join([message, *others])
         for words, plain in PLAIN_WORDS.items():
             message = re.sub(words, plain, message)
-        message += f" (got {'null' if first['input'] is None else repr(first['input'])})"
+        named = any(mistake["type"] == "literal_error" for mistake in mistakes)
+        message += _describe_found(first["input"], _names_at(path, root) if named else ())
     place = ".".join(map(str, path))
     return f"{place}: {message}" if place else message
+
+
+def _describe_found(value: Any, names: Sequence[str]) -> str:
+    """Show the value that was found, as YAML writes it, and hint at the name that it is close to.
+
+    Args:
+        value: any value.
+        names: those that are valid in its place, if any.
+    """
+    if value is None or isinstance(value, bool):
+        return f" (got {'null' if value is None else str(value).lower()})"
+    close = hint(value, names) if isinstance(value, str) else ""
+    return f" (got {value!r})" + (f"; {close}" if close else "")
+
+
+def _names_at(path: Place, root: type[Section]) -> list[str]:
+    """List the names that the field at a path in a section may hold."""
+    literals = (kind for kind in _types_at(path, root) if get_origin(kind) is Literal)
+    return sorted(str(name) for literal in literals for name in get_args(literal))
 
 
 def _explain_unknown_key(path: Place, place: Place, root: type[Section]) -> str:

@@ -156,8 +156,9 @@ class Tracker:
 
     def __init__(self, accelerator: Accelerator, folder: Path, title: str, first: int, steps: int):
         main = accelerator.is_main_process
-        # a continued run hides the points after its checkpoint, as it makes them again
-        purge_step = first + 1 if first else None
+        # hides the points after the checkpoint that a run continues from, as it makes them again;
+        # without one also those of the base, which a killed run may have left
+        purge_step = first + 1 if first else 0
         self.writer = SummaryWriter(str(folder), purge_step=purge_step) if main else None
         if self.writer:
             self.writer.add_custom_scalars(LAYOUT)

@@ -25,7 +25,7 @@ from adapters.base.source import Source
 from adapters.cascade.provenance import read_picture_info
 from adapters.encode import main as encode
 from adapters.generate import main as generate
-from adapters.texts import check_captions, check_vocabulary, clean, find_invisible, find_lost_words
+from adapters.texts import check_captions, check_vocabulary, clean, find_flaw, find_lost_words
 from finetune import precompute
 from finetune.data.captions import CaptionCache, collect_captions, embed_captions
 from finetune.data.pictures import Picture
@@ -152,9 +152,9 @@ def test_benign_changes_are_no_loss(caption: str, caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("caption", [" ", "\u200b", "\ufeff\u2060 ", "\u00ad\n"])
 def test_a_caption_without_visible_characters_is_refused(caption: str) -> None:
     for clean_caption in (True, False):
-        with pytest.raises(UserError, match=r"Nothing in field is visible \(found [A-Z]"):
+        with pytest.raises(UserError, match=r"of field has no visible character \(found [A-Z]"):
             check(caption, clean_caption=clean_caption)
-    assert find_invisible(f"a{caption}") is None
+    assert find_flaw(f"a{caption}") is None
 
 
 def test_each_word_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,8 +22,8 @@ from finetune.data.pictures import Picture
 from finetune.recipe.schema import Recipe
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint
 from finetune.run.folders import Folders
-from finetune.run.loop import Material, build_batches, load_trainee, train_stage
 from finetune.run.measures import Score
+from finetune.run.stage_run import Material, build_batches, load_trainee, train_stage
 from finetune.run.trainee import Trainee
 from finetune.step.stages import STAGES
 from tests.builders.random_cascade import TEXT_WIDTH, RandomCascade

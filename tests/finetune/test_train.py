@@ -21,11 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from adapters.files.info import read_info
 from adapters.pictures.contact_sheet import CELL_PX
 from finetune.compare import main as compare
 from finetune.data.pictures import load_pictures
 from finetune.recipe.file import load_recipe
-from finetune.run import loop
+from finetune.run import stage_run
 from finetune.step.inputs import Batch
 from finetune.train import gather, main
 from tests.builders import ROOT
@@ -313,6 +314,37 @@ def test_a_global_batch_trains_the_same_however_it_is_divided(
             assert torch.allclose(ours[name], tensor, rtol=1e-3, atol=1e-5), name
 
 
+def test_all_processes_stop_early_together_and_nothing_goes_on_from_there(
+    random_cascade: RandomCascade,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only the first of them knows that patience has run out; the others would wait for it."""
+    validation = {"every": 1, "loss_pictures": 0, "held_out": 1}
+    validation["best"] = {"figure": "held_out", "keep_others": None, "patience": 1}
+    tree = recipe_of(random_cascade, pictures, stage_2=None, validation=validation, log_every=1)
+    tree |= {"prior": None, "evaluation": None}
+    tree["stage_1"]["optimizer"]["learning_rate"] = 1e-30  # too low to change a loss
+    path = save_recipe(tmp_path, tree)
+    done = launch(path, processes=2)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert said.count("that of step 1 (the run stopped early at step 2)") == 1
+    assert len(points(tmp_path / "runs" / "run", "loss")) == 2
+    adapter = tmp_path / "runs" / "run" / "adapters" / "stage_1"
+    info = read_info(adapter)
+    assert (info.step, info.last_step, info.stopped_early) == (1, 2, True)
+    run(path)
+    (already,) = capsys.readouterr().out.splitlines()
+    assert already.startswith("Already trained")
+    run(path, "validation.loss_pictures=1")
+    warning, again = capsys.readouterr().out.splitlines()
+    ignored = "as it was exported, with other settings (validation.loss_pictures differ): to train"
+    assert warning.startswith(f"warning: {adapter} stays {ignored}")
+    assert again == already
+
+
 def test_what_a_recipe_says_of_draws_reaches_the_batches(
     random_cascade: RandomCascade, pictures: Path, tmp_path: Path
 ) -> None:
@@ -382,9 +414,9 @@ def test_a_stage_is_loaded_once_the_one_before_is_out_of_memory(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    others, load, found = unets_in_memory(), loop.load_trainee, []
+    others, load, found = unets_in_memory(), stage_run.load_trainee, []
     monkeypatch.setattr(
-        loop, "load_trainee", lambda *a: found.append(unets_in_memory() - others) or load(*a)
+        stage_run, "load_trainee", lambda *a: found.append(unets_in_memory() - others) or load(*a)
     )
     run(save_recipe(tmp_path, recipe_of(random_cascade, pictures, prior=None)))
     assert found == [set(), set()]
@@ -406,6 +438,9 @@ def test_stage_2s_mistakes_are_found_before_stage_1_trains(
         (f"base.stage_1={random_cascade.stage_2}", "IFPipeline"),
         ("data.source=./nowhere", "there is no such folder"),
         ("prior={prompts: [a dog], folder: nowhere}", "prior.folder 'nowhere' is not a folder"),
+        ("evaluation.clip=./nowhere", "evaluation.clip must name a CLIP model"),
+        ("evaluation.dino=./nowhere", "evaluation.dino must name a DINO or DINOv2 model"),
+        (f"evaluation.dino={ROOT / 'models/if-tiny/clip'}", "clip' is of the type 'clip'"),
     ):
         with pytest.raises(SystemExit):
             run(path, override)

@@ -8,6 +8,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from diffusers import IFPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adapters import load_cascade
@@ -40,6 +41,27 @@ def check_fusing(
         results.append((output, *torch.autograd.grad(output.square().sum(), wanted)))
     for plain, fused in zip(*results, strict=True):
         assert torch.allclose(plain, fused, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_base_whose_weights_are_not_numbers_is_refused(
+    random_cascade: RandomCascade, tmp_path: Path, value: float
+) -> None:
+    """Before anything is drawn or trained: pictures would be black, and the loss no number."""
+    shutil.copytree(random_cascade.stage_1, tmp_path, dirs_exist_ok=True)
+    base = Source(str(tmp_path), 1)
+    loads: dict[str, Callable[[], object]] = {
+        "unet/diffusion_pytorch_model.safetensors": lambda: base.unet("fp32", CPU),
+        "text_encoder/model.safetensors": lambda: base.text_encoder("bf16", CPU),
+    }
+    for file, load in loads.items():
+        load()
+        weights = load_file(tmp_path / file)
+        name = max(weights, key=lambda name: weights[name].numel())
+        weights[name].view(-1)[7] = value
+        save_file(weights, tmp_path / file, {"format": "pt"})
+        with pytest.raises(UserError, match=f"{name} has values that are NaN or infinite"):
+            load()
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -1,9 +1,5 @@
 """The ``data`` section: pictures, captions and crops."""
 
-from typing import Annotated
-
-from pydantic import Field
-
 from finetune.recipe.schema.fields import Fraction, Section
 
 
@@ -17,7 +13,7 @@ class Data(Section):
     """The dataset's configuration, for datasets that have several; ``None``: its default."""
     revision: str | None = None
     """The dataset's hub revision; ``None``: the newest."""
-    prompt: Annotated[str, Field(min_length=1)] | None = None
+    prompt: str | None = None
     """One caption for all pictures, in which ``{}`` is ``evaluation.identifier``; ``None``: each
     picture has its own."""
     split: str = "train"

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from adapters.cascade.sampling import Sampling
 from finetune.recipe.consistency import Drawing
-from finetune.recipe.schema.fields import Positive, Section, Seed, Words
+from finetune.recipe.schema.fields import Positive, Section, Seed
 from finetune.recipe.schema.prompts import NamedPrompts, NamedStagePrompts
 
 SEEDS_APART = 1000
@@ -31,10 +31,10 @@ class Expected(Section):
 class Evaluation(Section):
     """The subject, and how well it was learnt (``python -m finetune.evaluate``)."""
 
-    identifier: Words
+    identifier: str
     """The words that name the subject in prompts, such as ``sks octopus``, put in for ``{}`` there
     (:data:`finetune.recipe.prompt_lists.NAMES_IN` lists the fields)."""
-    subject: Words
+    subject: str
     """The subject in plain words, which replaces ``identifier`` in the text score (CLIP-T), and is
     put in for ``{}`` in prompts of its class."""
     prompts: Annotated[NamedPrompts, Field(min_length=1)]

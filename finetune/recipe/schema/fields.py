@@ -1,9 +1,10 @@
 """The frame of every section, and the types that fields of several sections have."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from adapters.texts import find_flaw
 from unets.precision import Precision, automatic_precision
 
 if TYPE_CHECKING:  # so that mistakes are reported without this slow import
@@ -11,7 +12,7 @@ if TYPE_CHECKING:  # so that mistakes are reported without this slow import
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, and strict about names and types."""
+    """A part of a recipe: frozen, strict about names and types, and without empty texts."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -22,6 +23,15 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    @field_validator("*")
+    @classmethod
+    def _check_texts(cls, value: Any) -> Any:
+        several = isinstance(value, tuple)
+        for place, text in enumerate(value if several else (value,), start=1):
+            if isinstance(text, str) and (flaw := find_flaw(text)):
+                raise ValueError(f"text {place} {flaw}" if several else flaw)
+        return value
+
 
 def _check_ascending(levels: tuple[int, int]) -> tuple[int, int]:
     if levels[0] > levels[1]:
@@ -29,7 +39,6 @@ def _check_ascending(levels: tuple[int, int]) -> tuple[int, int]:
     return levels
 
 
-Words = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

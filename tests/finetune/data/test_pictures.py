@@ -402,27 +402,34 @@ def no_captions(folder: Path) -> tuple[Data, str]:
 def empty_caption(folder: Path) -> tuple[Data, str]:
     data = with_text_files(folder)
     (folder / "2 [test].txt").write_text(" \n")
-    return data, "2 [test].txt is empty (found SPACE, U+000A)"
+    return data, "2 [test].txt has no visible character (found SPACE, U+000A)"
 
 
 def empty_caption_in_metadata(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
     file = folder / "metadata.jsonl"
     file.write_text(file.read_text().replace(CAPTIONS[2], " "))
-    return data, "row 2 has an empty caption in column 'text'"
+    return data, "the caption of row 2, in column 'text', is empty; write some"
+
+
+def nul_in_metadata(folder: Path) -> tuple[Data, str]:
+    data = with_metadata(folder)
+    file = folder / "metadata.jsonl"
+    file.write_text(file.read_text().replace(CAPTIONS[2], "a\\u0000b"))
+    return data, "row 2, in column 'text', has a NUL character"
 
 
 def invisible_caption(folder: Path) -> tuple[Data, str]:
     data = with_text_files(folder)
     (folder / "2 [test].txt").write_text("\u200b\u2060")
-    return data, "2 [test].txt is empty (found ZERO WIDTH SPACE, WORD JOINER)"
+    return data, "no visible character (found ZERO WIDTH SPACE, WORD JOINER)"
 
 
 def invisible_caption_in_metadata(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
     file = folder / "metadata.jsonl"
     file.write_text(file.read_text().replace(CAPTIONS[2], "\ufeff"))
-    return data, "row 2 has an invisible caption (ZERO WIDTH NO-BREAK SPACE)"
+    return data, "row 2, in column 'text', has no visible character (found ZERO"
 
 
 def caption_in(encoding: str, found: str) -> Callable[[Path], tuple[Data, str]]:
@@ -475,6 +482,7 @@ MISTAKES = (
     empty_caption_in_metadata,
     invisible_caption,
     invisible_caption_in_metadata,
+    nul_in_metadata,
     caption_in("cp1252", "byte 0xe9 in line 2"),
     caption_in("utf-16", "UTF-16"),
     caption_in("utf-16-be", "UTF-16"),

@@ -1,6 +1,10 @@
 """A base's pictures are drawn once, and read bit for bit by whatever evaluates it afterwards."""
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.cascade.results import Sample
+from finetune.evaluate import main
 from finetune.evaluation.base_pictures import RECORD, BasePictures
 from finetune.evaluation.drawing import BASE, Desk, Shot, draw_variants, list_shots
 from finetune.recipe.schema import Recipe
+from finetune.run.folders import Folders
+from tests.builders import ROOT
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import recipe_of
 
@@ -73,6 +80,40 @@ def test_what_is_read_is_what_was_drawn(
     for number, samples in enumerate((first, again)):
         samples[0].save(tmp_path / f"{number}.png")
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+
+
+def test_an_interrupted_evaluation_leaves_the_bases_pictures_and_nothing_else(
+    random_cascade: RandomCascade, tmp_path: Path, drawn: list[str]
+) -> None:
+    """As a user interrupts it, while it draws; the same command then draws the rest."""
+    changes: dict[str, Any] = {"clip": str(ROOT / "models/if-tiny/clip"), "pictures_per_prompt": 10}
+    data = {"source": str(ROOT / "datasets/octopus")}
+    recipe = evaluated(random_cascade, tmp_path, **changes)
+    recipe = Recipe.model_validate(recipe.model_dump() | {"data": data})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    arguments = [str(file), "--adapters"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "finetune.evaluate", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while child.poll() is None and len(list(recipe.cache.rglob(RECORD))) < 2:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    output, error = child.communicate()
+    assert (child.returncode, output) == (130, "")
+    assert error.splitlines()[-1].endswith("interrupted")
+    assert "Traceback" not in error
+    assert not recipe.folder.exists()
+    kept = {each: each.stat().st_mtime_ns for each in recipe.cache.rglob(RECORD)}
+    assert 2 <= len(kept) < 15
+    main(arguments)
+    assert len(drawn) == 30 - 2 * len(kept)
+    assert kept == {each: each.stat().st_mtime_ns for each in kept}
+    assert (Folders(recipe.folder).evaluation / "report.html").is_file()
 
 
 def test_a_batch_is_drawn_again_if_a_prompt_or_its_company_changes(

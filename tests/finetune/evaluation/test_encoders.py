@@ -225,6 +225,12 @@ def drop_a_weight(clip: Path) -> None:
     save_file(weights, clip / "model.safetensors", {"format": "pt"})
 
 
+def spoil_a_weight(clip: Path) -> None:
+    weights = load_file(clip / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] = torch.inf
+    save_file(weights, clip / "model.safetensors", {"format": "pt"})
+
+
 def truncate(clip: Path) -> None:
     weights = clip / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -243,6 +249,7 @@ def change_config(**values: object) -> Callable[[Path], None]:
     [
         (truncate, "deserializing header"),
         (drop_a_weight, "lack the weights visual_projection.weight that"),
+        (spoil_a_weight, "hold NaN or infinite values in the weights visual_projection.weight"),
         (
             change_config(projection_dim=256),
             "do not fit the weights text_projection.weight, visual_projection.weight that",

@@ -24,6 +24,25 @@ def test_an_interval_holds_the_true_mean_in_about_19_of_20_cases(groups: int, ea
     assert 0.89 < held / cases < 0.99
 
 
+def test_an_interval_is_that_of_the_central_limit_theorem() -> None:
+    """Of a mean over groups of different sizes, in closed form: a ratio of two sums over groups."""
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(1, 6, 400)
+    values = draw.normal(0.5, 0.1, 400).repeat(sizes) + draw.normal(0, 0.05, sizes.sum())
+    groups = np.arange(400).repeat(sizes)
+    for named in (groups, np.arange(len(values))):  # pictures that share a prompt, or do not
+        score = summarize(values.tolist(), named.tolist())
+        sums, counts = np.bincount(named, values), np.bincount(named)
+        deviation = np.sqrt(np.square(sums - values.mean() * counts).sum()) / len(values)
+        assert score is not None
+        assert score.low is not None
+        assert score.high is not None
+        assert score.value == pytest.approx(values.mean())
+        # 2,000 resamples determine a percentile to 3 % of the distance
+        assert score.value - score.low == pytest.approx(1.96 * deviation, rel=0.08)
+        assert score.high - score.value == pytest.approx(1.96 * deviation, rel=0.08)
+
+
 def test_a_score_is_the_mean_of_the_values_that_are_known() -> None:
     score = summarize([0.1, NAN, 0.3, 0.5], [0, 0, 1, 1])
     assert score is not None

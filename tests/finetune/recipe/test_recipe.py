@@ -3,14 +3,16 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from adapters.errors import UserError
-from finetune.recipe.file import load_recipe
-from finetune.recipe.schema import OutputPrior, PicturePrior
+from finetune.recipe.file import _options, check_section, load_recipe
+from finetune.recipe.schema import OutputPrior, PicturePrior, Recipe, Section
 from finetune.recipe.yaml12 import Loader
 from tests.builders import ROOT
 from tests.builders.recipes import SMALL, write
@@ -106,7 +108,7 @@ stage_2:
     expected = {
         "data.caption_dropout": "Input should be less than or equal to 1 (got 1.5)",
         "data.promt": "unknown key; did you mean prompt?",
-        "data.prompt": "String should have at least 1 character (got '')",
+        "data.prompt": "is empty; write some text",
         "seed": "Input should be greater than or equal to 0 (got -1)",
         "sed": "unknown key; did you mean seed?",
         "stage_1.steps": "Input should be a valid integer (got 'many')",
@@ -159,6 +161,13 @@ def test_settings_that_an_optimizer_cannot_take(
         ("stage_2.noise_level=[1, 2, 3]", "stage_2.noise_level: List should have at most 2 items"),
         ("stage_1.compile=auto", "stage_1.compile: Input should be true or false (got 'auto')"),
         ("seed=null", "seed: Input should be a valid integer (got null)"),
+        ("seed=true", "seed: Input should be a valid integer (got true)"),
+        (
+            "stage_1.adapter.kind=roslra",
+            "stage_1.adapter.kind: Input should be 'lora', 'rslora', 'dora', 'loha', 'lokr' or"
+            " 'oft' (got 'roslra'); did you mean rslora?",
+        ),
+        ("text.device=gpu", "text.device: Input should be 'auto' or 'cpu' (got 'gpu')"),
     ],
 )
 def test_mistakes_are_in_words_of_yaml(tmp_path: Path, override: str, message: str) -> None:
@@ -190,13 +199,19 @@ def test_a_prior_is_of_class_pictures_unless_it_says_otherwise(tmp_path: Path) -
         ("3", "prior: Input should be a section of keys and values (got 3)"),
         (
             "{kind: outputs, prompts: [a]}",
-            "prior.kind: unknown name 'outputs'; did you mean output?",
+            "prior.kind: Input should be 'output' or 'pictures' (got 'outputs'); did you mean"
+            " output?",
         ),
-        ("{kind: null, prompts: [a]}", "prior.kind: unknown name 'None'; valid: output, pictures"),
+        (
+            "{kind: null, prompts: [a]}",
+            "prior.kind: Input should be 'output' or 'pictures' (got null)",
+        ),
+        ("{kind: 3, prompts: [a]}", "prior.kind: Input should be 'output' or 'pictures' (got 3)"),
         ("{kind: output}", "prior.prompts: Field required"),
         (
             "{kind: output, prompts: evryday}",
-            "prior.prompts: Input should be a valid list or 'everyday' or 'data' (got 'evryday')",
+            "prior.prompts: Input should be a valid list or 'everyday' or 'data' (got 'evryday');"
+            " did you mean everyday?",
         ),
         ("{prompts: everyday}", "prior.prompts: Input should be a valid list (got 'everyday')"),
         (
@@ -222,6 +237,67 @@ def test_mistakes_in_either_kind_of_prior(tmp_path: Path, prior: str, message: s
     with pytest.raises(UserError) as error:
         load_recipe(write(tmp_path, SMALL), [f"prior={prior}"])
     assert str(error.value).splitlines()[1:] == [f"  {message}"]
+
+
+def texts_of(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
+    """The paths of a section's fields that take a text or several, each with room for a text."""
+    for name, field in section.model_fields.items():
+        for kind in _options(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from texts_of(kind, f"{path}{name}.")
+            elif kind is str or kind == tuple[str, ...]:
+                yield f"{path}{name}", "TEXT" if kind is str else "[a sks dog, TEXT]"
+
+
+COMPLETE = """
+name: small
+base: {stage_1: one, stage_2: two}
+data: {source: pictures}
+prior: {prompts: [a dog]}
+stage_1: {steps: 5}
+validation: {prompts: [a sks dog, a cat], best: {keep_others: null}}
+evaluation:
+  {identifier: sks dog, subject: dog, prompts: [a sks dog, a cat], expected: {data: a, clip_i: 0.5,
+  clip_t: 0.5, spread: 0.1}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "flaw"),
+    [
+        ('""', "is empty"),
+        ('" "', "has no visible character (found SPACE)"),
+        (r'"a sks\0 dog"', r"has a NUL character (in 'a sks\x00 dog')"),
+        (r'"a sks \ud800"', r"has a byte that is not UTF-8 (in 'a sks \ud800')"),
+    ],
+)
+def test_no_text_of_any_section_is_empty_or_cannot_be_written(
+    tmp_path: Path, text: str, flaw: str
+) -> None:
+    paths = dict(texts_of(Recipe))
+    assert {"base.stage_1", "prior.prompts", "evaluation.class_prompts", "runs_dir"} <= {*paths}
+    named = ("optimizer.name", "optimizer.schedule", "timesteps.density", "best.figure", "kind")
+    for path, room in paths.items():
+        if path == "name" or path.endswith(named) or path.startswith("stage_2"):
+            continue  # one of some names
+        tree = yaml.load(COMPLETE, Loader=Loader)
+        *sections, key = path.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[key] = yaml.load(room.replace("TEXT", text), Loader=Loader)
+        with pytest.raises(UserError) as error:
+            check_section(Recipe, tree, "The recipe")
+        place = f"{path}: {flaw}" if room == "TEXT" else f"{path}: text 2 {flaw}"
+        assert place in str(error.value)
+
+
+def test_a_list_in_a_file_has_no_such_texts_either(tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("a dog\n\u200b\n")
+    path = write(tmp_path, SMALL + f"prior: {{kind: output, prompts: {own}}}")
+    with pytest.raises(UserError, match=r"prior.prompts: text 2 has no visible character"):
+        load_recipe(path)
 
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:

@@ -6,15 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import IFSuperResolutionPipeline
+from PIL import Image
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from adapters.errors import UserError
 from adapters.files.info import read_info
 from finetune.data.batches import Batches
+from finetune.data.pictures import Picture
 from finetune.recipe.schema import Recipe, Timesteps
-from finetune.run import loop
+from finetune.run import stage_run
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint
 from finetune.run.figures import CLIP_I, FIXED_NOISE, HELD_OUT, OTHERS_CLIP_T, floor_of
 from finetune.run.fixed_losses import FixedLosses, check_held_out, hold_out, spread_timesteps
@@ -124,19 +129,72 @@ def test_losses_at_fixed_noise_depend_on_the_weights_alone(make: Make, number: i
     assert losses[0] != losses[1]
 
 
+def test_stage_2s_held_out_loss_is_what_plain_diffusers_computes(make: Make) -> None:
+    """Before the first step and after the last, from the pictures' files and the exported adapter.
+
+    Only the draws are the run's own: the noises and the augmentation levels.
+    """
+    optimizer = {"learning_rate": 0.05}
+    validation = {"held_out": 1, "loss_pictures": 0, "every": 4}
+    recipe = make(stages=(2,), optimizer=optimizer, validation=validation)
+    train(recipe, 2)
+    material = material_of(recipe)
+    _, (picture,) = hold_out(material.pictures, 1, recipe.seed)
+    square = Image.fromarray(np.load(picture.file)).crop((8, 0, 88, 80))  # of 96 x 80 pixels
+    taught = square.resize((64, 64), Image.Resampling.BICUBIC)
+    below = taught.resize((16, 16), Image.Resampling.BICUBIC)
+    pixels, small = (
+        torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1
+        for image in (taught, below)
+    )
+    draws = [row.example(at, 0) for at, row in enumerate(held_out_rows(recipe, picture))]
+    base = recipe.base.stage_2
+    pipeline = IFSuperResolutionPipeline.from_pretrained(base)
+    found = []
+    for adapter in (None, Folders(recipe.folder).adapters / "stage_2"):
+        if adapter is not None:
+            pipeline.load_lora_weights(adapter)
+        unet, errors = pipeline.unet.double(), []
+        for timestep, drawn in zip(TIMESTEPS_OF_1000, draws, strict=True):
+            at, level = torch.tensor([timestep]), drawn["noise_level"][None]
+            noisy = pipeline.scheduler.add_noise(pixels, drawn["noise"][None], at)
+            large = F.interpolate(small, (64, 64), mode="bilinear", align_corners=True)
+            low_res = drawn["low_res_noise"][None]
+            low_res = pipeline.image_noising_scheduler.add_noise(large, low_res, level)
+            with torch.no_grad():
+                predicted = unet(
+                    torch.cat([noisy, low_res], dim=1).double(),
+                    at,
+                    material.prompt_embeds[picture.caption][None].double(),
+                    class_labels=level,
+                ).sample
+            errors.append((predicted[:, :3] - drawn["noise"]).square().mean().item())
+        found.append(sum(errors) / len(errors))
+    assert logged(recipe, HELD_OUT, 2) == pytest.approx(found, rel=1e-5)
+    assert abs(found[1] - found[0]) > 1e-3 * found[0]
+
+
+def held_out_rows(recipe: Recipe, picture: Picture) -> list[Batches]:
+    """The rows of a run's held-out picture in Stage II, each of which has draws of its own."""
+    return FixedLosses(batches_for(recipe, material_of(recipe), 2), [picture]).rows
+
+
+TIMESTEPS_OF_1000 = (62, 187, 312, 437, 562, 687, 812, 937)
+
+
 def test_fixed_losses_are_of_evenly_spread_timesteps() -> None:
-    assert spread_timesteps(Timesteps(), 1000) == [62, 187, 312, 437, 562, 687, 812, 937]
+    assert spread_timesteps(Timesteps(), 1000) == list(TIMESTEPS_OF_1000)
     assert spread_timesteps(Timesteps(low=500, high=507), 1000) == list(range(500, 508))
 
 
 def test_held_out_pictures_are_not_trained_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, original = [], loop.build_batches
+    trained, original = [], stage_run.build_batches
 
     def build(*arguments: Any) -> Batches:
         trained.append(original(*arguments))
         return trained[-1]
 
-    monkeypatch.setattr(loop, "build_batches", build)
+    monkeypatch.setattr(stage_run, "build_batches", build)
     recipe = make(validation={"held_out": 1, "every": 2})
     pictures = material_of(recipe).pictures
     kept, held_out = hold_out(pictures, 1, recipe.seed)

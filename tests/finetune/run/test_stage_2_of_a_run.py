@@ -1,19 +1,30 @@
 """Stage II in a run with Stage I: what its validation enlarges, and the pictures both share."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from adapters import Parts, Sampling, load_cascade
+from adapters import Parts, Sampling, load_cascade, read_info
+from adapters.files.model_card import write_card
 from finetune.data.pictures import load_pictures
 from finetune.recipe.schema import Data
+from finetune.run.figures import CLIP_I
 from finetune.run.folders import Folders
 from finetune.run.validation import DrawnRow, Validator
 from tests.builders.random_cascade import RandomCascade
-from tests.builders.small_runs import PROMPTS, made_batches, material_of, recipe_of, train
+from tests.builders.small_runs import (
+    PROMPTS,
+    flat,
+    made_batches,
+    material_of,
+    recipe_of,
+    saved_weights,
+    train,
+)
 
 SAMPLING = {
     "stage_1": {"steps": 2, "guidance": 3.0},
@@ -68,6 +79,39 @@ def test_stage_2_enlarges_what_the_runs_own_stage_1_draws(
     torch.testing.assert_close(shown.low_res, drawn(adapters), rtol=0, atol=1e-5)
     if adapters:
         assert (shown.low_res - drawn([])).abs().max() > 0.05
+
+
+def test_the_best_of_stage_2_alone_is_exported_with_a_card_that_works(
+    random_cascade: RandomCascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn is enlarged from the base's Stage I, which the card cannot assume."""
+    prompt = 'a sks dog "at sea"'
+    recipe = recipe_of(
+        random_cascade,
+        tmp_path,
+        stages=(2,),
+        stage={"steps": 3},
+        validation={
+            "prompts": ["a sks dog"],
+            "loss_pictures": 0,
+            "every": 1,
+            "sampling": SAMPLING,
+            "best": {"keep_others": None},
+        },
+        evaluation={"identifier": "sks dog", "subject": "dog", "prompts": [prompt]},
+    )
+    likeness = iter([0.1, 0.3, 0.6, 0.2])
+    weights = train(recipe, 2, score=lambda drawn: {CLIP_I: next(likeness)})
+    assert torch.equal(flat(weights), saved_weights(recipe, 2)[2])
+    folder = Folders(recipe.folder).adapters
+    info = read_info(folder / "stage_2").model_copy(update={"prompts": (prompt,)})
+    snippet = write_card(folder, [info]).read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    Image.new("RGB", (16, 16), "red").save("picture_of_stage_1.png")
+    snippet = snippet.replace("seed=0", "seed=0, sampling=sampling, progress=False")
+    drawn: dict[str, Any] = {"sampling": Sampling(**SAMPLING)}
+    exec(snippet, drawn)
+    assert drawn["pictures"][0].size == (64, 64)
 
 
 def test_pictures_do_not_depend_on_what_is_cached(tmp_path: Path) -> None:

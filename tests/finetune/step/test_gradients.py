@@ -5,9 +5,10 @@ its layers, nor its conditioning, nor its loss.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from adapters.weights.kinds import ADAPTER_NAME, KINDS, PRESETS, AdapterSpec, ad
 from finetune.run.trainee import Trainee
 from finetune.step.inputs import Batch
 from tests.builders.random_cascade import RandomCascade
+from tests.builders.small_runs import made_batches, recipe_of
+from tests.builders.small_runs import trainee_of as trainee_of_run
 from tests.builders.trainees import batch_of, trainee_of
 from unets.frozen import Quantised
 from unets.precision import Precision
@@ -68,6 +71,37 @@ def test_gradients_of_preserved_rows_are_those_of_their_distance_from_the_base(
         preserved=rows,
         adapter=SPECS[kind],
     )
+
+
+def test_the_loss_of_a_runs_batch_is_its_formula(
+    random_cascade: RandomCascade, tmp_path: Path
+) -> None:
+    """Three pictures learnt and three preserved, whose target PEFT predicts without its adapter."""
+    prior = {"kind": "output", "prompts": ["a dog", "a cat"], "weight": 0.7, "share": 0.5}
+    settings: dict[str, Any] = {"batch_size": 6, "timesteps": {"low": 1}}
+    recipe = recipe_of(random_cascade, tmp_path, stage=settings, prior=prior)
+    trainee, batch = trainee_of_run(recipe), made_batches(recipe)(0)
+    draw = torch.Generator().manual_seed(0)
+    trainee.weights.values += 0.02 * torch.randn(trainee.weights.values.shape, generator=draw)
+    trainee.weights.publish()
+    losses = trainee.accumulate(batch)
+    unet = plain_peft(random_cascade.stage_1, trainee)
+
+    def without_adapter(*inputs: Tensor, **labels: Tensor) -> Any:
+        unet.disable_adapters()
+        prediction = unet(*inputs, **labels)
+        unet.enable_adapters()
+        return prediction
+
+    with torch.no_grad():
+        weights = torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.7 / 3, 0.7 / 3, 0.7 / 3])
+        expected = loss_in_float64(unet, without_adapter, trainee, replace(batch, weight=weights))
+    assert batch.preserved is not None
+    assert batch.preserved.tolist() == [3, 4, 5]
+    found = (losses.total * batch.weight).sum().double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert losses.preservation is not None
+    assert losses.preservation[3:].min() > 0
 
 
 @pytest.mark.gpu
@@ -140,6 +174,15 @@ def trainable(trainee: Trainee) -> list[tuple[str, torch.nn.Parameter]]:
 
 def reference_gradients(base: Path, trainee: Trainee, batch: Batch) -> dict[str, Tensor]:
     """The gradients of a trainee's loss by its adapter's parameters, in float64 on the CPU."""
+    unet = plain_peft(base, trainee)
+    base_unet = copy.deepcopy(unet).eval()
+    base_unet.disable_adapters()
+    loss_in_float64(unet, base_unet, trainee, batch).backward()
+    return {name: parameter.grad for name, parameter in adapter_parameters(unet).items()}
+
+
+def plain_peft(base: Path, trainee: Trainee) -> UNet2DConditionModel:
+    """Diffusers' UNet in float64, with a trainee's base as it is kept, and its adapter by PEFT."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").double().train()
     ours = dict(trainee.unet.named_modules())
     with torch.no_grad():
@@ -151,19 +194,17 @@ def reference_gradients(base: Path, trainee: Trainee, batch: Batch) -> dict[str,
             for part, value in module.named_parameters(recurse=False):
                 if not isinstance(layer, Quantised) or part != "weight":
                     value.copy_(layer.get_parameter(part))
-    base_unet = copy.deepcopy(unet).eval()
     unet.add_adapter(trainee.unet.peft_config[ADAPTER_NAME], adapter_name=ADAPTER_NAME)
     unet.double()
     parameters = adapter_parameters(unet)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(trainee.weights.parameters[name])
-    loss_in_float64(unet, base_unet, trainee, batch).backward()
-    return {name: parameter.grad for name, parameter in parameters.items()}
+    return unet
 
 
 def loss_in_float64(
-    unet: UNet2DConditionModel, base: UNet2DConditionModel, trainee: Trainee, batch: Batch
+    unet: UNet2DConditionModel, base: Callable[..., Any], trainee: Trainee, batch: Batch
 ) -> Tensor:
     """L_hybrid of a batch (Improved DDPM, section 3 and 4), straight from the definitions.
 

@@ -1,0 +1,222 @@
+"""One stage of a run: from its newest checkpoint, if any, to its exported adapter."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from adapters.base.source import Source
+from adapters.files.info import AdapterInfo
+from finetune import __version__
+from finetune.data.batches import Batches, derived_seed
+from finetune.data.pictures import Picture
+from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe, Training
+from finetune.run.checkpoints import list_checkpoints, load_checkpoint
+from finetune.run.ending import export_run
+from finetune.run.fixed_losses import FixedLosses, hold_out, select_evenly
+from finetune.run.folders import FREE, Folders, select_identity, select_judging
+from finetune.run.loop import run_steps
+from finetune.run.measures import Measures, Score, was_patient
+from finetune.run.tracking import Tracker
+from finetune.run.trainee import Trainee
+from finetune.run.validation import build_validator, enlarge
+from finetune.step.stages import STAGES, Stage
+from unets.memory import free_memory
+from unets.precision import PRECISIONS
+
+CARD_PROMPTS = 8
+"""The number of captions listed with an adapter if the recipe has no validation prompts."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that a run trains on: pictures, and the encodings of all their captions."""
+
+    pictures: Sequence[Picture]
+    class_pictures: Sequence[Picture]
+    prompt_embeds: Mapping[str, Tensor]
+
+
+def train_stage(
+    recipe: Recipe,
+    stage: Stage,
+    material: Material,
+    accelerator: Accelerator,
+    score: Score | None = None,
+) -> None:
+    """Train one stage from its newest checkpoint, if any, and export its adapter.
+
+    ``score`` computes the figures of validation's pictures; ``None``: they are not scored.
+    """
+    folders, training = Folders(recipe.folder), recipe.training(stage)
+    free_memory(accelerator.device)  # the previous stage's
+    trainee, state = continue_training(recipe, stage, accelerator.device)
+    taught, held_out = hold_out(material.pictures, recipe.validation.held_out, recipe.seed)
+    material = replace(material, pictures=taught)
+    low_res_px = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
+    seed = derived_seed(recipe.seed, stage.number)
+    batches = build_batches(
+        trainee, material, recipe.data, recipe.prior, low_res_px, seed, accelerator
+    )
+    tracker = Tracker(
+        accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
+    )
+    tracker.text("recipe", recipe.to_yaml())
+    tree = recipe.model_dump(mode="json")
+    judging, measures = select_judging(tree, stage), None
+    if accelerator.is_main_process:
+        say_what_is_preserved(trainee, batches, tracker)
+        measures = build_measures(
+            recipe, trainee, batches, tracker, material.prompt_embeds, held_out, score, judging
+        )
+        if state:
+            measures.load_state(state["measures"])
+    stopped_early = bool(state.get("stopped_early")) and was_patient(
+        state["measures"], recipe.validation, judging
+    )
+    if not stopped_early:
+        stopped_early = run_steps(
+            trainee,
+            batches,
+            tracker,
+            measures,
+            accelerator,
+            log_every=recipe.log_every,
+            validation=recipe.validation,
+            checkpoints=folders.checkpoints(stage),
+            identity=select_identity(tree, stage),
+        )
+    if measures is not None:
+        trainee.watch.check()
+        info = describe_adapter(recipe, trainee, taught, stopped_early=stopped_early)
+        columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
+        columns |= training.model_dump(mode="json", exclude={*FREE} - {"steps"})
+        export_run(trainee, measures, tracker, folders.adapters, info, columns)
+    tracker.close()
+    accelerator.wait_for_everyone()
+
+
+def continue_training(
+    recipe: Recipe, stage: Stage, device: torch.device
+) -> tuple[Trainee, dict[str, Any]]:
+    """Load a stage's trainee, at its newest checkpoint if there is one.
+
+    Returns:
+        The trainee, and the checkpoint's state; empty: there is none.
+    """
+    training, seed = recipe.training(stage), derived_seed(recipe.seed, stage.number)
+    trainee = load_trainee(stage, training, recipe.source(stage), seed, device)
+    state: dict[str, Any] = {}
+    if saved := list_checkpoints(Folders(recipe.folder).checkpoints(stage)):
+        state = load_checkpoint(saved[-1])
+        trainee.load_state(state)
+    if training.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((recipe.cache / "compiled").resolve()))
+        trainee.compile()
+    return trainee, state
+
+
+def load_trainee(
+    stage: Stage, training: Training, source: Source, seed: int, device: torch.device
+) -> Trainee:
+    """Load a stage's UNet and schedulers and attach a fresh adapter."""
+    unet = source.unet(training.precision_on(device), device)
+    schedulers = tuple(source.scheduler(name) for name in stage.schedulers)
+    return Trainee(stage, training, unet, schedulers, seed=seed)
+
+
+def build_batches(
+    trainee: Trainee,
+    material: Material,
+    data: Data,
+    prior: Prior | None,
+    low_res_px: int | None,
+    seed: int,
+    accelerator: Accelerator,
+) -> Batches:
+    """Build the batches on which this process trains a stage."""
+    training, schedulers = trainee.training, trainee.schedulers
+    levels = (0, schedulers[-1].config.num_train_timesteps - 1)
+    captions = (picture.caption for picture in material.pictures)
+    return Batches(
+        data=data,
+        pictures=material.pictures,
+        class_pictures=material.class_pictures,
+        prior=prior,
+        prompt_embeds=material.prompt_embeds,
+        batch_size=training.batch_size,
+        size_px=trainee.unet.config.sample_size,
+        low_res_px=low_res_px,
+        noise_level=training.noise_level or levels,
+        num_train_timesteps=schedulers[0].config.num_train_timesteps,
+        seed=seed,
+        timesteps=training.timesteps,
+        accumulation=training.accumulation,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        prompts=prior.list_captions(captions) if isinstance(prior, OutputPrior) else (),
+    )
+
+
+def build_measures(
+    recipe: Recipe,
+    trainee: Trainee,
+    batches: Batches,
+    tracker: Tracker,
+    prompt_embeds: Mapping[str, Tensor],
+    held_out: Sequence[Picture],
+    score: Score | None,
+    judging: Mapping[str, Any],
+) -> Measures:
+    """Build all that a stage's validations measure and show, with nothing measured yet."""
+    settings, stage, device = recipe.validation, trainee.stage, trainee.unet.device
+    enlarger = None
+    if recipe.base.stage_2 and not stage.super_resolution:
+        enlarger = partial(enlarge, recipe=recipe, embeds=prompt_embeds, device=device)
+    measured = select_evenly(batches.pictures, settings.loss_pictures)
+    return Measures(
+        trainee,
+        tracker,
+        settings,
+        validator=build_validator(recipe, trainee, prompt_embeds, batches.pictures),
+        score=score,
+        enlarge=enlarger,
+        fixed=FixedLosses(batches, measured) if measured else None,
+        held_out=FixedLosses(batches, held_out) if held_out else None,
+        depends_on=judging,
+        prior=recipe.prior.kind if recipe.prior else None,
+    )
+
+
+def say_what_is_preserved(trainee: Trainee, batches: Batches, tracker: Tracker) -> None:
+    """Say that a quantised base's own predictions are preserved, if its output is."""
+    precision = trainee.training.precision_on(trainee.unet.device)
+    if batches.preserves_output and precision not in PRECISIONS:
+        tracker.bar.write(
+            f"{trainee.stage.name}: what prior.kind: output preserves is the predictions of the"
+            f" base in {precision}, as it is trained, and not those of its full precision."
+        )
+
+
+def describe_adapter(
+    recipe: Recipe, trainee: Trainee, taught: Sequence[Picture], *, stopped_early: bool
+) -> AdapterInfo:
+    """Describe the adapter of a stage's last step, with the prompts to show beside it."""
+    source = recipe.source(trainee.stage)
+    captions = dict.fromkeys(picture.caption for picture in taught)
+    return AdapterInfo(
+        base_model=source.name,
+        base_revision=source.revision,
+        stage=trainee.stage.number,
+        spec=trainee.training.adapter,
+        prompts=recipe.validation.prompts or tuple(captions)[:CARD_PROMPTS],
+        step=trainee.step,
+        stopped_early=stopped_early,
+        recipe=recipe.to_yaml(),
+        version=__version__,
+    )

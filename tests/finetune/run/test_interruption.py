@@ -1,0 +1,121 @@
+"""Runs that end in the middle: killed, or out of patience."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.recipe.file import load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.run.checkpoints import list_checkpoints, load_checkpoint
+from finetune.run.figures import CLIP_I
+from finetune.run.folders import Folders
+from finetune.run.validation import DrawnRow
+from finetune.step.stages import STAGES
+from tests.builders.random_cascade import RandomCascade
+from tests.builders.small_runs import events_of, exported, flat, recipe_of, train
+
+VALIDATION = {
+    "prompts": ["a sks dog"],
+    "other_prompts": ["a cat"],
+    "every": 1,
+    "through_stage_2": "never",
+    "loss_pictures": 2,
+    "held_out": 1,
+    "sampling": {"stage_1": {"steps": 1}, "stage_2": {"steps": 1}},
+    "best": {"keep_others": None},
+}
+EVALUATION = {"identifier": "sks dog", "subject": "dog", "prompts": ["a sks dog at sea"]}
+
+
+def judge(drawn: Sequence[DrawnRow]) -> dict[str, float]:
+    """Judge pictures by their pixels, so that figures tell which pictures they are of."""
+    pixels = np.stack([np.asarray(picture) for each in drawn for picture in each.pictures])
+    return {CLIP_I: float(np.float32(pixels.mean() / 255))}
+
+
+def die_in_validation(recipe: Path, number: int) -> None:
+    """Train, and be killed where a validation's pictures are drawn and shown, but not measured."""
+    validations = 0
+
+    def judge_or_die(drawn: Sequence[DrawnRow]) -> dict[str, float]:
+        nonlocal validations
+        if validations == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        validations += 1
+        return judge(drawn)
+
+    torch.set_num_threads(1)
+    train(load_recipe(recipe), score=judge_or_die)
+
+
+def all_that_is_shown(recipe: Recipe) -> dict[str, object]:
+    """The points, pictures and texts of each tag in TensorBoard but those of time and memory."""
+    events = events_of(recipe)
+    tags = events.Tags()
+    shown: dict[str, object] = {}
+    for tag in tags["scalars"]:
+        if not tag.startswith("speed/"):
+            shown[tag] = [(point.step, point.value) for point in events.Scalars(tag)]
+    for tag in tags["images"]:
+        images = events.Images(tag)
+        shown[tag] = [(image.step, image.encoded_image_string) for image in images]
+    for tag in tags["tensors"]:
+        if tag not in ("recipe/text_summary", "custom_scalars__config__"):  # at each start
+            texts = events.Tensors(tag)
+            shown[tag] = [(text.step, *text.tensor_proto.string_val) for text in texts]
+    return shown
+
+
+def left_by(recipe: Recipe) -> dict[str, Any]:
+    """The validations in the newest checkpoint."""
+    saved = list_checkpoints(Folders(recipe.folder).checkpoints(STAGES[1]))
+    left: dict[str, Any] = load_checkpoint(saved[-1])["measures"]
+    return left
+
+
+def judged(cascade: RandomCascade, folder: Path) -> Recipe:
+    settings = {"stage": {"steps": 3}, "validation": VALIDATION, "evaluation": EVALUATION}
+    return recipe_of(cascade, folder, **settings)
+
+
+@pytest.fixture(scope="module")
+def straight(random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A run that nothing interrupted."""
+    recipe = judged(random_cascade, tmp_path_factory.mktemp("straight"))
+    train(recipe, score=judge)
+    return recipe
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_run_killed_in_a_validation_goes_on_as_if_it_had_not_been(
+    random_cascade: RandomCascade, straight: Recipe, tmp_path: Path, number: int
+) -> None:
+    recipe = judged(random_cascade, tmp_path)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    child = multiprocessing.get_context("spawn").Process(
+        target=die_in_validation, args=(file, number)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert len(list_checkpoints(Folders(recipe.folder).checkpoints(STAGES[1]))) == max(
+        number - 1, 0
+    )
+    weights = train(recipe, score=judge)
+    assert torch.equal(flat(weights), flat(exported(straight)))
+    shown, expected = all_that_is_shown(recipe), all_that_is_shown(straight)
+    assert shown.keys() == expected.keys()
+    for tag, points in expected.items():
+        assert shown[tag] == points, tag
+    left, theirs = left_by(recipe), left_by(straight)
+    assert left["history"] == theirs["history"]
+    assert left["kept_step"] == theirs["kept_step"]
+    assert torch.equal(flat(left["best_weights"]), flat(theirs["best_weights"]))
