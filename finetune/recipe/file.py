@@ -244,8 +244,8 @@ def _path(place: Place, root: type[Section]) -> Place:
     kind_named = False
     for part in place:
         sections = _sections(_types_at(path, root))
-        kinds = {_kind(section) for section in sections}
-        if not kind_named and len(sections) > 1 and str(part) in kinds:
+        kinds = [_kind(each) for each in sections] if len(sections) > 1 else []
+        if not kind_named and str(part) in kinds:
             kind_named = True
         elif isinstance(part, int) or sections:
             path += (part,)
