@@ -69,6 +69,13 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+@cache
+def print_once(line: str) -> None:
+    """Print a line on standard error, once; of several processes, only the first prints."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
+
+
 def listed(names: Iterable[str], limit: int = 20) -> str:
     """List names for a sentence; past ``limit``, only the number of further ones."""
     names = list(names)

@@ -21,9 +21,11 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from adapters import Parts, Sampling, StageSampling, load_cascade
-from adapters.base.component_files import ModelFiles, as_safetensors, choose_weights
+from adapters.base.component_files import ModelFiles
+from adapters.base.conversion import as_safetensors
 from adapters.base.source import Source
 from adapters.base.stored_unet import StoredUNet
+from adapters.base.weight_files import choose_weights
 from adapters.errors import UserError
 from adapters.files.export import AdapterInfo, export_adapter
 from adapters.merge import main as merge
