@@ -4,7 +4,6 @@ The default optimizer moves every weight that has a gradient by the learning rat
 without memory), so that a run's weights say what the learning rate was.
 """
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +99,7 @@ def _picture(folder: Path, caption: str, index: int) -> Picture:
 
 def train(recipe: Recipe, number: int = 1, score: Score | None = None) -> dict[str, Tensor]:
     """Train a stage; what it exports, by PEFT's names."""
-    gc.freeze()  # a run collects garbage twice, which in all that is imported takes half its time
-    try:
-        train_stage(recipe, STAGES[number], material_of(recipe), Accelerator(cpu=True), score)
-    finally:
-        gc.unfreeze()
+    train_stage(recipe, STAGES[number], material_of(recipe), Accelerator(cpu=True), score)
     return exported(recipe, number)
 
 

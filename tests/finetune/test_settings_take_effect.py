@@ -207,6 +207,13 @@ def test_a_gradient_below_the_clip_stays_as_it_is(make: Recipes) -> None:
 
 # What is kept of the weights
 
+PICTURES = {
+    "sampling": {"stage_1": {"steps": 2}},
+    "through_stage_2": "never",
+    "loss_pictures": 0,
+}
+"""A validation of pictures alone."""
+
 
 def ages(recipe: Recipe) -> float:
     """The average age in steps of the exported weights, as a mean of those of each step."""
@@ -251,7 +258,7 @@ def test_pictures_on_the_way_change_nothing(
         recipe = make(
             stage={"ema_decay": 0.5},
             optimizer={"name": name, "learning_rate": 0.03, "betas": None},
-            validation={"prompts": prompts, "every": 1},
+            validation=PICTURES | {"prompts": prompts, "every": 1},
         )
         train(recipe)
         ends.append(saved_weights(recipe))
@@ -277,7 +284,7 @@ def test_pictures_on_the_way_are_those_of_the_average(
         recipe = make(
             stage={"ema_decay": 0.5, "steps": steps},
             optimizer={"learning_rate": 0.03},
-            validation={"prompts": [PROMPTS[3]], "every": 2},
+            validation=PICTURES | {"prompts": [PROMPTS[3]], "every": 2},
         )
         average = flat(train(recipe))
         assert (

@@ -34,6 +34,8 @@ from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import batches_for
 
 NAMES = ("stage_1", "stage_2")
+FEW_STEPS = {"stage_1": {"steps": 2}, "stage_2": {"steps": 2}}
+NO_LOSSES = {"loss_pictures": 0}
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +60,14 @@ def recipe_of(cascade: RandomCascade, pictures: Path, **changes: Any) -> dict[st
         "name": "run",
         "base": {"stage_1": str(cascade.stage_1), "stage_2": str(cascade.stage_2)},
         "data": {"source": str(pictures), "prompt": "a photo of a sks dog"},
-        "prior": {"prompts": ["a photo of a dog"], "count": 2},
+        "prior": {"prompts": ["a photo of a dog"], "count": 2, "sampling": FEW_STEPS},
         "stage_1": stage,
         "stage_2": stage,
         "validation": {
             "prompts": ["a sks dog on blue", "a cat"],
             "every": 2,
             "loss_pictures": 1,
-            "sampling": {"stage_1": {"steps": 2}, "stage_2": {"steps": 2}},
+            "sampling": FEW_STEPS,
         },
         "evaluation": {
             "prompts": ["a sks dog on blue"],
@@ -205,10 +207,12 @@ def test_the_comparison_is_drawn_and_scored(
 
 
 def test_the_same_command_again_has_nothing_to_do(
-    finished_run: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = adapter_file(finished_run, "stage_1").stat().st_mtime_ns
+    before, threads = adapter_file(finished_run, "stage_1").stat().st_mtime_ns, []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     run(finished_run.parent.parent / "recipe.yaml")
+    assert threads == [len(os.sched_getaffinity(0))]  # all that this process may use
     assert "Already trained" in capsys.readouterr().out
     assert adapter_file(finished_run, "stage_1").stat().st_mtime_ns == before
 
@@ -219,7 +223,7 @@ def test_a_killed_run_continues_to_the_same_adapter(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = recipe_of(random_cascade, pictures, stage_2=None, validation={})
+    recipe = recipe_of(random_cascade, pictures, stage_2=None, validation=NO_LOSSES)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for folder in (straight, killed):
         folder.mkdir()
@@ -254,7 +258,7 @@ def test_a_longer_run_continues_and_another_recipe_does_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = recipe_of(
-        random_cascade, pictures, stage_2=None, validation={"loss_pictures": 0}, prior=None
+        random_cascade, pictures, stage_2=None, validation=NO_LOSSES, prior=None
     )
     path = save_recipe(tmp_path, recipe)
     run(path, "stage_1.steps=2")
@@ -270,24 +274,25 @@ def test_a_longer_run_continues_and_another_recipe_does_not(
 
 
 @pytest.mark.parametrize(
-    ("processes", "size", "alone", "prior"),
+    ("launched", "alone", "prior"),
     [
-        (2, 2, [(1, 4), (2, 2), (4, 1)], {"kind": "pictures"}),
-        (4, 2, [(4, 2)], {"kind": "output", "prompts": ["a photo of a dog", "a cat"]}),
+        ((1, 2), [(1, 4), (2, 2), (4, 1)], {"kind": "pictures"}),
+        ((2, 2), [(4, 2)], {"kind": "output", "prompts": ["a photo of a dog", "a cat"]}),
     ],
+    ids=["pictures", "output"],
 )
 def test_a_global_batch_trains_the_same_however_it_is_divided(
     random_cascade: RandomCascade,
     pictures: Path,
     tmp_path: Path,
-    processes: int,
-    size: int,
+    launched: tuple[int, int],
     alone: list[tuple[int, int]],
     prior: dict[str, Any],
 ) -> None:
-    """Over processes or over accumulated batches: with prior preservation, of whose pictures not
-    all have one, with flips, dropped captions and dropout in the adapter."""
-    tree = recipe_of(random_cascade, pictures, stage_2=None, validation={}, log_every=1)
+    """Over two processes and over accumulated batches: with prior preservation, of whose pictures
+    not all have one, with flips, dropped captions and dropout in the adapter."""
+    few = {"loss_pictures": 1}  # which one process measures while the other waits
+    tree = recipe_of(random_cascade, pictures, stage_2=None, validation=few, log_every=1)
     tree["data"] |= {"horizontal_flip": True, "caption_dropout": 0.3}
     if prior["kind"] == "pictures":
         prior = tree["prior"] | {"folder": str(pictures)}
@@ -296,17 +301,20 @@ def test_a_global_batch_trains_the_same_however_it_is_divided(
     # in full precision, as 8-bit states would magnify what the order of a sum rounds
     tree["stage_1"]["optimizer"] = {"name": "adamw", "learning_rate": 1e-3, "max_grad_norm": 0.1}
     path = save_recipe(tmp_path, tree)
-    done = launch(path, "name=launched", f"stage_1.batch_size={size}", processes=processes)
+
+    def sizes(accumulation: int, each: int) -> tuple[str, str]:
+        return f"stage_1.accumulation={accumulation}", f"stage_1.batch_size={each}"
+
+    done = launch(path, "name=launched", *sizes(*launched), processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Adapters:") == 1
-    launched = tmp_path / "runs" / "launched"
-    weights, losses = load_file(adapter_file(launched, "stage_1")), points(launched, "loss")
-    norms = points(launched, "optimizer/gradient_norm")
+    folder = tmp_path / "runs" / "launched"
+    weights, losses = load_file(adapter_file(folder, "stage_1")), points(folder, "loss")
+    norms = points(folder, "optimizer/gradient_norm")
     assert min(norms) > 0.1  # that is, clipped
-    for accumulation, each in alone:
-        sizes = f"stage_1.accumulation={accumulation}", f"stage_1.batch_size={each}"
-        run(path, f"name=alone-{accumulation}", *sizes)
-        own = tmp_path / "runs" / f"alone-{accumulation}"
+    for divided in alone:
+        run(path, f"name=alone-{divided[0]}", *sizes(*divided))
+        own = tmp_path / "runs" / f"alone-{divided[0]}"
         assert points(own, "loss") == pytest.approx(losses, rel=1e-5)
         assert points(own, "optimizer/gradient_norm") == pytest.approx(norms, rel=1e-4)
         ours = load_file(adapter_file(own, "stage_1"))
@@ -394,7 +402,7 @@ def test_a_mistake_is_one_sentence(
     override: str,
     message: str,
 ) -> None:
-    changes = {"stage_2": None, "validation": {"loss_pictures": 0}, "prior": None}
+    changes = {"stage_2": None, "validation": NO_LOSSES, "prior": None}
     with pytest.raises(SystemExit) as exit_:
         run(save_recipe(tmp_path, recipe_of(random_cascade, pictures, **changes)), override)
     assert exit_.value.code == 2
@@ -418,7 +426,9 @@ def test_a_stage_is_loaded_once_the_one_before_is_out_of_memory(
     monkeypatch.setattr(
         stage_run, "load_trainee", lambda *a: found.append(unets_in_memory() - others) or load(*a)
     )
-    run(save_recipe(tmp_path, recipe_of(random_cascade, pictures, prior=None)))
+    tree = recipe_of(random_cascade, pictures, prior=None)
+    tree["validation"] |= {"prompts": ["a cat"], "every": 4}
+    run(save_recipe(tmp_path, tree))
     assert found == [set(), set()]
 
 
@@ -466,7 +476,7 @@ def test_an_adapter_whose_checkpoints_are_gone_is_not_overwritten(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    changes = {"stage_2": None, "validation": {"loss_pictures": 0}, "prior": None}
+    changes = {"stage_2": None, "validation": NO_LOSSES, "prior": None}
     path = save_recipe(tmp_path, recipe_of(random_cascade, pictures, **changes))
     run(path, "stage_1.steps=1")
     shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints")
