@@ -1,4 +1,4 @@
-"""The command: a run of a random cascade, its scores by the embedded CLIP, and its report, which stands alone."""
+"""The command: a run of a random cascade, its scores by the embedded CLIP, and its report."""
 
 import json
 import re
@@ -43,9 +43,7 @@ STEPS = "{stage_1: {steps: 2, guidance: 1.5}, stage_2: {steps: 2, guidance: 1.0}
 
 
 @pytest.fixture(scope="module")
-def recipe_file(
-    random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def recipe_file(random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The resolved recipe of a finished run of two steps."""
     folder = tmp_path_factory.mktemp("evaluated")
     small = ["steps=2", "batch_size=1", "adapter.rank=2", "optimizer.learning_rate=1.0e-2"]

@@ -257,9 +257,7 @@ def test_a_longer_run_continues_and_another_recipe_does_not(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = recipe_of(
-        random_cascade, pictures, stage_2=None, validation=NO_LOSSES, prior=None
-    )
+    recipe = recipe_of(random_cascade, pictures, stage_2=None, validation=NO_LOSSES, prior=None)
     path = save_recipe(tmp_path, recipe)
     run(path, "stage_1.steps=2")
     first = load_file(adapter_file(tmp_path / "runs" / "run", "stage_1"))
