@@ -220,7 +220,11 @@ def _path(place: Place, root: type[Section]) -> Place:
     kind_named = False
     for part in place:
         sections = _sections(_types_at(path, root))
-        if not kind_named and len(sections) > 1 and part in map(_kind, sections):
+        if (
+            not kind_named
+            and len(sections) > 1
+            and part in {_kind(section) for section in sections}
+        ):
             kind_named = True
         elif isinstance(part, int) or sections:
             path += (part,)

@@ -88,4 +88,6 @@ def test_a_score_that_is_not_defined_is_not_as_expected(score: float | None) -> 
 
 def test_scores_that_were_not_asked_for_are_not_judged() -> None:
     expected = Expected(data="x", clip_i=0.5, clip_t=0.5, clip_t_others=0.5, spread=0.05)
-    assert comparison.judge(scores_of(clip_i=0.5, clip_t=0.5), expected).startswith("The scores are as expected")
+    assert comparison.judge(scores_of(clip_i=0.5, clip_t=0.5), expected).startswith(
+        "The scores are as expected"
+    )
