@@ -12,7 +12,7 @@ def test_columns_are_aligned() -> None:
 
 def test_cells_of_several_lines_stay_in_their_columns() -> None:
     rows = [("", "one", "two"), ("a long\nname", "1", "2\n2 to 3"), ()]
-    assert format_table(rows) == "        one     two\na long    1       2\nname          2 to 3\n"
+    assert format_table(rows) == "        one     two\na long    1       2\nname         2 to 3\n"
 
 
 def test_a_text_of_several_lines_stays_in_its_column() -> None:

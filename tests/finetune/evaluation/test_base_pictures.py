@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import read_picture_info
 from adapters.cascade.results import Sample
 from finetune.evaluate import main
-from finetune.evaluation.base_pictures import RECORD, BasePictures
+from finetune.evaluation.base_pictures import RECORD, BasePictures, read_batch
 from finetune.evaluation.drawing import BASE, Desk, Shot, draw_variants, list_shots
 from finetune.recipe.schema import Recipe
 from finetune.run.folders import Folders
@@ -45,9 +46,29 @@ def draw(recipe: Recipe) -> tuple[Sample, ...]:
     return draw_variants(recipe, recipe.evaluation, shots, {}, CPU)[BASE]
 
 
+@pytest.fixture(scope="module")
+def recipe(random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return evaluated(random_cascade, tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def first(recipe: Recipe) -> tuple[Sample, ...]:
+    """The pictures as they are drawn the first time."""
+    return draw(recipe)
+
+
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def batch(recipe: Recipe, first: tuple[Sample, ...]) -> Path:
+    """The folder of the first batch, of two pictures."""
+    assert first
+    files = recipe.cache.glob("base_pictures/*/*/001-stage_2.png")
+    return next(f.parent for f in files if read_picture_info(f).prompt == "a sks dog on blue")
+
+
+@pytest.fixture
+def drawn(first: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts that are drawn during a test, rather than read."""
+    assert first
     prompts: list[str] = []
     plain = Desk._draw
 
@@ -69,13 +90,10 @@ def check_equal(one: Sequence[Sample], other: Sequence[Sample]) -> None:
 
 
 def test_what_is_read_is_what_was_drawn(
-    random_cascade: RandomCascade, tmp_path: Path, drawn: list[str]
+    recipe: Recipe, first: tuple[Sample, ...], drawn: list[str], tmp_path: Path
 ) -> None:
-    recipe = evaluated(random_cascade, tmp_path)
-    first = draw(recipe)
-    assert drawn == ["a sks dog", "a sks dog on blue", "a cat"]
     again = draw(recipe)
-    assert len(drawn) == 3
+    assert drawn == []
     check_equal(first, again)
     for number, samples in enumerate((first, again)):
         samples[0].save(tmp_path / f"{number}.png")
@@ -116,14 +134,21 @@ def test_an_interrupted_evaluation_leaves_the_bases_pictures_and_nothing_else(
     assert (Folders(recipe.folder).evaluation / "report.html").is_file()
 
 
-def test_a_batch_is_drawn_again_if_a_prompt_or_its_company_changes(
-    random_cascade: RandomCascade, tmp_path: Path, drawn: list[str]
+def test_a_batch_alone_is_drawn_if_another_prompt_joins_it(
+    random_cascade: RandomCascade, recipe: Recipe, drawn: list[str]
 ) -> None:
-    draw(evaluated(random_cascade, tmp_path))
-    drawn.clear()
-    # the last batch is another one, the first two pictures are the same
-    draw(evaluated(random_cascade, tmp_path, other_prompts=["a cat", "a pizza"]))
+    folder = recipe.cache.parent
+    draw(evaluated(random_cascade, folder, other_prompts=["a cat", "a pizza"]))
     assert drawn == ["a cat", "a pizza"]
+
+
+def test_a_damaged_batch_alone_is_drawn_again(
+    recipe: Recipe, first: tuple[Sample, ...], batch: Path, drawn: list[str]
+) -> None:
+    flip_a_bit(batch / "001-stage_2.png")
+    check_equal(first, draw(recipe))
+    assert drawn == ["a sks dog", "a sks dog on blue"]
+    assert read_batch(batch, 2) is not None
 
 
 def truncate(file: Path) -> None:
@@ -150,26 +175,15 @@ def empty(file: Path) -> None:
         (RECORD, truncate),
     ],
 )
-def test_a_damaged_batch_alone_is_drawn_again(
-    name: str,
-    damage: Callable[[Path], None],
-    random_cascade: RandomCascade,
-    tmp_path: Path,
-    drawn: list[str],
+def test_damage_is_noticed(
+    name: str, damage: Callable[[Path], None], batch: Path, tmp_path: Path
 ) -> None:
-    recipe = evaluated(random_cascade, tmp_path)
-    first = draw(recipe)
-    (file,) = (
-        file
-        for file in recipe.cache.glob(f"base_pictures/*/*/{name}")
-        if (file.parent / "001-stage_1.png").exists()
-    )
-    damage(file)
-    drawn.clear()
-    check_equal(first, draw(recipe))
-    assert drawn == ["a sks dog", "a sks dog on blue"]
-    draw(recipe)
-    assert len(drawn) == 2
+    copied = tmp_path / "batch"
+    shutil.copytree(batch, copied)
+    assert read_batch(copied, 2) is not None
+    assert read_batch(copied, 3) is None
+    damage(copied / name)
+    assert read_batch(copied, 2) is None
 
 
 def test_all_that_decides_on_pixels_is_in_the_folders_name(

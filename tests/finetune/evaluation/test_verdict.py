@@ -144,7 +144,7 @@ def test_copies_of_a_base_that_never_saw_the_pictures_are_said() -> None:
 
 def test_stages_alone_are_compared() -> None:
     verdict = write_verdict(results(stages=(0.35, 0.12)))
-    assert verdict.endswith("; Stage I alone reaches 70 %, and Stage II alone 24 %.")
+    assert verdict.endswith("; Stage I alone reaches 70 % and Stage II alone 24 %.")
 
 
 def test_the_base_alone_has_nothing_to_judge() -> None:
