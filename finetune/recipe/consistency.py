@@ -11,6 +11,9 @@ from finetune.step.stages import STAGES
 Drawing: TypeAlias = tuple[str, int]
 """The prompt and the seed of a picture."""
 
+Given: TypeAlias = Callable[[str], Any]
+"""Looks up the value at a dotted path in a recipe's tree; ``None``: there is none."""
+
 KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
 """The kinds of adapter without the B matrices that LoRA+ needs."""
 
@@ -35,47 +38,54 @@ def find_mistakes(tree: Any) -> Iterator[tuple[str, str]]:
         return node
 
     yield from _mistakes_of_best(given)
+    yield from _mistakes_of_bases(given)
     trained = [stage.name for stage in STAGES.values() if given(stage.name) is not None]
     if not trained:
         yield "stage_1", "nothing to train: give a stage_1 section, a stage_2 section or both"
-    if "stage_2" in trained and given("base.stage_2") is None:
-        yield "base.stage_2", "must name a Stage II model if stage_2 is trained"
-    if given("validation.through_stage_2") == "always" and given("base.stage_2") is None:
-        yield (
-            "validation.through_stage_2",
-            "always needs base.stage_2, to enlarge the pictures: give it, or never",
-        )
+    for stage in trained:
+        yield from _mistakes_of_stage(given, stage)
+
+
+def _mistakes_of_bases(given: Given) -> Iterator[tuple[str, str]]:
+    """Yield the path and message of each setting that the base does not have the stage for."""
+    if given("base.stage_2") is None:
+        if given("stage_2") is not None:
+            yield "base.stage_2", "must name a Stage II model if stage_2 is trained"
+        if given("validation.through_stage_2") == "always":
+            yield (
+                "validation.through_stage_2",
+                "always needs base.stage_2, to enlarge the pictures: give it, or never",
+            )
     if given("stage_1.noise_level") is not None:
         yield "stage_1.noise_level", "is for stage_2 alone: Stage I has no augmentation to draw"
-    for stage in trained:
-        accumulation = given(f"{stage}.accumulation")
-        alone = given(f"{stage}.batch_size") == 1 and accumulation in (None, 1)
-        if given("prior") is not None and alone:
-            yield (
-                f"{stage}.batch_size",
-                "must be at least 2 with prior preservation, or accumulation must be (got 1)",
-            )
-        warmup, steps = given(f"{stage}.optimizer.warmup_steps"), given(f"{stage}.steps")
-        if isinstance(warmup, int) and isinstance(steps, int) and warmup >= steps > 0:
-            yield (
-                f"{stage}.optimizer.warmup_steps",
-                f"must be less than {stage}.steps, or the learning rate never reaches its peak"
-                f" (got {warmup} of {steps} steps)",
-            )
-        kind, ratio = given(f"{stage}.adapter.kind"), given(f"{stage}.optimizer.lora_plus_ratio")
-        if kind in KINDS_WITHOUT_B and ratio not in (None, 1):
-            yield (
-                f"{stage}.optimizer.lora_plus_ratio",
-                f"must be 1 with {kind}, which has no B matrices (got {ratio!r})",
-            )
 
 
-def _mistakes_of_best(given: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
-    """Yield the path and message of each mistake that keeps the best validation from being found.
+def _mistakes_of_stage(given: Given, stage: str) -> Iterator[tuple[str, str]]:
+    """Yield the path and message of each setting of a stage's training that another rules out."""
+    accumulation = given(f"{stage}.accumulation")
+    alone = given(f"{stage}.batch_size") == 1 and accumulation in (None, 1)
+    if given("prior") is not None and alone:
+        yield (
+            f"{stage}.batch_size",
+            "must be at least 2 with prior preservation, or accumulation must be (got 1)",
+        )
+    warmup, steps = given(f"{stage}.optimizer.warmup_steps"), given(f"{stage}.steps")
+    if isinstance(warmup, int) and isinstance(steps, int) and warmup >= steps > 0:
+        yield (
+            f"{stage}.optimizer.warmup_steps",
+            f"must be less than {stage}.steps, or the learning rate never reaches its peak"
+            f" (got {warmup} of {steps} steps)",
+        )
+    kind, ratio = given(f"{stage}.adapter.kind"), given(f"{stage}.optimizer.lora_plus_ratio")
+    if kind in KINDS_WITHOUT_B and ratio not in (None, 1):
+        yield (
+            f"{stage}.optimizer.lora_plus_ratio",
+            f"must be 1 with {kind}, which has no B matrices (got {ratio!r})",
+        )
 
-    Args:
-        given: looks a path up in the tree.
-    """
+
+def _mistakes_of_best(given: Given) -> Iterator[tuple[str, str]]:
+    """Yield the path and message of each setting without which no validation is the best."""
     best = given("validation.best")
     if not isinstance(best, dict | BaseModel):  # absent, or its own mistake is reported
         return

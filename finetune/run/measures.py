@@ -1,10 +1,8 @@
 """Measurements at each validation, and what is kept and said because of them."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
@@ -14,13 +12,13 @@ from torch import Tensor
 
 from adapters.pictures.contact_sheet import contact_sheet
 from adapters.weights.kinds import without_adapter
-from finetune.data.pictures import Picture
 from finetune.recipe.schema import Validation
 from finetune.run.best import choose, explain, has_stalled
 from finetune.run.diagnosis import diagnose
 from finetune.run.figures import FIXED_NOISE, HELD_OUT, Validated, add_floors
 from finetune.run.fixed_losses import FixedLosses
 from finetune.run.folders import find_changed
+from finetune.run.picture_losses import name_pictures, tabulate_losses
 from finetune.run.tracking import Tracker
 from finetune.run.trainee import Trainee
 from finetune.run.validation import DrawnRow, Validator
@@ -266,44 +264,3 @@ def agree(flag: bool, accelerator: Accelerator) -> bool:
     """Tell on every process whether the flag is set on any."""
     flags = torch.tensor(float(flag), device=accelerator.device)
     return bool(accelerator.reduce(flags, "sum") > 0)
-
-
-def name_pictures(pictures: Sequence[Picture]) -> list[str]:
-    """Name pictures by their files; those that share a name also by their place."""
-    names = [Path(picture.source).name for picture in pictures]
-    return [
-        name if names.count(name) == 1 else f"{index:02d} {name}"
-        for index, name in enumerate(names)
-    ]
-
-
-def tabulate_losses(names: Sequence[str], first: Sequence[float], now: Sequence[float]) -> str:
-    """List pictures' losses in Markdown, the worst first, and name the worst.
-
-    A busy picture has a high loss from the start, so the order is by what is left of it: the
-    picture that is learnt least stands first.
-    """
-    left = {name: _part_left(old, new) for name, old, new in zip(names, first, now, strict=True)}
-    losses = dict(zip(names, zip(first, now, strict=True), strict=True))
-    worst, *others = sorted(left, key=lambda name: -left[name])
-    lines = ["| picture | loss | at first | left |", "|---|---|---|---|"]
-    for name in (worst, *others):
-        old, new = losses[name]
-        lines.append(f"| {name} | {new:.4f} | {old:.4f} | {_percent(left[name])} |")
-    peers = median(left[name] for name in others) if others else math.inf
-    if left[worst] > peers:
-        share, rest = _percent(left[worst]), _percent(peers)
-        compared = f"the others have {rest} (median)" if others[1:] else f"the other has {rest}"
-        lines += ["", f"Learnt least: {worst}, with {share} of its loss left; {compared}."]
-    return "\n".join(lines)
-
-
-def _part_left(first: float, now: float) -> float:
-    """Return the part of a loss that is left: infinite if there was none at first."""
-    if first == 0:
-        return math.inf if now > 0 else 0.0
-    return now / first
-
-
-def _percent(part: float) -> str:
-    return "∞" if math.isinf(part) else f"{part:.0%}"

@@ -30,7 +30,8 @@ from finetune.run.folders import (
     list_unfinished,
     select_identity,
 )
-from finetune.run.measures import Measures, Score, read_history, tabulate_losses
+from finetune.run.measures import Measures, Score, read_history
+from finetune.run.picture_losses import tabulate_losses
 from finetune.run.trainee import Trainee
 from finetune.run.validation import DrawnRow
 from finetune.step.stages import STAGES

@@ -183,7 +183,7 @@ def test_other_captions_drift_less_where_output_is_preserved(tmp_path: Path) -> 
         recipe = load_recipe(
             ROOT / "recipes/quickstart.yaml",
             [
-                *("stage_2=null", "base.stage_2=null", "evaluation=null", "validation.best=null"),
+                *("stage_2=null", "base.stage_2=null", "evaluation=null", "validation={}"),
                 "prior=null",
                 *(f"base.stage_1={BASE}", f"data.source={ROOT / 'datasets/octopus'}"),
                 *("stage_1.steps=8", "stage_1.adapter.targets=attention"),
