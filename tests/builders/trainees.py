@@ -39,12 +39,26 @@ def trainee_of(
 
 
 def batch_of(
-    trainee: Trainee, index: int = 0, pictures: int = 2, step_key: int = 2**61 + 12345
+    trainee: Trainee,
+    index: int = 0,
+    pictures: int = 2,
+    step_key: int = 2**61 + 12345,
+    *,
+    size_px: int | None = None,
 ) -> Batch:
-    """Random pictures, each with seven random text tokens, on the CPU."""
+    """Random pictures, each with seven random text tokens, on the CPU.
+
+    Args:
+        trainee: for which they are.
+        index: the batch's, from which all is drawn.
+        pictures: their number.
+        step_key: of the step's dropout.
+        size_px: their sides; ``None``: those that the model draws. It takes any multiple of 4.
+    """
     draw = torch.Generator().manual_seed(index)
     config = trainee.unet.config
-    shape = (pictures, 3, config.sample_size, config.sample_size)
+    side = size_px or config.sample_size
+    shape = (pictures, 3, side, side)
     second = trainee.stage.super_resolution
     return Batch(
         pixels=torch.rand(shape, generator=draw) * 2 - 1,
