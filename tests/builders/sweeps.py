@@ -89,7 +89,7 @@ def save_picture(folder: Path) -> None:
 
 def collect(points: list[Point], total: int | None = None, **options: Any) -> Outcomes:
     """The outcomes of points, all of them or the first ones of a longer sweep."""
-    sweep = Sweep(recipe="", scales=SCALES)
+    sweep = Sweep(recipe="recipe.yaml", scales=SCALES)
     results = [Result.read(point) for point in points]
     reference = find_reference(sweep, points)
     return collect_outcomes(results, SCALES, total or len(points), reference, **options)

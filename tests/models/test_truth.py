@@ -163,9 +163,8 @@ def test_mistakes_are_sentences(
     empty.mkdir()
     said = refusal(capsys, truth.main, *places, "--pictures", empty)
     assert "There are no pictures in" in said
-    said = refusal(
-        capsys, truth.main, *places, "evaluation=null", "validation.best=null", "--pictures", empty
-    )
+    alone = ["evaluation=null", "validation.best=null", "validation.prompts=[]"]
+    said = refusal(capsys, truth.main, *places, *alone, "--pictures", empty)
     assert "evaluation section" in said
     octopuses = [*places, "--pictures", "datasets/octopus"]
     for count in (0, -1):

@@ -107,13 +107,13 @@ def test_nothing_is_recommended_too_early(tmp_path: Path) -> None:
 
 def test_a_reference_is_named_as_folders_are(tmp_path: Path) -> None:
     points = finish_sweep(tmp_path, seeds=(0,))
-    assert find_reference(Sweep(recipe=""), points) == "rank-4=1"
-    assert find_reference(Sweep(recipe="", scales=(0.5, 0.7)), points) == "rank-4=0.5"
-    assert find_reference(Sweep(recipe="", against="rank-16"), points) == "rank-16=1"
+    assert find_reference(Sweep(recipe="recipe.yaml"), points) == "rank-4=1"
+    assert find_reference(Sweep(recipe="recipe.yaml", scales=(0.5, 0.7)), points) == "rank-4=0.5"
+    assert find_reference(Sweep(recipe="recipe.yaml", against="rank-16"), points) == "rank-16=1"
     with pytest.raises(UserError, match=r"no combination 'rnak-8' .*did you mean rank-8"):
-        find_reference(Sweep(recipe="", against="rnak-8"), points)
+        find_reference(Sweep(recipe="recipe.yaml", against="rnak-8"), points)
     with pytest.raises(UserError, match=r"no scale '0\.3' to compare with, .*; valid: 1"):
-        find_reference(Sweep(recipe="", against="rank-8=0.3"), points)
+        find_reference(Sweep(recipe="recipe.yaml", against="rank-8=0.3"), points)
 
 
 def test_undefined_scores_are_not_compared(tmp_path: Path) -> None:
