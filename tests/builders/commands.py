@@ -1,8 +1,14 @@
 """Commands as a shell runs them."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
+
+
+def heed_interrupts() -> None:
+    """Undo in a new process what a shell's & does, after which Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def refusal(

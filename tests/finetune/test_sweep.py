@@ -16,7 +16,7 @@ from filelock import FileLock
 from finetune.sweep import main
 from finetune.sweeping.points import Point
 from tests.builders import ROOT
-from tests.builders.commands import refusal
+from tests.builders.commands import heed_interrupts, refusal
 
 PATIENCE_S = 600
 
@@ -56,7 +56,9 @@ def times(folder: Path, pattern: str) -> dict[str, int]:
 def interrupt_in_the_second_run(recipe: Path, sweep: Path) -> None:
     """Start a sweep of two runs, and press Ctrl-C when the second one has begun."""
     command = [sys.executable, "-m", "finetune.sweep", str(recipe), "--over", f"{RATE}=1e-3,2e-3"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as running:
         try:
             deadline = time.monotonic() + PATIENCE_S
             while not (sweep / "learning_rate-2e-3/sweep.log").exists():

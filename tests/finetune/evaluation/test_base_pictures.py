@@ -22,6 +22,7 @@ from finetune.evaluation.drawing import BASE, Desk, Shot, draw_variants, list_sh
 from finetune.recipe.schema import Recipe
 from finetune.run.folders import Folders
 from tests.builders import ROOT
+from tests.builders.commands import heed_interrupts
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import recipe_of
 
@@ -117,6 +118,7 @@ def test_an_interrupted_evaluation_leaves_the_bases_pictures_and_nothing_else(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
     while child.poll() is None and len(list(recipe.cache.rglob(RECORD))) < 2:
         time.sleep(0.01)
