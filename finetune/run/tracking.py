@@ -151,6 +151,18 @@ def flatten(settings: Mapping[str, Any], path: str = "") -> dict[str, float | st
     return flat
 
 
+def order_event_files(folder: Path) -> None:
+    """Rename the event files of earlier starts so that TensorBoard reads them before a new one.
+
+    It reads them by name, which begins with the second of their start: one of the same second, or
+    of a clock that has been set back since, would be read last and hide what is new.
+    """
+    earlier = sorted(folder.glob("events.out.tfevents.*"))
+    if earlier and earlier[-1].name >= f"events.out.tfevents.{int(time.time()):010d}":
+        for number, file in enumerate(earlier):
+            file.rename(file.with_name(f"events.out.tfevents.{0:010d}.{number:06d}"))
+
+
 class Tracker:
     """TensorBoard and the progress bar of one stage, on the main process only."""
 
@@ -159,8 +171,10 @@ class Tracker:
         # hides the points after the checkpoint that a run continues from, as it makes them again;
         # without one also those of the base, which a killed run may have left
         purge_step = first + 1 if first else 0
-        self.writer = SummaryWriter(str(folder), purge_step=purge_step) if main else None
-        if self.writer:
+        self.writer = None
+        if main:
+            order_event_files(folder)
+            self.writer = SummaryWriter(str(folder), purge_step=purge_step)
             self.writer.add_custom_scalars(LAYOUT)
         self.bar = tqdm(
             desc=title,

@@ -69,18 +69,29 @@ def test_the_meter_reads_means_and_starts_again() -> None:
     assert points["optimizer/gradient_norm"] == pytest.approx(7.0)
 
 
-def test_a_continued_run_replaces_only_the_points_after_it(tmp_path: Path) -> None:
+def later(file: Path, seconds: int) -> None:
+    """Name a file of events as if it had been begun later."""
+    *start, second, rest = file.name.split(".", 4)
+    file.rename(file.with_name(".".join([*start, f"{int(second) + seconds:010d}", rest])))
+
+
+@pytest.mark.parametrize("seconds", [0, 3600])
+def test_a_continued_run_replaces_only_the_points_after_it(tmp_path: Path, seconds: int) -> None:
+    """In the same second, and after the clock was set back, too."""
+
     def track(first: int, values: dict[int, float]) -> None:
         tracker = Tracker(Accelerator(cpu=True), tmp_path, "run", first, 10)
         for step, value in values.items():
             tracker.points({"loss": value}, step)
         tracker.close()
+        later(max(tmp_path.iterdir()), seconds)
 
     track(0, {2: 1.0, 4: 1.0, 6: 1.0})
+    track(2, {4: 3.0, 6: 3.0})
     track(4, {6: 2.0})
     events = EventAccumulator(str(tmp_path), purge_orphaned_data=True)
     events.Reload()
-    assert [(p.step, p.value) for p in events.Scalars("loss")] == [(2, 1.0), (4, 1.0), (6, 2.0)]
+    assert [(p.step, p.value) for p in events.Scalars("loss")] == [(2, 1.0), (4, 3.0), (6, 2.0)]
 
 
 def test_the_bars_rate_leaves_skipped_time_out(tmp_path: Path) -> None:
