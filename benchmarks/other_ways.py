@@ -19,6 +19,12 @@ CHOSEN = "IF_OTHER_WAY"
 SOFT_GAMMA = 5.0
 """The gamma of soft Min-SNR, as of Min-SNR's paper."""
 
+STAGE_1 = "models/if-tiny/stage_1"
+"""The Stage I whose outputs Stage II is shown."""
+
+OWN_TIMESTEP = 300
+"""The timestep of the noisy picture that they are drawn from."""
+
 
 def change_step(part: str, change: Callable[..., Any]) -> None:
     """Pass what a part of the training step returns, then its arguments, through a function."""
@@ -46,6 +52,109 @@ def show_noisy_twice() -> None:
         return inputs | {"sample": twice, "class_labels": batch.timesteps}
 
     change_step("unet_inputs", show)
+
+
+def show_own_outputs() -> None:
+    """Show Stage II Stage I's own pictures in place of real low-res ones, noised as ever.
+
+    They must match the real pictures place by place, so each is what the base's Stage I sees in a
+    noisy real one: its estimate of the picture at timestep :data:`OWN_TIMESTEP`.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from finetune.run import trainee
+
+    build, unets = trainee.unet_inputs, dict[torch.device, Any]()
+
+    @torch.no_grad()
+    def redraw(batch: Any, schedule: Any) -> Any:
+        device = batch.pixels.device  # meta where a step is only rehearsed
+        if device not in unets:
+            from adapters.base.source import Source
+
+            unets[device] = Source(STAGE_1, 1).unet("fp32", device).eval()
+        ratio = batch.pixels.shape[-1] // batch.low_res.shape[-1]
+        noise = F.avg_pool2d(batch.low_res_noise, ratio) * ratio  # standard normal again
+        at = torch.full_like(batch.timesteps, OWN_TIMESTEP)
+        noisy = schedule.add_noise(batch.low_res, noise, at)
+        predicted = unets[device](noisy, at, batch.prompt_embeds, return_dict=False)[0][:, :3]
+        kept = float(schedule.alphas_cumprod[OWN_TIMESTEP])
+        return ((noisy - (1 - kept) ** 0.5 * predicted) / kept**0.5).clamp(-1, 1)
+
+    def show(stage: Any, batch: Any, noisy: Any, schedulers: Any, dtype: Any) -> Any:
+        if stage.super_resolution:
+            batch = replace(batch, low_res=redraw(batch, schedulers[0]))
+        return build(stage, batch, noisy, schedulers, dtype)
+
+    vars(trainee)["unet_inputs"] = show
+
+
+def replace_oft(peft_type: str, fields: Mapping[str, str], settings: Mapping[str, int]) -> None:
+    """Let the kind ``oft`` stand for another of PEFT's, before any module has read the table.
+
+    The toolkit has no format for these, so each is exported as the LoRA of its whole update.
+    """
+    from types import MappingProxyType
+
+    from adapters.weights import kinds
+
+    row = kinds.Kind(peft_type, fields, settings)
+    vars(kinds)["KINDS"] = MappingProxyType({**kinds.KINDS, "oft": row})
+    import finetune.run.ending
+    import finetune.run.loop
+
+    vars(finetune.run.ending)["export_adapter"] = export_as_lora
+    vars(finetune.run.loop)["UpdateSize"] = lambda unet: None
+
+
+def export_as_lora(unet: Any, folder: Any, info: Any) -> Any:
+    """Export the whole update of any adapter of PEFT's as a LoRA, as ``export_adapter`` does."""
+    from pathlib import Path
+
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from adapters.files.export import Exported, complete_info, write_adapter
+    from adapters.files.stage_adapter import StageAdapter
+    from adapters.weights.approximation import Approximation
+    from adapters.weights.kinds import KINDS
+
+    lora = Approximation(None, 1e-4)
+    for name, layer in unet.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            weight = layer.get_base_layer().weight
+            own = weight.detach().clone()
+            with torch.no_grad():
+                layer.merge()
+                lora.add_update(name, layer.get_base_layer().weight - own)
+                layer.merged_adapters.clear()
+                layer.get_base_layer().weight.copy_(own)
+    spec = info.spec.model_copy(update={"kind": "lora", "rank": max(lora.ranks), "alpha": None})
+    info = complete_info(info.model_copy(update={"spec": spec}), unet)
+    config = KINDS["lora"].peft_config(spec)
+    ranks = {
+        name.removesuffix(".lora_A.weight"): len(a)
+        for name, a in lora.state.items()
+        if name.endswith(".lora_A.weight")
+    }
+    config.target_modules, config.rank_pattern = list(ranks), ranks
+    config.alpha_pattern = dict(ranks)
+    adapter = StageAdapter(Path(folder) / f"stage_{info.stage}", info, config, lora.state)
+    write_adapter(adapter)
+    return Exported(adapter.folder, len(lora.state), None)
+
+
+def train_hra() -> None:
+    """Train Householder reflections (arXiv 2405.17484), as many as the rank, in place of OFT."""
+    replace_oft("HRA", {"r": "rank"}, {})
+
+
+def train_boft() -> None:
+    """Train two butterflies of blocks as wide as the rank (arXiv 2311.06243), in place of OFT."""
+    replace_oft(
+        "BOFT", {"boft_block_size": "rank"}, {"boft_block_num": 0, "boft_n_butterfly_factor": 2}
+    )
 
 
 def learn_no_variance() -> None:
@@ -94,6 +203,9 @@ def draw_with_fixed_variance() -> None:
 
 WAYS: Mapping[str, Callable[[], None]] = {
     "peers_stage_2": show_noisy_twice,
+    "own_outputs": show_own_outputs,
+    "hra": train_hra,
+    "boft": train_boft,
     "no_variance": learn_no_variance,
     "fixed_variance": draw_with_fixed_variance,
     "soft_min_snr": weight_softly,
