@@ -101,7 +101,7 @@ def test_the_best_of_stage_2_alone_is_exported_with_a_card_that_works(
         evaluation={"identifier": "sks dog", "subject": "dog", "prompts": [prompt]},
     )
     likeness = iter([0.1, 0.3, 0.6, 0.2])
-    weights = train(recipe, 2, score=lambda drawn: {CLIP_I: next(likeness)})
+    weights = train(recipe, 2, score=lambda drawn: {CLIP_I: [next(likeness)] * 4})
     assert torch.equal(flat(weights), saved_weights(recipe, 2)[2])
     folder = Folders(recipe.folder).adapters
     info = read_info(folder / "stage_2").model_copy(update={"prompts": (prompt,)})
