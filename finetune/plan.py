@@ -31,14 +31,17 @@ def describe_memory(recipe: "Recipe", options: argparse.Namespace) -> str:
     import torch
 
     from finetune.memory.fit import plan
-    from finetune.memory.report import format_downloads, format_fit, format_plan
+    from finetune.memory.published import use_published_sizes
+    from finetune.memory.report import format_downloads, format_fit, format_plan, say_sizes_used
 
+    recipe, unread = use_published_sizes(recipe)
     about = ""
     if not torch.cuda.is_available():
         about = "Estimated for a GPU, where precision auto means bf16; this machine has none."
     vram = options.vram
     text = format_plan(plan(recipe)) if vram is None else format_fit(recipe, vram)
-    return "\n\n".join(filter(None, (about, text, format_downloads(recipe)))) + "\n"
+    parts = (about, say_sizes_used(unread), text, format_downloads(recipe))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Plans, fitting settings and downloads, as text for the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from adapters.base.source import GUARDS
 from adapters.cascade.memory_budget import GPU, parse_memory
@@ -50,6 +50,16 @@ def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield ("steps", *(f"{each.steps:,}" for each in own))
     totals = [each * training.steps for each, training in zip(flops, own, strict=True)]
     yield ("TFLOP in all", *(f"{total / 1e12:,.0f}" for total in totals))
+
+
+def say_sizes_used(models: Sequence[str]) -> str:
+    """Say which models' published sizes stand in for their files; empty if none do."""
+    if not models:
+        return ""
+    return (
+        f"The files of {' and '.join(models)} cannot be read here, so their published sizes are"
+        " used: accept their licences on the hub and `hf auth login` before training."
+    )
 
 
 def format_fit(recipe: Recipe, vram: str) -> str:
