@@ -78,7 +78,7 @@ class PublishedFiles(ModelFiles):
         }
 
     @property
-    def listing(self) -> Mapping[str, int]:  # type: ignore[override]
+    def listing(self) -> Mapping[str, int]:
         """No sizes of files: the hub has not been asked."""
         return {}
 
@@ -94,7 +94,7 @@ class PublishedFiles(ModelFiles):
         configs = {
             INDEX: self.index,
             f"unet/{CONFIG}": unet | {"encoder_hid_dim_type": "text_proj"},
-            f"text_encoder/{CONFIG}": text | T5_XXL,
+            f"text_encoder/{CONFIG}": {**text, **T5_XXL},
             f"safety_checker/{CONFIG}": {"vision_config": dict(CLIP_VISION)},
             "scheduler/scheduler_config.json": dict(SCHEDULE),
             "image_noising_scheduler/scheduler_config.json": dict(SCHEDULE),
