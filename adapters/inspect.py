@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(
         "inspect",
         "Describe an adapter: its base and settings, and how strongly it acts in each block.",
-        "runs/dog/adapters --base models/if-tiny",
+        "runs/dog --base models/if-tiny",
         *("--base", "--revision", "--variant", "--json"),
     )
     help_ = "an exported folder, another tool's file or folder, or a hub name"

@@ -89,9 +89,9 @@ def load_cascade(
         revision: the hub revision of Stage I and II if their names have none.
         variant: the weights' variant of Stage I and II, such as ``fp16``; components that lack it
             are read from their plain files, and a message says so.
-        adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
-            optionally each with its scale (``{"runs/dog/adapters": 0.8}``), see
-            :meth:`Cascade.add_adapter`.
+        adapters: folders of finished runs, exported folders or hub names
+            (``owner/name@revision``) to merge, one or several, optionally each with its scale
+            (``{"runs/dog": 0.8}``), see :meth:`Cascade.add_adapter`.
         device: the device to draw on; ``auto``: a GPU if there is one.
         dtype: the precision of the UNets, one for all or by stage; ``auto``: bf16 on a GPU, fp32
             elsewhere. With fp16 UNets the text encoder is bf16, as T5-XXL overflows in fp16; with

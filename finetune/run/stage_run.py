@@ -217,6 +217,7 @@ def describe_adapter(
         prompts=recipe.validation.prompts or tuple(captions)[:CARD_PROMPTS],
         step=trainee.step,
         stopped_early=stopped_early,
+        sampling=recipe.validation.sampling.model_dump(exclude={"batch_size"}),
         recipe=recipe.to_yaml(),
         version=__version__,
     )
