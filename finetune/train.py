@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError, quiet_libraries
+from adapters.errors import UserError, command_line, quiet_libraries
 from finetune.command import run_command
 
 if TYPE_CHECKING:
@@ -30,9 +30,32 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    dry_run = {"action": "store_true", "help": "print the resolved recipe and stop"}
-    about = "Train the cascade as a recipe says."
-    run_command("train", about, arguments, train_or_print, dry_run=dry_run)
+    run_command(
+        "train",
+        "Train the cascade as a recipe says.",
+        arguments,
+        train_or_print,
+        dry_run={"action": "store_true", "help": "print the resolved recipe and stop"},
+        explain={
+            "action": Explain,
+            "nargs": "?",
+            "const": "",
+            "metavar": "KEY",
+            "help": "explain a key of recipes, or list all, and stop",
+        },
+    )
+
+
+class Explain(argparse.Action):
+    """An option that explains a recipe's key and ends the program, without any recipe."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        """Print the explanation of the key that is given; without one, of all."""
+        from finetune.recipe.key_search import explain_key
+
+        with command_line():
+            sys.stdout.write(f"{explain_key(given[1] or '')}\n")
+        parser.exit()
 
 
 def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:

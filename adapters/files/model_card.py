@@ -244,6 +244,7 @@ def _call_pipeline(info: AdapterInfo) -> str:
     own = (info.sampling or {}).get(f"stage_{info.stage}")
     if own is None:
         return ""
+    given: dict[str, object]
     if own.get("timesteps"):
         given = {"timesteps": f"timesteps.{own['timesteps']}_timesteps"}
     else:
