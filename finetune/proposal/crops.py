@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from adapters.pictures.contact_sheet import contact_sheet
-from finetune.data.batches import Batches, picture_at
+from finetune.data.batches import Batches, derived_seed, picture_at
 from finetune.data.pictures import Picture
 from finetune.recipe.schema import Recipe
 
@@ -39,11 +39,11 @@ def draw_crops(recipe: Recipe, pictures: Sequence[Picture]) -> Image.Image:
             low_res_px=None,
             noise_level=(0, 0),
             num_train_timesteps=1,
-            seed=recipe.seed,
+            seed=derived_seed(recipe.seed, stage.number),  # as in finetune.run.stage_run
             accumulation=training.accumulation,
         )
         for position in range(CROPS * len(pictures)):  # each epoch has every picture once
-            index = picture_at(position, len(pictures), recipe.seed)
+            index = picture_at(position, len(pictures), batches.seed)
             if index < SHOWN:
                 step, place = divmod(position, batches.instance_count)
                 rows[index].append(batches.crop_at(step, place))

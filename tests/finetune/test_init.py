@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from finetune import init
-from finetune.data.batches import Batches, picture_at
+from finetune.data.batches import Batches, derived_seed, picture_at
 from finetune.data.pictures import load_pictures, to_tensor
 from finetune.proposal.crops import CROPS, draw_crops
 from finetune.recipe.file import load_recipe
+from finetune.recipe.schema import OutputPrior
+from finetune.run.stage_run import Material, train_stage
 from tests.builders.commands import refusal
-from tests.builders.random_cascade import RandomCascade
+from tests.builders.random_cascade import TEXT_WIDTH, RandomCascade
 
 
 @pytest.fixture
@@ -50,40 +53,50 @@ def test_a_folder_becomes_a_recipe(
     )
 
 
+@pytest.fixture
+def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the seconds that the plan takes."""
+    monkeypatch.setattr(init, "describe_memory", lambda *_: "")
+
+
+@pytest.mark.usefixtures("no_plan")
 def test_crops_are_those_of_training(
     photos: Path, random_cascade: RandomCascade, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init.main([str(photos), "--subject", "robot", "--base", str(random_cascade.stage_1.parent)])
-    recipe = load_recipe("robot.yaml")
+    few = ["stage_1.steps=3", "stage_2.steps=9", "validation={loss_pictures: 0}"]
+    small = ["stage_1.adapter={rank: 1}", "stage_2.adapter={rank: 1}"]
+    named = ["data.prompt=a robot", "evaluation=null"]
+    recipe = load_recipe("robot.yaml", [*few, *small, *named])
     pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
     shown: list[list[Image.Image]] = []
     monkeypatch.setattr(
         "finetune.proposal.crops.contact_sheet", lambda rows, **_: shown.extend(rows)
     )
     draw_crops(recipe, pictures)
-    for number, stage in enumerate(recipe.trained):
-        training, size_px = recipe.training(stage), recipe.source(stage).picture_size_px
-        batches = Batches(
-            data=recipe.data,
-            pictures=pictures,
-            class_pictures=(),
-            prior=recipe.prior,
-            prompt_embeds={"a sks robot": torch.zeros(1), "": torch.zeros(1)},
-            batch_size=training.batch_size,
-            size_px=size_px,
-            low_res_px=None,
-            noise_level=(0, 0),
-            num_train_timesteps=1000,
-            seed=recipe.seed,
-        )
-        trained: list[list[torch.Tensor]] = [[] for _ in pictures]
+
+    trained: dict[tuple[int, int, int], torch.Tensor] = {}
+    example = Batches.example
+
+    def record(batches: Batches, step: int, place: int) -> dict[str, torch.Tensor]:
+        made = example(batches, step, place)
+        trained[batches.size_px, step, place] = made["pixels"]
+        return made
+
+    monkeypatch.setattr(Batches, "example", record)
+    assert isinstance(recipe.prior, OutputPrior)
+    texts = ["", "a robot", *recipe.prior.list_captions()]
+    material = Material(pictures, [], {text: torch.zeros(7, TEXT_WIDTH) for text in texts})
+    for number, (stage, in_a_step) in enumerate(zip(recipe.trained, (3, 1), strict=True)):
+        train_stage(recipe, stage, material, Accelerator(cpu=True))
+        size_px, seed = recipe.source(stage).picture_size_px, derived_seed(recipe.seed, number + 1)
+        own: list[list[torch.Tensor]] = [[] for _ in pictures]
         for position in range(CROPS * len(pictures)):
-            step, place = divmod(position, batches.instance_count)
-            which = picture_at(position, len(pictures), recipe.seed)
-            trained[which].append(batches.example(step, place)["pixels"])
-        for row, own in zip(shown, trained, strict=True):
+            which = picture_at(position, len(pictures), seed)
+            own[which].append(trained[size_px, *divmod(position, in_a_step)])
+        for row, crops in zip(shown, own, strict=True):
             drawn = row[1 + number * CROPS :][:CROPS]
-            assert all(torch.equal(to_tensor(a), b) for a, b in zip(drawn, own, strict=True))
+            assert all(torch.equal(to_tensor(a), b) for a, b in zip(drawn, crops, strict=True))
     wide = shown[2]
     assert not np.array_equal(np.asarray(wide[1]), np.asarray(wide[2])), "the crop shifts"
 
@@ -107,6 +120,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.usefixtures("no_plan")
 def test_in_a_terminal_it_asks_only_for_what_is_missing(
     photos: Path, random_cascade: RandomCascade, monkeypatch: pytest.MonkeyPatch
 ) -> None:
