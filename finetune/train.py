@@ -89,6 +89,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     from adapters.atomic import write_text
     from finetune.data.pictures import load_pictures
     from finetune.memory.fit import explain_out_of_memory
+    from finetune.run.console import describe_start
     from finetune.run.early_checks import check_recipe
     from finetune.run.fixed_losses import check_held_out
     from finetune.run.folders import Folders, explain_ignored, list_unfinished
@@ -110,6 +111,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     with accelerator.main_process_first():
         pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
     check_held_out(recipe.validation.held_out, len(pictures))
+    accelerator.print(describe_start(recipe, pictures, pending, accelerator.num_processes))
     likeness = load_likeness(recipe) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
@@ -174,14 +176,19 @@ def gather(
     recipe: "Recipe", pictures: Sequence["Picture"], accelerator: "Accelerator"
 ) -> "Material":
     """Encode the captions, and load or sample the class pictures of a prior that has them."""
+    from adapters.progress import timed
     from finetune.data.captions import CaptionCache, collect_captions, embed_captions
     from finetune.data.prior import ClassPictures
     from finetune.run.stage_run import Material
 
     device = accelerator.device
+    main, classes = accelerator.is_main_process, []
     captions = collect_captions(recipe, pictures)
-    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
-    classes = ClassPictures.of(recipe, embeds, device).load() if recipe.class_pictures else []
+    with timed(f"Captions, {len(captions):,} encoded or read", shown=main):
+        embeds = embed_captions(captions, CaptionCache.of(recipe, device))
+    if recipe.class_pictures:
+        with timed(f"Class pictures, {recipe.class_pictures.count:,} drawn or read", shown=main):
+            classes = ClassPictures.of(recipe, embeds, device).load()
     return Material(pictures, classes, embeds)
 
 

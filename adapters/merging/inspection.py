@@ -16,6 +16,7 @@ from adapters.files.info import AdapterInfo
 from adapters.files.places import find_weights
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import group_by_block, inner, read_update, sum_by_group
+from adapters.progress import Bar
 from adapters.tables import format_facts, format_range, format_table
 from adapters.weights.kinds import KINDS
 
@@ -79,7 +80,7 @@ def _load_by_diffusers(adapter: StageAdapter, file: Path) -> dict[str, Any]:
 def _measure_norms(adapter: StageAdapter, base: StoredUNet | None) -> dict[str, Any]:
     """Measure the Frobenius norms of updates, or else of the adapter's parameters, by block."""
     squares, of = {}, "update"
-    for module, tensors in tqdm(adapter.modules.items(), "Measuring", delay=2, leave=False):
+    for module, tensors in Bar(adapter.modules.items(), "Measuring", delay=2, leave=False):
         if (update := read_update(adapter, module, base)) is not None:
             own = inner(update, update)
         else:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from adapters.base.estimates import text_encoder_bytes
 from adapters.base.source import Source
 from adapters.cascade.memory_budget import AT_ONCE, GPU
 from adapters.errors import UserError
+from adapters.progress import Bar
 from adapters.weights.kinds import AdapterSpec
 from finetune.memory.footprint import Footprint, Rehearsal
 from finetune.recipe.schema import Prior, Recipe, Text, Training
@@ -167,7 +167,7 @@ def fitting_settings(
     pictures = training.batch_size * training.accumulation
     found = []
     tried = [(precision, checkpointed) for precision in BASES for checkpointed in (False, True)]
-    for precision, checkpointed in tqdm(tried, f"Settings of {stage.name}", leave=False, delay=2):
+    for precision, checkpointed in Bar(tried, f"Settings of {stage.name}", leave=False, delay=2):
         fields: dict[str, Any] = {"gradient_checkpointing": checkpointed}
         if training.precision_on(GPU) != precision:  # else keep "auto"
             fields["precision"] = precision

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapters.base.source import Source
 from adapters.files.info import AdapterInfo
+from adapters.progress import format_seconds, say, timed
 from finetune import __version__
 from finetune.data.batches import Batches, derived_seed
 from finetune.data.pictures import Picture
@@ -55,7 +56,13 @@ def train_stage(
     """
     folders, training = Folders(recipe.folder), recipe.training(stage)
     free_memory(accelerator.device)  # the previous stage's
-    trainee, state = continue_training(recipe, stage, accelerator.device)
+    with timed(f"Stage {stage.number}, loading", shown=accelerator.is_main_process):
+        trainee, state = continue_training(recipe, stage, accelerator.device)
+    if trainee.step:
+        accelerator.print(
+            f"Stage {stage.number} goes on after step {trainee.step:,} of {training.steps:,}, from"
+            f" {folders.checkpoints(stage)}"
+        )
     taught, held_out = hold_out(material.pictures, recipe.validation.held_out, recipe.seed)
     material = replace(material, pictures=taught)
     low_res_px = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
@@ -93,12 +100,20 @@ def train_stage(
         )
     if measures is not None:
         trainee.watch.check()
+        say(f"Stage {stage.number}, {describe_times(tracker)}")
         info = describe_adapter(recipe, trainee, taught, stopped_early=stopped_early)
         columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
         columns |= training.model_dump(mode="json", exclude={*FREE} - {"steps"})
-        export_run(trainee, measures, tracker, folders.adapters, info, columns)
+        with timed(f"Stage {stage.number}, export"):
+            export_run(trainee, measures, tracker, folders.adapters, info, columns)
     tracker.close()
     accelerator.wait_for_everyone()
+
+
+def describe_times(tracker: Tracker) -> str:
+    """Describe the time that a stage's steps took, and that of the validations between them."""
+    steps, validation = tracker.pace.seconds, tracker.pace.skipped_s
+    return f"training: {format_seconds(steps)}, and validation: {format_seconds(validation)}"
 
 
 def continue_training(

@@ -1,6 +1,7 @@
 """The display of a run: a progress bar, and TensorBoard."""
 
 import re
+import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
+from adapters.progress import Bar, Pace, is_watched
 from finetune.run.figures import (
     CLIP_I,
     CLIP_T,
@@ -164,7 +165,7 @@ def order_event_files(folder: Path) -> None:
 
 
 class Tracker:
-    """TensorBoard and the progress bar of one stage, on the main process only."""
+    """TensorBoard and the progress bar of one stage, or a log's lines, on the main process only."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, title: str, first: int, steps: int):
         main = accelerator.is_main_process
@@ -176,12 +177,15 @@ class Tracker:
             order_event_files(folder)
             self.writer = SummaryWriter(str(folder), purge_step=purge_step)
             self.writer.add_custom_scalars(LAYOUT)
-        self.bar = tqdm(
-            desc=title,
+        self.title = f"Training {title}"
+        self.pace = Pace(first, steps)
+        self.logs_lines = main and not is_watched()
+        self.bar = Bar(
+            desc=self.title,
             total=steps,
             initial=first,
             unit="step",
-            disable=not main,
+            disable=not main or self.logs_lines,
             dynamic_ncols=True,
         )
 
@@ -201,8 +205,13 @@ class Tracker:
         self.markdown(f"warnings/{kind.replace(' ', '_')}", sentence, step)
 
     def points(self, points: Mapping[str, float], step: int) -> None:
-        """Add a point to each curve of training."""
-        self.bar.set_postfix({"loss": f"{points['loss']:.4f}"}, refresh=False)
+        """Add a point to each curve of training, and a line to a log, which has no bar."""
+        if "loss" in points:
+            loss = f"{points['loss']:.4f}"
+            self.bar.set_postfix({"loss": loss}, refresh=False)
+            if self.logs_lines:
+                line = f"{self.title}: {self.pace.describe(step)}, loss {loss}"
+                self.bar.write(line, file=sys.stderr)
         self.curves(points, step)
 
     def curves(self, points: Mapping[str, float], step: int) -> None:
@@ -225,6 +234,7 @@ class Tracker:
 
     def skip_time(self, seconds: float) -> None:
         """Leave time not spent training out of the bar's rate."""
+        self.pace.skip(seconds)
         if not self.bar.disable:
             self.bar.start_t += seconds
             self.bar.last_print_t += seconds
