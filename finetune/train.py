@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Train the cascade as a recipe says.",
         arguments,
         train_or_print,
+        "recipes/quickstart.yaml name=robot data.source=datasets/robot",
         dry_run={"action": "store_true", "help": "print the resolved recipe and stop"},
         explain={
             "action": Explain,

@@ -75,7 +75,7 @@ def test_a_run_folder_is_its_adapter(random_cascade: RandomCascade, dog: Path) -
 
 def test_every_tool_takes_it(dog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect.main([str(dog)])
-    assert "kind" in capsys.readouterr().out
+    assert "sampling      steps 3, guidance 2.0\n" in capsys.readouterr().out
     combine.main([f"{dog}=0.5", f"{dog}=0.5", "--method", "cat", "--out", str(tmp_path / "both")])
     assert (
         read_info(tmp_path / "both" / "stage_1").sampling

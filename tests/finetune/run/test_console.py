@@ -15,7 +15,12 @@ from tests.builders.small_runs import made_batches, material_of, recipe_of, trai
 
 LINE = re.compile(r"Training Stage 1: (\d+)%, step (\d) of 4, \S+ steps/s, .* left, loss \d\.\d{4}")
 
-DRAWING = {"prompts": ["a cat"], "sampling": {"stage_1": {"steps": 2}}, "every": 4}
+DRAWING = {
+    "prompts": ["a cat"],
+    "through_stage_2": "never",
+    "sampling": {"stage_1": {"steps": 2}},
+    "every": 4,
+}
 
 
 class Terminal(io.StringIO):
