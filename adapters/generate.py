@@ -104,11 +104,12 @@ def parser() -> argparse.ArgumentParser:
         text = str(StageSampling.model_fields[setting].description).replace("``", "`").split(";")[0]
         shown = "none" if default is None else f"{default:g}"
         kind = str if default is None else type(default)
-        help_ = f"Stage {stage[-1]}: {text} (as published: {shown})"
+        help_ = f"Stage {stage[-1]}: {text} ({shown})"
         add(f"--{flag.replace('_', '-')}", type=kind, metavar=setting.upper(), help=help_)
     help_ = (
         "the settings that the options above change: those that the adapter was validated with in"
-        " training, or the published ones (default: as trained, if the adapter records them)"
+        " training, or the published ones, in brackets (default: as trained, if the adapter records"
+        " them)"
     )
     add("--sampling", choices=("as_trained", PUBLISHED), help=help_)
     size = Sampling.model_fields["batch_size"]

@@ -4,6 +4,7 @@ Shapes: N pictures, S a stage's picture size, s the size of the stage below, T t
 width. Pixels are in [-1, 1].
 """
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
@@ -19,6 +20,7 @@ from adapters.cascade.checks import check_drawing
 from adapters.cascade.conditioning import Conditioning, Layout, Options, Prompt, lay_out
 from adapters.cascade.drawing import Drawn, Request, draw, upscale
 from adapters.cascade.embeds import look_up
+from adapters.cascade.habits import ARGUMENTS, ATTRIBUTES, check_arguments
 from adapters.cascade.memory_budget import TEXT
 from adapters.cascade.offload import Placement
 from adapters.cascade.overview import COLUMNS, precision_of, tabulate, to_html
@@ -61,16 +63,14 @@ class Cascade(AdaptedStages):
         return dict(self.stages) | ({} if self.upscaler is None else {3: self.upscaler})
 
     def __getattr__(self, name: str) -> Any:
-        if name == "sample":
-            raise AttributeError(
-                "Cascade.sample is now the call itself: cascade(prompts, embeds={prompt: encoding},"
-                " seed=[…])"
-            )
+        if name in ATTRIBUTES:
+            raise AttributeError(f"a Cascade has no {name}: {ATTRIBUTES[name]}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @alone
     def __call__(
         self,
+        /,
         prompt: Prompt,
         *,
         stage_2_prompt: Prompt | None = None,
@@ -84,6 +84,7 @@ class Cascade(AdaptedStages):
         embeds: Mapping[str, Tensor] | None = None,
         clean_caption: bool = True,
         progress: bool | str = True,
+        **habits: object,
     ) -> CascadeImages:
         """Sample pictures for prompts.
 
@@ -114,6 +115,7 @@ class Cascade(AdaptedStages):
                 ``<sks>``, ``j0hn``, ``#3`` and all Chinese; with ``embeds``, whether their prompts
                 were cleaned.
             progress: show progress bars; a text: show it before their names.
+            **habits: arguments of diffusers' pipelines; each raises an error that says what to do.
 
         Raises:
             UserError: if there is nothing to draw, cleaning empties a prompt, Stage I is needed and
@@ -127,6 +129,8 @@ class Cascade(AdaptedStages):
             CascadeImages(2 pictures, 32 → 128 px, of 'a car on a pink background')
             >>> images[0].save("car.png")
         """
+        own = {*inspect.signature(type(self).__call__).parameters} - {"self", "habits"}
+        check_arguments(habits, ARGUMENTS, own, "cascade()")
         settings = self._read_sampling(sampling)
         layout, prompts = lay_out(
             {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}, images_per_prompt
@@ -183,7 +187,8 @@ class Cascade(AdaptedStages):
             return sampling
         if sampling != AS_TRAINED:
             raise UserError(
-                f"sampling must be a Sampling(...), or {AS_TRAINED!r} (got {sampling!r})."
+                f"sampling must be a Sampling(...) (got {sampling!r}); make one, or give"
+                f" {AS_TRAINED!r}."
             )
         if (trained := self.as_trained) is None:
             raise UserError(

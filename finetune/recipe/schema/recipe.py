@@ -64,6 +64,12 @@ class Recipe(Section):
     cache_dir: str = ".cache/finetune"
     """The folder that keeps decoded pictures, text encodings and class pictures between runs."""
 
+    def __repr__(self) -> str:
+        steps = [f"{s.name}: {self.training(s).steps:,} steps" for s in self.trained]
+        return f"Recipe({', '.join([repr(self.name), *steps, self.data.source])})"
+
+    __str__ = __repr__
+
     @model_validator(mode="wrap")
     @classmethod
     def _check_sections_together(cls, tree: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
