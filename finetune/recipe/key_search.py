@@ -46,6 +46,7 @@ OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "num_inference_steps": "sampling.stage_1.steps",
         "guidance_scale": "sampling.stage_1.guidance",
         **dict.fromkeys(("output_dir", "logging_dir"), "runs_dir"),
+        **dict.fromkeys(("report_to", "log_with", "tracker"), "trackers"),
         **dict.fromkeys(("logging_steps", "log_steps"), "log_every"),
     }
 )

@@ -23,7 +23,8 @@ from finetune.run.fixed_losses import FixedLosses, hold_out, select_evenly
 from finetune.run.folders import FREE, Folders, select_identity, select_judging
 from finetune.run.loop import run_steps
 from finetune.run.measures import Measures, Score, was_patient
-from finetune.run.tracking import Tracker
+from finetune.run.other_trackers import OtherTrackers
+from finetune.run.tracking import Tracker, flatten
 from finetune.run.trainee import Trainee
 from finetune.run.validation import build_validator, enlarge
 from finetune.step.stages import STAGES, Stage
@@ -77,6 +78,8 @@ def train_stage(
     tree = recipe.model_dump(mode="json")
     judging, measures = select_judging(tree, stage), None
     if accelerator.is_main_process:
+        settings = flatten(tree)
+        tracker.others = OtherTrackers.of(recipe, stage.name, folders.logs(stage), settings)
         say_what_is_preserved(trainee, batches, tracker)
         measures = build_measures(
             recipe, trainee, batches, tracker, material.prompt_embeds, held_out, score, judging

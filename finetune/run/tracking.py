@@ -27,6 +27,7 @@ from finetune.run.figures import (
     ceiling_of,
     floor_of,
 )
+from finetune.run.other_trackers import OtherTrackers
 from finetune.step.inputs import Batch
 from finetune.step.losses import Losses
 from unets.memory import peak_memory_gib
@@ -172,6 +173,7 @@ class Tracker:
         # hides the points after the checkpoint that a run continues from, as it makes them again;
         # without one also those of the base, which a killed run may have left
         purge_step = first + 1 if first else 0
+        self.others = OtherTrackers()
         self.writer = None
         if main:
             order_event_files(folder)
@@ -216,6 +218,7 @@ class Tracker:
 
     def curves(self, points: Mapping[str, float], step: int) -> None:
         """Add a point to each curve."""
+        self.others.log(points, step)
         if self.writer:
             for tag, value in points.items():
                 self.writer.add_scalar(tag, value, step)
@@ -241,6 +244,7 @@ class Tracker:
 
     def picture(self, tag: str, picture: Image.Image, step: int) -> None:
         """Add a picture panel."""
+        self.others.picture(tag, picture, step)
         if self.writer:
             self.writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
             self.writer.flush()
@@ -248,5 +252,6 @@ class Tracker:
     def close(self) -> None:
         """Close both, writing pending events."""
         self.bar.close()
+        self.others.close()
         if self.writer:
             self.writer.close()
