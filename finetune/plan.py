@@ -23,6 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         describe_memory,
         "recipes/dreambooth_cascade.yaml --vram 8GB",
         vram={"help": "find the fastest settings that fit a card, such as 8GB"},
+        rate={
+            "type": float,
+            "metavar": "TFLOPS",
+            "help": "the GPU's rate of large bf16 matrix products in TFLOP/s, to tell the time too"
+            " (default: this GPU's, measured once)",
+        },
         device={
             "choices": ("gpu", "cpu"),
             "default": "gpu",
@@ -41,6 +47,7 @@ def describe_memory(recipe: "Recipe", options: argparse.Namespace) -> str:
     from finetune.memory.fit import plan
     from finetune.memory.published import use_published_sizes
     from finetune.memory.report import format_downloads, format_fit, format_plan, say_sizes_used
+    from finetune.memory.timing import find_rate
 
     recipe, unread = use_published_sizes(recipe)
     about, on_cpu, vram = "", options.device == "cpu", options.vram
@@ -52,7 +59,12 @@ def describe_memory(recipe: "Recipe", options: argparse.Namespace) -> str:
             " train in main memory (--device cpu)."
         )
     device = torch.device("cpu") if on_cpu else GPU
-    text = format_plan(plan(recipe, device)) if vram is None else format_fit(recipe, vram)
+    rate = find_rate(recipe.cache) if options.rate is None else 1e12 * options.rate
+    if rate is not None and not rate > 0:
+        raise UserError(f"--rate must be above 0, in TFLOP/s (got {options.rate:g}).")
+    if on_cpu:  # the measure of time is a GPU's
+        rate = None
+    text = format_fit(recipe, vram, rate) if vram else format_plan(plan(recipe, device), rate)
     parts = (about, say_sizes_used(unread), text, format_downloads(recipe))
     return "\n\n".join(filter(None, parts)) + "\n"
 
