@@ -106,6 +106,7 @@ def write_recipe(options: argparse.Namespace) -> str:
     from adapters.tables import fill_lines, format_facts
     from finetune.memory.published import use_published_sizes
     from finetune.memory.report import say_sizes_used
+    from finetune.memory.timing import find_rate
     from finetune.proposal.crops import draw_crops
     from finetune.proposal.recipe_text import Answers, propose
     from finetune.proposal.survey import survey
@@ -139,14 +140,9 @@ def write_recipe(options: argparse.Namespace) -> str:
         f"recipe  {out}\ncrops   {sheet}: look whether the subject is in all of them\n\n"
         f"Next:\n{train}"
     )
-    parts = [
-        facts,
-        *notes,
-        chosen,
-        say_sizes_used(unread),
-        describe_memory(recipe, memory_gb),
-        last,
-    ]
+    rate = find_rate(recipe.cache) if options.memory is None else None  # of this machine's GPU
+    memory = describe_memory(recipe, memory_gb, rate)
+    parts = [facts, *notes, chosen, say_sizes_used(unread), memory, last]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -201,8 +197,8 @@ def describe_run(recipe: "Recipe") -> list[tuple[str, str]]:
     return rows
 
 
-def describe_memory(recipe: "Recipe", memory_gb: float | None) -> str:
-    """Write the plan of a recipe's memory, and the settings that fit if it does not."""
+def describe_memory(recipe: "Recipe", memory_gb: float | None, rate: float | None) -> str:
+    """Write the plan of a recipe's memory and time, and the settings that fit if it does not."""
     import torch
 
     from adapters.cascade.memory_budget import GPU
@@ -211,7 +207,7 @@ def describe_memory(recipe: "Recipe", memory_gb: float | None) -> str:
     from unets.tally import DRIVER_BYTES, GIB
 
     planned = plan(recipe, torch.device("cpu") if memory_gb is None else GPU)
-    parts = [format_plan(planned)]
+    parts = [format_plan(planned, rate)]
     if memory_gb is not None and planned.peak.bytes > memory_gb * GIB - DRIVER_BYTES:
         found = fit(recipe, memory_gb * GIB - DRIVER_BYTES)
         advice = "no settings fit: use a smaller base"

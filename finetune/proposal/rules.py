@@ -187,6 +187,11 @@ RULES = (
         },
         "Stage II in batches of 2, as batches of 4 need 8 GB",
     ),
+    Rule(
+        _below(4.5),
+        {"text.device": "cpu"},
+        "the text encoder on the CPU, as it needs 4 GB",
+    ),
     # the embedded cascade
     Rule(
         lambda case: case.embedded,
