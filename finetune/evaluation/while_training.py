@@ -11,9 +11,7 @@ from torch import Tensor
 from finetune.data.pictures import Picture, crop
 from finetune.evaluation.metrics import (
     ClipScorer,
-    clip_i,
     clip_i_ceiling,
-    clip_t,
     faithfulness,
     likeness,
 )
@@ -60,10 +58,11 @@ class Likeness:
             if any(each.row.kind == "subject" for each in drawn):
                 images, texts = self._encode(drawn, "subject")
                 figures |= {
-                    CLIP_I: clip_i(images, real),
-                    CLIP_T: clip_t(images, texts),
+                    CLIP_I: likeness(images, real).tolist(),
+                    CLIP_T: faithfulness(images, texts).tolist(),
                     NEAREST: float((images @ real.T).amax(1).mean()),
-                } | reached
+                }
+                figures |= reached
                 if len(images) > 1:
                     figures[SAMENESS] = mean_cosine(images)
             if any(each.row.kind == "others" for each in drawn):

@@ -8,8 +8,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
+from finetune.run.chance import is_certain
 from finetune.run.figures import (
     CLIP_I,
     CLIP_T,
@@ -39,13 +39,6 @@ subject's own, from which the subject leaks."""
 LEAST_SPILL = 0.05
 """The least gain in that likeness that counts as leaking."""
 
-LEAST_PICTURES = 4
-"""The least number of pictures of other prompts from which anything is concluded."""
-
-STANDARD_ERRORS = 3.2
-"""The standard errors either side of a mean that hold 95 % of means of four values, by Student's t;
-those of more values need fewer."""
-
 LEAST_GAIN = 0.01
 """The least CLIP-I above the base's that counts as learnt."""
 
@@ -62,18 +55,9 @@ class Course:
         """Return the values of a figure, where it was measured, first to last."""
         return [each.figures[tag] for each in self.history if tag in each.figures]
 
-    def is_certain(self, tag: str) -> bool:
-        """Tell whether a figure's change from the base is more than chance.
-
-        Its pictures are drawn from the same prompts and seeds each time, so the changes by picture
-        are compared with their own spread.
-        """
-        before, now = (self.history[end].by_picture.get(tag, ()) for end in (0, -1))
-        if not LEAST_PICTURES <= len(before) == len(now):
-            return False
-        changes = [new - old for old, new in zip(before, now, strict=True)]
-        error = stdev(changes) / math.sqrt(len(changes))
-        return abs(fmean(changes)) > STANDARD_ERRORS * error
+    def has_changed(self, tag: str) -> bool:
+        """Tell whether a figure differs from the base's by more than chance."""
+        return is_certain(self.history[0], self.history[-1], tag)
 
     def last(self, tag: str) -> float | None:
         """Return the newest value of a figure; ``None``: the last validation has none."""
@@ -123,8 +107,8 @@ def leaks(course: Course) -> bool:
     text, image, own = (course.curve(tag) for tag in (OTHERS_CLIP_T, OTHERS_CLIP_I, CLIP_I))
     forgotten = bool(text) and _fallen(text[-1], text[0])
     spilt = _gain(image) > max(SPILL * _gain(own), LEAST_SPILL)
-    return (forgotten and course.is_certain(OTHERS_CLIP_T)) or (
-        spilt and course.is_certain(OTHERS_CLIP_I)
+    return (forgotten and course.has_changed(OTHERS_CLIP_T)) or (
+        spilt and course.has_changed(OTHERS_CLIP_I)
     )
 
 

@@ -150,8 +150,8 @@ class Measures:
             tag: fmean(each) if isinstance(each, Sequence) else each for tag, each in scored.items()
         }
         if self.held_out:
-            losses = self.held_out(self.trainee)
-            figures[HELD_OUT] = sum(losses) / len(losses)
+            by_picture[HELD_OUT] = self.held_out(self.trainee)
+            figures[HELD_OUT] = fmean(by_picture[HELD_OUT])
         losses = self.fixed(self.trainee) if self.fixed else []
         if losses:
             figures[FIXED_NOISE] = sum(losses) / len(losses)

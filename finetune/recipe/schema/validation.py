@@ -12,7 +12,11 @@ from finetune.recipe.schema.prompts import Prompts, StagePrompts
 
 
 class Best(Section):
-    """The choice of the validation whose adapter is exported."""
+    """The choice of the validation whose adapter is exported.
+
+    It is the latest that is not worse than the best by more than chance, which needs four pictures
+    or more, better a dozen, to show.
+    """
 
     figure: Annotated[str, name_in(JUDGED)] = "clip_i"
     """The figure to be best: ``clip_i``, likeness to the subject; ``clip_t``, likeness to the

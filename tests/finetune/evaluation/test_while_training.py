@@ -1,6 +1,7 @@
 """Figures of validation's pictures, by the embedded CLIP."""
 
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -54,9 +55,9 @@ def test_figures_are_those_of_the_evaluation(photos: list[Picture]) -> None:
     vectors, photo_vectors = scorer.images([real[0], other]), scorer.images(real)
     texts = scorer.texts([prompt.replace("sks ", "") for prompt in prompts])
     expected = {
-        CLIP_I: clip_i(vectors, photo_vectors),
+        CLIP_I: [clip_i(each[None], photo_vectors) for each in vectors],
         ceiling_of(CLIP_I): clip_i_ceiling(photo_vectors),
-        CLIP_T: clip_t(vectors, texts),
+        CLIP_T: [clip_t(each[None], text[None]) for each, text in zip(vectors, texts, strict=True)],
         SAMENESS: float(vectors[0] @ vectors[1]),
         NEAREST: (1 + float((photo_vectors @ vectors[1]).max())) / 2,
         OTHERS_CLIP_T: [clip_t(vectors[1:], scorer.texts(["a pizza on a red background"]))],
@@ -64,7 +65,7 @@ def test_figures_are_those_of_the_evaluation(photos: list[Picture]) -> None:
     }
     for tag, value in expected.items():
         assert figures[tag] == pytest.approx(value, abs=1e-4), tag
-    assert expected[CLIP_I] < figures[ceiling_of(NEAREST)] < 1
+    assert fmean(expected[CLIP_I]) < figures[ceiling_of(NEAREST)] < 1
 
 
 def test_one_photo_has_no_ceiling(photos: list[Picture]) -> None:

@@ -76,14 +76,17 @@ def judged(make: Make, best: dict[str, Any], **options: Any) -> Recipe:
 
 
 def scoring(likeness: Sequence[float], others: Sequence[float] | None = None) -> Score:
-    """A score that follows given curves, validation by validation; it ends in an interruption."""
+    """A score that follows given curves, validation by validation; it ends in an interruption.
+
+    Four pictures rise and fall as one, so that no change is chance.
+    """
     points = iter(zip(likeness, others or [1.0] * len(likeness), strict=True))
 
-    def score(drawn: Sequence[DrawnRow]) -> dict[str, float]:
+    def score(drawn: Sequence[DrawnRow]) -> dict[str, list[float]]:
         found = next(points, None)
         if found is None:
             raise InterruptedError
-        return dict(zip((CLIP_I, OTHERS_CLIP_T), found, strict=True))
+        return {tag: [value] * 4 for tag, value in zip((CLIP_I, OTHERS_CLIP_T), found, strict=True)}
 
     return score
 
