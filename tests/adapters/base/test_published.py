@@ -12,6 +12,7 @@ from adapters.base.published import REPOSITORIES, PublishedSource, find_sizes
 from adapters.base.source import Source
 from adapters.errors import UserError
 from finetune.memory.published import use_published_sizes
+from finetune.memory.report import say_sizes_used
 from finetune.recipe.file import load_recipe
 from tests.builders.hub_stand_in import HubStandIn, hub_stand_in
 from tests.builders.random_cascade import RandomCascade
@@ -74,6 +75,8 @@ def test_shipped_recipes_say_whose_sizes_are_used(hub: HubStandIn) -> None:
     sized, unread = use_published_sizes(recipe)
     assert unread == ["DeepFloyd/IF-I-XL-v1.0", "DeepFloyd/IF-II-L-v1.0"]
     assert sized.crops_px == [64, 256]
+    assert "IF-I-XL-v1.0 and DeepFloyd/IF-II-L-v1.0 cannot be read here" in say_sizes_used(unread)
+    assert say_sizes_used([]) == ""
     assert sized.to_yaml() == recipe.to_yaml()
     own = load_recipe(Path("recipes/quickstart.yaml"))
     assert use_published_sizes(own) == (own, [])
