@@ -112,7 +112,8 @@ def write_recipe(options: argparse.Namespace) -> str:
     from finetune.proposal.survey import survey
     from finetune.recipe.schema import Recipe
 
-    memory_gb = find_memory(options)
+    small = options.base is not None and is_small(options.base)
+    memory_gb = find_memory(options, needs_gpu=not small)
     cache = Path(Recipe.model_fields["cache_dir"].default)
     found = survey(options.folder, cache, *crop_sizes(options.base))
     answers = Answers(
@@ -121,6 +122,7 @@ def write_recipe(options: argparse.Namespace) -> str:
         alive=options.kind == KINDS[0],
         memory_gb=memory_gb,
         base=options.base,
+        is_small=small,
         name=options.name,
     )
     proposal = propose(found, answers)
@@ -146,11 +148,11 @@ def write_recipe(options: argparse.Namespace) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def find_memory(options: argparse.Namespace) -> float | None:
+def find_memory(options: argparse.Namespace, *, needs_gpu: bool) -> float | None:
     """Find the memory of the GPU in GB, as cards are sold; ``None``: there is no GPU.
 
     Raises:
-        UserError: if it is not a size, or a published base needs a GPU and there is none.
+        UserError: if it is not a size, or there is no GPU although the base needs one.
     """
     import torch
 
@@ -160,7 +162,7 @@ def find_memory(options: argparse.Namespace) -> float | None:
     if options.memory is None and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / GIB
     given = options.memory
-    if given is None and options.base is None:
+    if given is None and needs_gpu:
         if not options.asks:
             raise UserError(
                 "This machine has no GPU: give the memory of the one to train on, as in"
@@ -168,6 +170,15 @@ def find_memory(options: argparse.Namespace) -> float | None:
             )
         given = ask("How much memory has the GPU to train on (such as 16GB)?")
     return None if given is None else (parse_memory(given, "--memory") + DRIVER_BYTES) / GIB
+
+
+def is_small(base: str) -> bool:
+    """Tell whether a base is of the embedded cascade's size."""
+    from adapters.base.source import Source
+    from finetune.proposal.rules import SMALL_TEXT_WIDTH
+
+    width = Source(str(Path(base) / "stage_1"), 1).unet_config.get("encoder_hid_dim")
+    return width is not None and int(width) < SMALL_TEXT_WIDTH
 
 
 def crop_sizes(base: str | None) -> list[int]:

@@ -39,6 +39,8 @@ class Answers:
     """The GPU's memory; ``None``: there is none."""
     base: str | None = None
     """A folder with ``stage_1`` and perhaps ``stage_2``; ``None``: the published models."""
+    is_small: bool = False
+    """True if that base is of the embedded cascade's size."""
     name: str | None = None
     """The run's name; ``None``: after the subject or the folder."""
 
@@ -95,7 +97,7 @@ def propose(found: Survey, answers: Answers) -> Proposal:
         subject=subject,
         alive=answers.alive,
         memory_gb=answers.memory_gb,
-        embedded=answers.base is not None,
+        embedded=answers.is_small,
     )
     tree, why = choose_settings(case)
     tree["name"] = answers.name or find_name(subject or found.folder.resolve().name)

@@ -12,6 +12,10 @@ from typing import Any
 RARE_WORD = "sks"
 """The word before the subject's that makes it this one, unless the user gives others."""
 
+SMALL_TEXT_WIDTH = 1024
+"""The width of text encodings below which a base is of the embedded cascade's size; T5-XXL's, which
+all published models take, is 4096."""
+
 FEW_PICTURES, MANY_PICTURES = 3, 30
 """The numbers of a subject's pictures below and above which something is said."""
 

@@ -1,6 +1,8 @@
 """From a folder of pictures to a recipe and the crops that it trains on."""
 
 import io
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from finetune import init
 from finetune.data.batches import Batches, derived_seed, picture_at
 from finetune.data.pictures import load_pictures, to_tensor
 from finetune.proposal.crops import CROPS, draw_crops
+from finetune.proposal.recipe_text import Answers, propose
+from finetune.proposal.survey import survey
 from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import OutputPrior
 from finetune.run.stage_run import Material, train_stage
@@ -113,6 +117,26 @@ def test_without_a_terminal_it_never_asks(photos: Path, capsys: pytest.CaptureFi
         capsys, init.main, photos, "--subject", "dog", "--base", photos
     )
     assert not list(Path().glob("*.yaml"))
+
+
+def test_a_copy_of_a_published_base_is_no_small_one(
+    photos: Path, random_cascade: RandomCascade, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "copy"
+    for stage in ("stage_1", "stage_2"):
+        shutil.copytree(random_cascade.stage_1.parent / stage, base / stage)
+    config = base / "stage_1" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"encoder_hid_dim": 4096}))
+    assert init.is_small(str(random_cascade.stage_1.parent))
+    assert not init.is_small(str(base))
+    if not torch.cuda.is_available():
+        said = refusal(capsys, init.main, photos, "--subject", "dog", "--base", base)
+        assert "--memory 16GB" in said
+    found = survey(photos, tmp_path / "cache", 16)
+    recipe = propose(found, Answers(subject="dog", base=str(base))).recipe
+    assert recipe.stage_1 is not None
+    assert recipe.stage_1.steps == 1000, "as for the published models"
+    assert recipe.base.stage_1 == str(base / "stage_1")
 
 
 class Terminal(io.StringIO):

@@ -37,6 +37,7 @@ def propose_for(case: Case) -> Recipe:
         alive=case.alive,
         memory_gb=case.memory_gb,
         base="models/if-tiny" if case.embedded else None,
+        is_small=case.embedded,
     )
     return propose(survey_of(*captions), answers).recipe
 
