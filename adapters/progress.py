@@ -58,8 +58,9 @@ def format_seconds(seconds: float) -> str:
     """Format a duration for a sentence.
 
     Example:
-        >>> [format_seconds(each) for each in (0.25, 59.9, 75, 7322)]
-        ['0.2 s', '60 s', '1 min 15 s', '2 h 2 min']
+        >>> from adapters.progress import format_seconds
+        >>> format_seconds(75)
+        '1 min 15 s'
     """
     if seconds < 10:
         return f"{seconds:.1f} s"

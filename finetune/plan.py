@@ -64,7 +64,10 @@ def describe_memory(recipe: "Recipe", options: argparse.Namespace) -> str:
         raise UserError(f"--rate must be above 0, in TFLOP/s (got {options.rate:g}).")
     if on_cpu:  # the measure of time is a GPU's
         rate = None
-    text = format_fit(recipe, vram, rate) if vram else format_plan(plan(recipe, device), rate)
+    if vram is None:
+        text = format_plan(plan(recipe, device), rate)
+    else:
+        text = format_fit(recipe, vram, rate)
     parts = (about, say_sizes_used(unread), text, format_downloads(recipe))
     return "\n\n".join(filter(None, parts)) + "\n"
 
