@@ -12,19 +12,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(
         "card",
         "Write an export's model card and its base's licence files again; its pictures stay.",
-        "runs/dog/adapters",
+        "runs/dog",
     )
-    parser.add_argument("folder", type=Path, help="an exported folder")
+    parser.add_argument(
+        "folder", type=Path, help="the folder of a finished run, or an exported one"
+    )
     run_command(parser, arguments, _write)
 
 
 def _write(options: argparse.Namespace) -> Path:
     from adapters.files.info import read_info
     from adapters.files.model_card import load_samples, write_card
-    from adapters.files.places import export_stages
+    from adapters.files.places import export_of, export_stages
 
-    infos = [read_info(stage) for stage in export_stages(options.folder)]
-    return write_card(options.folder, infos, load_samples(options.folder))
+    folder = export_of(options.folder)
+    infos = [read_info(stage) for stage in export_stages(folder)]
+    return write_card(folder, infos, load_samples(folder))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(
         "combine",
         "Combine LoRAs into one with one of PEFT's methods.",
-        "runs/dog/adapters=0.7 runs/style/adapters=0.5 --method svd --out both",
+        "runs/dog=0.7 runs/style=0.5 --method svd --out both",
         *("--out", "--stage", "--device"),
     )
     add = parser.add_argument

@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(
         "diff",
         "Compare what two adapters of a stage do to its UNet, or the UNets of two models.",
-        "runs/dog/adapters runs/cat/adapters --modules",
+        "runs/dog runs/cat --modules",
         *("--base", "--revision", "--variant", "--json"),
     )
     add = parser.add_argument

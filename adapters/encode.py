@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _encode(options: argparse.Namespace) -> Path:
     import torch
-    from tqdm import tqdm
 
     from adapters.arguments import find_device
     from adapters.base.source import source_of
     from adapters.cascade.embeds import save_embeds
+    from adapters.progress import Bar
     from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
 
     cleaning = {"clean_caption": options.clean_caption}
@@ -57,7 +57,7 @@ def _encode(options: argparse.Namespace) -> Path:
     pipe = source.text_pipeline(precision, device)
     rows = [  # one by one, so that an encoding does not depend on the batch
         pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=device, **cleaning)[0]
-        for prompt in tqdm(prompts, "Encoding", delay=2)
+        for prompt in Bar(prompts, "Encoding", delay=2)
     ]
     save_embeds(options.out, list(prompts), torch.cat(rows))
     return options.out

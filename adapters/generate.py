@@ -5,10 +5,11 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from adapters.arguments import check_seeds, format_scales, parse_scale, parse_scaled
+from adapters.arguments import Scale, check_seeds, format_scales, parse_scale, parse_scaled
 from adapters.atomic import check_out
 from adapters.cascade.sampling import DEFAULTS as DEFAULT_SETTINGS
 from adapters.cascade.sampling import RENAMED, Sampling, SettingError, StageSampling, nest
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from adapters.cascade.cascade import Cascade
     from adapters.cascade.provenance import PictureInfo
     from adapters.cascade.redraw import Redraw
+    from adapters.files.info import AdapterInfo
 
 DEFAULTS: dict[str, Any] = {
     "adapter": [],
@@ -31,6 +33,9 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "auto",
 }
 """The values of options that neither the command line nor a ``--like`` picture gives."""
+
+PUBLISHED = "published"
+"""The choice of the published pipelines' own sampling settings."""
 
 FLAGS = {
     flag: place
@@ -51,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "generate",
         "Sample pictures from the cascade, with adapters.",
-        '--adapter runs/dog/adapters --prompt "a sks dog on the moon" --out pictures',
+        '--adapter runs/dog --prompt "a sks dog on the moon" --out pictures',
         "--clean-caption",
     )
     add = parser.add_argument
@@ -101,6 +106,12 @@ def parser() -> argparse.ArgumentParser:
         kind = str if default is None else type(default)
         help_ = f"Stage {stage[-1]}: {text} ({shown})"
         add(f"--{flag.replace('_', '-')}", type=kind, metavar=setting.upper(), help=help_)
+    help_ = (
+        "the settings that the options above change: those that the adapter was validated with in"
+        " training, or the published ones, in brackets (default: as trained, if the adapter records"
+        " them)"
+    )
+    add("--sampling", choices=("as_trained", PUBLISHED), help=help_)
     size = Sampling.model_fields["batch_size"]
     add("--batch-size", type=int, help=f"{size.description} ({size.default})")
     return parser
@@ -125,7 +136,8 @@ def generate(parsed: argparse.Namespace) -> Path:
         raise UserError("There is nothing to draw; give --prompt, or a picture with --like.")
     redraw = _read_redraw(options, info)
     low_res = None if options.low_res is None else Redraw.of(options.low_res).pictures
-    settings = _read_sampling(given, info, redraw)
+    adapters = _read_adapters(options)
+    settings = _read_sampling(given, _find_base_sampling(options, info, redraw, adapters))
     check_seeds([options.seed])
     texts = {options.negative_prompt or "": "--negative-prompt"}
     texts |= dict.fromkeys(options.stage_2_prompt or (), "--stage-2-prompt")
@@ -135,7 +147,7 @@ def generate(parsed: argparse.Namespace) -> Path:
         check_captions(texts, clean_caption=options.clean_caption, setting=KEEP_IN_PYTHON)
     check_out(options.out, "folder")
     embeds = None if options.embeds is None else load_embeds(options.embeds)
-    images = _load(options, info)(
+    images = _load(options, info, adapters)(
         options.prompt,
         stage_2_prompt=options.stage_2_prompt,
         stage_3_prompt=options.stage_3_prompt,
@@ -198,41 +210,79 @@ def _read_redraw(options: argparse.Namespace, info: "PictureInfo | None") -> "Re
     return Redraw.of(options.image, options.mask, strength)
 
 
-def _read_sampling(
-    given: Mapping[str, Any], info: "PictureInfo | None", redraw: "Redraw | None"
+@dataclass(frozen=True)
+class _Named:
+    """An adapter of the command line, with what its stages say of themselves."""
+
+    name: str
+    scale: Scale
+    infos: Sequence["AdapterInfo"]
+
+
+def _read_adapters(options: argparse.Namespace) -> list[_Named]:
+    """Read the descriptions of all adapters that are named."""
+    from adapters.files.stage_adapter import StageAdapter
+
+    found = []
+    for name, scale in map(parse_scaled, options.adapter):
+        infos = [adapter.info for adapter in StageAdapter.load_all(name) if adapter.info]
+        found.append(_Named(name, options.scale if scale is None else scale, infos))
+    return found
+
+
+def _find_base_sampling(
+    options: argparse.Namespace,
+    info: "PictureInfo | None",
+    redraw: "Redraw | None",
+    adapters: Sequence[_Named],
 ) -> Sampling:
-    """Read the given sampling settings over those of a picture or of the pipelines."""
+    """Find the settings that options change: a picture's, the adapters', or the pipelines'."""
+    from adapters.cascade.as_trained import find_sampling
     from adapters.cascade.redraw import WAYS
 
-    base = WAYS["text" if redraw is None else redraw.way].sampling
+    if info is not None:
+        return info.sampling
+    trained = None
+    if options.sampling != PUBLISHED:
+        stages = [(each.name, own) for each in adapters if each.scale for own in each.infos]
+        trained = find_sampling(stages)
+        if trained is None and options.sampling is not None:
+            raise UserError(
+                "No adapter records the settings of its training's validation; leave out"
+                f" --sampling {options.sampling}, and give the settings."
+            )
+    return trained or WAYS["text" if redraw is None else redraw.way].sampling
+
+
+def _read_sampling(given: Mapping[str, Any], base: Sampling) -> Sampling:
+    """Read the given sampling settings over others."""
     try:
         names = (*FLAGS, "batch_size")
         flat = {name: given[name] for name in names if name in given}
-        return (info.sampling if info else base).but(**nest(flat))
+        return base.but(**nest(flat))
     except SettingError as error:
         flags: dict[tuple[str, ...], str] = {place: flag for flag, place in FLAGS.items()}
         flag = flags.get(error.place, error.place[-1])
         raise UserError(f"--{flag.replace('_', '-')}: {error.reason}") from None
 
 
-def _load(options: argparse.Namespace, info: "PictureInfo | None") -> "Cascade":
+def _load(
+    options: argparse.Namespace, info: "PictureInfo | None", adapters: Sequence[_Named]
+) -> "Cascade":
     """Load the cascade with its adapters; models not named default to the adapters' bases."""
     from adapters.base.hub import with_revision
     from adapters.cascade.load import Parts, load_cascade
-    from adapters.files.stage_adapter import StageAdapter
 
-    parsed = [parse_scaled(argument) for argument in options.adapter]
-    adapters = [(name, options.scale if scale is None else scale) for name, scale in parsed]
     bases = {}
-    for name, _ in () if info else adapters:
-        for own in filter(None, (adapter.info for adapter in StageAdapter.load_all(name))):
+    for each in () if info else adapters:
+        for own in each.infos:
             revision = None if options.revision else own.base_revision
             bases[own.stage] = with_revision(own.base_model, revision)
     return load_cascade(
         options.stage_1 or (None if options.low_res else bases.get(1)),
         options.stage_2 or bases.get(2),
         options.stage_3,
-        adapters=adapters,
+        adapters=[(each.name, each.scale) for each in adapters],
         revision=options.revision,
         variant=options.variant,
         device=options.device,

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(
         "merge",
         "Merge adapters into a model's UNet, and write a complete folder that diffusers loads.",
-        "runs/dog/adapters --scale 0.8 --variant fp16 --out merged",
+        "runs/dog --scale 0.8 --variant fp16 --out merged",
         *("--out", "--base", "--revision"),
     )
     add = parser.add_argument

@@ -12,10 +12,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(
         "push",
         "Check an exported adapter and publish it on the Hugging Face hub, in one commit.",
-        "runs/dog/adapters owner/sks-dog --private",
+        "runs/dog owner/sks-dog --private",
     )
     add = parser.add_argument
-    add("folder", type=Path, help="an exported folder: a finished run's adapters")
+    add("folder", type=Path, help="the folder of a finished run, or an exported one")
     add("repository", help="its name on the hub, owner/name; created if it does not exist")
     add("--private", action="store_true", help="create the repository as private")
     target = parser.add_mutually_exclusive_group()

@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(
         "resize",
         "Write an adapter of any kind as the nearest LoRA of a lower rank, and print its error.",
-        "runs/dog/adapters --rank 4 --out small",
+        "runs/dog --rank 4 --out small",
         *("--rank", "--error", "--out", "--base", "--revision", "--variant"),
     )
     help_ = "an exported folder, another tool's file or folder, or a hub name"

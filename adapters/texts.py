@@ -17,9 +17,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
-from tqdm.auto import tqdm
-
 from adapters.errors import UserError, listed
+from adapters.progress import Bar
 
 if TYPE_CHECKING:
     from diffusers import IFPipeline
@@ -63,7 +62,7 @@ def check_captions(captions: Mapping[str, str], *, clean_caption: bool, setting:
         return
     lost: dict[str, tuple[str, ...]] = {}
     emptied = []
-    for caption in filter(None, tqdm(captions, "Checking captions", delay=2)):
+    for caption in filter(None, Bar(captions, "Checking captions", delay=2)):
         cleaned = clean(caption)
         if not cleaned or (WORD.search(caption) and not WORD.search(cleaned)):
             emptied.append(caption)

@@ -2,14 +2,13 @@
 
     python -m benchmarks.random_model FOLDER --unet IF-I-XL
 
-The sizes are in ``if_unets.json``. The text encoder has T5-XXL's width but a single layer, since
-measurements of training read cached encodings; ``--t5-xxl`` makes all layers. Its tokenizer is the
-embedded cascade's. ``--guarded`` adds the watermarker and a safety checker of the published size,
-which flags no picture.
+The sizes are those of :mod:`adapters.base.published`. The text encoder has T5-XXL's width but a
+single layer, since measurements of training read cached encodings; ``--t5-xxl`` makes all layers.
+Its tokenizer is the embedded cascade's. ``--guarded`` adds the watermarker and a safety checker of
+the published size, which flags no picture.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,24 +35,12 @@ from transformers import (
     T5EncoderModel,
 )
 
+from adapters.base.published import CLIP_VISION, T5_XXL, read_unets
 from adapters.base.source import GUARDS
 from benchmarks.machine import ROOT, SIZES
 from tests.builders.random_cascade import clip_tokenizer, scheduler
 
-UNETS = json.loads((Path(__file__).parent / "if_unets.json").read_text())
-
-T5_XXL = {"vocab_size": 32128, "d_ff": 10240, "num_heads": 64, "num_layers": 24}
-"""T5 v1.1 XXL's encoder; its width is the UNets' ``encoder_hid_dim``."""
-
-CLIP_VISION = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-"""The safety checker's ViT-L/14."""
+UNETS = read_unets()
 
 
 @contextmanager
@@ -72,7 +59,7 @@ def random_weights(device: str, dtype: torch.dtype) -> Iterator[None]:
 def random_guards(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Build a safety checker with random weights, its preprocessor, and the watermarker."""
     with torch.device(device):
-        checker = IFSafetyChecker(CLIPConfig(vision_config=CLIP_VISION))
+        checker = IFSafetyChecker(CLIPConfig(vision_config=dict(CLIP_VISION)))
         for head in (checker.p_head, checker.w_head):
             torch.nn.init.constant_(head.bias, -1e4)  # below the threshold for any picture
     watermarker = IFWatermarker()

@@ -18,6 +18,7 @@ def run_command(
     description: str,
     arguments: Sequence[str] | None,
     work: "Callable[[Recipe, argparse.Namespace], str]",
+    example: str = "recipes/quickstart.yaml stage_1.steps=100",
     **options: dict[str, Any],
 ) -> None:
     """Parse a command line, load its recipe, and print what the work returns.
@@ -30,12 +31,13 @@ def run_command(
         arguments: the command line; ``None``: the process's own.
         work: does the command's work on a checked recipe. It makes the slow imports, so that
             ``--help`` and mistakes are answered at once.
+        example: the arguments of the example that ``--help`` shows.
         **options: further options and their settings, such as ``vram={"help": …}``.
     """
     parser = CommandParser(
         prog=f"python -m finetune.{name}",
         description=description,
-        epilog=f"example:\n  python -m finetune.{name} recipes/quickstart.yaml stage_1.steps=100",
+        epilog=f"example:\n  python -m finetune.{name} {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line
     )
     parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")

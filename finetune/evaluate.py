@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Draw the recipe's evaluation prompts with the base and with adapters, and score both.",
         arguments,
         evaluate_and_save,
+        "runs/dog/recipe.yaml --adapters runs/dog=0.8 runs/style --stages apart",
         adapters={
             "nargs": "*",
             "action": "extend",

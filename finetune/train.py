@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError, quiet_libraries
+from adapters.errors import UserError, command_line, quiet_libraries
 from finetune.command import run_command
 
 if TYPE_CHECKING:
@@ -30,9 +30,33 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    dry_run = {"action": "store_true", "help": "print the resolved recipe and stop"}
-    about = "Train the cascade as a recipe says."
-    run_command("train", about, arguments, train_or_print, dry_run=dry_run)
+    run_command(
+        "train",
+        "Train the cascade as a recipe says.",
+        arguments,
+        train_or_print,
+        "recipes/quickstart.yaml name=robot data.source=datasets/robot",
+        dry_run={"action": "store_true", "help": "print the resolved recipe and stop"},
+        explain={
+            "action": Explain,
+            "nargs": "?",
+            "const": "",
+            "metavar": "KEY",
+            "help": "explain a key of recipes, or list all, and stop",
+        },
+    )
+
+
+class Explain(argparse.Action):
+    """An option that explains a recipe's key and ends the program, without any recipe."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        """Print the explanation of the key that is given; without one, of all."""
+        from finetune.recipe.key_search import explain_key
+
+        with command_line():
+            sys.stdout.write(f"{explain_key(given[1] or '')}\n")
+        parser.exit()
 
 
 def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
@@ -66,6 +90,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     from adapters.atomic import write_text
     from finetune.data.pictures import load_pictures
     from finetune.memory.fit import explain_out_of_memory
+    from finetune.run.console import describe_start
     from finetune.run.early_checks import check_recipe
     from finetune.run.fixed_losses import check_held_out
     from finetune.run.folders import Folders, explain_ignored, list_unfinished
@@ -87,6 +112,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     with accelerator.main_process_first():
         pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
     check_held_out(recipe.validation.held_out, len(pictures))
+    accelerator.print(describe_start(recipe, pictures, pending, accelerator.num_processes))
     likeness = load_likeness(recipe) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
@@ -151,14 +177,19 @@ def gather(
     recipe: "Recipe", pictures: Sequence["Picture"], accelerator: "Accelerator"
 ) -> "Material":
     """Encode the captions, and load or sample the class pictures of a prior that has them."""
+    from adapters.progress import timed
     from finetune.data.captions import CaptionCache, collect_captions, embed_captions
     from finetune.data.prior import ClassPictures
     from finetune.run.stage_run import Material
 
     device = accelerator.device
+    main, classes = accelerator.is_main_process, []
     captions = collect_captions(recipe, pictures)
-    embeds = embed_captions(captions, CaptionCache.of(recipe, device))
-    classes = ClassPictures.of(recipe, embeds, device).load() if recipe.class_pictures else []
+    with timed(f"Captions, {len(captions):,} encoded or read", shown=main):
+        embeds = embed_captions(captions, CaptionCache.of(recipe, device))
+    if recipe.class_pictures:
+        with timed(f"Class pictures, {recipe.class_pictures.count:,} drawn or read", shown=main):
+            classes = ClassPictures.of(recipe, embeds, device).load()
     return Material(pictures, classes, embeds)
 
 

@@ -116,9 +116,16 @@ def forward_bytes(
     forward: Callable[..., object], inputs: Mapping[str, Tensor], resident: Iterable[Tensor]
 ) -> int:
     """Count the most bytes that a forward pass without gradients allocates, besides its inputs."""
+    return tally_forward(forward, inputs, resident).peak_bytes
+
+
+def tally_forward(
+    forward: Callable[..., object], inputs: Mapping[str, Tensor], resident: Iterable[Tensor]
+) -> Tally:
+    """Count the memory and operations of a forward pass without gradients, besides its inputs."""
     with torch.no_grad(), Tally([*resident, *inputs.values()]) as tally:
         forward(**inputs)
-    return tally.peak_bytes
+    return tally
 
 
 class _StandIns(TorchFunctionMode):

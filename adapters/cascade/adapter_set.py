@@ -89,10 +89,11 @@ class AdaptedStages:
         export, must match this cascade's UNet as it was before any merging.
 
         Args:
-            folder: an exported folder (with ``stage_1``, ``stage_2`` or both in it), one of these
-                stage folders, another tool's file or folder, or the hub name of any of them, see
-                :func:`adapters.files.places.adapter_path`. Another tool's adapter goes to the stage
-                that its names and shapes fit, and is not checked against any base.
+            folder: the folder of a finished run, an exported folder (with ``stage_1``, ``stage_2``
+                or both in it), one of these stage folders, another tool's file or folder, or the
+                hub name of any of them, see :func:`adapters.files.places.adapter_path`. Another
+                tool's adapter goes to the stage that its names and shapes fit, and is not checked
+                against any base.
             scale: the factor, for all stages or by stage (``{1: 0.5}``: off in Stage II): each
                 weight W becomes W + scale * (W merged - W). Adapters add up. For the scale of a
                 DoRA, see :meth:`set_adapters`.

@@ -4,9 +4,10 @@ Shapes: N pictures, S a stage's picture size, s the size of the stage below, T t
 width. Pixels are in [-1, 1].
 """
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from diffusers import DiffusionPipeline, IFPipeline, StableDiffusionUpscalePipeline
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from adapters.arguments import Scale
 from adapters.cascade.adapter_set import AdaptedStages, alone
+from adapters.cascade.as_trained import AS_TRAINED, find_sampling
 from adapters.cascade.checks import check_drawing
 from adapters.cascade.conditioning import Conditioning, Layout, Options, Prompt, lay_out
 from adapters.cascade.drawing import Drawn, Request, draw, upscale
 from adapters.cascade.embeds import look_up
+from adapters.cascade.habits import ARGUMENTS, ATTRIBUTES, check_arguments
 from adapters.cascade.memory_budget import TEXT
 from adapters.cascade.offload import Placement
 from adapters.cascade.overview import COLUMNS, precision_of, tabulate, to_html
@@ -60,16 +63,14 @@ class Cascade(AdaptedStages):
         return dict(self.stages) | ({} if self.upscaler is None else {3: self.upscaler})
 
     def __getattr__(self, name: str) -> Any:
-        if name == "sample":
-            raise AttributeError(
-                "Cascade.sample is now the call itself: cascade(prompts, embeds={prompt: encoding},"
-                " seed=[…])"
-            )
+        if name in ATTRIBUTES:
+            raise AttributeError(f"a Cascade has no {name}: {ATTRIBUTES[name]}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @alone
     def __call__(
         self,
+        /,
         prompt: Prompt,
         *,
         stage_2_prompt: Prompt | None = None,
@@ -77,12 +78,13 @@ class Cascade(AdaptedStages):
         negative_prompt: Prompt | None = None,
         seed: int | Sequence[int] = 0,
         images_per_prompt: int = 1,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Literal["as_trained"] | None = None,
         low_res: Given | Tensor | None = None,
         redraw: Redraw | None = None,
         embeds: Mapping[str, Tensor] | None = None,
         clean_caption: bool = True,
         progress: bool | str = True,
+        **habits: object,
     ) -> CascadeImages:
         """Sample pictures for prompts.
 
@@ -99,7 +101,9 @@ class Cascade(AdaptedStages):
             seed: the first picture's seed, which goes up by one for each further picture; or one
                 seed for each picture.
             images_per_prompt: the number of pictures of each prompt, which follow one another.
-            sampling: steps and guidance; ``None``: the published pipelines' defaults.
+            sampling: steps and guidance; ``as_trained``: those that the first of the adapters in
+                use was validated with, see :attr:`as_trained`; ``None``: the published pipelines'
+                defaults.
             low_res: square pictures to enlarge, their files, or [N, 3, s, s] in [-1, 1], one for
                 all prompts or one for each; Stage I is not run.
             redraw: pictures to start from, one for all prompts or one for each; :meth:`img2img`
@@ -111,6 +115,7 @@ class Cascade(AdaptedStages):
                 ``<sks>``, ``j0hn``, ``#3`` and all Chinese; with ``embeds``, whether their prompts
                 were cleaned.
             progress: show progress bars; a text: show it before their names.
+            **habits: arguments of diffusers' pipelines; each raises an error that says what to do.
 
         Raises:
             UserError: if there is nothing to draw, cleaning empties a prompt, Stage I is needed and
@@ -124,8 +129,9 @@ class Cascade(AdaptedStages):
             CascadeImages(2 pictures, 32 → 128 px, of 'a car on a pink background')
             >>> images[0].save("car.png")
         """
-        if not isinstance(sampling, Sampling | None):
-            raise UserError(f"sampling must be a Sampling(...) (got {sampling!r}); make one.")
+        own = {*inspect.signature(type(self).__call__).parameters} - {"self", "habits"}
+        check_arguments(habits, ARGUMENTS, own, "cascade()")
+        settings = self._read_sampling(sampling)
         layout, prompts = lay_out(
             {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}, images_per_prompt
         )
@@ -156,9 +162,40 @@ class Cascade(AdaptedStages):
             clean_caption=clean_caption,
             redraw=redraw,
         )
-        sampling = self.placing.limit(sampling or WAYS[conditioning.way].sampling)
-        check_drawing(self._pipelines(), conditioning, sampling, below)
-        return self._draw(conditioning, sampling, below, progress)
+        settings = self.placing.limit(settings or WAYS[conditioning.way].sampling)
+        check_drawing(self._pipelines(), conditioning, settings, below)
+        return self._draw(conditioning, settings, below, progress)
+
+    @property
+    def as_trained(self) -> Sampling | None:
+        """The settings that the adapters in use were validated with in training.
+
+        Each stage has those of the first adapter of that stage, or else of the first adapter; a
+        line on standard error says if others differ. ``None``: no adapter in use records any.
+        """
+        stages = [
+            (name, merged.adapters[name].info)
+            for name, scales in self.adapters.items()
+            for number, merged in self.merged.items()
+            if scales.get(number)
+        ]
+        return find_sampling(stages)
+
+    def _read_sampling(self, sampling: object) -> Sampling | None:
+        """Read given settings; a UserError if they are none."""
+        if isinstance(sampling, Sampling | None):
+            return sampling
+        if sampling != AS_TRAINED:
+            raise UserError(
+                f"sampling must be a Sampling(...) (got {sampling!r}); make one, or give"
+                f" {AS_TRAINED!r}."
+            )
+        if (trained := self.as_trained) is None:
+            raise UserError(
+                f"sampling={AS_TRAINED!r} needs an adapter in use that records the settings of its"
+                " training's validation, and none does; give a Sampling(...)."
+            )
+        return trained
 
     def img2img(
         self,

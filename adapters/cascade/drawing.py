@@ -22,6 +22,7 @@ from torch import Tensor
 from adapters.cascade.conditioning import Conditioning
 from adapters.cascade.redraw import WAYS, sharing
 from adapters.cascade.sampling import Sampling
+from adapters.progress import is_watched
 from unets.graphs import Replayed
 
 Stage: TypeAlias = "IFPipeline | IFSuperResolutionPipeline"
@@ -62,9 +63,9 @@ class Request:
 
         Each picture has a generator, on the CPU so that every device draws the same.
         """
-        name = f"Stage {self.stage}"
+        name, hidden = f"Stage {self.stage}", not (self.progress and is_watched())
         title = f"{self.progress}, {name}" if isinstance(self.progress, str) else name
-        pipe.set_progress_bar_config(desc=title, disable=not self.progress, leave=False)
+        pipe.set_progress_bar_config(desc=title, disable=hidden, leave=False)
         seeds = self.conditioning.seeds
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         below = {} if self.below is None else {"image": self.below}

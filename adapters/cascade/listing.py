@@ -4,6 +4,7 @@ import difflib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from adapters.errors import UserError
 from adapters.files.stage_adapter import StageAdapter
@@ -16,7 +17,7 @@ NAMELESS = ("adapters", "stage_1", "stage_2", "adapter_model", "pytorch_lora_wei
 class Listing(dict[str, dict[int, float]]):
     """The scale of each adapter in each of its stages, by name; prints as a table.
 
-    ``Cascade.set_adapters`` accepts one.
+    ``Cascade.set_adapters`` accepts one. It only shows the adapters: it cannot be changed.
     """
 
     def __init__(self, loaded: Mapping[str, Mapping[int, tuple[StageAdapter, float]]]) -> None:
@@ -33,6 +34,16 @@ class Listing(dict[str, dict[int, float]]):
     def __str__(self) -> str:
         header = ("adapter", "stage", "scale", "kind", "from")
         return format_table([header, *self._rows], left=len(header))
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise UserError(
+            "cascade.adapters only shows the adapters: call cascade.set_adapters({name: scale}) to"
+            " change scales, add_adapter(folder, scale) to add one, remove_adapter(name) to remove"
+            " one."
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
 
     def check_loaded(self, name: str) -> None:
         """Raise a UserError, with the closest name, if no loaded adapter is called ``name``."""

@@ -1,5 +1,6 @@
 """Loading a cascade."""
 
+import inspect
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from adapters.arguments import STAGES, Scale, find_device
 from adapters.base.source import GUARDS, Source
 from adapters.cascade.cascade import Cascade
+from adapters.cascade.habits import LOADING, check_arguments
 from adapters.cascade.memory_budget import TEXT, choose_arrangement, limit, parse_memory
 from adapters.cascade.offload import Placement
 from adapters.errors import UserError, closest
@@ -45,7 +47,7 @@ class Parts:
     text_encoder: bool = True
     """Load the text encoder of Stage I (of Stage II if that is alone); without it, ``embeds`` must
     be given."""
-    unets: Mapping[int, UNet2DConditionModel] = field(default_factory=dict)
+    unets: Mapping[int, UNet2DConditionModel] = field(default_factory=dict, repr=False)
     """UNets to sample from instead of loading them, by stage; they keep their precision."""
     originals: Literal["device", "cpu"] = "device"
     """The place of the base's own values of the weights that adapters change: on the UNet's device,
@@ -53,7 +55,7 @@ class Parts:
     device but needs a transfer each time (:class:`adapters.merging.in_place.MergedAdapters`)."""
 
 
-MOVED = MappingProxyType(
+MOVED: Mapping[str, str] = MappingProxyType(
     {
         "scale": "give the scale of each adapter, adapters={folder: scale}",
         "text_encoder": "give parts=Parts(text_encoder=…)",
@@ -89,9 +91,9 @@ def load_cascade(
         revision: the hub revision of Stage I and II if their names have none.
         variant: the weights' variant of Stage I and II, such as ``fp16``; components that lack it
             are read from their plain files, and a message says so.
-        adapters: exported folders or hub names (``owner/name@revision``) to merge, one or several,
-            optionally each with its scale (``{"runs/dog/adapters": 0.8}``), see
-            :meth:`Cascade.add_adapter`.
+        adapters: folders of finished runs, exported folders or hub names
+            (``owner/name@revision``) to merge, one or several, optionally each with its scale
+            (``{"runs/dog": 0.8}``), see :meth:`Cascade.add_adapter`.
         device: the device to draw on; ``auto``: a GPU if there is one.
         dtype: the precision of the UNets, one for all or by stage; ``auto``: bf16 on a GPU, fp32
             elsewhere. With fp16 UNets the text encoder is bf16, as T5-XXL overflows in fp16; with
@@ -103,7 +105,8 @@ def load_cascade(
             memory until a cascade is loaded without ``memory``. ``None``: everything is on the
             device.
         parts: the parts to load, and those provided; ``None``: everything is loaded.
-        **moved: parameters of earlier versions; each raises an error that names its replacement.
+        **moved: parameters of earlier versions, and of diffusers' ``from_pretrained``; each raises
+            an error that says what to do.
 
     Raises:
         UserError: if a model, an adapter or the device is missing or does not fit.
@@ -161,10 +164,8 @@ def load_cascade(
 
 
 def _check_names(moved: Mapping[str, object]) -> None:
-    for name in moved:
-        if name not in MOVED:
-            raise TypeError(f"load_cascade() got an unexpected keyword argument {name!r}")
-        raise UserError(f"load_cascade no longer takes {name}: {MOVED[name]}.")
+    valid = {*inspect.signature(load_cascade).parameters} - {"moved"}
+    check_arguments(moved, {**LOADING, **MOVED}, valid, "load_cascade()")
 
 
 def _check_options(sources: Collection[int], parts: Parts, memory: str | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
-from typing import overload
+from typing import NoReturn, overload
 
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -123,6 +123,11 @@ class CascadeImages:
     """True for each picture that a safety checker has blackened, in any stage."""
     infos: tuple[PictureInfo, ...] = ()
     """The record of each picture, which its PNG carries."""
+
+    @property
+    def images(self) -> NoReturn:
+        """An AttributeError: the results of diffusers' pipelines have it, and these ``final``."""
+        raise AttributeError("CascadeImages has no images: see final, or [0].final for one")
 
     @property
     def final(self) -> tuple[Image.Image, ...]:

@@ -42,6 +42,16 @@ RENAMED = MappingProxyType(
 )
 """The stage and name of each setting that was flat until version 0.1, and still is in commands."""
 
+HABITS = MappingProxyType(
+    {
+        "num_inference_steps": "steps",
+        "guidance_scale": "guidance",
+        "cfg": "guidance",
+        "cfg_scale": "guidance",
+    }
+)
+"""The names of a stage's settings, by those of diffusers and other tools."""
+
 WHOLE = ("value_error", "extra_forbidden")
 """The error types that say it all, so that the value found is not added."""
 
@@ -55,14 +65,17 @@ class SettingError(UserError, ValueError):
         """The path of the setting: its stage, if any, then its name."""
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            section = StageSampling if len(self.place) > 1 else Sampling
-            message = f"unknown setting; {closest(self.place[-1], list(section.model_fields))}"
+            of_stage = len(self.place) > 1 or error.title == StageSampling.__name__
+            names = list((StageSampling if of_stage else Sampling).model_fields)
+            meant = HABITS.get(self.place[-1])
+            close = f"it is {meant} here" if meant else closest(self.place[-1], names)
+            message = f"unknown setting; {close}"
         if message.startswith("unknown name") and "valid:" not in message:
             message += f" (valid: {', '.join(TIMESTEPS)})"
         found = "" if first["type"] in WHOLE else f" (got {first['input']!r})"
         self.reason = f"{message}{found}{'' if message.endswith('?') and not found else '.'}"
         """The sentence without the place."""
-        super().__init__(f"{'.'.join(self.place)}: {self.reason}")
+        super().__init__(": ".join(filter(None, (".".join(self.place), self.reason))))
 
 
 class Settings(BaseModel):
@@ -153,6 +166,11 @@ class Sampling(Settings):
             if name in RENAMED:
                 stage, setting = RENAMED[name]
                 raise ValueError(f"{name} is now {stage}: {{{setting}: …}} ({stage}.{setting})")
+            if (own := HABITS.get(name, name)) in StageSampling.model_fields:
+                raise ValueError(
+                    f"{name} is a setting of each stage: stage_1=StageSampling({own}=…), or in a"
+                    f" recipe stage_1: {{{own}: …}}"
+                )
         return given
 
     @field_validator("stage_1", "stage_2", "stage_3")

@@ -44,6 +44,11 @@ class AdapterInfo(BaseModel):
     """A sentence on why it is of this step; ``None``: it is the run's last."""
     stopped_early: bool = False
     """True if validation's patience ended the run before the last step of its recipe."""
+    sampling: dict[str, dict[str, int | float | str | None]] | None = Field(
+        default=None, repr=False
+    )
+    """The sampling settings of its run's validation, by stage (``stage_1`` …), as
+    :class:`adapters.Sampling` takes them; ``None``: not known."""
     recipe: str = Field(repr=False)
     """The resolved recipe of the run, as YAML."""
     version: str

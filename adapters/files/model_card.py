@@ -30,6 +30,9 @@ SAMPLES = "samples"
 
 TAGS = ["deepfloyd-if", "text-to-image"]
 
+SETTINGS = ("timesteps", "steps", "guidance", "noise_level")
+"""The sampling settings of a stage that a card lists."""
+
 SAMPLE_LINE = re.compile(rf"^!\[(.+)\]\(({SAMPLES}/\d+\.png)\)", re.MULTILINE)
 """A prompt and its picture, as the card shows them."""
 
@@ -179,13 +182,35 @@ def _use_here(infos: Sequence[AdapterInfo]) -> str:
     names = ", ".join(f'stage_{stage}="{base}"' for stage, base in bases.items())
     prompt = json.dumps(next(iter(_prompts(infos)), ""), ensure_ascii=False)  # quotes and all
     low_res = "" if 1 in bases else ', low_res="picture_of_stage_1.png"'
+    sampling = ', sampling="as_trained"' if any(info.sampling for info in infos) else ""
     return (
         "With this toolkit, from the folder of this file or by its name on the hub, `owner/name`"
         " (any kind, all stages, merged):\n\n"
         "```python\nfrom adapters import load_cascade\n\n"
         f'cascade = load_cascade({names}, adapters=["."])\n'
-        f"pictures = cascade({prompt}{low_res}, seed=0).final\n```"
+        f"pictures = cascade({prompt}{low_res}, seed=0{sampling}).final\n```"
+        + _list_settings(infos)
     )
+
+
+def _list_settings(infos: Sequence[AdapterInfo]) -> str:
+    """List the settings that adapters were validated with; empty if they record none."""
+    rows = [
+        [
+            info.stage,
+            *(_format(info.sampling.get(f"stage_{info.stage}", {}).get(name)) for name in SETTINGS),
+        ]
+        for info in infos
+        if info.sampling
+    ]
+    if not rows:
+        return ""
+    table = _table(" ".join(["stage", *SETTINGS]), rows)
+    return f"\n\n`as_trained` stands for the settings of its training's validation:\n\n{table}"
+
+
+def _format(value: float | str | None) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, int | float) else value
 
 
 def _use_diffusers(info: AdapterInfo) -> str:
@@ -210,8 +235,26 @@ def _use_diffusers(info: AdapterInfo) -> str:
         f"Stage {info.stage} with diffusers alone.{caution}\n\n"
         f"```python\nfrom diffusers import {pipeline}\n\n"
         f'pipe = {pipeline}.from_pretrained("{info.base_model}"{revision})\n'
-        f'pipe.load_lora_weights("stage_{info.stage}")\n```'
+        f'pipe.load_lora_weights("stage_{info.stage}")\n{_call_pipeline(info)}```'
     )
+
+
+def _call_pipeline(info: AdapterInfo) -> str:
+    """Write the call that draws as trained, as the last line of a snippet; empty if not known."""
+    own = (info.sampling or {}).get(f"stage_{info.stage}")
+    if own is None:
+        return ""
+    given: dict[str, object]
+    if own.get("timesteps"):
+        given = {"timesteps": f"timesteps.{own['timesteps']}_timesteps"}
+    else:
+        given = {"num_inference_steps": own.get("steps")}
+    given |= {"guidance_scale": own.get("guidance"), "noise_level": own.get("noise_level")}
+    texts = [json.dumps(next(iter(info.prompts), ""), ensure_ascii=False)]
+    texts += ["image=pictures_of_stage_1"] * (info.stage > 1)
+    texts += [f"{name}={value}" for name, value in given.items() if value is not None]
+    imported = "from diffusers.pipelines.deepfloyd_if import timesteps\n" * ("timesteps" in given)
+    return f"{imported}pictures = pipe({', '.join(texts)}).images\n"
 
 
 def _link_licence(subject: str, base_model: str, files: Sequence[str]) -> str:

@@ -18,6 +18,9 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 STAGE_FILES = (PEFT_WEIGHTS, PEFT_CONFIG, DIFFUSERS_WEIGHTS)
 """The files of an exported stage."""
 
+RUN_EXPORT, RUN_RECIPE = "adapters", "recipe.yaml"
+"""The folder of the exported stages in a run's folder, and the file that marks a run's folder."""
+
 ADAPTER_FILES = (
     *(f"{stage}/{name}" for stage in STAGE_FOLDERS for name in (PEFT_WEIGHTS, PEFT_CONFIG)),
     *STAGE_FILES,
@@ -28,10 +31,28 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """The endings of files that only Python's pickle can read."""
 
 
+def export_of(path: Path) -> Path:
+    """Return the exported folder of a run whose folder this is, and any other path as it is.
+
+    Raises:
+        UserError: if it is the folder of a run that has exported nothing yet.
+    """
+    exported = path / RUN_EXPORT
+    if any((exported / stage).is_dir() for stage in STAGE_FOLDERS):
+        return exported
+    if (path / RUN_RECIPE).is_file() and not any((path / name).exists() for name in STAGE_FOLDERS):
+        raise UserError(
+            f"The run in {path} has exported no adapter yet; train it to its end first, with the"
+            " command that began it."
+        )
+    return path
+
+
 def adapter_path(name: str | Path) -> Path:
     """Return the local folder or file of an adapter that a user names, downloaded if necessary.
 
-    An existing path comes first. Otherwise the name is a hub name: for ``owner/name``, only the
+    An existing path comes first; the folder of a finished run stands for its ``adapters``.
+    Otherwise the name is a hub name: for ``owner/name``, only the
     adapter's safetensors and JSON files are downloaded; ``owner/name/stage_1`` is one of its
     stages, and ``owner/name/FILE.safetensors`` one of its files. ``@revision`` at the end is a
     branch, a tag, a commit or a pull request (``@refs/pr/1``); the default is ``main``. A name that
@@ -46,7 +67,7 @@ def adapter_path(name: str | Path) -> Path:
     path = Path(name)
     match = None if path.exists() else HUB_NAME.fullmatch(str(name))
     if match is None:
-        return path
+        return export_of(path)
     from huggingface_hub import get_cached_repo_tree, snapshot_download
 
     repo, inside, revision = match["repo"], match["inside"] or "", match["revision"]
@@ -81,11 +102,12 @@ def export_stages(folder: Path) -> list[Path]:
     Raises:
         UserError: if it is something else, such as one of its stage folders.
     """
+    folder = export_of(folder)
     places = stage_folders(folder)
     if places == [folder]:
         raise UserError(
             f"{folder} is a single adapter, not an exported folder with"
-            f" {' or '.join(STAGE_FOLDERS)} in it; name the adapters folder of a finished run."
+            f" {' or '.join(STAGE_FOLDERS)} in it; name the folder of a finished run."
         )
     return places
 
@@ -118,7 +140,7 @@ def find_weights(path: Path) -> Path:
     else:
         problem = (
             f"{path} has no exported adapter (no stage_1, stage_2 or .safetensors file in it);"
-            " name the adapters folder of a finished run, or another tool's adapter"
+            " name the folder of a finished run, or another tool's adapter"
         )
     raise UserError(f"{problem}.")
 

@@ -13,7 +13,13 @@ from adapters.errors import UserError
 from adapters.files.info import NOTICE, AdapterInfo
 from adapters.files.licence import DEEPFLOYD, find_copies
 from adapters.files.model_card import CARD, SAMPLES, hub_bases, parse_samples
-from adapters.files.places import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, STAGE_FILES, export_stages
+from adapters.files.places import (
+    DIFFUSERS_WEIGHTS,
+    PEFT_WEIGHTS,
+    STAGE_FILES,
+    export_of,
+    export_stages,
+)
 from adapters.files.stage_adapter import StageAdapter
 
 REPLACED = (*(f"{stage}/*" for stage in STAGE_FOLDERS), "stage_?-*", f"{SAMPLES}/*")
@@ -41,7 +47,7 @@ def push(
         UserError: if the folder is not fit to be published (then nothing is sent), or the hub
             refuses.
     """
-    folder = Path(folder)
+    folder = export_of(Path(folder))
     infos = [_check_stage(stage) for stage in export_stages(folder)]
     files = [CARD, *_check_card(folder, infos)]
     for info in infos:

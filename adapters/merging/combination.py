@@ -14,7 +14,6 @@ import yaml
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from torch import Tensor
-from tqdm import tqdm
 
 from adapters.arguments import STAGES, Scale, split_scale
 from adapters.errors import UserError
@@ -24,6 +23,7 @@ from adapters.files.keys import by_name
 from adapters.files.reading import lora_config, scaling
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.methods import METHODS, Combination
+from adapters.progress import Bar
 from adapters.weights.kinds import AdapterSpec
 
 COMBINED = "combined"
@@ -103,7 +103,7 @@ def combine(
         if on_gpu:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(how.seed)
-        for module in tqdm(modules, desc=f"Combining by {how.method}", leave=False, delay=1):
+        for module in Bar(modules, desc=f"Combining by {how.method}", leave=False, delay=1):
             state |= _combine_module(module, parts, how, configs, device)
     config = lora_config(state)
     config.base_model_name_or_path = parts[0].adapter.config.base_model_name_or_path

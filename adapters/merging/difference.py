@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from adapters.base.component_files import CONFIG
 from adapters.base.stored_unet import StoredUNet
@@ -20,6 +19,7 @@ from adapters.merging.measure import (
     read_update,
     sum_by_group,
 )
+from adapters.progress import Bar
 from adapters.tables import format_facts, format_range, format_table
 from adapters.weights.updates import LowRank
 
@@ -105,7 +105,7 @@ def _reader(adapter: StageAdapter, bases: Mapping[int, StoredUNet]) -> Read:
 def _compare(names: Sequence[str], a: Read, b: Read, by_module: bool) -> list[dict[str, Any]]:
     """Build the rows of the table: largest differences first, and the sum of all last."""
     products = {}
-    for name in tqdm(names, "Comparing", delay=2, leave=False):
+    for name in Bar(names, "Comparing", delay=2, leave=False):
         one, other = a(name), b(name)
         if one is not None and other is not None and one.shape != other.shape:
             shapes = [list(update.shape) for update in (one, other)]

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from adapters.base.signature import BaseSignature
 from adapters.errors import UserError
 from adapters.files.stage_adapter import StageAdapter
+from adapters.progress import Bar
 from adapters.weights.updates import (
     Dense,
     LowRank,
@@ -198,7 +198,7 @@ class MergedAdapters:
         present = dict(self.unet.named_modules())
         updates = {}
         try:
-            for module in tqdm(adapter.modules, desc=f"Adapter {name}", leave=False, delay=1):
+            for module in Bar(adapter.modules, desc=f"Adapter {name}", leave=False, delay=1):
                 if module not in self._layers:
                     self._layers[module] = self._keep(present.get(module), module, adapter)
                 updates[module] = adapter.update(module, self._layers[module].base)

@@ -16,6 +16,7 @@ from adapters.files.info import AdapterInfo
 from adapters.files.places import find_weights
 from adapters.files.stage_adapter import StageAdapter
 from adapters.merging.measure import group_by_block, inner, read_update, sum_by_group
+from adapters.progress import Bar
 from adapters.tables import format_facts, format_range, format_table
 from adapters.weights.kinds import KINDS
 
@@ -79,7 +80,7 @@ def _load_by_diffusers(adapter: StageAdapter, file: Path) -> dict[str, Any]:
 def _measure_norms(adapter: StageAdapter, base: StoredUNet | None) -> dict[str, Any]:
     """Measure the Frobenius norms of updates, or else of the adapter's parameters, by block."""
     squares, of = {}, "update"
-    for module, tensors in tqdm(adapter.modules.items(), "Measuring", delay=2, leave=False):
+    for module, tensors in Bar(adapter.modules.items(), "Measuring", delay=2, leave=False):
         if (update := read_update(adapter, module, base)) is not None:
             own = inner(update, update)
         else:
@@ -101,8 +102,8 @@ def _square(tensor: Tensor) -> float:
     return float(tensor.double().square().sum())
 
 
-def format_inspection(found: Mapping[str, Any]) -> str:
-    """Lay out the result of :func:`inspect_adapter` as text."""
+def format_inspection(found: Mapping[str, Any], *, with_recipe: bool = False) -> str:
+    """Lay out the result of :func:`inspect_adapter` as text, with the recipe of its run or not."""
     info = found["info"] and AdapterInfo.model_validate(found["info"], strict=False)
     named, training, prompts, error = "unknown: written by another tool", "", "", None
     if info:
@@ -121,6 +122,7 @@ def format_inspection(found: Mapping[str, Any]) -> str:
         ("alpha", format_range(found["alphas"].values())),
         ("targets", _format_targets(info, found["ranks"])),
         ("trained", training),
+        ("sampling", _format_sampling(info)),
         ("approximates", "" if error is None else f"an adapter or a model, {_format_error(error)}"),
         ("diffusers", _format_loading(found)),
         ("size", _format_size(found)),
@@ -130,7 +132,22 @@ def format_inspection(found: Mapping[str, Any]) -> str:
     parts = [f"{found['file']}\n{format_facts(rows)}", _format_blocks(found)]
     if found["norm_of"] == "parameters":
         parts.append("Its updates depend on its base; name the base with --base to measure them.")
-    return "\n\n".join(parts + ([f"recipe\n{info.recipe.rstrip()}"] if info else []))
+    if info:
+        lines = info.recipe.rstrip().splitlines()
+        below = (
+            "\n".join(["", *lines])
+            if with_recipe
+            else f": {len(lines)} lines; --recipe prints them"
+        )
+        parts.append(f"recipe{below}")
+    return "\n\n".join(parts)
+
+
+def _format_sampling(info: AdapterInfo | None) -> str:
+    """Write the settings that its stage was validated with."""
+    settings = ((info and info.sampling) or {}).get(f"stage_{info.stage}" if info else "", {})
+    given = {name.replace("_", " "): value for name, value in settings.items() if value is not None}
+    return ", ".join(f"{name} {value}" for name, value in given.items())
 
 
 def _format_targets(info: AdapterInfo | None, modules: Mapping[str, int]) -> str:

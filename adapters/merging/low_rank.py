@@ -26,6 +26,7 @@ from adapters.merging.measure import (
     choose_base,
     read_update,
 )
+from adapters.progress import Bar
 from adapters.tables import format_range, format_table
 from adapters.weights.approximation import Approximation
 from adapters.weights.kinds import AdapterSpec, match_targets
@@ -71,7 +72,7 @@ def _lower_rank(
 ) -> StageAdapter:
     check_weights_only(adapter)
     base = choose_base(adapter, bases)
-    for module in tqdm(adapter.modules, "Decomposing", delay=2, leave=False):
+    for module in Bar(adapter.modules, "Decomposing", delay=2, leave=False):
         update = read_update(adapter, module, base)
         assert update is not None
         loss.add_update(module, update)
@@ -110,7 +111,7 @@ def extract(
     modules = frozenset(match_targets(base.unet, targets))
     outside: dict[str, float] = {}
     with new_folder(out) as new:
-        for name in tqdm(base.weights, "Decomposing", delay=2):
+        for name in Bar(base.weights, "Decomposing", delay=2):
             change = _subtract(tuned.read(name), base.read(name))
             module, _, leaf = name.rpartition(".")
             if change is None:

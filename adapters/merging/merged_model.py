@@ -26,6 +26,7 @@ from adapters.files.licence import licence_files
 from adapters.files.model_card import CARD, merged_card
 from adapters.files.stage_adapter import StageAdapter, merged_weight
 from adapters.merging.measure import check_weights_only
+from adapters.progress import Bar
 from unets.loading import is_finite
 from unets.precision import dtype_of
 
@@ -95,7 +96,7 @@ def merge(
                 f"{out} needs {tqdm.format_sizeof(total, 'B')} of disk space, but only"
                 f" {tqdm.format_sizeof(free, 'B')} is free; free some space, or use --link."
             )
-        with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", delay=1) as progress:
+        with Bar(total=total, unit="B", unit_scale=True, desc="Merging", delay=1) as progress:
             for number, model in models.items():
                 model.write(new / inside[number], progress.update)
     return [out / place for place in inside.values()]

@@ -138,6 +138,19 @@ class Batches:
 
         return replace(draw(self.pictures, PRESERVED), caption=draw(self.prompts, PROMPTS))
 
+    def crop_at(self, step: int, place: int) -> Image.Image:
+        """Draw the crop of the picture at a place in a global batch, as :meth:`example` does."""
+        picture, _, _ = self.picture(step, place)
+        return self._crop(picture, np.random.default_rng(self._key(step, place)))
+
+    def _key(self, step: int, place: int) -> int:
+        """Derive the seed of all that is drawn for a place in a global batch."""
+        return derived_seed(self.seed, DRAWS, step * self.global_size + place)
+
+    def _crop(self, picture: Picture, rng: np.random.Generator) -> Image.Image:
+        shift, flip = self.data.center_shift, self.data.horizontal_flip
+        return crop(picture, self.size_px, rng, center_shift=shift, horizontal_flip=flip)
+
     def __call__(self, index: int) -> Batch:
         """Make the batch at an index: the step times the accumulation, plus the micro-step."""
         places = self.places(index)
@@ -151,16 +164,10 @@ class Batches:
     def example(self, step: int, place: int) -> dict[str, Tensor]:
         """Draw one picture's share of each field of a batch, without the batch dimension."""
         picture, weight, dropout = self.picture(step, place)
-        key = derived_seed(self.seed, DRAWS, step * self.global_size + place)
+        key = self._key(step, place)
         rng = np.random.default_rng(key)
         draw = torch.Generator().manual_seed(key)
-        image = crop(
-            picture,
-            self.size_px,
-            rng,
-            center_shift=self.data.center_shift,
-            horizontal_flip=self.data.horizontal_flip,
-        )
+        image = self._crop(picture, rng)
         caption = "" if rng.random() < dropout else picture.caption
         pixels = to_tensor(image)
         timestep = self.timesteps.draw(rng, self.num_train_timesteps)

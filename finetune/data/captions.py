@@ -13,12 +13,12 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from adapters.atomic import replacing
 from adapters.base.source import Source
 from adapters.cascade.embeds import TENSOR
 from adapters.errors import UserError
+from adapters.progress import Bar
 from adapters.texts import check_captions, check_vocabulary
 from finetune.data.pictures import Picture
 from finetune.data.sources import has_captions, load_captions
@@ -160,7 +160,7 @@ class CaptionCache:
         """Encode captions into the cache, then free the text encoder's memory."""
         pipeline = self.source.text_pipeline(self.precision, self.device)
         try:
-            for caption in tqdm(captions, "Encoding captions", delay=2):
+            for caption in Bar(captions, "Encoding captions", delay=2):
                 encoding, _ = pipeline.encode_prompt(
                     caption,
                     do_classifier_free_guidance=False,

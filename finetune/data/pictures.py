@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from adapters.atomic import replacing
 from adapters.errors import UserError
 from adapters.pictures.reading import DECODING_ERRORS, to_rgb
+from adapters.progress import Bar
 from finetune.data.sources import open_source, read_captions, read_content, select_pictures
 from finetune.recipe.schema import Data
 
@@ -85,7 +85,7 @@ def load_pictures(
 
     rows = range(len(table))[:limit]
     with ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(load, rows), "Reading pictures", len(rows), delay=2))
+        return list(Bar(pool.map(load, rows), "Reading pictures", len(rows), delay=2))
 
 
 def crop(

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from adapters import Cascade, Sample, load_cascade
 from adapters.atomic import write_text
 from adapters.cascade.load import Parts
 from adapters.errors import UserError
+from adapters.progress import Bar
 from finetune.data.batches import CLASS, derived_seed
 from finetune.data.captions import model_identity
 from finetune.data.pictures import Picture, load_pictures
@@ -173,7 +173,7 @@ class ClassPictures:
                 parts=Parts(text_encoder=False),
             )
             size = self.prior.sampling.batch_size
-            with tqdm(total=len(missing), desc="Sampling class pictures") as progress:
+            with Bar(total=len(missing), desc="Sampling class pictures") as progress:
                 for start in range(0, len(missing), size):
                     batch = missing[start : start + size]
                     for index, sample in self._sample(cascade, batch).items():

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from tqdm.auto import tqdm
 
 from adapters import load_cascade
 from adapters.arguments import Scale
@@ -14,6 +13,7 @@ from adapters.cascade.load import Parts
 from adapters.cascade.results import Sample
 from adapters.cascade.sampling import Sampling
 from adapters.files.places import adapter_path, stage_folders
+from adapters.progress import Bar
 from finetune.data.captions import (
     CaptionCache,
     PromptEmbeds,
@@ -110,7 +110,7 @@ def draw_variants(
         desk.cascade.add_adapter(name, scale)
     variants = _variants(desk.cascade, apart=apart)
     drawn: dict[str, tuple[Sample, ...]] = {}
-    with tqdm(total=len(variants) * len(shots), desc="Drawing") as progress:
+    with Bar(total=len(variants) * len(shots), desc="Drawing") as progress:
         for variant, scales in variants.items():
             progress.set_postfix_str(variant)
             drawn[variant] = desk.draw(scales, progress) if scales else desk.draw_base(progress)
@@ -157,7 +157,7 @@ class Desk:
         kept = BasePictures.of(recipe, sampling, device)
         return cls(cascade, shots, embeds, sampling, recipe.text.clean_caption, kept)
 
-    def draw(self, scales: Mapping[str, Scale], progress: "tqdm[Any]") -> tuple[Sample, ...]:
+    def draw(self, scales: Mapping[str, Scale], progress: "Bar[Any]") -> tuple[Sample, ...]:
         """Draw all shots with some of the cascade's adapters."""
         self.cascade.set_adapters(scales)
         samples: list[Sample] = []
@@ -166,7 +166,7 @@ class Desk:
             progress.update(len(batch))
         return tuple(samples)
 
-    def draw_base(self, progress: "tqdm[Any]") -> tuple[Sample, ...]:
+    def draw_base(self, progress: "Bar[Any]") -> tuple[Sample, ...]:
         """Draw all shots without adapters; read those that have been drawn before."""
         self.cascade.set_adapters({})
         samples: list[Sample] = []

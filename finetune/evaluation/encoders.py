@@ -18,7 +18,6 @@ from huggingface_hub.utils._validators import validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel
 
 # the one that transformers exports refuses to work without torchvision, but does not need it
@@ -26,6 +25,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from adapters.errors import UserError, listed
+from adapters.progress import Bar
 from unets.loading import is_finite
 
 BATCH_SIZE = 25
@@ -130,7 +130,7 @@ def encode_pictures(
         title: the text of the progress bar.
     """
     vectors = []
-    with tqdm(total=count, desc=title, delay=2) as progress:
+    with Bar(total=count, desc=title, delay=2) as progress:
         for batch in _batches(pictures):
             vectors.append(encoder.images(batch))
             progress.update(len(batch))

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from adapters.base.estimates import text_encoder_bytes
 from adapters.base.source import Source
 from adapters.cascade.memory_budget import AT_ONCE, GPU
 from adapters.errors import UserError
+from adapters.progress import Bar
 from adapters.weights.kinds import AdapterSpec
 from finetune.memory.footprint import Footprint, Rehearsal
 from finetune.recipe.schema import Prior, Recipe, Text, Training
@@ -41,6 +41,9 @@ class Phase:
 
     name: str
     bytes: int
+    work: float = 0.0
+    """A relative measure of its time in the whole run, as :func:`finetune.memory.timing.work_of`;
+    0: not known."""
 
 
 @dataclass(frozen=True)
@@ -111,20 +114,32 @@ def _phases(
         samplers = [drawing[stage] for stage in {below, *rehearsals}]
         weights = sum(each.weights_bytes for each in samplers)
         most = max(each.drawing_bytes(at_once) for each in samplers)
-        yield Phase("class pictures", reserved(weights + most))
+        work = sum(
+            drawing[stage].drawing_work(prior.count, at_once, prior.sampling.steps(stage.number))
+            for stage in {below, *rehearsals}
+        )
+        yield Phase("class pictures", reserved(weights + most), work)
     for stage, choice in choices.items():
         resident = choice.footprint.resident
         at_once = min(max(map(len, rows), default=0), validation.sampling.batch_size)
+        count = sum(map(len, rows))
         if at_once and stage.super_resolution:
             name = f"{stage.name}, {below.name}'s samples"
-            yield Phase(name, _bytes_beside(resident, drawing[below], at_once))
-        yield Phase(f"{stage.name}, training", choice.footprint.reserved)
+            work = drawing[below].drawing_work(count, at_once, validation.sampling.steps(1))
+            yield Phase(name, _bytes_beside(resident, drawing[below], at_once), work)
+        work = choice.work * choice.training.steps
+        yield Phase(f"{stage.name}, training", choice.footprint.reserved, work)
         if at_once:
             most = choice.rehearsal.drawing_bytes(at_once)
-            yield Phase(f"{stage.name}, validation", reserved(resident + most))
+            times = 1 + -(-choice.training.steps // validation.every)  # the first is of the base
+            steps = validation.sampling.steps(stage.number)
+            work = times * choice.rehearsal.drawing_work(count, at_once, steps)
+            yield Phase(f"{stage.name}, validation", reserved(resident + most), work)
         if not stage.super_resolution and needed[above]:
             name = f"{stage.name}, samples through {above.name}"
-            yield Phase(name, _bytes_beside(resident, drawing[above], at_once))
+            work = drawing[above].drawing_work(count, at_once, validation.sampling.steps(2))
+            work *= times if validation.through_stage_2 == "always" else 1
+            yield Phase(name, _bytes_beside(resident, drawing[above], at_once), work)
 
 
 def _bytes_beside(resident: int, other: Rehearsal, at_once: int) -> int:
@@ -167,7 +182,7 @@ def fitting_settings(
     pictures = training.batch_size * training.accumulation
     found = []
     tried = [(precision, checkpointed) for precision in BASES for checkpointed in (False, True)]
-    for precision, checkpointed in tqdm(tried, f"Settings of {stage.name}", leave=False, delay=2):
+    for precision, checkpointed in Bar(tried, f"Settings of {stage.name}", leave=False, delay=2):
         fields: dict[str, Any] = {"gradient_checkpointing": checkpointed}
         if training.precision_on(GPU) != precision:  # else keep "auto"
             fields["precision"] = precision

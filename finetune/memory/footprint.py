@@ -13,20 +13,14 @@ from torch import Tensor
 
 from adapters.base.estimates import PROMPT_TOKENS, drawing_inputs, safety_checker_bytes
 from adapters.base.source import Source
+from finetune.memory.timing import work_of
 from finetune.recipe.schema import OutputPrior, Prior, Training
 from finetune.run.trainee import Trainee
 from finetune.step.inputs import Batch
 from finetune.step.optimizers import OPTIMIZERS
 from finetune.step.stages import Stage
 from unets.loading import blank_unet
-from unets.tally import META, Tally, forward_bytes, reserved, total_bytes
-
-OPERATIONS_A_BYTE = 200
-"""Floating-point operations that a GPU does while it moves a byte; recent data-centre and desktop
-cards are alike in this (H100: 230, RTX 4090: 165)."""
-
-OPERATIONS_A_KERNEL = 1.5e9
-"""Floating-point operations that a GPU could do in the time that a tiny kernel takes."""
+from unets.tally import META, Tally, reserved, tally_forward, total_bytes
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,8 @@ class Rehearsal:
     """The bytes of the safety checker, which is loaded on the device while the stage samples."""
     prior: OutputPrior | None = None
     """The preservation of the base's output, if the recipe asks for it."""
-    _drawing_bytes: dict[int, int] = field(default_factory=dict, init=False, repr=False)
-    """The results of :meth:`drawing_bytes`, by the number of pictures."""
+    _drawn: dict[int, Tally] = field(default_factory=dict, init=False, repr=False)
+    """What a sampling step takes, by the number of pictures."""
 
     @classmethod
     def of(
@@ -159,13 +153,7 @@ class Rehearsal:
             optimizer=OPTIMIZERS[self.optimizer].state_bytes(flat.slices(whole_tensors=False)),
             activations=max(tally.peak_bytes for tally in tallies.values()),
             flops=mean(lambda tally: tally.flops),
-            work=mean(
-                lambda tally: (
-                    tally.flops
-                    + OPERATIONS_A_BYTE * tally.moved_bytes
-                    + OPERATIONS_A_KERNEL * tally.operations
-                )
-            ),
+            work=mean(work_of),
         )
 
     def preserved_counts(self, batch_size: int, accumulation: int) -> Counter[int]:
@@ -183,12 +171,27 @@ class Rehearsal:
 
     def drawing_bytes(self, pictures: int) -> int:
         """Estimate the most bytes held while some number of pictures is sampled at once."""
-        if pictures not in self._drawing_bytes:
+        return self._draw(pictures).peak_bytes + self.guard_bytes
+
+    def drawing_work(self, pictures: int, at_once: int, steps: int) -> float:
+        """Return a relative measure of the time that some pictures are sampled in, with guidance.
+
+        Args:
+            pictures: their number.
+            at_once: the number that is sampled at a time.
+            steps: the sampling steps.
+        """
+        whole, rest = divmod(pictures, at_once)
+        batches = whole * work_of(self._draw(at_once)) + (work_of(self._draw(rest)) if rest else 0)
+        return steps * batches
+
+    def _draw(self, pictures: int) -> Tally:
+        """Count what a sampling step takes."""
+        if pictures not in self._drawn:
             with self.trainee.final_weights() as unet:
                 inputs = drawing_inputs(unet, pictures)
-                drawing = forward_bytes(unet, inputs, unet.state_dict().values())
-            self._drawing_bytes[pictures] = drawing + self.guard_bytes
-        return self._drawing_bytes[pictures]
+                self._drawn[pictures] = tally_forward(unet, inputs, unet.state_dict().values())
+        return self._drawn[pictures]
 
     def _weights(self) -> list[Tensor]:
         adapter = set(self.trainee.weights.parameters)

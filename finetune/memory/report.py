@@ -1,12 +1,14 @@
 """Plans, fitting settings and downloads, as text for the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from adapters.base.source import GUARDS
 from adapters.cascade.memory_budget import GPU, parse_memory
+from adapters.progress import format_seconds
 from adapters.tables import format_table
 from finetune.data.captions import TEXT_PARTS
 from finetune.memory.fit import Plan, fit, plan
+from finetune.memory.timing import estimate_seconds
 from finetune.recipe.schema import OutputPrior, Recipe
 from finetune.step.stages import STAGES
 from unets.tally import GIB
@@ -15,13 +17,30 @@ LIBRARIES_BYTES = 0.6 * GIB
 """The main memory of a process that has only imported the trainer."""
 
 
-def format_plan(plan: Plan) -> str:
-    """Write a plan: memory by part, the arithmetic of the steps, and memory by phase."""
-    phases = [("phase of the run", "GiB"), *((p.name, _gib(p.bytes)) for p in plan.phases)]
+def format_plan(plan: Plan, rate: float | None = None) -> str:
+    """Write a plan: memory by part, the arithmetic of the steps, and memory and time by phase.
+
+    Args:
+        plan: the plan.
+        rate: the rate of the card in FLOP/s; ``None``: times are left out.
+    """
+    phases = [("phase of the run", "GiB", "" if rate is None else "time"), *_phases(plan, rate)]
     own = f"; Python and its libraries take {_gib(LIBRARIES_BYTES)} GiB more"
     peak = f"At most {_gib(plan.peak.bytes)} GiB, in {plan.peak.name}"
     last = f"{peak}{own if plan.device.type == 'cpu' else ''}."
     return "\n".join([format_table(_stages(plan)), "", format_table(phases), "", last])
+
+
+def _phases(plan: Plan, rate: float | None) -> Iterator[tuple[str, str, str]]:
+    """Yield a row for each phase, and one for all of them if their times are known."""
+    for phase in plan.phases:
+        time = ""
+        if rate is not None and phase.work:
+            time = format_seconds(estimate_seconds(phase.work, rate))
+        yield phase.name, _gib(phase.bytes), time
+    if rate is not None:
+        whole = estimate_seconds(sum(phase.work for phase in plan.phases), rate)
+        yield "in all, without loading", "", format_seconds(whole)
 
 
 def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
@@ -52,7 +71,17 @@ def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield ("TFLOP in all", *(f"{total / 1e12:,.0f}" for total in totals))
 
 
-def format_fit(recipe: Recipe, vram: str) -> str:
+def say_sizes_used(models: Sequence[str]) -> str:
+    """Say which models' published sizes stand in for their files; empty if none do."""
+    if not models:
+        return ""
+    return (
+        f"The files of {' and '.join(models)} cannot be read here, so their published sizes are"
+        " used: accept their licences on the hub and `hf auth login` before training."
+    )
+
+
+def format_fit(recipe: Recipe, vram: str, rate: float | None = None) -> str:
     """Write the settings that fit a card, and the plan of the fastest.
 
     Raises:
@@ -81,7 +110,7 @@ def format_fit(recipe: Recipe, vram: str) -> str:
     overrides = " ".join(found.overrides) or "(none: the recipe fits as it is)"
     # planned again, because a rehearsal's first step also builds tables that later steps reuse
     fastest = f"The fastest, as overrides:\n{overrides}"
-    return "\n\n".join([*blocks, fastest, format_plan(plan(found.plan.recipe))])
+    return "\n\n".join([*blocks, fastest, format_plan(plan(found.plan.recipe), rate)])
 
 
 def format_downloads(recipe: Recipe) -> str:

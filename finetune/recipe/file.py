@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from adapters.errors import UserError, closest, hint
+from finetune.recipe.key_search import locate
 from finetune.recipe.schema import Recipe, Section
 from finetune.recipe.yaml12 import Loader
 
@@ -235,7 +236,8 @@ def _explain_unknown_key(path: Place, place: Place, root: type[Section]) -> str:
     others = [_kind(section) for section in sections if key in section.model_fields]
     if others:
         return f"belongs to kind: {others[0]}, but this is kind: {_kind(own)}"
-    return f"unknown key; {closest(key, list(own.model_fields))}"
+    meant = locate([str(part) for part in path]) if root is Recipe else ""
+    return f"unknown key; {meant or closest(key, list(own.model_fields))}"
 
 
 def _path(place: Place, root: type[Section]) -> Place:

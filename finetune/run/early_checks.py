@@ -12,6 +12,7 @@ from adapters.weights.kinds import peft_config
 from finetune.data.captions import check_cleaning, collect_prompts
 from finetune.data.prior import own_folder
 from finetune.recipe.schema import Recipe, Training
+from finetune.run.other_trackers import check_trackers
 from finetune.step.optimizers import OPTIMIZERS
 from finetune.step.stages import STAGES, Stage
 from unets.loading import empty_unet
@@ -21,9 +22,11 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
     """Find in seconds, without weights, the mistakes that would stop a run after hours.
 
     Raises:
-        UserError: if cleaning empties a prompt, if the folder of class pictures or a Stage II to
-            show validation pictures through is missing, or as :func:`check_stage`.
+        UserError: if a tracker is not installed, cleaning empties a prompt, the folder of class
+            pictures or a Stage II to show validation pictures through is missing, or as
+            :func:`check_stage`.
     """
+    check_trackers(recipe.trackers)
     check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
     if recipe.class_pictures:
         own_folder(recipe.class_pictures)

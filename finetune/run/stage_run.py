@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapters.base.source import Source
 from adapters.files.info import AdapterInfo
+from adapters.progress import format_seconds, say, timed
 from finetune import __version__
 from finetune.data.batches import Batches, derived_seed
 from finetune.data.pictures import Picture
@@ -22,7 +23,8 @@ from finetune.run.fixed_losses import FixedLosses, hold_out, select_evenly
 from finetune.run.folders import FREE, Folders, select_identity, select_judging
 from finetune.run.loop import run_steps
 from finetune.run.measures import Measures, Score, was_patient
-from finetune.run.tracking import Tracker
+from finetune.run.other_trackers import OtherTrackers
+from finetune.run.tracking import Tracker, flatten
 from finetune.run.trainee import Trainee
 from finetune.run.validation import build_validator, enlarge
 from finetune.step.stages import STAGES, Stage
@@ -55,7 +57,13 @@ def train_stage(
     """
     folders, training = Folders(recipe.folder), recipe.training(stage)
     free_memory(accelerator.device)  # the previous stage's
-    trainee, state = continue_training(recipe, stage, accelerator.device)
+    with timed(f"Stage {stage.number}, loading", shown=accelerator.is_main_process):
+        trainee, state = continue_training(recipe, stage, accelerator.device)
+    if trainee.step:
+        accelerator.print(
+            f"Stage {stage.number} goes on after step {trainee.step:,} of {training.steps:,}, from"
+            f" {folders.checkpoints(stage)}"
+        )
     taught, held_out = hold_out(material.pictures, recipe.validation.held_out, recipe.seed)
     material = replace(material, pictures=taught)
     low_res_px = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
@@ -70,6 +78,8 @@ def train_stage(
     tree = recipe.model_dump(mode="json")
     judging, measures = select_judging(tree, stage), None
     if accelerator.is_main_process:
+        settings = flatten(tree)
+        tracker.others = OtherTrackers.of(recipe, stage.name, folders.logs(stage), settings)
         say_what_is_preserved(trainee, batches, tracker)
         measures = build_measures(
             recipe, trainee, batches, tracker, material.prompt_embeds, held_out, score, judging
@@ -93,12 +103,20 @@ def train_stage(
         )
     if measures is not None:
         trainee.watch.check()
+        say(f"Stage {stage.number}, {describe_times(tracker)}")
         info = describe_adapter(recipe, trainee, taught, stopped_early=stopped_early)
         columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
         columns |= training.model_dump(mode="json", exclude={*FREE} - {"steps"})
-        export_run(trainee, measures, tracker, folders.adapters, info, columns)
+        with timed(f"Stage {stage.number}, export"):
+            export_run(trainee, measures, tracker, folders.adapters, info, columns)
     tracker.close()
     accelerator.wait_for_everyone()
+
+
+def describe_times(tracker: Tracker) -> str:
+    """Describe the time that a stage's steps took, and that of the validations between them."""
+    steps, validation = tracker.pace.seconds, tracker.pace.skipped_s
+    return f"training: {format_seconds(steps)}, and validation: {format_seconds(validation)}"
 
 
 def continue_training(
@@ -217,6 +235,7 @@ def describe_adapter(
         prompts=recipe.validation.prompts or tuple(captions)[:CARD_PROMPTS],
         step=trainee.step,
         stopped_early=stopped_early,
+        sampling=recipe.validation.sampling.model_dump(exclude={"batch_size"}),
         recipe=recipe.to_yaml(),
         version=__version__,
     )

@@ -1,6 +1,7 @@
 """The display of a run: a progress bar, and TensorBoard."""
 
 import re
+import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
+from adapters.progress import Bar, Pace, is_watched
 from finetune.run.figures import (
     CLIP_I,
     CLIP_T,
@@ -26,6 +27,7 @@ from finetune.run.figures import (
     ceiling_of,
     floor_of,
 )
+from finetune.run.other_trackers import OtherTrackers
 from finetune.step.inputs import Batch
 from finetune.step.losses import Losses
 from unets.memory import peak_memory_gib
@@ -164,24 +166,28 @@ def order_event_files(folder: Path) -> None:
 
 
 class Tracker:
-    """TensorBoard and the progress bar of one stage, on the main process only."""
+    """TensorBoard and the progress bar of one stage, or a log's lines, on the main process only."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, title: str, first: int, steps: int):
         main = accelerator.is_main_process
         # hides the points after the checkpoint that a run continues from, as it makes them again;
         # without one also those of the base, which a killed run may have left
         purge_step = first + 1 if first else 0
+        self.others = OtherTrackers()
         self.writer = None
         if main:
             order_event_files(folder)
             self.writer = SummaryWriter(str(folder), purge_step=purge_step)
             self.writer.add_custom_scalars(LAYOUT)
-        self.bar = tqdm(
-            desc=title,
+        self.title = f"Training {title}"
+        self.pace = Pace(first, steps)
+        self.logs_lines = main and not is_watched()
+        self.bar = Bar(
+            desc=self.title,
             total=steps,
             initial=first,
             unit="step",
-            disable=not main,
+            disable=not main or self.logs_lines,
             dynamic_ncols=True,
         )
 
@@ -201,12 +207,18 @@ class Tracker:
         self.markdown(f"warnings/{kind.replace(' ', '_')}", sentence, step)
 
     def points(self, points: Mapping[str, float], step: int) -> None:
-        """Add a point to each curve of training."""
-        self.bar.set_postfix({"loss": f"{points['loss']:.4f}"}, refresh=False)
+        """Add a point to each curve of training, and a line to a log, which has no bar."""
+        if "loss" in points:
+            loss = f"{points['loss']:.4f}"
+            self.bar.set_postfix({"loss": loss}, refresh=False)
+            if self.logs_lines:
+                line = f"{self.title}: {self.pace.describe(step)}, loss {loss}"
+                self.bar.write(line, file=sys.stderr)
         self.curves(points, step)
 
     def curves(self, points: Mapping[str, float], step: int) -> None:
         """Add a point to each curve."""
+        self.others.log(points, step)
         if self.writer:
             for tag, value in points.items():
                 self.writer.add_scalar(tag, value, step)
@@ -225,12 +237,14 @@ class Tracker:
 
     def skip_time(self, seconds: float) -> None:
         """Leave time not spent training out of the bar's rate."""
+        self.pace.skip(seconds)
         if not self.bar.disable:
             self.bar.start_t += seconds
             self.bar.last_print_t += seconds
 
     def picture(self, tag: str, picture: Image.Image, step: int) -> None:
         """Add a picture panel."""
+        self.others.picture(tag, picture, step)
         if self.writer:
             self.writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
             self.writer.flush()
@@ -238,5 +252,6 @@ class Tracker:
     def close(self) -> None:
         """Close both, writing pending events."""
         self.bar.close()
+        self.others.close()
         if self.writer:
             self.writer.close()

@@ -41,10 +41,12 @@ def train_and_score(recipe: Recipe, options: argparse.Namespace) -> str:
     from filelock import FileLock
 
     from adapters.errors import quiet_libraries
+    from adapters.progress import show_in_files
     from finetune.sweeping.progress import add_seconds, is_trained
     from finetune.sweeping.scoring import score_and_keep
 
     quiet_libraries()
+    show_in_files()  # the sweep reads in the log how far this is
     # a sweep that goes on at once may find a child of the killed one, which is still ending
     with FileLock(recipe.folder / ".lock"):
         if not is_trained(recipe):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from adapters.cascade.results import Sample
+    from adapters.progress import Bar
     from finetune.evaluation.scoring import Scores
 
 FORMAT = 1
@@ -84,8 +85,6 @@ def score_point(recipe: Recipe, scales: Sequence[float]) -> dict[str, Any]:
     Returns:
         The ``variants`` and the ``ceiling`` of the scores file.
     """
-    from tqdm.auto import tqdm
-
     from adapters.arguments import find_device
     from finetune.evaluation.drawing import Desk, list_shots
     from finetune.evaluation.measurement import Encoders, load_photos
@@ -103,7 +102,7 @@ def score_point(recipe: Recipe, scales: Sequence[float]) -> dict[str, Any]:
         shots=shots,
     )
     drawn = {}
-    with tqdm(total=(1 + len(scales)) * len(shots), desc="Drawing") as progress:
+    with Bar(total=(1 + len(scales)) * len(shots), desc="Drawing") as progress:
         folder = base_folder(recipe)
         if (base := read_drawn(folder, len(shots))) is None:
             base = keep_drawn(folder, desk.draw_base(progress))

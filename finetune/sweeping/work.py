@@ -9,10 +9,11 @@ from queue import SimpleQueue
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from adapters.atomic import write_text
 from adapters.errors import UserError
+from adapters.progress import Bar
 from finetune.sweeping.checks import check_at_once, check_material, find_trained
 from finetune.sweeping.names import name_variant
 from finetune.sweeping.points import Point
@@ -120,7 +121,7 @@ def finish_points(
         write_text(point.recipe_file, point.recipe.to_yaml())
     workers, results = Workers(scales, at_once), [Result.read(point) for point in done_before]
     show(results)
-    bar = tqdm(desc=title, initial=len(results), total=len(points), unit="run", dynamic_ncols=True)
+    bar = Bar(desc=title, initial=len(results), total=len(points), unit="run", dynamic_ncols=True)
     with bar, ThreadPoolExecutor(at_once) as pool:
         pending = {pool.submit(workers.finish, point) for point in to_do}
         try:

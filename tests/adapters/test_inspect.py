@@ -102,9 +102,10 @@ def test_it_tells_all_that_an_exported_folder_says_of_itself(
         "targets       to_q, conv1 (",
         "trained       7 steps; exported 20",
         "diffusers     loads all of pytorch_lora_weights.safetensors",
-        "recipe\nname: test",
+        "recipe: 1 lines; --recipe prints them",
     ):
         assert told.count(line) == 2
+    assert inspect(tmp_path / "adapters", "--recipe").count("recipe\nname: test") == 2
     found = json.loads(inspect(tmp_path / "adapters", "--json"))
     files = {path.name: path.stat().st_size for path in (tmp_path / "adapters/stage_1").iterdir()}
     assert found[0]["bytes"] == files

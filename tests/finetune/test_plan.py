@@ -24,6 +24,7 @@ from finetune.recipe.schema import OutputPrior, Recipe, Training
 from finetune.run.trainee import Trainee
 from finetune.step.inputs import Batch
 from finetune.step.stages import STAGES, Stage
+from tests.builders.commands import refusal
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import trainee_of
 from unets import tally
@@ -353,7 +354,25 @@ def test_a_run_that_is_out_of_memory_says_what_fits(
     with pytest.raises(SystemExit, match="2"):
         train.main([str(file)])
     printed = capsys.readouterr()
-    assert "\nerror: give overrides\n" in printed.err.replace("\r", "\n")
+    assert "error: give overrides" in printed.err.replace("\r", "\n").splitlines()
     assert "Main memory in training, GiB" in printed.out
     assert "Python and its libraries take" in printed.out
     assert "CUDA" not in printed.out
+
+
+def test_the_command_and_the_trainer_talk_of_the_same_memory(
+    random_cascade: RandomCascade, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree(random_cascade, tmp_path)))
+    command.main([str(path), "--device", "cpu"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("Main memory in training")
+    train.print_plan(load_recipe(path), CPU)
+    assert capsys.readouterr().out.strip() in shown
+    if not torch.cuda.is_available():
+        command.main([str(path)])
+        assert "this machine has none, and would train in main memory" in capsys.readouterr().out
+    assert "leave out --device cpu" in refusal(
+        capsys, command.main, path, "--device", "cpu", "--vram", "8GB"
+    )

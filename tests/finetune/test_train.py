@@ -123,6 +123,8 @@ def finished_run(
     assert "Adapters:" in done.stdout
     assert "Stage 1: 100%" in done.stderr
     assert "Stage 2: 100%" in done.stderr
+    assert "\r" not in done.stderr, "a log has lines in place of bars"
+    assert re.search(r"^pictures  +\d+ of ", done.stdout, re.MULTILINE)
     return folder / "runs" / "run"
 
 

@@ -2,10 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 import yaml
-from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from finetune.recipe.consistency import find_absent_subject, find_mistakes, find_shared_pictures
@@ -27,6 +33,19 @@ if TYPE_CHECKING:  # so that mistakes are reported without these slow imports
 
     from adapters.base.source import Source
 
+
+TrackerName: TypeAlias = Literal[
+    "tensorboard",
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "trackio",
+    "wandb",
+]
+"""The trackers that Accelerate knows."""
 
 LONG, SHOWN = 10, 3
 """The number of items above which a list is long, and of those that are shown of it."""
@@ -59,10 +78,31 @@ class Recipe(Section):
     """The scores of what was learnt; ``None``: they are not computed."""
     log_every: Positive = 10
     """Steps between TensorBoard points."""
+    trackers: Annotated[tuple[TrackerName, ...], Field(strict=False)] = ("tensorboard",)
+    """The trackers of curves and pictures: ``tensorboard`` first, and any others that Accelerate
+    knows beside it, whose packages must be installed and logged in. Each stage is a run of its own
+    there, named after the run and the stage."""
     runs_dir: str = "runs"
     """The folder of all runs."""
     cache_dir: str = ".cache/finetune"
     """The folder that keeps decoded pictures, text encodings and class pictures between runs."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _check_tensorboard_first(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if trackers[:1] != ("tensorboard",):
+            raise ValueError(
+                "must begin with tensorboard, which always shows a run; others stand after it"
+            )
+        if len({*trackers}) < len(trackers):
+            raise ValueError("must name each tracker once")
+        return trackers
+
+    def __repr__(self) -> str:
+        steps = [f"{s.name}: {self.training(s).steps:,} steps" for s in self.trained]
+        return f"Recipe({', '.join([repr(self.name), *steps, self.data.source])})"
+
+    __str__ = __repr__
 
     @model_validator(mode="wrap")
     @classmethod

@@ -1,0 +1,1 @@
+"""A recipe to start from, for a folder of pictures."""
