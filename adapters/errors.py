@@ -5,10 +5,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from pydantic import AfterValidator
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 from tqdm import tqdm
 
 __version__ = "0.1.0"
@@ -94,12 +96,29 @@ def hint(word: str, names: Sequence[str]) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
-def name_in(table: Mapping[str, object]) -> AfterValidator:
-    """Make a pydantic validator of a row's name, whose error hints at the closest name."""
+@dataclass(frozen=True)
+class NameIn:
+    """A pydantic annotation of texts that are names in a table, which a schema then lists."""
 
-    def check(name: str) -> str:
-        if name not in table:
-            raise ValueError(f"unknown name {name!r}; {closest(name, list(table))}")
+    names: tuple[str, ...]
+
+    def check(self, name: str) -> str:
+        """Raise a ValueError that hints at the closest name, if a name is not in the table."""
+        if name not in self.names:
+            raise ValueError(f"unknown name {name!r}; {closest(name, self.names)}")
         return name
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(schema) | {"enum": list(self.names)}
+
+
+def name_in(table: Mapping[str, object]) -> NameIn:
+    """Make a pydantic annotation of a row's name, whose error hints at the closest name."""
+    return NameIn(tuple(table))
