@@ -5,14 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml
 
-.PHONY: setup quickstart test test-gpu lint format clean
+.PHONY: setup quickstart test test-gpu lint format docs clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@echo "Installing the pinned packages into $(VENV) (some minutes the first time) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
 	@touch $@
 
 quickstart: setup
@@ -31,9 +31,14 @@ test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m pytest tests/unets/test_triton_kernels.py tests/adapters/cascade/test_offload.py
 
+# a warning, such as a link that leads nowhere, is an error
+docs: setup
+	$(BIN)/python -m sphinx --fail-on-warning --quiet -b html docs docs/_build
+	@echo "Written to docs/_build/index.html."
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf runs .cache
+	rm -rf runs .cache docs/_build

@@ -43,6 +43,7 @@ def test_no_test_imports_another() -> None:
 
 def test_contributing_shows_where_every_module_is() -> None:
     tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
-    modules = {f.name for p in ("finetune", "adapters", "unets") for f in (ROOT / p).rglob("*.py")}
+    folders = ("finetune", "adapters", "unets", "docs")
+    modules = {f.name for p in folders for f in (ROOT / p).rglob("*.py")}
     shown = set(re.findall(r"\w+\.py", tree))
     assert modules - {"__init__.py"} == shown - {"test_losses.py"}
