@@ -157,7 +157,7 @@ def test_an_adapter_describes_itself(random_cascade: RandomCascade, tmp_path: Pa
     assert (info.stage, info.step, info.recipe, info.version) == (1, 7, "name: test\n", "1.2.3")
     assert info.base_model == str(random_cascade.stage_1)
     assert info.prompts == ("a sks cat",)
-    assert info.created is not None
+    assert info.created is None  # or no two exports would be the same
     with safe_open(exported.folder / "pytorch_lora_weights.safetensors", "pt") as file:
         assert AdapterInfo.model_validate_json(file.metadata()["if_adapter"], strict=False) == info
 
