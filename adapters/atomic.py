@@ -1,10 +1,18 @@
-"""Writers of files and folders, each written whole or not at all."""
+"""Writers of files and folders, each written whole or not at all.
+
+What is written reaches the disk before it gets its final name, so that not even a machine that
+loses its power leaves half of it under that name. Until then it is in a temporary file or folder
+next to its place, which its writer keeps locked: those without a lock are left from writers that
+were killed, and are cleared away.
+"""
 
 import ctypes
+import errno
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -13,6 +21,12 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from adapters.errors import UserError
+
+if sys.platform != "win32":
+    import fcntl
+
+TEMPORARY = ".partial-"
+"""The beginning of the names of all temporary files and folders."""
 
 
 class NotWrittenError(UserError):
@@ -52,28 +66,131 @@ def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None
         places = [path] * (kind == "folder") + [*path.absolute().parents]
         there = next(place for place in places if place.exists())
         # only a trial write shows every obstacle: permissions, quotas, read-only mounts
-        with tempfile.TemporaryDirectory(dir=there, prefix=".check-"):
+        with temporary_folder(there):
             pass
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to ``path`` that replaces it once the block has succeeded.
+
+    Args:
+        path: the file to write.
+        durable: wait until the file is on the disk. Thousands of files that are checked when they
+            are read, and can be made again, need not wait.
 
     Raises:
         UserError: if the disk refuses.
     """
+
+    def create() -> Path:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
+        os.close(handle)
+        return Path(name)
+
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
+        with _locked(create) as temporary:
+            try:
+                yield temporary
+                temporary.chmod(0o644)
+                if durable:
+                    flush(temporary)
+                os.replace(temporary, path)
+                if durable:
+                    flush(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield an empty folder in ``parent``, which must exist, that is deleted after the block."""
+    with _locked(lambda: Path(tempfile.mkdtemp(dir=parent, prefix=TEMPORARY))) as temporary:
         try:
             yield temporary
-            temporary.chmod(0o644)
-            os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Delete the temporary files and folders, anywhere in ``root``, of writers that were killed.
+
+    Those of live writers stay, and so does everything on a disk that knows no locks.
+    """
+    for place, folders, files in os.walk(root):
+        for name in [each for each in (*folders, *files) if each.startswith(TEMPORARY)]:
+            path = Path(place, name)
+            try:
+                handle = os.open(path, os.O_RDONLY)
+            except OSError:  # its writer has finished, or it is another user's
+                continue
+            try:
+                if not _lock(handle, wait=False):
+                    continue
+                if name in folders:
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError:  # a disk that cannot be written to; nothing depends on it
+                continue
+            finally:
+                os.close(handle)
+        folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
+
+
+@contextmanager
+def _locked(create: Callable[[], Path]) -> Iterator[Path]:
+    """Create a temporary file or folder, and keep it locked during the block."""
+    while True:
+        path = create()
+        if sys.platform == "win32":  # where an open file cannot get its final name
+            yield path
+            return
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # cleared away before it was locked
+            continue
+        try:
+            _lock(handle, wait=True)
+            if path.exists():
+                yield path
+                return
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Lock an open file or folder; ``False``: another process has, or the disk knows no locks."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if sys.platform == "win32":  # which opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot wait
+            raise
+    finally:
+        os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """Wait until a folder with all that is in it is on the disk."""
+    for place, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            flush(Path(place, name))
+        flush(Path(place))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,6 +210,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
     On Linux the two change places in one step, so that a reader always finds one of them.
     """
+    flush_tree(new)
     if not folder.exists():
         os.replace(new, folder)
     elif not _exchange(new, folder):
@@ -103,6 +221,7 @@ def replace_folder(new: Path, folder: Path) -> None:
         except BaseException:
             os.replace(old, folder)
             raise
+    flush(folder.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -127,8 +246,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     check_out(path, "new folder")
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as temporary:
-            new = Path(temporary) / "new"
+        with temporary_folder(path.parent) as temporary:
+            new = temporary / "new"
             new.mkdir()
             yield new
+            flush_tree(new)
             new.rename(path)
+            flush(path.parent)

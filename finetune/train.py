@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_or_print,
         "recipes/quickstart.yaml name=robot data.source=datasets/robot",
         dry_run={"action": "store_true", "help": "print the resolved recipe and stop"},
+        force={"action": "store_true", "help": "continue under a schedule for other steps"},
         explain={
             "action": Explain,
             "nargs": "?",
@@ -69,7 +70,7 @@ def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
     # the others wait while one process gathers the material, perhaps past NCCL's ten minutes
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(kwargs_handlers=[waiting])
-    train(recipe, accelerator)
+    train(recipe, accelerator, force=options.force)
     accelerator.end_training()
     return ""
 
@@ -83,25 +84,28 @@ def preview(recipe: "Recipe") -> str:
     return f"{note}\n{text}"
 
 
-def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
-    """Run a recipe: check it, gather its material, then train each of its stages in turn."""
+def train(recipe: "Recipe", accelerator: "Accelerator", *, force: bool = False) -> None:
+    """Run a recipe: check it, gather its material, then train each of its stages in turn.
+
+    ``force`` continues under a schedule for another number of steps.
+    """
     import torch
 
-    from adapters.atomic import write_text
+    from adapters.atomic import clear_leftovers, write_text
     from finetune.data.pictures import load_pictures
     from finetune.memory.fit import explain_out_of_memory
     from finetune.run.console import describe_start
     from finetune.run.early_checks import check_recipe
     from finetune.run.fixed_losses import check_held_out
     from finetune.run.folders import Folders, explain_ignored, list_unfinished
-    from finetune.run.stage_run import train_stage
+    from finetune.run.stage_run import check_before, train_stage
 
     device = accelerator.device
     if device.type == "cpu":  # the launcher leaves each process a single thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
     folders, pending = Folders(recipe.folder), list_unfinished(recipe)
     for stage in recipe.trained:
-        if stage not in pending and (ignored := explain_ignored(recipe, stage)):
+        for ignored in explain_ignored(recipe, stage) if stage not in pending else ():
             accelerator.print(f"warning: {ignored}")
     if not pending:
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
@@ -112,9 +116,13 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
     with accelerator.main_process_first():
         pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
     check_held_out(recipe.validation.held_out, len(pictures))
+    for stage in pending:
+        check_before(recipe, stage, pictures, accelerator, force=force)
     accelerator.print(describe_start(recipe, pictures, pending, accelerator.num_processes))
     likeness = load_likeness(recipe) if accelerator.is_main_process else None
     if accelerator.is_main_process:
+        clear_leftovers(folders.run)
+        clear_leftovers(recipe.cache)
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
     try:
         with ThreadPoolExecutor(1) as background:
@@ -125,7 +133,7 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
             for stage in pending:
                 size_px = recipe.source(stage).picture_size_px
                 score = likeness.against_photos(pictures, size_px) if likeness else None
-                train_stage(recipe, stage, material, accelerator, score)
+                train_stage(recipe, stage, material, accelerator, score, force=force)
     except torch.OutOfMemoryError:
         raise explain_out_of_memory(recipe, device) from None
     accelerator.print(point_to_results(folders))

@@ -130,7 +130,10 @@ def fill(
     def read(file: Path, names: Sequence[str]) -> None:
         with safe_open(file, "pt") as opened:
             for name in names:
-                place(name, opened.get_tensor(name))
+                try:
+                    place(name, opened.get_tensor(name))
+                except ValueError as error:
+                    raise ValueError(f"{file}: {error}") from error
 
     names, found = set(model.state_dict()), set()
     for file in files:

@@ -36,7 +36,7 @@ def as_safetensors(path: Path, model: str) -> Path:
     )
     converted = folder / f"{path.stem}.safetensors"
     with FileLock(folder / ".lock"):  # only one of several processes converts
-        if not converted.is_file():
+        if not _is_whole(converted):
             tensors = _read_pickled(path, model)
             write_tensors(converted, tensors, tensors.__getitem__)
             print_once(
@@ -45,11 +45,23 @@ def as_safetensors(path: Path, model: str) -> Path:
     return converted
 
 
+def _is_whole(converted: Path) -> bool:
+    """Tell whether a converted file is there, with as many bytes as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(converted, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def _read_pickled(path: Path, model: str) -> "dict[str, Tensor]":
     """Read the tensors of a file that PyTorch has pickled, without running any code in it."""
     import torch
 
     from adapters.base.tensor_files import DTYPE_NAMES
+    from unets.loading import is_finite
 
     try:
         # files from before PyTorch 1.6 are not zip archives, and cannot be mapped
@@ -65,4 +77,10 @@ def _read_pickled(path: Path, model: str) -> "dict[str, Tensor]":
             " tensors, but is damaged or holds something else, such as code, none of which was run;"
             " download it again, or name a model with safetensors weights."
         )
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
+            raise UserError(
+                f"{path}: {name} has values that are NaN or infinite, so the file is damaged;"
+                " download it again."
+            )
     return {str(name): tensor.detach() for name, tensor in found.items()}

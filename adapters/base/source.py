@@ -103,8 +103,11 @@ class Source:
                 if CHECKER in parts and self.has_safety_checker:
                     place = folder / CHECKER
                     components[CHECKER] = SafetyChecker.from_pretrained(place, **options)
-                pipeline = getattr(diffusers, PIPELINES[self.stage])
-                return pipeline.from_pretrained(folder, **components, **options)
+                kind = getattr(diffusers, PIPELINES[self.stage])
+                pipeline = kind.from_pretrained(folder, **components, **options)
+            for part in parts:
+                self._check_finite(part, getattr(pipeline, part))
+            return pipeline
 
     def unet(self, precision: str, device: "torch.device") -> "UNet2DConditionModel":
         """Load the stage's UNet, frozen, in a precision of :func:`unets.loading.empty_unet`."""
@@ -161,6 +164,20 @@ class Source:
         with self.files.reading():
             config = self.files.read_config(f"{name}/{DDPMScheduler.config_name}")
             return DDPMScheduler.from_config(config)
+
+    def _check_finite(self, part: str, component: object) -> None:
+        """Raise a ValueError that names the file if a component has values that are not finite."""
+        from torch import nn
+
+        from unets.loading import is_finite
+
+        weights = component.named_parameters() if isinstance(component, nn.Module) else ()
+        for name, weight in weights:
+            if not weight.is_meta and not is_finite(weight):
+                files = ", ".join(map(str, self.files.safetensors(part)))
+                raise ValueError(
+                    f"{files}: {name} has values that are NaN or infinite, so the file is damaged"
+                )
 
     def _check_text_encoder(self) -> None:
         if "text_encoder" not in self.files.parts:

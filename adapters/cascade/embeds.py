@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from adapters.atomic import replacing
+from adapters.base.tensor_files import save_tensors
 from adapters.errors import UserError, closest
 
 TENSOR = "prompt_embeds"
@@ -28,7 +27,7 @@ def save_embeds(path: str | Path, prompts: Sequence[str], embeds: Tensor) -> Non
         embeds: [N, T, D], as :meth:`Cascade.encode` returns them.
 
     Raises:
-        UserError: if their numbers differ.
+        UserError: if their numbers differ, or an encoding is not finite.
 
     Example:
         >>> prompts = ["a car on a pink background", ""]
@@ -45,8 +44,7 @@ def save_embeds(path: str | Path, prompts: Sequence[str], embeds: Tensor) -> Non
             f"There must be one encoding for each of {len(prompts)} prompts (got {len(embeds)})."
         )
     header = {PROMPTS: json.dumps(list(prompts))}
-    with replacing(Path(path)) as temporary:
-        save_file({TENSOR: embeds.cpu().contiguous()}, temporary, metadata=header)
+    save_tensors(Path(path), {TENSOR: embeds}, header)
 
 
 def load_embeds(path: str | Path) -> dict[str, Tensor]:

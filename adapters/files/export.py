@@ -1,19 +1,17 @@
 """Exporting an adapter so that diffusers, PEFT and our own cascade load it whole."""
 
-import tempfile
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 
-from adapters.atomic import new_folder, replace_folder
+from adapters.atomic import new_folder, replace_folder, temporary_folder
 from adapters.base.signature import BaseSignature
+from adapters.base.tensor_files import PYTORCH, save_tensors
 from adapters.errors import UserError, listed
 from adapters.files.for_diffusers import save_for_diffusers
 from adapters.files.info import HEADER_KEY, NOTICE, AdapterInfo
@@ -67,8 +65,8 @@ def export_adapter(
         unet: a UNet with the adapter that :func:`adapters.weights.kinds.attach` attached, in the
             state to export.
         folder: the folder of the run's adapters.
-        info: the adapter's description; the time, the base's signature and its licence's notice
-            are filled in.
+        info: the adapter's description; the base's signature and its licence's notice are filled
+            in.
         as_lora_rank: the rank of the LoRA that stands in for a kind that diffusers cannot load;
             ``None``: the adapter's own.
 
@@ -123,6 +121,7 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
 
     Both safetensors files carry the adapter's ``info`` in their header, and the configurations
     name its base. Values are float32. In diffusers an ``approximation`` stands in for the adapter.
+    The same adapter has the same bytes in each file.
 
     Raises:
         UserError: if a tensor is not finite.
@@ -142,11 +141,11 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
             " optimizer.learning_rate, or from a checkpoint before it diverged."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as temporary:
-        new = Path(temporary) / "new"
-        config.save_pretrained(str(new))
+    with temporary_folder(target.parent) as temporary:
+        new = temporary / "new"
+        _sort_names(config).save_pretrained(str(new))
         prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-        save_file(prefixed, new / PEFT_WEIGHTS, metadata=_header(info))
+        save_tensors(new / PEFT_WEIGHTS, prefixed, _header(info))
         if approximation is not None:
             tensors = approximation.state
             config = lora_config(tensors)
@@ -155,8 +154,17 @@ def write_adapter(adapter: StageAdapter, approximation: Approximation | None = N
         replace_folder(new, target)
 
 
+def _sort_names(config: PeftConfig) -> PeftConfig:
+    """Return a configuration with lists for sets, whose order PEFT would leave to chance."""
+    config = copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
+    return config
+
+
 def _header(info: AdapterInfo | None) -> dict[str, str]:
-    return {"format": "pt"} | ({HEADER_KEY: info.model_dump_json()} if info else {})
+    return PYTORCH | ({HEADER_KEY: info.model_dump_json()} if info else {})
 
 
 def approximate_info(info: AdapterInfo, approximation: Approximation) -> AdapterInfo:
@@ -171,11 +179,10 @@ def approximate_info(info: AdapterInfo, approximation: Approximation) -> Adapter
 
 
 def complete_info(info: AdapterInfo, unet: UNet2DConditionModel) -> AdapterInfo:
-    """Fill in an adapter's time of export, its base's signature and its licence's notice."""
+    """Fill in the signature of an adapter's base and its licence's notice."""
     deepfloyd = is_deepfloyd(info.base_model, info.base_revision)
     return info.model_copy(
         update={
-            "created": info.created or datetime.now(UTC).isoformat(timespec="seconds"),
             "licence_notice": NOTICE if deepfloyd else None,
             "base_signature": BaseSignature.of(unet),
         }

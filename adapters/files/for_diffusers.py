@@ -11,9 +11,9 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils import logging
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adapters.base.tensor_files import save_tensors
 from adapters.files.keys import by_module, split_name
 from adapters.files.reading import scaling
 from adapters.weights.kinds import ADAPTER_NAME, adapted_modules
@@ -66,10 +66,10 @@ def save_for_diffusers(
         if key not in ("base_model_name_or_path", "revision", "inference_mode")
         and (value != defaults[key] or key in ("r", "lora_alpha"))
     }
-    save_file(
-        {f"{prefix}.{name}": tensor for name, tensor in tensors.items()},
+    save_tensors(
         path,
-        metadata=header | {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)},
+        {f"{prefix}.{name}": tensor for name, tensor in tensors.items()},
+        header | {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)},
     )
 
 

@@ -54,7 +54,8 @@ class AdapterInfo(BaseModel):
     version: str
     """The version of this toolkit."""
     created: str | None = None
-    """The time of its export (ISO 8601, UTC)."""
+    """The time of its export (ISO 8601, UTC), in files of earlier versions: since then, the same
+    adapter has the same bytes."""
     licence_notice: str | None = None
     """The attribution notice that its base's licence asks for."""
     approximation_error: float | None = None

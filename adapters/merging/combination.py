@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,7 +238,7 @@ def _describe(parts: Sequence[Part], how: Combination, config: LoraConfig) -> Ad
             "prompts": tuple(dict.fromkeys(p for info in infos for p in info.prompts)),
             "step": max(info.step for info in infos),
             "recipe": yaml.safe_dump(recipe, sort_keys=False),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": None,
             "approximation_error": None,
         }
     )

@@ -108,7 +108,8 @@ def format_inspection(found: Mapping[str, Any], *, with_recipe: bool = False) ->
     named, training, prompts, error = "unknown: written by another tool", "", "", None
     if info:
         named = info.base_model + f" at {info.base_revision}" * bool(info.base_revision)
-        training = f"{info.step} steps; exported {info.created} by version {info.version}"
+        when = f" {info.created}" * bool(info.created)
+        training = f"{info.step} steps; exported{when} by version {info.version}"
         prompts, error = "\n".join(info.prompts), info.approximation_error
     match = "not compared; name a base of its stage with --base"
     if base := found["base"]:

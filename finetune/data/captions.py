@@ -8,16 +8,17 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
+import xxhash
 from diffusers import IFPipeline
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters.atomic import replacing
 from adapters.base.source import Source
+from adapters.base.tensor_files import PYTORCH, save_tensors
 from adapters.cascade.embeds import TENSOR
-from adapters.errors import UserError
+from adapters.checksums import digest_blocks
+from adapters.errors import UserError, print_once
 from adapters.progress import Bar
 from adapters.texts import check_captions, check_vocabulary
 from finetune.data.pictures import Picture
@@ -30,14 +31,11 @@ from unets.precision import Precision
 TEXT_PARTS = ("text_encoder", "tokenizer")
 """The subfolders of a model that determine its text encodings."""
 
-WHOLE_BYTES = 2**28
-"""The size up to which a model's file is hashed whole; a larger one is hashed in blocks."""
+DIGEST = "xxh3_128"
+"""The entry of an encoding's header with the digest of its values."""
 
-BLOCK_BYTES = 2**20
-"""The size of a hashed block of a large file."""
-
-BLOCKS = 100
-"""The number of hashed blocks of a large file, evenly spaced from its first byte to its last."""
+LOADING_ERRORS = (OSError, KeyError, ValueError, SafetensorError)
+"""The errors of a file that is missing, or holds something else than an encoding."""
 
 KEPT_ENCODINGS = 100
 """The number of encodings kept in memory, the most recently used."""
@@ -128,13 +126,12 @@ class CaptionCache:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def has(self, caption: str) -> bool:
-        """Tell whether a caption's file exists and is whole, without reading its encoding."""
-        place = self.path(caption)
+        """Tell whether a caption's encoding is there, as it was written."""
         try:
-            with safe_open(place, framework="pt") as file:
-                return TENSOR in file.keys()  # noqa: SIM118 (a safe_open cannot be iterated over)
-        except (OSError, SafetensorError):
+            self._load(caption)
+        except LOADING_ERRORS:
             return False
+        return True
 
     def read(self, caption: str) -> Tensor:
         """Read a caption's encoding [T, D], onto the CPU.
@@ -142,19 +139,37 @@ class CaptionCache:
         Raises:
             UserError: if its file has been removed or damaged since the caption was encoded.
         """
-        file = self.path(caption)
         try:
-            return load_file(file)[TENSOR]
-        except (OSError, KeyError, SafetensorError) as error:
+            return self._load(caption)
+        except LOADING_ERRORS as error:
             raise UserError(
-                f"The encoding of {caption!r}, {file}, is missing or damaged"
+                f"The encoding of {caption!r}, {self.path(caption)}, is missing or damaged"
                 f" ({_first_line(error)}): run the command again to encode it again."
             ) from error
 
+    def _load(self, caption: str) -> Tensor:
+        """Read a caption's encoding; raises :data:`LOADING_ERRORS` if it is not as written."""
+        with safe_open(self.path(caption), framework="pt") as file:
+            encoding, header = file.get_tensor(TENSOR), file.metadata() or {}
+        if header.get(DIGEST) != _digest_tensor(encoding):
+            raise ValueError("it has other bytes than were written")
+        return encoding
+
     def write(self, caption: str, encoding: Tensor) -> None:
-        """Keep a caption's encoding [T, D]."""
-        with replacing(self.path(caption)) as temporary:
-            save_file({TENSOR: encoding.cpu().contiguous()}, temporary)
+        """Keep a caption's encoding [T, D].
+
+        Raises:
+            UserError: if it is not finite, or the disk refuses.
+        """
+        encoding = encoding.cpu().contiguous()
+        if not encoding.isfinite().all():
+            raise UserError(
+                f"The text encoder of {self.source.name} gives NaN or infinite values for"
+                f" {caption!r} in {self.precision}: set text.precision to fp32, or if it is that,"
+                " fetch the model's files again."
+            )
+        header = PYTORCH | {DIGEST: _digest_tensor(encoding)}
+        save_tensors(self.path(caption), {TENSOR: encoding}, header, durable=False)
 
     def encode(self, captions: Iterable[str]) -> None:
         """Encode captions into the cache, then free the text encoder's memory."""
@@ -195,6 +210,11 @@ def embed_captions(
     check_cleaning(places, clean_caption=cache.clean_caption)
     embeds = PromptEmbeds(cache, captions)
     missing = {caption: places[caption] for caption in embeds if not cache.has(caption)}
+    if damaged := [caption for caption in missing if cache.path(caption).exists()]:
+        print_once(
+            f"{len(damaged)} of {len(embeds)} encodings in {cache.folder} are damaged, or of an"
+            " earlier version, and are made again"
+        )
     if missing:
         tokenizer = cache.source.tokenizer()
         check_vocabulary(missing, tokenizer, clean_caption=cache.clean_caption)
@@ -238,19 +258,16 @@ def model_identity(source: Source, parts: Sequence[str] = ("*",)) -> str:
     folder = Path(source.name)
     if not folder.is_dir():
         return f"{source.name}@{_find_commit(source)}:{source.variant}"
-    digest = hashlib.sha256()
     files = {file for part in parts for file in folder.glob(f"{part}/*") if file.is_file()}
-    for file in sorted(files):
-        size = file.stat().st_size
-        digest.update(f"\n{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with file.open("rb") as stream:
-            if size <= WHOLE_BYTES:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-                continue
-            for block in range(BLOCKS):
-                stream.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
-                digest.update(stream.read(BLOCK_BYTES))
-    return f"{digest.hexdigest()}:{source.variant}"
+    named = {file.relative_to(folder).as_posix(): file for file in sorted(files)}
+    return f"{digest_blocks(named)}:{source.variant}"
+
+
+def _digest_tensor(tensor: Tensor) -> str:
+    """Compute the digest of a tensor's shape, type and values."""
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _find_commit(source: Source) -> str:

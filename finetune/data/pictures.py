@@ -2,7 +2,7 @@
 
 A picture is decoded into 8-bit RGB arrays in the cache, named by the hash of its file: a large
 picture is kept once for each size of crop, reduced. The arrays are mapped into memory, so that a
-step reads no more of them than its crop.
+step reads no more of them than its crop. Those that are damaged are decoded again.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from adapters.atomic import replacing
 from adapters.errors import UserError
 from adapters.pictures.reading import DECODING_ERRORS, to_rgb
 from adapters.progress import Bar
+from finetune.data.kept_arrays import is_whole, map_array, save_array
 from finetune.data.sources import open_source, read_captions, read_content, select_pictures
 from finetune.recipe.schema import Data
 
@@ -40,20 +40,18 @@ class Picture:
     """The picture's origin: its path, or the dataset and row."""
     reduced: Mapping[int, Path] = field(default_factory=dict)
     """The files for smaller crops, by the crop's side in pixels."""
+    digest: str = ""
+    """The SHA-256 of the file that it was decoded from."""
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
         """RGB pixels [H, W, 3] for the largest crops, mapped from the cache and read-only."""
-        return _map(self.file)
+        return map_array(self.file)
 
     def pixels_for(self, size_px: int) -> NDArray[np.uint8]:
         """Return the pixels that crops of a size are taken from, whatever other sizes there are."""
-        return _map(self.reduced.get(size_px, self.file))
-
-
-def _map(file: Path) -> NDArray[np.uint8]:
-    # mapped on every access: a map keeps its file open, and the number of open files is limited
-    return np.load(file, mmap_mode="r", allow_pickle=False)
+        # mapped on every access: a map keeps its file open, and the number of open files is limited
+        return map_array(self.reduced.get(size_px, self.file))
 
 
 def load_pictures(
@@ -80,8 +78,9 @@ def load_pictures(
     def load(row: int) -> Picture:
         image = images[row][data.image_column]
         source, content = read_content(image, f"row {row} of {data.source}")
-        files = _cache_decoded(content, source, cache_dir / "pictures", crops_px)
-        return Picture(files.pop(max(crops_px)), captions[row], source, files)
+        digest = hashlib.sha256(content).hexdigest()
+        files = _cache_decoded(content, source, cache_dir / "pictures" / digest, crops_px)
+        return Picture(files.pop(max(crops_px)), captions[row], source, files, digest)
 
     rows = range(len(table))[:limit]
     with ThreadPoolExecutor() as pool:
@@ -126,18 +125,17 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def _cache_decoded(
-    content: bytes, source: str, folder: Path, crops_px: Collection[int]
+    content: bytes, source: str, place: Path, crops_px: Collection[int]
 ) -> dict[int, Path]:
-    """Return the cached file for each size of crop; decode the picture if one is missing."""
+    """Return the cached file for each size of crop; decode the picture if one is not whole."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            digest, side = hashlib.sha256(content).hexdigest(), min(image.size)
+            side = min(image.size)
             reductions = {px: max(side // (SPARE_RESOLUTION * px), 1) for px in crops_px}
-            files = {r: folder / f"{digest}-{r}.npy" for r in reductions.values()}
-            if missing := [r for r, file in files.items() if not file.exists()]:
+            files = {r: place.with_name(f"{place.name}-{r}.npy") for r in reductions.values()}
+            if missing := [r for r, file in files.items() if not is_whole(file)]:
                 for reduction, pixels in zip(missing, decode(image, missing), strict=True):
-                    with replacing(files[reduction]) as temporary:
-                        np.save(temporary, pixels, allow_pickle=False)
+                    save_array(files[reduction], pixels)
     except UnidentifiedImageError as error:
         raise UserError(
             f"The picture {source} is damaged or of an unknown format; remove or replace it."

@@ -17,7 +17,8 @@ from torch import Tensor
 from adapters import Cascade, Sample, load_cascade
 from adapters.atomic import write_text
 from adapters.cascade.load import Parts
-from adapters.errors import UserError
+from adapters.checksums import find_damage, write_sums
+from adapters.errors import UserError, print_once
 from adapters.progress import Bar
 from finetune.data.batches import CLASS, derived_seed
 from finetune.data.captions import model_identity
@@ -27,6 +28,9 @@ from finetune.recipe.schema import Base, Data, PicturePrior, Recipe
 from finetune.step.stages import STAGES, Stage
 from unets.memory import free_memory
 from unets.precision import Precision
+
+METADATA = "metadata.jsonl"
+"""The file with the captions of a stage's pictures."""
 
 ATTEMPTS = 10
 """The number of seeds tried for a picture before its prompt is given up."""
@@ -130,9 +134,9 @@ class ClassPictures:
     def _sampled_folder(self) -> Path:
         """Return the folder of the base cascade's samples, with a folder of PNGs for each stage.
 
-        A folder with its final name is complete. Interrupted sampling goes on where it stopped,
-        since each picture has its own seed. If several runs start at once, one samples and the
-        others wait.
+        A folder with its final name is complete. Interrupted sampling goes on where it stopped, and
+        pictures that have been lost or damaged since are sampled again, since each has its own
+        seed. If several runs start at once, one samples and the others wait.
         """
         identity = {
             "folders": [stage.name for stage in self.stages],
@@ -150,13 +154,37 @@ class ClassPictures:
         with FileLock(folder.with_name(f"{key}.lock")):
             if not folder.is_dir():
                 partial = folder.with_name(f"{key}.partial")
-                self._sample_into({stage.number: partial / stage.name for stage in self.stages})
+                self._sample_into(partial)
                 os.replace(partial, folder)
+            elif damaged := [name for name in self._names if find_damage(folder, [name])]:
+                print_once(
+                    f"{len(damaged)} of {len(self._names)} files in {folder} are damaged, or of an"
+                    " earlier version, and are made again"
+                )
+                for name in damaged:
+                    (folder / name).unlink(missing_ok=True)
+                self._sample_into(folder)
         return folder
 
-    def _sample_into(self, places: Mapping[int, Path]) -> None:
-        """Sample the pictures that any stage's folder lacks, and list all in its metadata."""
-        names = [f"{index:05d}.png" for index in range(self.prior.count)]
+    @property
+    def _pictures(self) -> list[str]:
+        """The names of the sampled pictures of a stage."""
+        return [f"{index:05d}.png" for index in range(self.prior.count)]
+
+    @property
+    def _names(self) -> list[str]:
+        """The files of the base cascade's samples, by their paths in their folder."""
+        files = [*self._pictures, METADATA]
+        return [f"{stage.name}/{file}" for stage in self.stages for file in files]
+
+    def _sample_into(self, folder: Path) -> None:
+        """Sample the pictures that any stage lacks, list all in its metadata, and seal the folder.
+
+        A write that is killed leaves the folder with other checksums than its files have, so that
+        these are made again.
+        """
+        places = {stage.number: folder / stage.name for stage in self.stages}
+        names = self._pictures
         missing = [
             index
             for index, name in enumerate(names)
@@ -187,7 +215,8 @@ class ClassPictures:
             for index, name in enumerate(names)
         ]
         for place in places.values():
-            write_text(place / "metadata.jsonl", "\n".join(rows) + "\n")
+            write_text(place / METADATA, "\n".join(rows) + "\n")
+        write_sums(folder, self._names)
 
     def _sample(self, cascade: Cascade, indices: Sequence[int]) -> dict[int, Sample]:
         """Sample some pictures; one that the safety checker rejects gets another seed."""

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from adapters.atomic import temporary_folder, writing_to
 from adapters.errors import UserError
 from adapters.texts import find_flaw
 from finetune.recipe.schema import Data
@@ -90,13 +91,19 @@ def _load_picture_folder(data: Data, folder: Path, cache_dir: Path) -> datasets.
     if metadata and metadata.suffix in TEXT_SUFFIXES:
         read_text(metadata)  # checks the encoding: datasets does not say which it found
     files = [metadata] if metadata else _list_pictures(folder)
-    table = datasets.load_dataset(
-        "imagefolder",
-        data_files={"train": [glob.escape(str(file.resolve())) for file in files]},
-        split=data.split,
-        drop_labels=True,
-        cache_dir=str(cache_dir / "tables"),
-    )
+    # its paths and captions are read anew each time, which takes no longer than looking for them,
+    # as the library would believe whatever a damaged file of its cache says
+    with writing_to(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(cache_dir) as temporary:
+        table = datasets.load_dataset(
+            "imagefolder",
+            data_files={"train": [glob.escape(str(file.resolve())) for file in files]},
+            split=data.split,
+            drop_labels=True,
+            cache_dir=str(temporary),
+            keep_in_memory=True,
+        )
     if metadata or data.prompt is not None:
         return table
     undecoded = table.cast_column("image", datasets.Image(decode=False))

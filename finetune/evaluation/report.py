@@ -1,11 +1,10 @@
 """The files of an evaluation: pictures, figures, and the page that shows both."""
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.atomic import replace_folder, write_text, writing_to
+from adapters.atomic import replace_folder, temporary_folder, write_text, writing_to
 from adapters.errors import UserError
 from finetune.evaluation.page import write_page
 from finetune.evaluation.results import PICTURES, Results
@@ -30,8 +29,8 @@ class EvaluationReport(Results):
         check_folder(folder)
         with writing_to(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
-                new = Path(temporary) / "new"
+            with temporary_folder(folder.parent) as temporary:
+                new = temporary / "new"
                 for variant, samples in self.samples.items():
                     for file, sample in zip(self.files(variant), samples, strict=True):
                         sample.save(new / PICTURES / file)

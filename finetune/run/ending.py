@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters.files.complete import mark_complete, read_infos
 from adapters.files.export import export_adapter
-from adapters.files.info import AdapterInfo, read_info
-from adapters.files.model_card import write_card
-from adapters.files.places import stage_folders
+from adapters.files.info import AdapterInfo
+from adapters.files.model_card import load_samples, write_card
 from finetune.run.measures import Measures
 from finetune.run.tracking import Tracker
 from finetune.run.trainee import Trainee
@@ -22,6 +22,8 @@ def export_run(
     settings: Mapping[str, Any],
 ) -> None:
     """Export the best of a run's validations or else its last step, with a card and samples.
+
+    The mark that the export is complete is written last.
 
     Args:
         trainee: the run's, after its last step.
@@ -44,8 +46,11 @@ def export_run(
     with trainee.final_weights(kept) as unet:
         tracker.bar.write(export_adapter(unet, folder, info).message)
         samples = measures.draw_exported(step)
-    infos = [read_info(each) for each in stage_folders(folder)]
+    infos = read_infos(folder)
+    if info.stage < infos[-1].stage:  # exported again, so the last stage's pictures are there
+        samples = load_samples(folder) or samples
     write_card(folder, infos, samples)
+    mark_complete(folder)
     figures = measures.figures_at(step)
     exported = {f"exported/{tag.rpartition('/')[2]}": value for tag, value in figures.items()}
     tracker.curves(exported, trainee.step)

@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from adapters.errors import UserError
+from adapters.checksums import SUMS
+from adapters.errors import UserError, listed
+from adapters.files.complete import find_export_damage
 from adapters.files.info import read_info
 from finetune.recipe.schema import Recipe
-from finetune.run.checkpoints import list_checkpoints, load_checkpoint
+from finetune.run.checkpoints import Found, find_newest
+from finetune.run.identity import DIVISION, find_differences
 from finetune.step.stages import Stage
 
 SHARED = ("seed", "base", "data", "prior", "text")
@@ -19,6 +23,12 @@ SHARED = ("seed", "base", "data", "prior", "text")
 
 FREE = ("steps", "checkpoint_every", "keep_checkpoints", "cuda_graph", "compile")
 """The settings of a stage that may change when its run continues."""
+
+CHECKPOINT = (
+    *("step", "parameters", "average", "optimizer", "gradients"),
+    *("recipe", "measures", "stopped_early"),
+)
+"""The entries that every checkpoint of a stage has."""
 
 BOUND = ("figure", "keep_others")
 """The settings of ``validation.best`` that decide which validation is the best."""
@@ -90,12 +100,41 @@ def check_same(
     identity: Mapping[str, Any], saved: Mapping[str, Any], place: Path, run: Path
 ) -> None:
     """Raise a UserError if the identity saved at a place in a run is another recipe's."""
-    changed = find_changed(identity, saved)
-    if changed:
+    if changed := find_differences(identity, saved):
         raise UserError(
-            f"{place} was made with another recipe ({', '.join(changed)} differ): give the recipe"
-            f" a new name, or delete {run} to start over."
+            f"{place} was made with another recipe ({listed(changed, 4)}): give the recipe a new"
+            f" name, or delete {run} to start over."
         )
+
+
+def leave_out_division(identity: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+    """Leave out of a recipe's identity what only divides the pictures of a step."""
+    own = {name: value for name, value in identity[stage.name].items() if name not in DIVISION}
+    return dict(identity) | {stage.name: own}
+
+
+def _are_as_many(one: Mapping[str, Any], other: Mapping[str, Any], stage: Stage) -> bool:
+    """Tell whether two recipes take as many pictures at a step in each process."""
+    sizes = {prod(each[stage.name][name] for name in DIVISION) for each in (one, other)}
+    return len(sizes) == 1
+
+
+def find_checkpoint(stage: Stage, identity: Mapping[str, Any], folders: Folders) -> Found:
+    """Find the newest whole checkpoint of a stage.
+
+    Raises:
+        UserError: if it is another recipe's, or as :func:`find_newest`.
+    """
+    found = find_newest(folders.checkpoints(stage), CHECKPOINT)
+    if found.folder:
+        saved = found.tree["recipe"]["settings"]
+        check_same(
+            leave_out_division(identity, stage),
+            leave_out_division(saved, stage),
+            found.folder,
+            folders.run,
+        )
+    return found
 
 
 def is_finished(
@@ -105,30 +144,44 @@ def is_finished(
     folders: Folders,
     *,
     patience: int | None,
+    shared: bool = True,
 ) -> bool:
-    """Tell whether a stage has been trained to its end and exported.
+    """Tell whether a stage has been trained to its end and exported, and the export is whole.
 
     The end is the last step, or an earlier one where validation's patience ran out. A recipe with
-    more ``patience`` than that, or with none at all (``None``), goes on from there.
+    more ``patience`` than that, or with none at all (``None``), goes on from there. The files next
+    to the stages' folders count if they are ``shared`` by this stage, the last one.
 
     Raises:
         UserError: if the exported adapter or the newest checkpoint is another recipe's, or if the
-            checkpoints to continue from are gone.
+            checkpoints to continue or to export again from are gone.
     """
     adapter = folders.adapters / stage.name
-    saved = list_checkpoints(folders.checkpoints(stage))
-    if saved:
-        check_same(identity, load_checkpoint(saved[-1])["recipe"], saved[-1], folders.run)
+    saved = find_checkpoint(stage, identity, folders).folder
     if not adapter.is_dir():
         return False
+    if damage := find_export_damage(folders.adapters, stage.name, shared=shared):
+        if saved:
+            return False
+        if damage.stage:
+            raise UserError(
+                f"{adapter} is not as it was exported ({damage.reason}), and there is no whole"
+                " checkpoint to export it again from: restore it, give the recipe a new name, or"
+                f" delete {folders.run} to start over."
+            )
     info = read_info(adapter)
     exported = _read_recipe(info.recipe)
     saved_identity = select_identity(exported.model_dump(mode="json"), stage) if exported else {}
+    last = info.last_step or info.step
+    if saved and exported and (last < steps or _are_as_many(identity, saved_identity, stage)):
+        # how a step is divided is for the checkpoint to say, which knows the number of processes
+        identity, saved_identity = (
+            leave_out_division(each, stage) for each in (identity, saved_identity)
+        )
     check_same(identity, saved_identity, adapter, folders.run)
     had = exported.validation.patience if exported else None
     if info.stopped_early and patience is not None and had is not None and patience <= had:
         return True
-    last = info.last_step or info.step
     if last < steps and not saved:
         raise UserError(
             f"{adapter} was trained for {last} of {steps} steps and its checkpoints are gone:"
@@ -153,32 +206,47 @@ def list_unfinished(recipe: Recipe) -> list[Stage]:
             select_identity(tree, stage),
             folders,
             patience=recipe.validation.patience,
+            shared=stage is recipe.trained[-1],
         )
     ]
 
 
-def explain_ignored(recipe: Recipe, stage: Stage) -> str | None:
-    """Say which settings of a recipe would have changed a finished stage; ``None``: none.
+def explain_ignored(recipe: Recipe, stage: Stage) -> list[str]:
+    """Say which settings of a recipe would have changed a finished stage, and what it lacks.
 
-    They are those that decide which validation is exported, and when the run stops.
+    They are those that decide which validation is exported and when the run stops, and steps that
+    are fewer than were trained.
     """
-    folders = Folders(recipe.folder)
+    folders, said = Folders(recipe.folder), []
     adapter = folders.adapters / stage.name
-    exported = _read_recipe(read_info(adapter).recipe)
+    info, steps = read_info(adapter), recipe.training(stage).steps
+    shared = stage is recipe.trained[-1]
+    damage = find_export_damage(folders.adapters, stage.name, shared=shared)
+    if damage and not damage.stage and (folders.adapters / SUMS).exists():
+        said.append(
+            f"{folders.adapters} is not as it was exported ({damage.reason}), and there is no"
+            " checkpoint to export it again from; the adapters themselves are whole."
+        )
+    if (last := info.last_step or info.step) > steps:
+        said.append(
+            f"{adapter} stays as it was exported, trained for {last} steps and not {steps}: to"
+            f" train fewer, give the recipe a new name, or delete {folders.run} to start over."
+        )
+    exported = _read_recipe(info.recipe)
     if exported is None or not (recipe.validation.best or exported.validation.best):
-        return None  # nothing was chosen by a validation, nor would be
+        return said  # nothing was chosen by a validation, nor would be
     now, then = (
         {"validation.best.patience": each.validation.patience}
         | select_judging(each.model_dump(mode="json"), stage)
         for each in (recipe, exported)
     )
-    if not (changed := find_changed(now, then)):
-        return None
-    return (
-        f"{adapter} stays as it was exported, with other settings ({', '.join(changed)} differ): to"
-        f" train with the new ones, give the recipe a new name, or delete {folders.run} to start"
-        " over."
-    )
+    if changed := find_changed(now, then):
+        said.append(
+            f"{adapter} stays as it was exported, with other settings ({', '.join(changed)}"
+            f" differ): to train with the new ones, give the recipe a new name, or delete"
+            f" {folders.run} to start over."
+        )
+    return said
 
 
 def _read_recipe(text: str) -> Recipe | None:

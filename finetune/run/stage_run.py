@@ -17,10 +17,17 @@ from finetune import __version__
 from finetune.data.batches import Batches, derived_seed
 from finetune.data.pictures import Picture
 from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe, Training
-from finetune.run.checkpoints import list_checkpoints, load_checkpoint
+from finetune.run.checkpoints import Found, set_aside
 from finetune.run.ending import export_run
 from finetune.run.fixed_losses import FixedLosses, hold_out, select_evenly
-from finetune.run.folders import FREE, Folders, select_identity, select_judging
+from finetune.run.folders import (
+    FREE,
+    Folders,
+    find_checkpoint,
+    select_identity,
+    select_judging,
+)
+from finetune.run.identity import check_continuing, identify_content
 from finetune.run.loop import run_steps
 from finetune.run.measures import Measures, Score, was_patient
 from finetune.run.other_trackers import OtherTrackers
@@ -50,20 +57,42 @@ def train_stage(
     material: Material,
     accelerator: Accelerator,
     score: Score | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Train one stage from its newest checkpoint, if any, and export its adapter.
 
     ``score`` computes the figures of validation's pictures; ``None``: they are not scored.
+    ``force`` continues under a schedule for another number of steps.
+
+    Raises:
+        UserError: as :func:`finetune.run.identity.check_continuing`.
     """
     folders, training = Folders(recipe.folder), recipe.training(stage)
     free_memory(accelerator.device)  # the previous stage's
+    tree = recipe.model_dump(mode="json")
+    content = identify_content(
+        recipe,
+        stage,
+        material.pictures,
+        material.class_pictures,
+        accelerator.device,
+        accelerator.num_processes,
+    )
+    found = find_checkpoint(stage, select_identity(tree, stage), folders)
+    for note in check_continuing(recipe, stage, found, content, force=force):
+        accelerator.print(f"warning: {note}")
     with timed(f"Stage {stage.number}, loading", shown=accelerator.is_main_process):
-        trainee, state = continue_training(recipe, stage, accelerator.device)
+        trainee = continue_training(recipe, stage, found, accelerator.device)
     if trainee.step:
         accelerator.print(
             f"Stage {stage.number} goes on after step {trainee.step:,} of {training.steps:,}, from"
             f" {folders.checkpoints(stage)}"
         )
+    state = found.tree
+    accelerator.wait_for_everyone()  # all have read what is renamed now
+    if accelerator.is_main_process:
+        set_aside(found)
     taught, held_out = hold_out(material.pictures, recipe.validation.held_out, recipe.seed)
     material = replace(material, pictures=taught)
     low_res_px = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
@@ -75,7 +104,6 @@ def train_stage(
         accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
     )
     tracker.text("recipe", recipe.to_yaml())
-    tree = recipe.model_dump(mode="json")
     judging, measures = select_judging(tree, stage), None
     if accelerator.is_main_process:
         settings = flatten(tree)
@@ -99,7 +127,11 @@ def train_stage(
             log_every=recipe.log_every,
             validation=recipe.validation,
             checkpoints=folders.checkpoints(stage),
-            identity=select_identity(tree, stage),
+            identity={
+                "settings": select_identity(tree, stage),
+                "content": content,
+                "steps": training.steps,
+            },
         )
     if measures is not None:
         trainee.watch.check()
@@ -119,24 +151,38 @@ def describe_times(tracker: Tracker) -> str:
     return f"training: {format_seconds(steps)}, and validation: {format_seconds(validation)}"
 
 
-def continue_training(
-    recipe: Recipe, stage: Stage, device: torch.device
-) -> tuple[Trainee, dict[str, Any]]:
-    """Load a stage's trainee, at its newest checkpoint if there is one.
+def check_before(
+    recipe: Recipe,
+    stage: Stage,
+    pictures: Sequence[Picture],
+    accelerator: Accelerator,
+    *,
+    force: bool = False,
+) -> None:
+    """Check a stage's newest checkpoint, if any, as far as that needs no encoded captions.
 
-    Returns:
-        The trainee, and the checkpoint's state; empty: there is none.
+    Raises:
+        UserError: as :func:`finetune.run.identity.check_continuing`.
     """
+    settings = select_identity(recipe.model_dump(mode="json"), stage)
+    found = find_checkpoint(stage, settings, Folders(recipe.folder))
+    if found.folder:
+        content = identify_content(
+            recipe, stage, pictures, None, accelerator.device, accelerator.num_processes
+        )
+        check_continuing(recipe, stage, found, content, force=force)
+
+
+def continue_training(recipe: Recipe, stage: Stage, found: Found, device: torch.device) -> Trainee:
+    """Load a stage's trainee, at its newest checkpoint if one was found."""
     training, seed = recipe.training(stage), derived_seed(recipe.seed, stage.number)
     trainee = load_trainee(stage, training, recipe.source(stage), seed, device)
-    state: dict[str, Any] = {}
-    if saved := list_checkpoints(Folders(recipe.folder).checkpoints(stage)):
-        state = load_checkpoint(saved[-1])
-        trainee.load_state(state)
+    if found.folder:
+        trainee.load_state(found.tree)
     if training.compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((recipe.cache / "compiled").resolve()))
         trainee.compile()
-    return trainee, state
+    return trainee
 
 
 def load_trainee(

@@ -155,7 +155,9 @@ def build_validator(
     if not rows:
         return None
     if stage.super_resolution:
-        adapters = [Folders(recipe.folder).adapters] if recipe.stage_1 else []
+        # its own folder, as an earlier adapter of Stage II next to it may be damaged
+        trained = Folders(recipe.folder).adapters / STAGES[1].name
+        adapters = [trained] if recipe.stage_1 else []
         precisions = recipe.precisions_on(unet.device)
         low_res_px = recipe.source(STAGES[1]).picture_size_px
         rows = [

@@ -263,13 +263,16 @@ def test_a_longer_run_continues_and_another_recipe_does_not(
     path = save_recipe(tmp_path, recipe)
     run(path, "stage_1.steps=2")
     first = load_file(adapter_file(tmp_path / "runs" / "run", "stage_1"))
-    run(path, "stage_1.steps=3")
+    with pytest.raises(SystemExit):
+        run(path, "stage_1.steps=3")  # the cosine would have fallen otherwise
+    assert "--force continues nonetheless" in capsys.readouterr().err
+    run(path, "stage_1.steps=3", "--force")
     second = load_file(adapter_file(tmp_path / "runs" / "run", "stage_1"))
     assert any(not torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(SystemExit):
         run(path, "stage_1.steps=4", "stage_1.adapter.rank=2")
     error = capsys.readouterr().err
-    assert "another recipe (stage_1 differ" in error
+    assert "another recipe (stage_1.adapter.rank is 2, was 4)" in error
     assert "give the recipe a new name" in error
 
 
@@ -466,7 +469,7 @@ def test_a_finished_run_of_another_recipe_is_left_alone(
     before = (finished_run / "recipe.yaml").read_text()
     with pytest.raises(SystemExit):
         run(finished_run.parent.parent / "recipe.yaml", "stage_1.adapter.rank=2")
-    assert "another recipe (stage_1 differ" in capsys.readouterr().err
+    assert "another recipe (stage_1.adapter.rank is 2, was 4)" in capsys.readouterr().err
     assert (finished_run / "recipe.yaml").read_text() == before
 
 

@@ -60,7 +60,7 @@ def test_a_base_whose_weights_are_not_numbers_is_refused(
         name = max(weights, key=lambda name: weights[name].numel())
         weights[name].view(-1)[7] = value
         save_file(weights, tmp_path / file, {"format": "pt"})
-        with pytest.raises(UserError, match=f"{name} has values that are NaN or infinite"):
+        with pytest.raises(UserError, match=f"{file}: {name} has values that are NaN or inf"):
             load()
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from adapters import checksums
 from adapters.base.source import Source
 from adapters.errors import UserError
 from finetune import precompute
@@ -129,11 +130,13 @@ def test_encodings_are_read_when_they_are_asked_for_and_few_are_kept(
 ) -> None:
     reads = []
 
-    def recording(file: Path) -> dict[str, Tensor]:
-        reads.append(file)
-        return load_file(file)
+    read = CaptionCache.read
 
-    monkeypatch.setattr(text, "load_file", recording)
+    def recording(self: CaptionCache, caption: str) -> Tensor:
+        reads.append(caption)
+        return read(self, caption)
+
+    monkeypatch.setattr(CaptionCache, "read", recording)
     monkeypatch.setattr(text, "KEPT_ENCODINGS", 2)
     captions = ["", "a cat", "a dog"]
     embed(captions, make_recipe())
@@ -199,11 +202,33 @@ def test_a_damaged_file_is_made_again(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     first = embed(["a cat"], recipe)["a cat"].clone()
     (file,) = (recipe.cache / "prompt_embeds").iterdir()
-    for content in (b"", file.read_bytes()[:100], b"\xff" * 64):
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-2] ^= 1
+    zeroed = whole[: -first.nbytes] + bytes(first.nbytes)
+    for content in (b"", whole[:100], b"\xff" * 64, bytes(len(whole)), bytes(flipped), zeroed):
         file.unlink()
         file.write_bytes(content)
         assert torch.equal(embed(["a cat"], recipe)["a cat"], first)
+        assert file.read_bytes() == whole
     assert len(list((recipe.cache / "prompt_embeds").iterdir())) == 1
+
+
+def test_an_encoding_that_is_no_number_is_never_kept(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As T5 gives in fp16."""
+    encode = IFPipeline.encode_prompt
+
+    def overflow(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        encoding, other = encode(*given, **options)
+        return encoding * torch.inf, other
+
+    monkeypatch.setattr(IFPipeline, "encode_prompt", overflow)
+    recipe = make_recipe()
+    with pytest.raises(UserError, match="gives NaN or infinite values for 'a cat' in fp32"):
+        embed(["a cat"], recipe)
+    assert not list((recipe.cache / "prompt_embeds").glob("*"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
@@ -247,8 +272,8 @@ def test_a_models_identity_is_its_content(random_cascade: RandomCascade, tmp_pat
 def test_a_merge_anywhere_in_a_file_is_another_model(
     whole_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "WHOLE_BYTES", whole_bytes)
-    monkeypatch.setattr(text, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(checksums, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 16)
     source, size = Source(str(tmp_path / "model"), 1), 100_000
     layer = size // 50
     weights = tmp_path / "model" / "unet" / "weights.safetensors"

@@ -132,6 +132,25 @@ def test_each_file_is_decoded_once_and_kept(
     np.testing.assert_array_equal(renewed[1].pixels, np.asarray(photo(seed=9)))
 
 
+def test_damaged_pixels_are_decoded_again(tmp_path: Path) -> None:
+    data = with_metadata(tmp_path / "source")
+    first = load_pictures(data, tmp_path / "cache", SIZE_PX)
+    file = first[0].file
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-20] ^= 1  # the last pixel's: the digest has 16
+    for content in (b"", whole[:-1], whole[:-16], whole[:40], bytes(len(whole)), bytes(flipped)):
+        file.write_bytes(content)
+        assert load_pictures(data, tmp_path / "cache", SIZE_PX) == first
+        assert file.read_bytes() == whole
+    np.testing.assert_array_equal(first[0].pixels, np.asarray(photo(seed=0)))
+
+
+def test_nothing_is_kept_that_cannot_be_checked(tmp_path: Path) -> None:
+    load_pictures(with_metadata(tmp_path / "source"), tmp_path / "cache", SIZE_PX)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["pictures"]
+
+
 def test_more_pictures_than_files_may_be_open(tmp_path: Path) -> None:
     picture = load_pictures(with_prompt(tmp_path / "source"), tmp_path / "cache", SIZE_PX)[0]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -124,6 +124,24 @@ def test_they_are_sampled_once(make_recipe: MakeRecipe, monkeypatch: pytest.Monk
     assert made(other) == first
 
 
+def test_damaged_ones_are_sampled_again(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    first = made(recipe)
+    drawn = pixels(first)
+    (folder,) = (place for place in (recipe.cache / "class_pictures").iterdir() if place.is_dir())
+    files = [folder / "stage_1" / name for name in ("00000.png", "00001.png", "metadata.jsonl")]
+    whole = [file.read_bytes() for file in files]
+    flipped = bytearray(whole[0])
+    flipped[len(flipped) // 2] ^= 1
+    files[0].write_bytes(flipped)
+    files[1].write_bytes(whole[1][:50])
+    files[2].unlink()
+    assert made(recipe) == first
+    assert [file.read_bytes() for file in files] == whole
+    for ours, theirs in zip(pixels(made(recipe)), drawn, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_runs_that_start_together_sample_once(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
