@@ -1,20 +1,24 @@
 """Train the cascade as a recipe says.
 
-accelerate launch --config_file accelerate_config.yaml -m finetune.train RECIPE [key=value …]
+Use: accelerate launch --quiet --config_file accelerate_config.yaml -m finetune.train RECIPE
 """
 
 import argparse
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.errors import UserError, quiet_libraries
 from finetune.command import run_command
+from finetune.run.output import lasting_output
+from finetune.run.stopping import Stop, StoppedError, heed_signals, wait_for_launcher
 
 if TYPE_CHECKING:
     import torch
@@ -37,17 +41,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
     """Run a recipe, or return its text if ``options.dry_run`` is set."""
+    main_process = os.environ.get("RANK", "0") == "0"
     if options.dry_run:
-        return preview(recipe) if os.environ.get("RANK", "0") == "0" else ""
+        return preview(recipe) if main_process else ""
+
+    def say_ended(how: str) -> None:
+        if main_process:
+            say_stopped(recipe, how)
+
+    with lasting_output(), heed_signals(say_ended) as stop:
+        try:
+            run(recipe, stop)
+        except StoppedError as stopped:
+            if stopped.signal == signal.SIGINT:
+                wait_for_launcher()  # or its own words would follow these
+            say_ended(f"stopped by {stopped}")
+            raise SystemExit(stopped.status) from None
+    return ""
+
+
+def run(recipe: "Recipe", stop: Stop) -> None:
+    """Run a recipe with as many processes as were launched."""
     quiet_libraries()
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     # the others wait while one process gathers the material, perhaps past NCCL's ten minutes
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(kwargs_handlers=[waiting])
-    train(recipe, accelerator)
+    train(recipe, accelerator, stop)
     accelerator.end_training()
-    return ""
+
+
+def say_stopped(recipe: "Recipe", how: str) -> None:
+    """Say that the run was stopped, and how it goes on."""
+    from tqdm import tqdm
+
+    from finetune.run.failures import say_how_to_go_on
+    from finetune.run.folders import Folders
+
+    tqdm.write(f"{how}: {say_how_to_go_on(Folders(recipe.folder))}", file=sys.stderr)
 
 
 def preview(recipe: "Recipe") -> str:
@@ -59,17 +91,17 @@ def preview(recipe: "Recipe") -> str:
     return f"{note}\n{text}"
 
 
-def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
-    """Run a recipe: check it, gather its material, then train each of its stages in turn."""
+def train(recipe: "Recipe", accelerator: "Accelerator", stop: Stop | None = None) -> None:
+    """Run a recipe: check it, gather its material, then train each of its stages in turn.
+
+    Raises:
+        StoppedError: if ``stop`` asks for it.
+    """
     import torch
 
-    from adapters.atomic import write_text
-    from finetune.data.pictures import load_pictures
-    from finetune.memory.fit import explain_out_of_memory
     from finetune.run.early_checks import check_recipe
-    from finetune.run.fixed_losses import check_held_out
     from finetune.run.folders import Folders, explain_ignored, list_unfinished
-    from finetune.run.stage_run import train_stage
+    from finetune.run.run_lock import hold_run
 
     device = accelerator.device
     if device.type == "cpu":  # the launcher leaves each process a single thread
@@ -83,26 +115,66 @@ def train(recipe: "Recipe", accelerator: "Accelerator") -> None:
         return
     check_recipe(recipe, device)
     check_scorers(recipe)
+    with hold_run(folders.run, accelerator), in_sentences(recipe, device, stop or Stop()):
+        train_stages(recipe, accelerator, stop or Stop())
+    accelerator.print(point_to_results(folders))
+
+
+def train_stages(recipe: "Recipe", accelerator: "Accelerator", stop: Stop) -> None:
+    """Gather the material of a run that no other process is at, and train what is unfinished."""
+    from adapters.atomic import write_text
+    from finetune.data.pictures import load_pictures
+    from finetune.run.fixed_losses import check_held_out
+    from finetune.run.folders import Folders, list_unfinished
+    from finetune.run.stage_run import train_stage
+
+    device = accelerator.device
+    pending = list_unfinished(recipe)  # another run may have finished some while this one started
+    if not pending:
+        return
     compile_kernels(recipe, pending[0], device)
     with accelerator.main_process_first():
         pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
     check_held_out(recipe.validation.held_out, len(pictures))
     likeness = load_likeness(recipe) if accelerator.is_main_process else None
     if accelerator.is_main_process:
-        write_text(folders.run / "recipe.yaml", recipe.to_yaml())
+        write_text(Folders(recipe.folder).run / "recipe.yaml", recipe.to_yaml())
+    with ThreadPoolExecutor(1) as background:
+        if accelerator.is_main_process:
+            background.submit(print_plan, recipe, device)
+        with accelerator.main_process_first():
+            material = gather(recipe, pictures, accelerator)
+        for stage in pending:
+            size_px = recipe.source(stage).picture_size_px
+            score = likeness.against_photos(pictures, size_px) if likeness else None
+            train_stage(recipe, stage, material, accelerator, score, stop)
+
+
+@contextmanager
+def in_sentences(recipe: "Recipe", device: "torch.device", stop: Stop) -> Iterator[None]:
+    """Turn what a run can expect to fail into a sentence that names its newest checkpoint.
+
+    Raises:
+        UserError: in place of other errors.
+        StoppedError: in place of errors after a request to stop, such as those of a process whose
+            fellows have stopped already.
+    """
+    import torch
+
+    from finetune.memory.fit import explain_out_of_memory
+    from finetune.run.failures import explain, name_newest
+    from finetune.run.folders import Folders
+
     try:
-        with ThreadPoolExecutor(1) as background:
-            if accelerator.is_main_process:
-                background.submit(print_plan, recipe, device)
-            with accelerator.main_process_first():
-                material = gather(recipe, pictures, accelerator)
-            for stage in pending:
-                size_px = recipe.source(stage).picture_size_px
-                score = likeness.against_photos(pictures, size_px) if likeness else None
-                train_stage(recipe, stage, material, accelerator, score)
-    except torch.OutOfMemoryError:
-        raise explain_out_of_memory(recipe, device) from None
-    accelerator.print(point_to_results(folders))
+        yield
+    except Exception as error:
+        if stop.signal:
+            raise StoppedError(stop.signal) from None
+        if isinstance(error, torch.OutOfMemoryError):
+            error = explain_out_of_memory(recipe, device)
+        if (sentence := explain(error)) is None:
+            raise
+        raise UserError(f"{sentence} {name_newest(Folders(recipe.folder))}".strip()) from None
 
 
 def check_scorers(recipe: "Recipe") -> None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from adapters.atomic import replacing
 from adapters.base.source import Source
 from adapters.cascade.embeds import TENSOR
-from adapters.errors import UserError
+from adapters.errors import UserError, first_line
 from adapters.texts import check_captions, check_vocabulary
 from finetune.data.pictures import Picture
 from finetune.data.sources import has_captions, load_captions
@@ -148,7 +148,7 @@ class CaptionCache:
         except (OSError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"The encoding of {caption!r}, {file}, is missing or damaged"
-                f" ({_first_line(error)}): run the command again to encode it again."
+                f" ({first_line(error)}): run the command again to encode it again."
             ) from error
 
     def write(self, caption: str, encoding: Tensor) -> None:
@@ -260,11 +260,7 @@ def _find_commit(source: Source) -> str:
     except (OSError, ValueError) as error:
         raise UserError(
             f"The base model {source.name!r} is neither a folder nor available from the Hugging"
-            f" Face hub ({_first_line(error)}): correct the name, or accept the model's licence on"
+            f" Face hub ({first_line(error)}): correct the name, or accept the model's licence on"
             " its page and log in with `hf auth login`."
         ) from error
     return Path(index).parent.name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -22,6 +22,7 @@ from finetune.run.fixed_losses import FixedLosses, hold_out, select_evenly
 from finetune.run.folders import FREE, Folders, select_identity, select_judging
 from finetune.run.loop import run_steps
 from finetune.run.measures import Measures, Score, was_patient
+from finetune.run.stopping import Stop
 from finetune.run.tracking import Tracker
 from finetune.run.trainee import Trainee
 from finetune.run.validation import build_validator, enlarge
@@ -48,10 +49,20 @@ def train_stage(
     material: Material,
     accelerator: Accelerator,
     score: Score | None = None,
+    stop: Stop | None = None,
 ) -> None:
     """Train one stage from its newest checkpoint, if any, and export its adapter.
 
-    ``score`` computes the figures of validation's pictures; ``None``: they are not scored.
+    Args:
+        recipe: the run's.
+        stage: the stage.
+        material: what it is trained on.
+        accelerator: the processes that train it.
+        score: computes the figures of validation's pictures; ``None``: they are not scored.
+        stop: asks the run to stop; ``None``: nothing does.
+
+    Raises:
+        StoppedError: if ``stop`` asks for it, once all that is done is saved.
     """
     folders, training = Folders(recipe.folder), recipe.training(stage)
     free_memory(accelerator.device)  # the previous stage's
@@ -66,7 +77,7 @@ def train_stage(
     tracker = Tracker(
         accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
     )
-    tracker.text("recipe", recipe.to_yaml())
+    tracker.about({"recipe": recipe.to_yaml()})
     tree = recipe.model_dump(mode="json")
     judging, measures = select_judging(tree, stage), None
     if accelerator.is_main_process:
@@ -90,13 +101,15 @@ def train_stage(
             validation=recipe.validation,
             checkpoints=folders.checkpoints(stage),
             identity=select_identity(tree, stage),
+            stop=stop or Stop(),
         )
     if measures is not None:
         trainee.watch.check()
         info = describe_adapter(recipe, trainee, taught, stopped_early=stopped_early)
         columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
         columns |= training.model_dump(mode="json", exclude={*FREE} - {"steps"})
-        export_run(trainee, measures, tracker, folders.adapters, info, columns)
+        with tracker.together():  # once the export is complete, or a second one would repeat them
+            export_run(trainee, measures, tracker, folders.adapters, info, columns)
     tracker.close()
     accelerator.wait_for_everyone()
 
