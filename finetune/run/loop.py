@@ -160,16 +160,19 @@ def log_points(
         UserError: if training has diverged, or a tensor has received no gradient.
     """
     points = meter.read(accelerator)
-    check_skipped(trainee, tracker)
-    trainee.watch.check()
+    if not check_skipped(trainee, tracker):  # which explains the lack of a gradient
+        trainee.watch.check()
     if update_size is not None:
         points |= {f"update/{block}": size for block, size in update_size().items()}
     points["optimizer/learning_rate"] = learning_rate
     tracker.points(points, trainee.step)
 
 
-def check_skipped(trainee: Trainee, tracker: Tracker) -> None:
+def check_skipped(trainee: Trainee, tracker: Tracker) -> int:
     """Say how many steps have been skipped since the last point, and plot how many in all.
+
+    Returns:
+        The steps skipped one after the other up to now.
 
     Raises:
         UserError: if so many have been skipped one after the other that training has diverged.
@@ -190,3 +193,4 @@ def check_skipped(trainee: Trainee, tracker: Tracker) -> None:
             f" {trainee.stage.name} had a finite gradient. Lower optimizer.learning_rate, or set"
             " optimizer.max_grad_norm, and give the recipe a new name."
         )
+    return int(in_a_row)

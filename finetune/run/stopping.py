@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -27,6 +27,9 @@ STOP_WITHIN_S = 120.0
 STOP_TOGETHER_S = 25.0
 """The same for one of several processes, whose launcher kills them after 30 s: a process that waits
 for another that is gone would never stop."""
+
+SAYS_WITHIN_S = 2.0
+"""The seconds in which the last sentence is printed, or is not."""
 
 LOOK_EVERY_S = 1.0
 """The seconds between two looks at the launcher."""
@@ -179,8 +182,10 @@ class _Watch:
     def end(self, how: str) -> None:
         """End the process, without anything further."""
         assert self.first is not None
-        with suppress(Exception):
-            self.say(how)
+        # aside, as the main thread may hold what printing needs
+        saying = threading.Thread(target=self.say, args=(how,), daemon=True)
+        saying.start()
+        saying.join(SAYS_WITHIN_S)
         os._exit(128 + self.first)
 
 
