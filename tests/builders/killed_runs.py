@@ -59,7 +59,7 @@ def save_recipe(
     """
     stage = {
         "steps": 3,
-        "batch_size": 1,
+        "batch_size": 2,
         "adapter": {"rank": 2},
         "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-2},
         "checkpoint_every": 1,
