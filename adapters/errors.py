@@ -78,6 +78,11 @@ def print_once(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's text, of several lines the first, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def listed(names: Iterable[str], limit: int = 20) -> str:
     """List names for a sentence; past ``limit``, only the number of further ones."""
     names = list(names)

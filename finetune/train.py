@@ -1,20 +1,24 @@
 """Train the cascade as a recipe says.
 
-accelerate launch --config_file accelerate_config.yaml -m finetune.train RECIPE [key=value …]
+Use: accelerate launch --quiet --config_file accelerate_config.yaml -m finetune.train RECIPE
 """
 
 import argparse
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError, command_line, quiet_libraries
 from finetune.command import run_command
+from finetune.run.output import lasting_output
+from finetune.run.stopping import Stop, StoppedError, heed_signals, wait_for_launcher
 
 if TYPE_CHECKING:
     import torch
@@ -62,17 +66,45 @@ class Explain(argparse.Action):
 
 def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
     """Run a recipe, or return its text if ``options.dry_run`` is set."""
+    main_process = os.environ.get("RANK", "0") == "0"
     if options.dry_run:
-        return preview(recipe) if os.environ.get("RANK", "0") == "0" else ""
+        return preview(recipe) if main_process else ""
+
+    def say_ended(how: str) -> None:
+        if main_process:
+            say_stopped(recipe, how)
+
+    with lasting_output(), heed_signals(say_ended) as stop:
+        try:
+            run(recipe, stop, force=options.force)
+        except StoppedError as stopped:
+            if stopped.signal == signal.SIGINT:
+                wait_for_launcher()  # or its own words would follow these
+            say_ended(f"stopped by {stopped}")
+            raise SystemExit(stopped.status) from None
+    return ""
+
+
+def run(recipe: "Recipe", stop: Stop, *, force: bool) -> None:
+    """Run a recipe with as many processes as were launched."""
     quiet_libraries()
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     # the others wait while one process gathers the material, perhaps past NCCL's ten minutes
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(kwargs_handlers=[waiting])
-    train(recipe, accelerator, force=options.force)
+    train(recipe, accelerator, stop, force=force)
     accelerator.end_training()
-    return ""
+
+
+def say_stopped(recipe: "Recipe", how: str) -> None:
+    """Say that the run was stopped, and how it goes on."""
+    from tqdm import tqdm
+
+    from finetune.run.failures import say_how_to_go_on
+    from finetune.run.folders import Folders
+
+    tqdm.write(f"{how}: {say_how_to_go_on(Folders(recipe.folder))}", file=sys.stderr)
 
 
 def preview(recipe: "Recipe") -> str:
@@ -84,21 +116,29 @@ def preview(recipe: "Recipe") -> str:
     return f"{note}\n{text}"
 
 
-def train(recipe: "Recipe", accelerator: "Accelerator", *, force: bool = False) -> None:
+def train(
+    recipe: "Recipe",
+    accelerator: "Accelerator",
+    stop: Stop | None = None,
+    *,
+    force: bool = False,
+) -> None:
     """Run a recipe: check it, gather its material, then train each of its stages in turn.
 
-    ``force`` continues under a schedule for another number of steps.
+    Args:
+        recipe: the recipe.
+        accelerator: the processes that train.
+        stop: asks the run to stop; ``None``: nothing does.
+        force: continue under a schedule for another number of steps.
+
+    Raises:
+        StoppedError: if ``stop`` asks for it.
     """
     import torch
 
-    from adapters.atomic import clear_leftovers, write_text
-    from finetune.data.pictures import load_pictures
-    from finetune.memory.fit import explain_out_of_memory
-    from finetune.run.console import describe_start
     from finetune.run.early_checks import check_recipe
-    from finetune.run.fixed_losses import check_held_out
     from finetune.run.folders import Folders, explain_ignored, list_unfinished
-    from finetune.run.stage_run import check_before, train_stage
+    from finetune.run.run_lock import hold_run
 
     device = accelerator.device
     if device.type == "cpu":  # the launcher leaves each process a single thread
@@ -112,6 +152,24 @@ def train(recipe: "Recipe", accelerator: "Accelerator", *, force: bool = False) 
         return
     check_recipe(recipe, device)
     check_scorers(recipe)
+    with hold_run(folders.run, accelerator), in_sentences(recipe, device, stop or Stop()):
+        train_stages(recipe, accelerator, stop or Stop(), force=force)
+    accelerator.print(point_to_results(folders))
+
+
+def train_stages(recipe: "Recipe", accelerator: "Accelerator", stop: Stop, *, force: bool) -> None:
+    """Gather the material of a run that no other process is at, and train what is unfinished."""
+    from adapters.atomic import clear_leftovers, write_text
+    from finetune.data.pictures import load_pictures
+    from finetune.run.console import describe_start
+    from finetune.run.fixed_losses import check_held_out
+    from finetune.run.folders import Folders, list_unfinished
+    from finetune.run.stage_run import check_before, train_stage
+
+    device, folders = accelerator.device, Folders(recipe.folder)
+    pending = list_unfinished(recipe)  # another run may have finished some while this one started
+    if not pending:
+        return
     compile_kernels(recipe, pending[0], device)
     with accelerator.main_process_first():
         pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
@@ -124,19 +182,42 @@ def train(recipe: "Recipe", accelerator: "Accelerator", *, force: bool = False) 
         clear_leftovers(folders.run)
         clear_leftovers(recipe.cache)
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
+    with ThreadPoolExecutor(1) as background:
+        if accelerator.is_main_process:
+            background.submit(print_plan, recipe, device)
+        with accelerator.main_process_first():
+            material = gather(recipe, pictures, accelerator)
+        for stage in pending:
+            size_px = recipe.source(stage).picture_size_px
+            score = likeness.against_photos(pictures, size_px) if likeness else None
+            train_stage(recipe, stage, material, accelerator, score, stop, force=force)
+
+
+@contextmanager
+def in_sentences(recipe: "Recipe", device: "torch.device", stop: Stop) -> Iterator[None]:
+    """Turn what a run can expect to fail into a sentence that names its newest checkpoint.
+
+    Raises:
+        UserError: in place of other errors.
+        StoppedError: in place of errors after a request to stop, such as those of a process whose
+            fellows have stopped already.
+    """
+    import torch
+
+    from finetune.memory.fit import explain_out_of_memory
+    from finetune.run.failures import explain, name_newest
+    from finetune.run.folders import Folders
+
     try:
-        with ThreadPoolExecutor(1) as background:
-            if accelerator.is_main_process:
-                background.submit(print_plan, recipe, device)
-            with accelerator.main_process_first():
-                material = gather(recipe, pictures, accelerator)
-            for stage in pending:
-                size_px = recipe.source(stage).picture_size_px
-                score = likeness.against_photos(pictures, size_px) if likeness else None
-                train_stage(recipe, stage, material, accelerator, score, force=force)
-    except torch.OutOfMemoryError:
-        raise explain_out_of_memory(recipe, device) from None
-    accelerator.print(point_to_results(folders))
+        yield
+    except Exception as error:
+        if stop.signal:
+            raise StoppedError(stop.signal) from None
+        if isinstance(error, torch.OutOfMemoryError):
+            error = explain_out_of_memory(recipe, device)
+        if (sentence := explain(error)) is None:
+            raise
+        raise UserError(f"{sentence} {name_newest(Folders(recipe.folder))}".strip()) from None
 
 
 def check_scorers(recipe: "Recipe") -> None:

@@ -18,7 +18,7 @@ from adapters.base.source import Source
 from adapters.base.tensor_files import PYTORCH, save_tensors
 from adapters.cascade.embeds import TENSOR
 from adapters.checksums import digest_blocks
-from adapters.errors import UserError, print_once
+from adapters.errors import UserError, first_line, print_once
 from adapters.progress import Bar
 from adapters.texts import check_captions, check_vocabulary
 from finetune.data.pictures import Picture
@@ -144,7 +144,7 @@ class CaptionCache:
         except LOADING_ERRORS as error:
             raise UserError(
                 f"The encoding of {caption!r}, {self.path(caption)}, is missing or damaged"
-                f" ({_first_line(error)}): run the command again to encode it again."
+                f" ({first_line(error)}): run the command again to encode it again."
             ) from error
 
     def _load(self, caption: str) -> Tensor:
@@ -277,11 +277,7 @@ def _find_commit(source: Source) -> str:
     except (OSError, ValueError) as error:
         raise UserError(
             f"The base model {source.name!r} is neither a folder nor available from the Hugging"
-            f" Face hub ({_first_line(error)}): correct the name, or accept the model's licence on"
+            f" Face hub ({first_line(error)}): correct the name, or accept the model's licence on"
             " its page and log in with `hf auth login`."
         ) from error
     return Path(index).parent.name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from accelerate import Accelerator
 from adapters.errors import UserError
 from finetune.data.batches import Batches, prefetch
 from finetune.recipe.schema import Validation
+from finetune.run.agreement import Vote, agree
 from finetune.run.checkpoints import save_checkpoint
-from finetune.run.measures import Measures, agree
+from finetune.run.measures import Measures
+from finetune.run.stopping import Stop, StoppedError
 from finetune.run.tracking import Meter, Tracker
 from finetune.run.trainee import Trainee
 from finetune.run.update_size import UpdateSize
@@ -23,6 +26,9 @@ from unets.memory import forget_peak_memory
 
 SIZE_POINTS = 25
 """The most points of a run that measure the size of the update, which changes slowly."""
+
+MOST_SKIPPED = 10
+"""The steps skipped one after the other that end a run: it will not recover."""
 
 
 def run_steps(
@@ -36,6 +42,7 @@ def run_steps(
     validation: Validation,
     checkpoints: Path,
     identity: Mapping[str, Any],
+    stop: Stop,
 ) -> bool:
     """Take all remaining steps; log, validate and save on the way.
 
@@ -43,36 +50,79 @@ def run_steps(
 
     Returns:
         True if validation's patience ran out before the last step.
+
+    Raises:
+        StoppedError: on all processes after the same step, once it is saved, if ``stop`` asks any
+            of them to. A validation that it interrupts is made up when the run goes on.
     """
     training, device = trainee.training, accelerator.device
-    if measures and not measures.history:
-        measures.begin()
-    meter = Meter(batches.num_train_timesteps, device, preserves_output=batches.preserves_output)
-    update_size = UpdateSize(trainee.unet)
-    size_every = math.ceil(training.steps / log_every / SIZE_POINTS) * log_every
-    forget_peak_memory(device)
-    indices = range(trainee.step * training.accumulation, training.steps * training.accumulation)
-    feed = prefetch(batches, indices, device)
-    stopped = False
-    while trainee.step < training.steps and not stopped:
-        rate = take_step(trainee, feed, meter, accelerator)
-        tracker.bar.update()
-        done, last = trainee.step, trainee.step == training.steps
-        if done % log_every == 0 or last:
-            sized = accelerator.is_main_process and (done % size_every == 0 or last)
-            log_points(trainee, tracker, meter, accelerator, rate, update_size if sized else None)
-        started = time.perf_counter()
-        if done % validation.every == 0 or last:
+
+    def is_last() -> bool:
+        return trainee.step == training.steps
+
+    def is_due(every: int) -> bool:
+        return trainee.step % every == 0 or is_last()
+
+    def validate_and_save(ending: int, *, validating: bool, saving: bool) -> bool:
+        """Validate and save, unless the run stops; tell whether patience has run out."""
+        stopped = False
+        if validating and not ending:
             if measures:
-                measures.validate()
-            if validation.patience is not None and not last:
-                stopped = agree(measures is not None and measures.stalled, accelerator)
-        if measures and (done % training.checkpoint_every == 0 or last or stopped):
+                try_to(measures.validate, stop)
+            ending = agree(stop.signal, accelerator)
+            if not ending and validation.patience is not None and not is_last():
+                stopped = bool(agree(measures is not None and measures.stalled, accelerator))
+        if measures and (saving or stopped or ending):
+            tracker.flush()  # what a checkpoint is past is not shown again
             state = trainee.state() | {"recipe": identity, "measures": measures.state()}
             state["stopped_early"] = stopped
-            save_checkpoint(checkpoints, done, state, training.keep_checkpoints)
-        meter.skip_time(time.perf_counter() - started)
+            save_checkpoint(checkpoints, trainee.step, state, training.keep_checkpoints)
+        if ending:
+            accelerator.wait_for_everyone()
+            raise StoppedError(ending)
+        return stopped
+
+    with stop.deferred():
+        stopped = False
+        if measures and not measures.history:
+            try_to(measures.begin, stop)
+        if ending := agree(stop.signal, accelerator):
+            raise StoppedError(ending)
+        missed = measures is not None and is_due(validation.every) and measures.misses_validation
+        if agree(missed, accelerator):
+            stopped = validate_and_save(0, validating=True, saving=True)
+        feed = prefetch(
+            batches,
+            range(trainee.step * training.accumulation, training.steps * training.accumulation),
+            device,
+        )
+        preserves_output = batches.preserves_output
+        meter = Meter(batches.num_train_timesteps, device, preserves_output=preserves_output)
+        update_size, vote = UpdateSize(trainee.unet), Vote(accelerator)
+        size_every = math.ceil(training.steps / log_every / SIZE_POINTS) * log_every
+        forget_peak_memory(device)
+        while not is_last() and not stopped:
+            rate = take_step(trainee, feed, meter, accelerator)
+            tracker.bar.update()
+            if is_due(log_every):
+                sized = accelerator.is_main_process and is_due(size_every)
+                sizes = update_size if sized else None
+                log_points(trainee, tracker, meter, accelerator, rate, sizes)
+            started = time.perf_counter()
+            stopped = validate_and_save(
+                vote(stop.signal),
+                validating=is_due(validation.every),
+                saving=is_due(training.checkpoint_every),
+            )
+            meter.skip_time(time.perf_counter() - started)
+        vote.close()
     return stopped
+
+
+def try_to(work: Callable[[], object], stop: Stop) -> None:
+    """Do a piece of work, unless a request to stop interrupts it."""
+    with suppress(StoppedError), stop.interrupting():
+        work()
 
 
 def take_step(
@@ -109,20 +159,38 @@ def log_points(
     Raises:
         UserError: if training has diverged, or a tensor has received no gradient.
     """
-    points = meter.read(accelerator, trainee.training.accumulation)
-    check_loss(points["loss"], trainee.step)
-    trainee.watch.check()
+    points = meter.read(accelerator)
+    if not check_skipped(trainee, tracker):  # which explains the lack of a gradient
+        trainee.watch.check()
     if update_size is not None:
         points |= {f"update/{block}": size for block, size in update_size().items()}
     points["optimizer/learning_rate"] = learning_rate
     tracker.points(points, trainee.step)
 
 
-def check_loss(loss: float, step: int) -> None:
-    """Raise a UserError if training has diverged."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"The loss is {loss} at step {step}: training has diverged; lower"
-            " optimizer.learning_rate, or set optimizer.max_grad_norm, and delete the checkpoints"
-            " of this run that are newer than the last finite loss."
+def check_skipped(trainee: Trainee, tracker: Tracker) -> int:
+    """Say how many steps have been skipped since the last point, and plot how many in all.
+
+    Returns:
+        The steps skipped one after the other up to now.
+
+    Raises:
+        UserError: if so many have been skipped one after the other that training has diverged.
+    """
+    in_all, in_a_row = trainee.skipped.tolist()
+    if new := in_all - trainee.skipped_and_said:
+        trainee.skipped_and_said = in_all
+        tracker.curves({"optimizer/skipped_steps": in_all}, trainee.step)
+        tracker.warn(
+            "skipped steps",
+            f"Step {trainee.step}: {new} of the last steps changed nothing, as their gradients or"
+            f" the weights after them were not finite ({in_all} so far).",
+            trainee.step,
         )
+    if in_a_row >= MOST_SKIPPED:
+        raise UserError(
+            f"Training has diverged: none of the last {in_a_row} steps up to step {trainee.step} of"
+            f" {trainee.stage.name} had a finite gradient. Lower optimizer.learning_rate, or set"
+            " optimizer.max_grad_norm, and give the recipe a new name."
+        )
+    return int(in_a_row)

@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, TypeAlias
 
-import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -93,9 +91,19 @@ class Measures:
     def validate(self) -> None:
         """Measure and show the adapter as an export would have it now; keep it if it is best.
 
-        The time that this takes is left out of the progress bar's rate.
+        It is done wholly or, if an error or a signal interrupts it, not at all. The time that this
+        takes is left out of the progress bar's rate.
         """
-        started, step = time.perf_counter(), self.trainee.step
+        started, before = time.perf_counter(), self.state()
+        try:
+            with self.tracker.together():
+                self._validate(self.trainee.step)
+        except BaseException:
+            self.load_state(before)
+            raise
+        self.tracker.skip_time(time.perf_counter() - started)
+
+    def _validate(self, step: int) -> None:
         with self.trainee.final_weights():
             drawn = self._draw()
             measured, losses = self._measure(step, drawn)
@@ -108,7 +116,6 @@ class Measures:
             if kind not in self.said:
                 self.said.append(kind)
                 self.tracker.warn(kind, f"Step {step}: {sentence}", step)
-        self.tracker.skip_time(time.perf_counter() - started)
 
     def draw_exported(self, step: int) -> dict[str, Image.Image]:
         """Return pictures of the validation prompts by the weights of a step, by prompt.
@@ -196,6 +203,11 @@ class Measures:
         return found[-1] if found else {}
 
     @property
+    def misses_validation(self) -> bool:
+        """True if the trainee is past the newest validation."""
+        return bool(self.history) and self.history[-1].step < self.trainee.step
+
+    @property
     def stalled(self) -> bool:
         """True if the recipe's patience with validations that are no better has run out."""
         return self.settings.best is not None and has_stalled(self.history, self.settings.best)
@@ -214,7 +226,7 @@ class Measures:
                 for v in self.history
             ],
             "first_losses": self.first_losses,
-            "said": self.said,
+            "said": list(self.said),
             "best_weights": self.best_weights,
             "kept_step": self.kept_step,
             "depends_on": dict(self.depends_on),
@@ -258,9 +270,3 @@ def was_patient(state: Mapping[str, Any], settings: Validation, now: Mapping[str
     """
     same = not find_changed(now, state["depends_on"])
     return same and settings.best is not None and has_stalled(read_history(state), settings.best)
-
-
-def agree(flag: bool, accelerator: Accelerator) -> bool:
-    """Tell on every process whether the flag is set on any."""
-    flags = torch.tensor(float(flag), device=accelerator.device)
-    return bool(accelerator.reduce(flags, "sum") > 0)

@@ -31,6 +31,7 @@ from finetune.run.identity import check_continuing, identify_content
 from finetune.run.loop import run_steps
 from finetune.run.measures import Measures, Score, was_patient
 from finetune.run.other_trackers import OtherTrackers
+from finetune.run.stopping import Stop
 from finetune.run.tracking import Tracker, flatten
 from finetune.run.trainee import Trainee
 from finetune.run.validation import build_validator, enlarge
@@ -57,15 +58,23 @@ def train_stage(
     material: Material,
     accelerator: Accelerator,
     score: Score | None = None,
+    stop: Stop | None = None,
     *,
     force: bool = False,
 ) -> None:
     """Train one stage from its newest checkpoint, if any, and export its adapter.
 
-    ``score`` computes the figures of validation's pictures; ``None``: they are not scored.
-    ``force`` continues under a schedule for another number of steps.
+    Args:
+        recipe: the run's.
+        stage: the stage.
+        material: what it is trained on.
+        accelerator: the processes that train it.
+        score: computes the figures of validation's pictures; ``None``: they are not scored.
+        stop: asks the run to stop; ``None``: nothing does.
+        force: continue under a schedule for another number of steps.
 
     Raises:
+        StoppedError: if ``stop`` asks for it, once all that is done is saved.
         UserError: as :func:`finetune.run.identity.check_continuing`.
     """
     folders, training = Folders(recipe.folder), recipe.training(stage)
@@ -103,7 +112,7 @@ def train_stage(
     tracker = Tracker(
         accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
     )
-    tracker.text("recipe", recipe.to_yaml())
+    tracker.about({"recipe": recipe.to_yaml()})
     judging, measures = select_judging(tree, stage), None
     if accelerator.is_main_process:
         settings = flatten(tree)
@@ -132,6 +141,7 @@ def train_stage(
                 "content": content,
                 "steps": training.steps,
             },
+            stop=stop or Stop(),
         )
     if measures is not None:
         trainee.watch.check()
@@ -139,7 +149,8 @@ def train_stage(
         info = describe_adapter(recipe, trainee, taught, stopped_early=stopped_early)
         columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
         columns |= training.model_dump(mode="json", exclude={*FREE} - {"steps"})
-        with timed(f"Stage {stage.number}, export"):
+        # together, once the export is complete, or a second one would repeat them
+        with timed(f"Stage {stage.number}, export"), tracker.together():
             export_run(trainee, measures, tracker, folders.adapters, info, columns)
     tracker.close()
     accelerator.wait_for_everyone()

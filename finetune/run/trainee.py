@@ -66,6 +66,10 @@ class Trainee:
         )
         self.average = None if training.ema_decay is None else self.weights.values.clone()
         """The exponential moving average of the weights, if the recipe keeps one."""
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=unet.device)
+        """The steps skipped so far: in all, and one after the other up to now."""
+        self.skipped_and_said = 0
+        """The steps skipped that have been reported."""
         self.watch = GradientWatch(self.weights, training.adapter.dropout)
         self.tables = NoiseTables.of(schedulers[0], unet.device)
         self.predict: Callable[..., Any] = unet
@@ -124,23 +128,53 @@ class Trainee:
         self.recorded.forget()
         self.predict = torch.compile(self.unet, dynamic=False)
 
+    @torch.no_grad()
     def update(self) -> Tensor:
-        """Take an optimizer step with the accumulated gradients; return their norm."""
-        gradient = self.weights.gradient
+        """Take an optimizer step with the accumulated gradients, if that leaves all finite.
+
+        A step whose gradient, or the weights after it, are not finite is skipped: weights, average
+        and the optimizer's moments stay as they were. This is decided on the device, so that no
+        step waits; only what the optimizer counts on the CPU, such as its steps, counts this one.
+
+        Returns:
+            The gradient's norm, on the device.
+        """
+        gradient, values = self.weights.gradient, self.weights.values
         self.watch.observe(gradient, self.optimizer.param_groups[0]["lr"])
         norm = gradient.norm()
+        finite = norm.square().isfinite()  # and so is the square of each value, a second moment
         if self.training.optimizer.max_grad_norm is not None:
             gradient.mul_((self.training.optimizer.max_grad_norm / norm).clamp(max=1))
+        # an optimizer's state that does not exist yet must not begin with NaN
+        torch.where(finite, gradient, torch.zeros_like(norm), out=gradient)
+        kept = [(tensor, tensor.clone()) for tensor in (values, *self._moments())]
         self.optimizer.step()
         gradient.zero_()
+        finite &= torch.linalg.vector_norm(values, ord=torch.inf).isfinite()
+        for tensor, before in kept:
+            torch.where(finite, tensor, before, out=tensor)
         self.weights.publish()
         if self.average is not None and self.training.ema_decay is not None:
             # low at first, or a short run's average would be mostly its initial weights; as in
             # diffusers' EMAModel except for the first update
             decay = min(self.training.ema_decay, (1 + self.step) / (10 + self.step))
-            self.average.lerp_(self.weights.values, 1 - decay)
+            moved = self.average.lerp(values, 1 - decay)
+            torch.where(finite, moved, self.average, out=self.average)
+        self.skipped += ~finite
+        self.skipped[1] *= ~finite
         self.step += 1
         return norm
+
+    def _moments(self) -> list[Tensor]:
+        """List the tensors of the optimizer's state on the device of the weights.
+
+        Those of a paged optimizer may be in main memory, and are left out: copying them would take
+        longer than the step.
+        """
+        device = self.weights.values.device
+        states = self.optimizer.state.values()
+        tensors = (each for state in states for each in state.values())
+        return [each for each in tensors if torch.is_tensor(each) and each.device == device]
 
     @contextmanager
     def final_weights(
@@ -160,13 +194,15 @@ class Trainee:
                 view.copy_(kept[name])
         trained = values.clone()  # leaving a schedule-free average restores them only to rounding
         self.unet.eval()
-        with (
-            averaged_weights(self.training.optimizer.name, self.optimizer),
-            self.weights.use(final),
-        ):
-            yield self.unet
-        values.copy_(trained)
-        self.unet.train()
+        try:
+            with (
+                averaged_weights(self.training.optimizer.name, self.optimizer),
+                self.weights.use(final),
+            ):
+                yield self.unet
+        finally:
+            values.copy_(trained)
+            self.unet.train()
 
     def copy_weights(self) -> dict[str, Tensor]:
         """Copy the adapter's parameters, as the UNet has them now, to the CPU."""
@@ -182,6 +218,7 @@ class Trainee:
             "average": None if self.average is None else views(self.average),
             "optimizer": self.optimizer.state_dict(),
             "gradients": self.watch.state(),
+            "skipped": self.skipped,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -194,3 +231,6 @@ class Trainee:
         self.weights.publish()
         self.optimizer.load_state_dict(state["optimizer"])
         self.watch.load_state(state["gradients"])
+        if "skipped" in state:  # checkpoints of the same format have been written without
+            self.skipped.copy_(state["skipped"])
+            self.skipped_and_said = int(self.skipped[0])

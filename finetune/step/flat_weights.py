@@ -92,8 +92,10 @@ class FlatWeights:
     def use(self, values: Tensor) -> Iterator[None]:
         """Give the UNet float32 ``values`` while the ``with`` block runs."""
         self._point_at(values)
-        yield
-        self._point_at(self.working)
+        try:
+            yield
+        finally:
+            self._point_at(self.working)
 
     def _point_at(self, flat: Tensor) -> None:
         for name, view in self.views(flat).items():

@@ -146,6 +146,8 @@ def averaged_weights(name: str, optimizer: Any) -> Iterator[None]:
     """Give the parameters their averaged values, if the optimizer keeps an average."""
     if OPTIMIZERS[name].averages:
         optimizer.eval()
-    yield
-    if OPTIMIZERS[name].averages:
-        optimizer.train()
+    try:
+        yield
+    finally:
+        if OPTIMIZERS[name].averages:
+            optimizer.train()

@@ -10,16 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from finetune.recipe.file import load_recipe
 from finetune.recipe.schema import Recipe
+from finetune.run import ending
 from finetune.run.checkpoints import list_checkpoints, load_checkpoint
 from finetune.run.figures import CLIP_I
 from finetune.run.folders import Folders
+from finetune.run.measures import Score
+from finetune.run.stage_run import train_stage
+from finetune.run.stopping import StoppedError, heed_signals
+from finetune.run.trainee import Trainee
 from finetune.run.validation import DrawnRow
 from finetune.step.stages import STAGES
 from tests.builders.random_cascade import RandomCascade
-from tests.builders.small_runs import events_of, exported, flat, recipe_of, train
+from tests.builders.small_runs import (
+    events_of,
+    exported,
+    flat,
+    material_of,
+    recipe_of,
+    train,
+)
 
 VALIDATION = {
     "prompts": ["a sks dog"],
@@ -70,9 +83,10 @@ def all_that_is_shown(recipe: Recipe) -> dict[str, object]:
         images = events.Images(tag)
         shown[tag] = [(image.step, image.encoded_image_string) for image in images]
     for tag in tags["tensors"]:
-        if tag not in ("recipe/text_summary", "custom_scalars__config__"):  # at each start
-            texts = events.Tensors(tag)
-            shown[tag] = [(text.step, *text.tensor_proto.string_val) for text in texts]
+        texts = events.Tensors(tag)
+        shown[tag] = [(text.step, *text.tensor_proto.string_val) for text in texts]
+        if tag == "recipe/text_summary":  # which has the run's own folders in it
+            shown[tag] = len(texts)
     return shown
 
 
@@ -112,6 +126,17 @@ def test_a_run_killed_in_a_validation_goes_on_as_if_it_had_not_been(
     assert len(list_checkpoints(Folders(recipe.folder).checkpoints(STAGES[1]))) == max(
         number - 1, 0
     )
+    assert_goes_on(recipe, straight)
+
+
+def ask_to_stop(recipe: Recipe, score: Score = judge) -> None:
+    """Train until a signal comes, and see that it is heeded."""
+    with pytest.raises(StoppedError), heed_signals(print) as stop:
+        train_stage(recipe, STAGES[1], material_of(recipe), Accelerator(cpu=True), score, stop)
+
+
+def assert_goes_on(recipe: Recipe, straight: Recipe) -> None:
+    """Finish a run, and compare all that it leaves with one that nothing interrupted."""
     weights = train(recipe, score=judge)
     assert torch.equal(flat(weights), flat(exported(straight)))
     shown, expected = all_that_is_shown(recipe), all_that_is_shown(straight)
@@ -120,5 +145,68 @@ def test_a_run_killed_in_a_validation_goes_on_as_if_it_had_not_been(
         assert shown[tag] == points, tag
     left, theirs = left_by(recipe), left_by(straight)
     assert left["history"] == theirs["history"]
-    assert left["kept_step"] == theirs["kept_step"]
     assert torch.equal(flat(left["best_weights"]), flat(theirs["best_weights"]))
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_signal_in_a_validation_saves_the_step_and_the_validation_is_made_up(
+    random_cascade: RandomCascade, straight: Recipe, tmp_path: Path, number: int
+) -> None:
+    recipe, validations = judged(random_cascade, tmp_path), 0
+
+    def judge_and_ask(drawn: Sequence[DrawnRow]) -> dict[str, float]:
+        nonlocal validations
+        if validations == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        validations += 1
+        return judge(drawn)
+
+    ask_to_stop(recipe, judge_and_ask)
+    saved = list_checkpoints(Folders(recipe.folder).checkpoints(STAGES[1]))
+    assert [folder.name for folder in saved] == [f"step-{n + 1:06d}" for n in range(number)]
+    if number:
+        assert len(left_by(recipe)["history"]) == number
+    assert_goes_on(recipe, straight)
+
+
+def test_a_signal_in_a_step_waits_for_its_end_and_saves_it(
+    random_cascade: RandomCascade,
+    straight: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tree = judged(random_cascade, tmp_path).model_dump(mode="json")
+    tree["stage_1"]["checkpoint_every"] = 100
+    recipe = Recipe.model_validate(tree)
+    update = Trainee.update
+
+    def ask(trainee: Trainee) -> torch.Tensor:
+        if trainee.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(trainee)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "update", ask)
+        ask_to_stop(recipe)
+    (saved,) = list_checkpoints(Folders(recipe.folder).checkpoints(STAGES[1]))
+    assert saved.name == "step-000002"
+    assert_goes_on(recipe, straight)
+
+
+def test_a_signal_in_the_export_leaves_nothing_that_is_shown_twice(
+    random_cascade: RandomCascade,
+    straight: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = judged(random_cascade, tmp_path)
+    write_card = ending.write_card
+
+    def ask(*given: Any) -> None:
+        write_card(*given)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ending, "write_card", ask)
+        ask_to_stop(recipe)
+    assert_goes_on(recipe, straight)

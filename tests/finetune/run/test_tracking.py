@@ -1,16 +1,21 @@
 """Sums on the device are those of the losses seen."""
 
+import shutil
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from finetune.run.tracking import Meter, Tracker, flatten
 from finetune.step.inputs import Batch
 from finetune.step.losses import Losses
+from tests.builders.disks import small_disk
 
 
 def batch_of(weight: list[float], timesteps: list[int], preserved: Tensor | None = None) -> Batch:
@@ -35,7 +40,7 @@ def test_the_loss_of_preserved_pictures_is_apart() -> None:
     meter.add(losses, batch_of([0.5, 1.0, 0.25], [0, 10, 999], rows))
     meter.add(hybrid, batch_of([0.0, 1.0, 0.0], [0, 10, 999]))  # a batch without any
     meter.add_step(torch.tensor(1.0))
-    points = meter.read(Accelerator(cpu=True), 2)
+    points = meter.read(Accelerator(cpu=True))
     assert points["loss/preservation"] == pytest.approx((0.5 * 8 + 0.25 * 16) / 2)
     assert points["loss/mse"] == pytest.approx(2.0)
     assert points["loss/bound_bits"] == pytest.approx(0.25)
@@ -53,7 +58,7 @@ def test_the_meter_reads_means_and_starts_again() -> None:
         losses = Losses(total=mse + bound, mse=mse, bound=bound)
         meter.add(losses, batch_of([0.5, 0.5, 0.1], [0, 249, 999]))
         meter.add_step(torch.tensor(scale))
-    points = meter.read(Accelerator(cpu=True), 1)
+    points = meter.read(Accelerator(cpu=True))
     assert points["loss/mse"] == pytest.approx(2 * (0.5 + 1.0 + 0.4))
     assert points["loss/bound_bits"] == pytest.approx(0.55)
     assert points["loss"] == pytest.approx(points["loss/mse"] + points["loss/bound_bits"])
@@ -63,7 +68,7 @@ def test_the_meter_reads_means_and_starts_again() -> None:
     assert "loss_by_noise/quarter_2" not in points
     meter.add(losses, batch_of([1.0, 0.0, 0.0], [500, 500, 500]))
     meter.add_step(torch.tensor(7.0))
-    points = meter.read(Accelerator(cpu=True), 1)
+    points = meter.read(Accelerator(cpu=True))
     assert points["loss/mse"] == pytest.approx(3.0)
     assert "loss/preservation" not in points
     assert points["optimizer/gradient_norm"] == pytest.approx(7.0)
@@ -106,3 +111,63 @@ def test_settings_become_columns_by_dotted_name() -> None:
     settings = {"seed": 0, "adapter": {"rank": 4, "alpha": None}, "betas": [0.9, 0.99], "on": True}
     expected = {"seed": 0, "adapter.rank": 4, "betas": "[0.9, 0.99]", "on": "True"}
     assert flatten(settings) == expected
+
+
+def steps_of(folder: Path, tag: str) -> list[int]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [point.step for point in events.Scalars(tag)]
+
+
+def test_the_recipe_is_shown_once_whatever_the_number_of_starts(tmp_path: Path) -> None:
+    for first in (0, 2, 4):
+        tracker = Tracker(Accelerator(cpu=True), tmp_path, "run", first, 10)
+        tracker.about({"recipe": f"from: {first}"})
+        tracker.points({"loss": 1.0}, first + 2)
+        tracker.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (text,) = events.Tensors("recipe/text_summary")
+    assert b"from: 4" in text.tensor_proto.string_val[0]
+    assert len(events.Tensors("custom_scalars__config__")) == 1
+    assert steps_of(tmp_path, "loss") == [2, 4, 6]
+
+
+def test_what_belongs_together_is_shown_together_or_not_at_all(tmp_path: Path) -> None:
+    tracker = Tracker(Accelerator(cpu=True), tmp_path, "run", 0, 10)
+    with suppress(KeyboardInterrupt), tracker.together():
+        tracker.curves({"loss": 1.0}, 1)
+        raise KeyboardInterrupt
+    with tracker.together():
+        tracker.curves({"loss": 1.0}, 2)
+    tracker.close()
+    assert steps_of(tmp_path, "loss") == [2]
+
+
+@pytest.mark.parametrize("trouble", ["full", "gone", "file"])
+def test_without_a_place_for_its_events_training_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], trouble: str
+) -> None:
+    """A full disk, a folder that has gone, or one that cannot be made."""
+    folder = tmp_path / "logs"
+    if trouble == "file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+    with ExitStack() as mounted:
+        if trouble == "full":
+            mounted.enter_context(small_disk(folder, "64k"))
+        tracker = Tracker(Accelerator(cpu=True), folder, "run", 0, 10)
+        tracker.about({"recipe": "seed: 0"})
+        if trouble == "gone":
+            shutil.rmtree(folder)
+        noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        for step in range(4):
+            tracker.picture("drawn/samples", Image.fromarray(noise), step)
+            with tracker.together():
+                tracker.points({"loss": 1.0}, step)
+        tracker.hparams({"seed": 0}, ["loss"])
+        tracker.close()
+    said = "".join(capfd.readouterr())
+    assert said.count("TensorBoard's events can no longer be written") == 1
+    assert "Traceback" not in said
