@@ -108,6 +108,14 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted((f for f in steps if steps[f].isdecimal()), key=lambda f: int(steps[f]))
 
 
+def is_whole(folder: Path) -> bool:
+    """Tell whether a checkpoint's files are as they were written."""
+    try:
+        return find_damage(folder, (TENSORS, TREE)) is None
+    except OSError:
+        return False
+
+
 def find_newest(root: Path, needs: Collection[str] = ()) -> Found:
     """Find the newest checkpoint that is whole and has all entries that are needed.
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from adapters.errors import UserError, first_line
-from finetune.run.checkpoints import list_checkpoints
+from finetune.run.checkpoints import is_whole, list_checkpoints
 from finetune.run.folders import Folders
 from finetune.step.stages import STAGES
 
@@ -53,11 +53,11 @@ def explain(error: Exception) -> str | None:
 
 
 def find_newest(folders: Folders) -> Path | None:
-    """Find the newest checkpoint of a run; ``None``: it has none."""
+    """Find the newest whole checkpoint of a run; ``None``: it has none."""
     saved = [
         each for stage in STAGES.values() for each in list_checkpoints(folders.checkpoints(stage))
     ]
-    return saved[-1] if saved else None
+    return next(filter(is_whole, reversed(saved)), None)
 
 
 def name_newest(folders: Folders) -> str:
