@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom on the embedded cascade, with far fewer steps."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -39,14 +40,18 @@ def run_notebook(name: str, folder: Path) -> nbformat.NotebookNode:
             cell.source = cell.source.replace(text, fewer)
     write_kernel_spec(folder / "kernels/python3", overrides={"argv": kernel_command()})
     kernels = KernelSpecManager(kernel_dirs=[str(folder / "kernels")])
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
     client = NotebookClient(
         notebook,
         timeout=280,
-        km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels),
+        km=kernel,
         resources={"metadata": {"path": str(folder)}},
     )
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    client.execute(env=os.environ | environment)
+    try:
+        client.execute(env=os.environ | environment)
+    finally:  # the client ends only a kernel that it has made itself
+        asyncio.run(kernel.shutdown_kernel(now=True))
     return notebook
 
 
