@@ -9,6 +9,9 @@ from pathlib import Path
 
 from adapters.atomic import write_text
 
+DIGITS = 2 * hashlib.sha256().digest_size
+"""The length of a checksum in hexadecimal digits."""
+
 SUMS = "SHA256SUMS"
 """The file in a folder with the checksums of others; ``sha256sum -c SHA256SUMS`` checks them."""
 
@@ -39,7 +42,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     rows = [line.split("  ", 1) for line in text.splitlines()]
-    whole = text.endswith("\n") and all(len(row) == 2 and len(row[0]) == 64 for row in rows)
+    whole = text.endswith("\n") and all(len(row) == 2 and len(row[0]) == DIGITS for row in rows)
     return {name: digest for digest, name in rows} if whole else {}
 
 

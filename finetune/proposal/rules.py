@@ -12,7 +12,7 @@ from typing import Any
 RARE_WORD = "sks"
 """The word before the subject's that makes it this one, unless the user gives others."""
 
-SMALL_TEXT_WIDTH = 1024
+SMALL_TEXT_WIDTH = 1000
 """The width of text encodings below which a base is of the embedded cascade's size; T5-XXL's, which
 all published models take, is 4096."""
 

@@ -58,7 +58,7 @@ def run_steps(
     training, device = trainee.training, accelerator.device
 
     def is_last() -> bool:
-        return trainee.step == training.steps
+        return trainee.step >= training.steps  # more, if the recipe's steps were lowered
 
     def is_due(every: int) -> bool:
         return trainee.step % every == 0 or is_last()

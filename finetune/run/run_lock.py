@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -24,7 +24,7 @@ process has ended in order: one that is killed leaves it as it is, but not the l
 HELD = (errno.EAGAIN, errno.EACCES)
 """The system's errors if another process has the lock."""
 
-MARK_BYTES = 4096
+MARK_BYTES = 1000
 """The most that is read of the file."""
 
 
@@ -53,12 +53,15 @@ def hold_run(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Lock a run's folder; the system opens it when this process ends, however it does."""
-    file = folder / LOCK
-    with writing_to(file):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    file, handle = folder / LOCK, None
+    while handle is None or not _is_in_place(file, handle):  # a run that left nothing has gone
+        if handle is not None:
+            os.close(handle)
+        with writing_to(file):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         _take(handle, folder)
+    try:
         if holder := _read(handle):
             tqdm.write(
                 f"The last run in {folder} ({holder}) was killed, perhaps by the system for want of"
@@ -70,12 +73,27 @@ def _lock(folder: Path) -> Iterator[None]:
             yield
         finally:  # after an error or a signal, too
             os.ftruncate(handle, 0)
+            if [each.name for each in folder.iterdir()] == [LOCK]:
+                file.unlink()
+                _remove_empty(folder)
     finally:
         os.close(handle)
 
 
+def _is_in_place(file: Path, handle: int) -> bool:
+    """Tell whether a file has not been removed since it was opened."""
+    return file.exists() and os.path.samestat(file.stat(), os.fstat(handle))
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a run's folder, and the folder of all runs, as far as they are empty."""
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
+
+
 def _take(handle: int, folder: Path) -> None:
-    """Lock an open file."""
+    """Lock an open file, or close it and refuse."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -86,6 +104,7 @@ def _take(handle: int, folder: Path) -> None:
             )
             return
         holder = _read(handle) or "which does not say who it is"
+        os.close(handle)
         raise UserError(
             f"Another run is at work in {folder} ({holder}): wait for it, end it, or give this"
             " recipe another name."

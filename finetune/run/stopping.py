@@ -158,7 +158,7 @@ class _Watch:
         """Watch until the pipe of signals is closed."""
         while True:
             if select.select([signals], [], [], LOOK_EVERY_S)[0]:
-                numbers = os.read(signals, 64)
+                numbers = os.read(signals, 100)
                 if not numbers:
                     return
                 for number in numbers:

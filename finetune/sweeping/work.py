@@ -121,6 +121,7 @@ def finish_points(
         write_text(point.recipe_file, point.recipe.to_yaml())
     workers, results = Workers(scales, at_once), [Result.read(point) for point in done_before]
     show(results)
+    described = ""
     bar = Bar(desc=title, initial=len(results), total=len(points), unit="run", dynamic_ncols=True)
     with bar, ThreadPoolExecutor(at_once) as pool:
         pending = {pool.submit(workers.finish, point) for point in to_do}
@@ -133,7 +134,8 @@ def finish_points(
                     if result.failure:
                         tqdm.write(f"{result.point.name} failed: {result.failure}")
                     show(results)
-                if (running := workers.describe()) != bar.postfix:
+                if (running := workers.describe()) != described:
+                    described = running
                     bar.set_postfix_str(running)
         finally:  # children end with an interrupted sweep
             for future in pending:

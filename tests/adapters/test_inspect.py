@@ -100,7 +100,7 @@ def test_it_tells_all_that_an_exported_folder_says_of_itself(
     for line in (
         *("kind          rslora", "rank          3", "alpha         6", "prompts       a sks cat"),
         "targets       to_q, conv1 (",
-        "trained       7 steps; exported 20",
+        "trained       7 steps; exported by version",
         "diffusers     loads all of pytorch_lora_weights.safetensors",
         "recipe: 1 lines; --recipe prints them",
     ):

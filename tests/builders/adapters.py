@@ -86,6 +86,8 @@ def export(
     base: Path,
     stage: int,
     spec: AdapterSpec,
+    *,
+    sampling: dict[str, dict[str, int | float | str | None]] | None = None,
     **options: int,
 ) -> Exported:
     info = AdapterInfo(
@@ -96,6 +98,7 @@ def export(
         step=7,
         recipe="name: test\n",
         version="1.2.3",
+        sampling=sampling,
     )
     return export_adapter(unet, folder, info, **options)
 

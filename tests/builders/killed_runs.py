@@ -109,7 +109,8 @@ def all_that_is_left(run: Path) -> dict[str, object]:
             shown = [(p.step, p.encoded_image_string) for p in events.Images(tag)]
             left[f"{stage}: {tag}"] = shown
         for tag in tags["tensors"]:
-            left[f"{stage}: {tag}"] = [p.step for p in events.Tensors(tag)]
+            # unlike TensorBoard itself, this accumulator keeps texts that a later start replaces
+            left[f"{stage}: {tag}"] = sorted({p.step for p in events.Tensors(tag)})
     return left
 
 

@@ -37,6 +37,12 @@ SUBJECTS = ("my_dog", "my_woodcuts")
 HARMLESS = ("source", "export", "hf auth login", "tensorboard --logdir")
 """The commands that are not the project's own."""
 
+SAMPLING = {
+    "stage_1": {"steps": 2, "guidance": 3.0},
+    "stage_2": {"steps": 1, "guidance": 1.0, "noise_level": 100},
+}
+"""The settings that these runs were validated with."""
+
 LONG = ("evaluate", "compare", "plan", "push")
 """The modules whose work is left out: their arguments are parsed, and their recipes read."""
 
@@ -63,7 +69,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         monkeypatch.chdir(ROOT)
         for stage in (1, 2):
             base, spec = Path(f"models/if-tiny/stage_{stage}"), AdapterSpec(rank=16)
-            export(trained_unet(base, spec, seed=stage), folder, base, stage, spec)
+            unet = trained_unet(base, spec, seed=stage)
+            export(unet, folder, base, stage, spec, sampling=SAMPLING)
     return folder
 
 

@@ -62,7 +62,7 @@ def test_a_run_killed_thirty_times_is_the_one_that_was_not(
     recipe = save_recipe(tmp_path, random_cascade, pictures, "killed")
     weights = {signal.SIGKILL: 0.8, signal.SIGTERM: 0.2}
     rng = np.random.default_rng(0)
-    killed = Kills(start, recipe, expected, seconds / 2, rng, weights)
+    killed = Kills(start, recipe, expected, seconds / 4, rng, weights)
     while killed.kills < KILLS:
         killed.kill_once()
     killed.finish()

@@ -63,10 +63,15 @@ def test_a_second_run_is_told_which_process_has_the_folder_and_a_killed_one_is_n
 
 
 def test_an_error_is_an_end_in_order(tmp_path: Path) -> None:
-    with suppress(SystemExit), hold_run(tmp_path, Accelerator(cpu=True)):
-        assert (tmp_path / LOCK).read_text() != ""
-        raise SystemExit(1)
-    assert (tmp_path / LOCK).read_text() == ""
+    run, other = tmp_path / "runs/run", tmp_path / "runs/other"
+    for folder in (run, other):
+        with suppress(SystemExit), hold_run(folder, Accelerator(cpu=True)):
+            assert (folder / LOCK).read_text() != ""
+            if folder == run:
+                (folder / "recipe.yaml").touch()
+            raise SystemExit(1)
+    assert (run / LOCK).read_text() == ""
+    assert not other.exists()  # as it has left nothing else
 
 
 def test_a_file_system_without_locks_is_said(

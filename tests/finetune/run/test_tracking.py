@@ -12,6 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from adapters import progress
+from finetune.run import tracking
 from finetune.run.tracking import Meter, Tracker, flatten
 from finetune.step.inputs import Batch
 from finetune.step.losses import Losses
@@ -99,7 +101,11 @@ def test_a_continued_run_replaces_only_the_points_after_it(tmp_path: Path, secon
     assert [(p.step, p.value) for p in events.Scalars("loss")] == [(2, 1.0), (4, 3.0), (6, 2.0)]
 
 
-def test_the_bars_rate_leaves_skipped_time_out(tmp_path: Path) -> None:
+def test_the_bars_rate_leaves_skipped_time_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "is_watched", lambda: True)
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
     tracker = Tracker(Accelerator(cpu=True), tmp_path, "run", 0, 10)
     before = tracker.bar.start_t, tracker.bar.last_print_t
     tracker.skip_time(1000)
