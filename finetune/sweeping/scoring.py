@@ -19,6 +19,7 @@ from adapters.atomic import write_png, write_text
 from adapters.base.hub import STAGE_FOLDERS
 from adapters.errors import UserError
 from adapters.files.places import PEFT_WEIGHTS
+from adapters.progress import Bar
 from finetune.recipe.schema import Recipe
 from finetune.sweeping.names import name_variant
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from adapters.cascade.results import Sample
-    from adapters.progress import Bar
     from finetune.evaluation.scoring import Scores
 
 FORMAT = 1
