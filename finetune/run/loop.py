@@ -28,7 +28,8 @@ SIZE_POINTS = 25
 """The most points of a run that measure the size of the update, which changes slowly."""
 
 MOST_SKIPPED = 10
-"""The steps skipped one after the other that end a run: it will not recover."""
+"""The steps skipped one after the other that end a run, or half of its steps: it will not
+recover."""
 
 
 def run_steps(
@@ -187,7 +188,7 @@ def check_skipped(trainee: Trainee, tracker: Tracker) -> int:
             f" the weights after them were not finite ({in_all} so far).",
             trainee.step,
         )
-    if in_a_row >= MOST_SKIPPED:
+    if in_a_row >= min(MOST_SKIPPED, max(trainee.training.steps // 2, 1)):
         raise UserError(
             f"Training has diverged: none of the last {in_a_row} steps up to step {trainee.step} of"
             f" {trainee.stage.name} had a finite gradient. Lower optimizer.learning_rate, or set"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -112,47 +113,47 @@ def train_stage(
     tracker = Tracker(
         accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
     )
-    tracker.about({"recipe": recipe.to_yaml()})
-    judging, measures = select_judging(tree, stage), None
-    if accelerator.is_main_process:
-        settings = flatten(tree)
-        tracker.others = OtherTrackers.of(recipe, stage.name, folders.logs(stage), settings)
-        say_what_is_preserved(trainee, batches, tracker)
-        measures = build_measures(
-            recipe, trainee, batches, tracker, material.prompt_embeds, held_out, score, judging
+    with closing(tracker):  # on errors too, or their sentence would follow the bar in its line
+        tracker.about({"recipe": recipe.to_yaml()})
+        judging, measures = select_judging(tree, stage), None
+        if accelerator.is_main_process:
+            settings = flatten(tree)
+            tracker.others = OtherTrackers.of(recipe, stage.name, folders.logs(stage), settings)
+            say_what_is_preserved(trainee, batches, tracker)
+            measures = build_measures(
+                recipe, trainee, batches, tracker, material.prompt_embeds, held_out, score, judging
+            )
+            if state:
+                measures.load_state(state["measures"])
+        stopped_early = bool(state.get("stopped_early")) and was_patient(
+            state["measures"], recipe.validation, judging
         )
-        if state:
-            measures.load_state(state["measures"])
-    stopped_early = bool(state.get("stopped_early")) and was_patient(
-        state["measures"], recipe.validation, judging
-    )
-    if not stopped_early:
-        stopped_early = run_steps(
-            trainee,
-            batches,
-            tracker,
-            measures,
-            accelerator,
-            log_every=recipe.log_every,
-            validation=recipe.validation,
-            checkpoints=folders.checkpoints(stage),
-            identity={
-                "settings": select_identity(tree, stage),
-                "content": content,
-                "steps": training.steps,
-            },
-            stop=stop or Stop(),
-        )
-    if measures is not None:
-        trainee.watch.check()
-        say(f"Stage {stage.number}, {describe_times(tracker)}")
-        info = describe_adapter(recipe, trainee, taught, stopped_early=stopped_early)
-        columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
-        columns |= training.model_dump(mode="json", exclude={*FREE} - {"steps"})
-        # together, once the export is complete, or a second one would repeat them
-        with timed(f"Stage {stage.number}, export"), tracker.together():
-            export_run(trainee, measures, tracker, folders.adapters, info, columns)
-    tracker.close()
+        if not stopped_early:
+            stopped_early = run_steps(
+                trainee,
+                batches,
+                tracker,
+                measures,
+                accelerator,
+                log_every=recipe.log_every,
+                validation=recipe.validation,
+                checkpoints=folders.checkpoints(stage),
+                identity={
+                    "settings": select_identity(tree, stage),
+                    "content": content,
+                    "steps": training.steps,
+                },
+                stop=stop or Stop(),
+            )
+        if measures is not None:
+            trainee.watch.check()
+            say(f"Stage {stage.number}, {describe_times(tracker)}")
+            info = describe_adapter(recipe, trainee, taught, stopped_early=stopped_early)
+            columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
+            columns |= training.model_dump(mode="json", exclude={*FREE} - {"steps"})
+            # together, once the export is complete, or a second one would repeat them
+            with timed(f"Stage {stage.number}, export"), tracker.together():
+                export_run(trainee, measures, tracker, folders.adapters, info, columns)
     accelerator.wait_for_everyone()
 
 
