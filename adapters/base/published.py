@@ -115,7 +115,7 @@ def find_sizes(source: Source) -> Source:
     """Return a source whose sizes are known: itself, or the stand-in for a published model.
 
     Raises:
-        UserError: if the configuration cannot be read, and the model is none of the published.
+        UserError: if the configuration cannot be read, unless the model is a published one.
     """
     needed = [f"unet/{CONFIG}", *([f"text_encoder/{CONFIG}"] if source.stage == 1 else [])]
     try:

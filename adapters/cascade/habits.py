@@ -25,7 +25,7 @@ ARGUMENTS: Mapping[str, str] = MappingProxyType(
         ),
     }
 )
-"""What to do instead of giving an argument of diffusers' pipelines to a cascade."""
+"""The advice in place of each argument of diffusers' pipelines to a cascade."""
 
 ATTRIBUTES: Mapping[str, str] = MappingProxyType(
     {
@@ -55,7 +55,7 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
         "sample": "call cascade(prompts, embeds={prompt: encoding}, seed=[…])",
     }
 )
-"""What to do instead of using an attribute of diffusers' pipelines, or of version 0.1, of a
+"""The advice in place of each attribute of diffusers' pipelines, or of version 0.1, of a
 cascade."""
 
 LOADING: Mapping[str, str] = MappingProxyType(
@@ -66,7 +66,7 @@ LOADING: Mapping[str, str] = MappingProxyType(
         "text_encoder": "give parts=Parts(text_encoder=…)",
     }
 )
-"""What to do instead of giving an argument of ``from_pretrained`` to ``load_cascade``."""
+"""The advice in place of each argument of ``from_pretrained`` to ``load_cascade``."""
 
 
 def check_arguments(

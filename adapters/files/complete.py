@@ -14,7 +14,7 @@ from adapters.files.places import STAGE_FILES, stage_folders
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with an export."""
+    """A fault of an export."""
 
     reason: str
     """The first file that is missing or not as it was written, and why."""

@@ -49,7 +49,7 @@ ONLY_PROMPT: Mapping[Group, str] = {
     "others": "without the subject",
     "class": "of the subject's class",
 }
-"""What the single prompt of a group is called."""
+"""The name of the single prompt of a group."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Rehearsal:
     prior: OutputPrior | None = None
     """The preservation of the base's output, if the recipe asks for it."""
     _drawn: dict[int, Tally] = field(default_factory=dict, init=False, repr=False)
-    """What a sampling step takes, by the number of pictures."""
+    """The memory of a sampling step, by the number of pictures."""
 
     @classmethod
     def of(

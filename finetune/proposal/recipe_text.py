@@ -27,7 +27,7 @@ ORDER = ("name", "seed", "base", "data", "text", "prior", "stage_1", "stage_2")
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What the pictures do not say."""
+    """The facts that the pictures do not tell."""
 
     subject: str | None = None
     """The subject in plain words; ``None``: the captions say what is taught."""
@@ -36,7 +36,7 @@ class Answers:
     alive: bool = False
     """True if it is a living being."""
     memory_gb: float | None = None
-    """The GPU's memory; ``None``: there is none."""
+    """The GPU's memory; ``None``: there is no GPU."""
     base: str | None = None
     """A folder with ``stage_1`` and perhaps ``stage_2``; ``None``: the published models."""
     is_small: bool = False

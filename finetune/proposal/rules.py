@@ -36,7 +36,7 @@ LIVING = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is known of a run before it has a recipe."""
+    """The facts about a run before it has a recipe."""
 
     pictures: int
     captioned: bool

@@ -12,7 +12,7 @@ Drawing: TypeAlias = tuple[str, int]
 """The prompt and the seed of a picture."""
 
 Given: TypeAlias = Callable[[str], Any]
-"""Looks up the value at a dotted path in a recipe's tree; ``None``: there is none."""
+"""Looks up the value at a dotted path in a recipe's tree; ``None``: it is not there."""
 
 KINDS_WITHOUT_B = tuple(name for name, kind in KINDS.items() if not kind.has_b)
 """The kinds of adapter without the B matrices that LoRA+ needs."""

@@ -67,7 +67,7 @@ NOT_HERE: Mapping[str, str] = MappingProxyType(
         " out",
     }
 )
-"""What to do about settings of other trainers that a recipe does not have."""
+"""The advice on settings of other trainers that a recipe does not have."""
 
 SEVERAL = 3
 """The most keys that a sentence names."""

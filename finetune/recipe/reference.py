@@ -19,7 +19,7 @@ WORDS = {
     "null": ("null", "null"),
     "object": ("section", "sections"),
 }
-"""What a reader of YAML calls a type of JSON: one value, and several."""
+"""The names of JSON's types for readers of YAML: of one value, and of several."""
 
 BOUNDS = {
     "minItems": "at least {}",
@@ -44,7 +44,7 @@ class Key:
     default: str | None
     """Its default as YAML writes it on one line, or in words; ``None``: it must be given."""
     text: str
-    """What it means, in reStructuredText."""
+    """Its meaning, in reStructuredText."""
 
 
 @dataclass
@@ -54,10 +54,10 @@ class KeySection:
     title: str
     """The name of its class."""
     text: str
-    """What it is, in reStructuredText."""
+    """Its description, in reStructuredText."""
     keys: Sequence[Key]
     paths: list[str] = field(default_factory=list)
-    """Where it stands, dotted; empty for the recipe itself."""
+    """Its place, dotted; empty for the recipe itself."""
 
     @property
     def label(self) -> str:

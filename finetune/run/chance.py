@@ -1,4 +1,4 @@
-"""What is more than chance between two validations, whose pictures have the same seeds."""
+"""Changes beyond chance between two validations, whose pictures have the same seeds."""
 
 import math
 from statistics import NormalDist, fmean, stdev

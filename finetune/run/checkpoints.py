@@ -43,7 +43,7 @@ class DamagedError(UserError):
 
     def __init__(self, folder: Path, reason: str) -> None:
         self.reason = " ".join(reason.split())
-        """What is wrong with it, in a few words."""
+        """Its fault, in a few words."""
         super().__init__(
             f"The checkpoint {folder} is damaged ({self.reason}); delete that folder to continue"
             " from the checkpoint before it."
@@ -55,15 +55,15 @@ class Found:
     """The newest whole checkpoint of a stage."""
 
     folder: Path | None
-    """Its folder; ``None``: there is none."""
+    """Its folder; ``None``: no checkpoint is whole."""
     tree: dict[str, Any]
-    """What was saved; empty without a folder."""
+    """The tree that was saved; empty without a folder."""
     passed_over: dict[Path, str]
     """Newer ones that are damaged, each with the reason."""
 
     @property
     def message(self) -> str | None:
-        """What was passed over and why, in one line; ``None``: nothing was."""
+        """The line on what was passed over and why; ``None``: nothing was."""
         if not self.passed_over:
             return None
         names = listed([f"{each.name}: {why}" for each, why in self.passed_over.items()], 4)

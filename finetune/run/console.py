@@ -1,4 +1,4 @@
-"""What a run says before it begins: what it found, and where it goes."""
+"""The lines before a run begins: what it found, and where it goes."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What ends a run that nobody asked to end, in sentences."""
+"""The ends of runs that nobody asked to end, in sentences."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run trains on, by content, and what of it may differ for the run to continue."""
+"""The material of a run, by content, and what of it may differ for the run to continue."""
 
 import hashlib
 import json

@@ -17,7 +17,7 @@ from finetune.recipe.schema import Recipe
 PICTURES: Mapping[str, Callable[[Image.Image], Any]] = MappingProxyType(
     {"wandb": lambda picture: [picture], "swanlab": lambda picture: [picture], "aim": lambda p: p}
 )
-"""What ``log_images`` takes for a picture, by the trackers that have one for pictures."""
+"""The form in which ``log_images`` takes a picture, by the trackers that have one for pictures."""
 
 
 def check_trackers(names: Sequence[str]) -> None:

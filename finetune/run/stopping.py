@@ -41,7 +41,7 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """Variables that Accelerate's launcher and PyTorch's set for the processes that they start."""
 
 LAUNCHERS = (b"accelerate", b"torch")
-"""What the command line of one of these launchers contains."""
+"""A part of the command line of each of these launchers."""
 
 
 class StoppedError(BaseException):

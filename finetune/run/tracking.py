@@ -90,7 +90,7 @@ class Meter:
     ) -> None:
         self.num_train_timesteps, self.preserves_output = num_train_timesteps, preserves_output
         self.sums = torch.zeros(7 + 2 * self.QUARTERS, dtype=torch.float64, device=device)
-        """Of four losses, gradient norms, batches and steps; of each quarter's losses and rows."""
+        """Sums of four losses, of norms, batches and steps; of each quarter's losses and rows."""
         self.pictures = 0
         self.since = time.perf_counter()
 

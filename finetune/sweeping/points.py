@@ -37,7 +37,7 @@ class Point:
 
     @property
     def trial(self) -> Trial:
-        """What it has in common with a run of each other combination."""
+        """The part that it shares with a run of each other combination."""
         return tuple(self.across.values()), self.seed
 
     @property

@@ -8,6 +8,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.builders.killed_runs import Kills, measure, save_pictures, save_recipe
 from tests.builders.random_cascade import RandomCascade
@@ -46,6 +47,7 @@ class Child:
         os.kill(self.process.pid, number)
 
 
+@pytest.mark.timeout(900)  # about 130 s on an idle core, and more beside other tests
 def test_a_run_killed_thirty_times_is_the_one_that_was_not(
     random_cascade: RandomCascade, tmp_path: Path
 ) -> None:
