@@ -182,15 +182,17 @@ def train_stages(recipe: "Recipe", accelerator: "Accelerator", stop: Stop, *, fo
         clear_leftovers(folders.run)
         clear_leftovers(recipe.cache)
         write_text(folders.run / "recipe.yaml", recipe.to_yaml())
+    # while it lives, the threads of the steps' own operations sleep between them: more threads
+    # than cores have work, as OpenMP counts
     with ThreadPoolExecutor(1) as background:
         if accelerator.is_main_process:
             background.submit(print_plan, recipe, device)
         with accelerator.main_process_first():
             material = gather(recipe, pictures, accelerator)
-        for stage in pending:
-            size_px = recipe.source(stage).picture_size_px
-            score = likeness.against_photos(pictures, size_px) if likeness else None
-            train_stage(recipe, stage, material, accelerator, score, stop, force=force)
+    for stage in pending:
+        size_px = recipe.source(stage).picture_size_px
+        score = likeness.against_photos(pictures, size_px) if likeness else None
+        train_stage(recipe, stage, material, accelerator, score, stop, force=force)
 
 
 @contextmanager

@@ -197,15 +197,21 @@ def shrink(image: Image.Image, size_px: int) -> Image.Image:
 def prefetch(
     batches: Batches, indices: range, device: torch.device, ahead: int = 2
 ) -> Iterator[Batch]:
-    """Yield the batches at some indices, made and copied to the device in the background."""
-    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+    """Yield the batches at some indices; for a GPU, made and copied there in the background.
+
+    On a CPU each is made as it is asked for. The cores are busy with the steps, and a thread more
+    that computes is one more than there are cores, as OpenMP counts: the threads of the step then
+    sleep between its operations, and it takes half as long again.
+    """
+    if device.type != "cuda":
+        yield from (batches(index).to(device) for index in indices)
+        return
+    copying = torch.cuda.Stream(device)
 
     def make(index: int) -> Batch:
-        batch = batches(index)
-        if copying is None:
-            return batch.to(device)
+        batch = batches(index).pin_memory()
         with torch.cuda.stream(copying):
-            copied = batch.pin_memory().to(device)
+            copied = batch.to(device)
         copying.synchronize()  # this thread waits, so that the step does not have to
         return copied
 
@@ -215,6 +221,5 @@ def prefetch(
             if index + ahead in indices:
                 pending.append(pool.submit(make, index + ahead))
             batch = pending.pop(0).result()
-            if copying is not None:  # keep its memory until the step has read it
-                batch.record_stream(torch.cuda.current_stream(device))
+            batch.record_stream(torch.cuda.current_stream(device))  # kept until the step has read it
             yield batch

@@ -1,5 +1,6 @@
 """Memory of a run, estimated: against the real step, and as a person asks for it."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import IFPipeline
 
 from adapters.base.estimates import PROMPT_TOKENS, drawing_inputs, safety_checker_bytes
@@ -358,6 +360,25 @@ def test_a_run_that_is_out_of_memory_says_what_fits(
     assert "Main memory in training, GiB" in printed.out
     assert "Python and its libraries take" in printed.out
     assert "CUDA" not in printed.out
+
+
+def test_nothing_computes_beside_the_steps(
+    random_cascade: RandomCascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # with one more thread that has computed, OpenMP counts more threads than two cores: those of
+    # the steps sleep between operations, and a step takes twice the time
+    begun = {thread.ident for thread in threading.enumerate()}
+    beside: list[str] = []
+
+    def look(*_: object, **__: object) -> None:
+        beside.extend(each.name for each in threading.enumerate() if each.ident not in begun)
+
+    monkeypatch.setattr("finetune.run.stage_run.train_stage", look)
+    planned = tree(random_cascade, tmp_path) | {"prior": None, "validation": {}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(planned))
+    train.train(load_recipe(file), Accelerator(cpu=True))
+    assert [name for name in beside if "Pool" in name] == []
 
 
 def test_the_command_and_the_trainer_talk_of_the_same_memory(
