@@ -221,5 +221,5 @@ def prefetch(
             if index + ahead in indices:
                 pending.append(pool.submit(make, index + ahead))
             batch = pending.pop(0).result()
-            batch.record_stream(torch.cuda.current_stream(device))  # kept until the step has read it
+            batch.record_stream(torch.cuda.current_stream(device))  # the step may still read it
             yield batch
