@@ -1,8 +1,9 @@
 """Batches are functions of (seed, position in the run), and hold what their stage needs."""
 
 import math
+import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from finetune.data.batches import Batches, picture_at, prefetch
 from finetune.data.pictures import Picture
 from finetune.recipe.schema import Data, OutputPrior, PicturePrior, Timesteps
+from finetune.step.inputs import Batch
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,20 @@ def test_a_batch_is_a_function_of_its_index(batches: Batches) -> None:
     for index, batch in zip(range(4, 9), in_turn, strict=True):
         again = replace(batches)(index).tensors()
         assert all(torch.equal(tensor, again[name]) for name, tensor in batch.tensors().items())
+
+
+def test_on_a_cpu_no_other_thread_makes_batches(batches: Batches) -> None:
+    # it would compute beside the steps, whose own threads then sleep between their operations
+    makers = []
+
+    class Watched(Batches):
+        def __call__(self, index: int) -> Batch:
+            makers.append(threading.get_ident())
+            return super().__call__(index)
+
+    watched = Watched(**{each.name: getattr(batches, each.name) for each in fields(batches)})
+    assert len(list(prefetch(watched, range(5), CPU))) == 5
+    assert set(makers) == {threading.get_ident()}
 
 
 @pytest.mark.gpu
