@@ -136,9 +136,11 @@ def train(
     """
     import torch
 
+    from finetune.data.pictures import load_pictures
     from finetune.run.early_checks import check_recipe
     from finetune.run.folders import Folders, explain_ignored, list_unfinished
     from finetune.run.run_lock import hold_run
+    from finetune.run.stage_run import check_finished
 
     device = accelerator.device
     if device.type == "cpu":  # the launcher leaves each process a single thread
@@ -148,6 +150,9 @@ def train(
         for ignored in explain_ignored(recipe, stage) if stage not in pending else ():
             accelerator.print(f"warning: {ignored}")
     if not pending:
+        with accelerator.main_process_first():
+            pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
+        check_finished(recipe, pictures, device)
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return
     check_recipe(recipe, device)

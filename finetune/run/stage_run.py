@@ -28,7 +28,13 @@ from finetune.run.folders import (
     select_identity,
     select_judging,
 )
-from finetune.run.identity import check_continuing, identify_content
+from finetune.run.identity import (
+    COMPUTING,
+    PROCESSES,
+    check_content,
+    check_continuing,
+    identify_content,
+)
 from finetune.run.loop import run_steps
 from finetune.run.measures import Measures, Score, was_patient
 from finetune.run.other_trackers import OtherTrackers
@@ -183,6 +189,24 @@ def check_before(
             recipe, stage, pictures, None, accelerator.device, accelerator.num_processes
         )
         check_continuing(recipe, stage, found, content, force=force)
+
+
+def check_finished(recipe: Recipe, pictures: Sequence[Picture], device: torch.device) -> None:
+    """Check that finished stages were trained on what the recipe says now, if a checkpoint tells.
+
+    How a step was divided and in which precision it was computed may differ, as nothing is trained.
+
+    Raises:
+        UserError: as :func:`finetune.run.identity.check_content`.
+    """
+    for stage in recipe.trained:
+        settings = select_identity(recipe.model_dump(mode="json"), stage)
+        found = find_checkpoint(stage, settings, Folders(recipe.folder))
+        if found.folder:
+            saved = found.tree["recipe"]["content"]
+            now = identify_content(recipe, stage, pictures, None, device, saved[PROCESSES])
+            now |= {key: saved[key] for key in COMPUTING if key in saved}
+            check_content(now, saved, found.folder, recipe.folder, stage.name)
 
 
 def continue_training(recipe: Recipe, stage: Stage, found: Found, device: torch.device) -> Trainee:
