@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import parse_args as parse_torchrun
 
 import adapters
 from adapters import AdapterSpec, Sampling
@@ -145,6 +146,10 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert given.module
         assert Path(given.config_file).exists()
         run_module(given.training_script, given.training_script_args, monkeypatch)
+    elif words[0] == "torchrun":
+        launched = parse_torchrun(words[1:])
+        assert launched.module
+        run_module(launched.training_script, launched.training_script_args, monkeypatch)
     else:
         assert words[:2] == ["python", "-m"], line
         run_module(words[2], words[3:], monkeypatch)
