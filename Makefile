@@ -38,15 +38,15 @@ docs: setup
 
 # in an environment of its own, because what it needs is not pinned here
 audit: $(VENV)/audit/.installed
-	@$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --progress-spinner off \
+	@$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
 	    --requirement constraints.txt 2> $(VENV)/audit/errors; status=$$?; \
-	if grep -q "ConnectionError\|Could not connect\|ServiceError\|Max retries" $(VENV)/audit/errors; then \
+	if grep -q "onnect\|ServiceError\|could not be audited" $(VENV)/audit/errors; then \
 	    echo "Not audited: PyPI's advisories (https://pypi.org) cannot be reached from here."; \
 	else cat $(VENV)/audit/errors >&2; exit $$status; fi
 
 $(VENV)/audit/.installed:
 	@$(PYTHON) -m venv $(VENV)/audit
-	@$(VENV)/audit/bin/python -m pip install --quiet pip-audit
+	@$(VENV)/audit/bin/python -m pip install --quiet pip-audit==2.10.1
 	@touch $@
 
 format: setup
