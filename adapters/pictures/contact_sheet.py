@@ -1,5 +1,6 @@
 """Contact sheets: pictures in rows and columns, with captions."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -9,6 +10,9 @@ CELL_PX = 192
 """The side of the square that each picture is fitted into."""
 
 GAP_PX, TEXT_PX, LINE_PX, TITLE_PX = 8, 14, 18, 20
+
+LONGEST_CAPTION = 500
+"""The most letters of a caption that are shown."""
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -69,14 +73,21 @@ def _fit(picture: Image.Image, cell_px: int) -> Image.Image:
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:
-    """Break a text into lines no wider than ``width`` pixels."""
+    """Break a text into lines no wider than ``width`` pixels, within words where it must be."""
+    if len(text) > LONGEST_CAPTION:
+        text = f"{text[:LONGEST_CAPTION]}…"
     lines = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _width(longer, font) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+        line = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _width(line, font) > width:
+            lines.append("")
+            line = word
+        while len(line) > 1 and _width(line, font) > width:
+            widths = [_width(line[:count], font) for count in range(2, len(line))]
+            fitting = 1 + bisect_right(widths, width)
+            lines[-1:] = [line[:fitting], ""]
+            line = line[fitting:]
+        lines[-1] = line
     return lines
 
 

@@ -45,6 +45,25 @@ def read_picture(path: str | Path) -> Image.Image:
         return to_rgb(image)
 
 
+def to_mask(image: Image.Image) -> Image.Image:
+    """Convert a mask to 8-bit RGB, upright by its EXIF tag, with transparent areas black.
+
+    What is painted white on transparency is then drawn again, and the rest stays.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image)
+    return to_rgb(image)
+
+
+def read_mask(path: str | Path) -> Image.Image:
+    """Read a mask file as :func:`to_mask` does; a UserError if it cannot be read."""
+    with open_picture(path) as image:
+        return to_mask(image)
+
+
 def as_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     """Convert N RGB pictures of one size to pixels [N, 3, height, width] in [-1, 1]."""
     levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
