@@ -20,6 +20,8 @@ from tests.builders.commands import refusal
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import recipe_of
 
+pytestmark = pytest.mark.usefixtures("no_plan")
+
 STEPS = 2
 
 
