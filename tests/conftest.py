@@ -74,6 +74,14 @@ def random_cascade(tmp_path_factory: pytest.TempPathFactory) -> RandomCascade:
 
 
 @pytest.fixture(scope="session")
+def wide_cascade(tmp_path_factory: pytest.TempPathFactory) -> RandomCascade:
+    """The random cascade with twice the channels, for estimates of what little else is held."""
+    return save_random_cascade(tmp_path_factory.mktemp("wide_cascade"), width=32)
+
+
+@pytest.fixture(scope="session")
 def guarded_cascade(tmp_path_factory: pytest.TempPathFactory) -> RandomCascade:
     """A random cascade with a safety checker and a watermarker."""
-    return save_random_cascade(tmp_path_factory.mktemp("guarded_cascade"), guarded=True, seed=1)
+    return save_random_cascade(
+        tmp_path_factory.mktemp("guarded_cascade"), guarded=True, seed=1, width=32
+    )

@@ -127,7 +127,7 @@ def test_shards_and_their_index_are_those_that_diffusers_writes(
     variant: str,
     dtype: torch.dtype,
 ) -> None:
-    size, ours = "200KB", tmp_path / "merged"
+    size, ours = "100KB", tmp_path / "merged"
     merge(exported, "--stage", 1, "--variant", variant, "--max-shard-size", size, "--out", ours)
     weights = merged_in_memory(random_cascade, 1, (exported, 1.0))
     unet = UNet2DConditionModel.from_pretrained(random_cascade.stage_1, subfolder="unet")

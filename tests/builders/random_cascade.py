@@ -40,11 +40,9 @@ SCHEDULER = {
 }
 UNET = {
     "layers_per_block": 1,
-    "block_out_channels": (32, 64),
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "cross_attention_dim": 64,
     "cross_attention_norm": "group_norm",
     "encoder_hid_dim": TEXT_WIDTH,
     "encoder_hid_dim_type": "text_proj",
@@ -79,7 +77,9 @@ class RandomCascade:
         return (self.stage_1, self.stage_2, self.stage_3)[number - 1]
 
 
-def save_random_cascade(folder: Path, *, guarded: bool = False, seed: int = 0) -> RandomCascade:
+def save_random_cascade(
+    folder: Path, *, guarded: bool = False, seed: int = 0, width: int = 16
+) -> RandomCascade:
     """Save a random cascade: 16 px, 64 px and the x4 upscaler.
 
     Args:
@@ -87,6 +87,7 @@ def save_random_cascade(folder: Path, *, guarded: bool = False, seed: int = 0) -
         guarded: with IF's safety checker (random too) and its watermarker. Stage I then has 32 px,
             since the watermark would be less than a pixel wide on 16.
         seed: the seed of all weights; the global generator is left as it was.
+        width: the UNets' channels at full size; twice as many are below.
     """
     cascade = RandomCascade(folder / "stage_1", folder / "stage_2", folder / "stage_3")
     with torch.random.fork_rng(devices=[]):
@@ -95,13 +96,13 @@ def save_random_cascade(folder: Path, *, guarded: bool = False, seed: int = 0) -
         IFPipeline(
             **shared,
             **_guards(guarded),
-            unet=unet(sample_size=32 if guarded else 16),
+            unet=unet(sample_size=32 if guarded else 16, width=width),
             scheduler=scheduler(sample_max_value=1.5),
         ).save_pretrained(cascade.stage_1)
         IFSuperResolutionPipeline(
             **shared,
             **_guards(guarded),
-            unet=unet(sample_size=64, super_resolution=True),
+            unet=unet(sample_size=64, super_resolution=True, width=width),
             scheduler=scheduler(sample_max_value=1.0),
             image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
         ).save_pretrained(cascade.stage_2)
@@ -115,10 +116,15 @@ def scheduler(sample_max_value: float) -> DDPMScheduler:
     return DDPMScheduler.from_config(SCHEDULER | own)
 
 
-def unet(sample_size: int, super_resolution: bool = False) -> UNet2DConditionModel:
+def unet(sample_size: int, super_resolution: bool = False, width: int = 16) -> UNet2DConditionModel:
     """A UNet with IF's block types; weights from the global generator."""
     extra = SUPER_RESOLUTION if super_resolution else {}
-    channels = {"in_channels": 6 if super_resolution else 3, "out_channels": 6}
+    channels = {
+        "in_channels": 6 if super_resolution else 3,
+        "out_channels": 6,
+        "block_out_channels": (width, 2 * width),
+        "cross_attention_dim": 2 * width,
+    }
     return UNet2DConditionModel(sample_size=sample_size, **channels, **UNET, **extra).eval()
 
 

@@ -50,6 +50,7 @@ def run_notebook(name: str, folder: Path) -> nbformat.NotebookNode:
         resources={"metadata": {"path": str(folder)}},
     )
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["OMP_WAIT_POLICY"] = "passive"  # other tests need the cores that it waits on
     try:
         client.execute(env=os.environ | environment)
     finally:  # the client ends only a kernel that it has made itself

@@ -37,6 +37,11 @@ from unets.tally import GIB, Tally, reserved
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(scope="module")
+def random_cascade(wide_cascade: RandomCascade) -> RandomCascade:
+    return wide_cascade
+
+
 @pytest.fixture(autouse=True)
 def no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU's libraries keep is far more than all of these tiny models."""

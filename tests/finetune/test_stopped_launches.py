@@ -31,7 +31,8 @@ def launched(recipe: Path, processes: int) -> Iterator[subprocess.Popen[str]]:
         text=True,
         start_new_session=True,
         preexec_fn=heed_interrupts,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"},
     )
     try:
         yield process

@@ -29,6 +29,11 @@ from unets.loading import blank_unet
 from unets.tally import DRIVER_BYTES, GIB, Tally, forward_bytes, total_bytes
 
 
+@pytest.fixture(scope="module")
+def random_cascade(wide_cascade: RandomCascade) -> RandomCascade:
+    return wide_cascade
+
+
 @pytest.fixture(autouse=True)
 def no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU's libraries keep is far more than all of these tiny models."""

@@ -43,9 +43,9 @@ def bytes_held(*arguments: object) -> int:
 def large_base(random_cascade: RandomCascade, folder: Path) -> dict[str, Tensor]:
     """A model of a few hundred megabytes, deep rather than wide; returns its UNet's shapes."""
     shutil.copytree(random_cascade.stage_1, folder, ignore=lambda *_: ["unet"])
-    config = {**UNET, "block_out_channels": (192, 384), "layers_per_block": 6}
+    sizes = {"block_out_channels": (192, 384), "cross_attention_dim": 64, "layers_per_block": 6}
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=16, in_channels=3, out_channels=6, **config)
+        unet = UNet2DConditionModel(sample_size=16, in_channels=3, out_channels=6, **UNET | sizes)
     unet.save_config(folder / "unet")
     shapes: dict[str, Tensor] = unet.state_dict()
     weights = {name: torch.full(shape.shape, 0.01) for name, shape in shapes.items()}
