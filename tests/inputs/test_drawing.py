@@ -193,7 +193,10 @@ REFUSED: dict[str, tuple[str, Sequence[str]]] = {
     "a record that is a list": ("--like list.png", ["list.png", "damaged"]),
     "a record of Stage 99": ("--like stage.png", ["stage.png", "stage must be at most 3 (got 99)"]),
     "a record of a negative seed": ("--like seed.png", ["seed must be at least 0 (got -1)"]),
-    "a record of a scale of 1e30": ("--like scale.png", ["adapters.dog.scales", "must be at most 1"]),
+    "a record of a scale of 1e30": (
+        "--like scale.png",
+        ["adapters.dog.scales", "must be at most 1"],
+    ),
     "a record of guidance of 1e30": ("--like guidance.png", ["guidance must be at most 1000"]),
     "a record of no steps": ("--like steps.png", ["stage_1.steps must be at least 1 (got 0)"]),
     "a record with more": ("--like unknown.png", ["unknown.png", "run", "damaged"]),
