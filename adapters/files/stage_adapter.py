@@ -154,14 +154,15 @@ class StageAdapter:
 
     def check_base(self, base: BaseSignature, name: str) -> None:
         """Raise a UserError if it was trained on another base; warn if it does not say which."""
-        if self.info is None or self.info.base_signature is None:
+        signature = None if self.info is None else self.info.base_signature
+        if self.info is None or signature is None or not signature.values:
             logger.warning(
                 "%s does not say which base it was trained on; it fits %s by names and shapes.",
                 self.folder,
                 name,
             )
             return
-        difference = self.info.base_signature.difference(base)
+        difference = signature.difference(base)
         if difference is not None:
             raise UserError(
                 f"The adapter {self.folder} was trained on Stage {self.info.stage} of"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from adapters import Cascade, Parts, Sampling, StageSampling, UserError, load_cascade
 from adapters.cascade.provenance import PictureInfo
 from adapters.cascade.redraw import Redraw
-from adapters.errors import print_once
+from adapters.errors import print_once, quiet_libraries
 from adapters.generate import main as generate
 from adapters.texts import check_captions
 from adapters.weights.kinds import AdapterSpec
@@ -32,6 +32,12 @@ def dog(random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory)
     folder, spec = tmp_path_factory.mktemp("dog"), AdapterSpec(rank=2)
     export(trained_unet(random_cascade.stage_1, spec), folder, random_cascade.stage_1, 1, spec)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """The libraries are imported, which takes longer than any refusal."""
+    quiet_libraries()
 
 
 @pytest.fixture
@@ -193,7 +199,10 @@ REFUSED: dict[str, tuple[str, Sequence[str]]] = {
     "a record that is a list": ("--like list.png", ["list.png", "damaged"]),
     "a record of Stage 99": ("--like stage.png", ["stage.png", "stage must be at most 3 (got 99)"]),
     "a record of a negative seed": ("--like seed.png", ["seed must be at least 0 (got -1)"]),
-    "a record of a scale of 1e30": ("--like scale.png", ["adapters.dog.scales", "must be at most 1"]),
+    "a record of a scale of 1e30": (
+        "--like scale.png",
+        ["adapters.dog.scales", "must be at most 1"],
+    ),
     "a record of guidance of 1e30": ("--like guidance.png", ["guidance must be at most 1000"]),
     "a record of no steps": ("--like steps.png", ["stage_1.steps must be at least 1 (got 0)"]),
     "a record with more": ("--like unknown.png", ["unknown.png", "run", "damaged"]),
