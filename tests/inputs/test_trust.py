@@ -20,7 +20,7 @@ from tests.builders import ROOT
 from tests.builders.adapters import export, trained_unet
 from tests.builders.random_cascade import RandomCascade
 
-PACKAGES = ("adapters", "finetune", "unets", "models", "benchmarks")
+PACKAGES = ("adapters", "finetune", "unets", "models")
 
 FORBIDDEN = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load_all"),
