@@ -144,10 +144,10 @@ class StageAdapter:
             if self.modules.keys() & present.keys():
                 with explain_peft_errors(self.folder):
                     inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
-                # by default PEFT asks the hub about the base's vocabulary
-                needed = get_peft_model_state_dict(
-                    unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
-                )
+                    # by default PEFT asks the hub about the base's vocabulary
+                    needed = get_peft_model_state_dict(
+                        unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+                    )
         names = dict.fromkeys([*self.state, *needed])
         both = self.state.keys() & needed.keys()
         return [n for n in names if n not in both or self.state[n].shape != needed[n].shape]
