@@ -66,7 +66,7 @@ def check_out(path: Path, kind: Literal["file", "folder", "new folder"]) -> None
             if not kind.endswith(found):
                 raise UserError(f"{path} must be a {kind}, but is a {found}; name another.")
         places = [path] * (kind == "folder") + [*path.absolute().parents]
-        there = next(place for place in places if place.exists())
+        there = next(place for place in places if place.exists() or place.is_symlink())
         # only a trial write shows every obstacle: permissions, quotas, read-only mounts
         with temporary_folder(there):
             pass

@@ -59,8 +59,8 @@ class BaseSignature(BaseModel):
         for key in self.config.keys() & other.config.keys():
             if self.config[key] != other.config[key]:
                 return f"{key} is {other.config[key]}, not {self.config[key]}"
-        if self.values.keys() != other.values.keys():
-            return f"the signature is of {listed(self.values)}, not of {listed(other.values)}"
+        if unknown := self.values.keys() - other.values.keys():
+            return f"the signature is of {listed(sorted(unknown))}, not of {listed(other.values)}"
         relative, absolute = HALF_PRECISION
         for name, values in self.values.items():
             others = other.values[name]

@@ -144,24 +144,25 @@ class StageAdapter:
             if self.modules.keys() & present.keys():
                 with explain_peft_errors(self.folder):
                     inject_adapter_in_model(self.config, unet, ADAPTER_NAME)
-                # by default PEFT asks the hub about the base's vocabulary
-                needed = get_peft_model_state_dict(
-                    unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
-                )
+                    # by default PEFT asks the hub about the base's vocabulary
+                    needed = get_peft_model_state_dict(
+                        unet, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+                    )
         names = dict.fromkeys([*self.state, *needed])
         both = self.state.keys() & needed.keys()
         return [n for n in names if n not in both or self.state[n].shape != needed[n].shape]
 
     def check_base(self, base: BaseSignature, name: str) -> None:
         """Raise a UserError if it was trained on another base; warn if it does not say which."""
-        if self.info is None or self.info.base_signature is None:
+        signature = None if self.info is None else self.info.base_signature
+        if self.info is None or signature is None or not signature.values:
             logger.warning(
                 "%s does not say which base it was trained on; it fits %s by names and shapes.",
                 self.folder,
                 name,
             )
             return
-        difference = self.info.base_signature.difference(base)
+        difference = signature.difference(base)
         if difference is not None:
             raise UserError(
                 f"The adapter {self.folder} was trained on Stage {self.info.stage} of"

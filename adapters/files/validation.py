@@ -1,5 +1,6 @@
 """Checks that an adapter's tensors and settings are usable and complete."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +34,10 @@ ALPHAS = {
 
 @contextmanager
 def explain_peft_errors(place: Path) -> Iterator[None]:
-    """Turn PEFT's errors over an adapter's settings into a UserError."""
+    """Turn PEFT's errors over an adapter's settings into a UserError, without its warnings."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except PEFT_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from adapters import Cascade, Parts, Sampling, StageSampling, UserError, load_cascade
 from adapters.cascade.provenance import PictureInfo
 from adapters.cascade.redraw import Redraw
-from adapters.errors import print_once
+from adapters.errors import print_once, quiet_libraries
 from adapters.generate import main as generate
 from adapters.texts import check_captions
 from adapters.weights.kinds import AdapterSpec
@@ -32,6 +32,12 @@ def dog(random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory)
     folder, spec = tmp_path_factory.mktemp("dog"), AdapterSpec(rank=2)
     export(trained_unet(random_cascade.stage_1, spec), folder, random_cascade.stage_1, 1, spec)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """The libraries are imported, which takes longer than any refusal."""
+    quiet_libraries()
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_given_low_res_pictures_skip_stage_1(
 def test_what_is_missing_is_said(random_cascade: RandomCascade) -> None:
     without_text = load_cascade(None, random_cascade.stage_2, parts=Parts(text_encoder=False))
     with pytest.raises(UserError, match="load it with its text encoder"):
-        without_text("a cat")
+        without_text("a cat", low_res=torch.zeros(1, 3, 16, 16))
     embeds = {"a cat": torch.ones(7, 32), "": torch.zeros(7, 32)}
     with pytest.raises(UserError, match="Stage I was not loaded"):
         without_text("a cat", embeds=embeds)
