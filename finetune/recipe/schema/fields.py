@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from adapters.arguments import expand_home
+from adapters.errors import UserError
 from adapters.texts import find_flaw
 from unets.precision import Precision, automatic_precision
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:  # so that mistakes are reported without this slow import
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, strict about names and types, and without empty texts."""
+    """A part of a recipe: frozen, strict about names and types, without empty or endless texts."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -28,9 +30,25 @@ class Section(BaseModel):
     def _check_texts(cls, value: Any) -> Any:
         several = isinstance(value, tuple)
         for place, text in enumerate(value if several else (value,), start=1):
-            if isinstance(text, str) and (flaw := find_flaw(text)):
+            if isinstance(text, str) and (flaw := _find_flaw(text)):
                 raise ValueError(f"text {place} {flaw}" if several else flaw)
         return value
+
+
+def _find_flaw(text: str) -> str | None:
+    """Say what is wrong with a text; ``None``: nothing."""
+    if len(text) > LONGEST_TEXT:
+        return f"has {len(text):,} letters; write at most {LONGEST_TEXT:,}"
+    return find_flaw(text)
+
+
+def _check_home(path: str) -> str:
+    """Raise a ValueError if a path begins with the home folder of someone who is not a user."""
+    try:
+        expand_home(path)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return path
 
 
 def _check_ascending(levels: tuple[int, int]) -> tuple[int, int]:
@@ -39,8 +57,24 @@ def _check_ascending(levels: tuple[int, int]) -> tuple[int, int]:
     return levels
 
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+MOST = 10**9
+"""The most of whatever is counted, unless a field says less: nothing takes longer to count."""
+
+LARGEST = 1e30
+"""The largest factor, far within float32."""
+
+LONGEST_TEXT = 10_000
+"""The most letters of a text: T5 reads 77 tokens of a prompt, and no path is as long."""
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""The form of the names of runs and sweeps, which are those of their folders."""
+
+LONGEST_NAME = 100
+"""The most letters of such a name: file systems take 255, with what is put behind it."""
+
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+NonNegative = Annotated[int, Field(ge=0, le=MOST)]
+PositiveFactor = Annotated[float, Field(gt=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -48,6 +82,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Levels = Annotated[
     tuple[NonNegative, NonNegative], Field(strict=False), AfterValidator(_check_ascending)
 ]
+PathText = Annotated[str, AfterValidator(_check_home)]
+"""A path or hub name, as it was written; its ``~`` is expanded where it is used."""
+
 ChosenPrecision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 
 
