@@ -33,17 +33,20 @@ STAGES = (1, 2)
 """The stages that can have adapters."""
 
 
-def expand_home(path: str | Path) -> Path:
-    """Expand the ``~`` that a path may begin with.
+def expand_home(path: str | Path) -> str:
+    """Expand the ``~`` that a path or a model's name may begin with; others stay as they are.
 
     Raises:
         UserError: if it is of someone who is not a user of this machine.
     """
+    text = str(path)
+    if not text.startswith("~"):  # a path would drop the ./ that tells a folder from a hub name
+        return text
     try:
-        return Path(path).expanduser()
+        return str(Path(text).expanduser())
     except (RuntimeError, ValueError):
         raise UserError(
-            f"{quote(str(path))} names no user's home folder; correct the name after the ~."
+            f"{quote(text)} names no user's home folder; correct the name after the ~."
         ) from None
 
 

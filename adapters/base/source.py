@@ -59,7 +59,7 @@ class Source:
     variant: str | None = None
 
     def __post_init__(self) -> None:
-        name, own = split_revision(str(expand_home(self.name)))
+        name, own = split_revision(expand_home(self.name))
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "revision", own or self.revision)
 
@@ -270,7 +270,7 @@ def sources_of(
         UserError: as :func:`source_of`, and if two models are of one stage.
     """
     sources: dict[int, Source] = {}
-    for name in map(str, map(expand_home, names)):
+    for name in map(expand_home, names):
         folders = [Path(name) / folder for folder in STAGE_FOLDERS]
         for place in [str(folder) for folder in folders if folder.is_dir()] or [name]:
             source = source_of(place, revision, variant)

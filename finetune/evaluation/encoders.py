@@ -200,7 +200,7 @@ def _load_weights(load: Callable[..., Any], model: Any, **options: Any) -> Any:
 
 def _load(field: str, kind: str, name: str, load: Callable[..., Any]) -> Any:
     """Load a part of a model; its failures are sentences about the recipe's field."""
-    place, revision = split_revision(str(expand_home(name)))
+    place, revision = split_revision(expand_home(name))
     try:
         _check_place(place)
         with _silence():
