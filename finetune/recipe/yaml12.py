@@ -144,7 +144,8 @@ class Loader(yaml.SafeLoader):
 
 
 def _mistake(problem: str, place: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+    mark: Any = place.start_mark  # PyYAML's own, where its types also know libyaml's
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 class Dumper(yaml.SafeDumper):
@@ -163,9 +164,12 @@ for name, pattern in PATTERNS.items():
         Loader=Loader,
         Dumper=Dumper,
     )
-Loader.yaml_constructors = {
+CONSTRUCTORS: dict[Any, Any] = {
     tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in TYPES
-} | {
+}
+"""The functions that make values, by tag; ``None``: of all other types."""
+
+Loader.yaml_constructors = CONSTRUCTORS | {
     CORE + "int": Loader.construct_int,
     CORE + "float": Loader.construct_float,
     CORE + "bool": Loader.construct_bool,
