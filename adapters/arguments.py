@@ -33,21 +33,27 @@ STAGES = (1, 2)
 """The stages that can have adapters."""
 
 
-def expand_home(path: str | Path) -> str:
-    """Expand the ``~`` that a path or a model's name may begin with; others stay as they are.
+def expand_home(path: str | Path) -> Path:
+    """Expand the ``~`` that a path may begin with.
 
     Raises:
         UserError: if it is of someone who is not a user of this machine.
     """
-    text = str(path)
-    if not text.startswith("~"):  # a path would drop the ./ that tells a folder from a hub name
-        return text
     try:
-        return str(Path(text).expanduser())
+        return Path(path).expanduser()
     except (RuntimeError, ValueError):
         raise UserError(
-            f"{quote(text)} names no user's home folder; correct the name after the ~."
+            f"{quote(str(path))} names no user's home folder; correct the name after the ~."
         ) from None
+
+
+def expand_name(name: str) -> str:
+    """Expand the ``~`` of a model's name; a path would drop the ``./`` that none on the hub has.
+
+    Raises:
+        UserError: as :func:`expand_home`.
+    """
+    return str(expand_home(name)) if name.startswith("~") else name
 
 
 def read_scales(scales: Scales) -> Mapping[str, Scale]:

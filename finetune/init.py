@@ -63,9 +63,9 @@ def expand_paths(options: argparse.Namespace) -> None:
     """Expand the ``~`` of paths, which a shell leaves in ``--base=~/models``."""
     from adapters.arguments import expand_home
 
-    options.folder = Path(expand_home(options.folder))
-    options.base = options.base and expand_home(options.base)
-    options.out = options.out and Path(expand_home(options.out))
+    options.folder = expand_home(options.folder)
+    options.base = options.base and str(expand_home(options.base))
+    options.out = options.out and expand_home(options.out)
 
 
 def ask_for_missing(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.arguments import expand_home
+from adapters.arguments import expand_name
 from adapters.base.component_files import ModelFiles
 from adapters.base.configurations import CONFIG
 from adapters.base.hub import STAGE_FOLDERS, split_revision
@@ -59,7 +59,7 @@ class Source:
     variant: str | None = None
 
     def __post_init__(self) -> None:
-        name, own = split_revision(expand_home(self.name))
+        name, own = split_revision(expand_name(self.name))
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "revision", own or self.revision)
 
@@ -270,7 +270,7 @@ def sources_of(
         UserError: as :func:`source_of`, and if two models are of one stage.
     """
     sources: dict[int, Source] = {}
-    for name in map(expand_home, names):
+    for name in map(expand_name, names):
         folders = [Path(name) / folder for folder in STAGE_FOLDERS]
         for place in [str(folder) for folder in folders if folder.is_dir()] or [name]:
             source = source_of(place, revision, variant)

@@ -38,7 +38,7 @@ class StoredUNet:
         cls, name: str, revision: str | None = None, variant: str | None = None
     ) -> "StoredUNet":
         """Find the UNet of a stage's folder or hub name, or in a folder of its own."""
-        folder = Path(expand_home(name)).resolve()
+        folder = expand_home(name).resolve()
         if (folder / CONFIG).is_file():
             return cls(name, ModelFiles(str(folder.parent), None, variant), folder.name)
         return cls.of(source_of(name, revision, variant))

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
-from adapters.arguments import expand_home
+from adapters.arguments import expand_name
 from adapters.base.hub import split_revision
 from adapters.errors import UserError, listed
 from adapters.progress import Bar
@@ -200,7 +200,7 @@ def _load_weights(load: Callable[..., Any], model: Any, **options: Any) -> Any:
 
 def _load(field: str, kind: str, name: str, load: Callable[..., Any]) -> Any:
     """Load a part of a model; its failures are sentences about the recipe's field."""
-    place, revision = split_revision(expand_home(name))
+    place, revision = split_revision(expand_name(name))
     try:
         _check_place(place)
         with _silence():

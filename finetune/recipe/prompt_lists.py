@@ -61,7 +61,7 @@ def read_prompts(name: str) -> tuple[str, ...]:
         ValueError: if there is no such list, or the file cannot be read or has no prompts.
     """
     try:
-        file = Path(expand_home(name)) if name.endswith(".txt") else LISTS.get(name)
+        file = expand_home(name) if name.endswith(".txt") else LISTS.get(name)
     except UserError as error:
         raise ValueError(str(error)) from None
     if file is None:

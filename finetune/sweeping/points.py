@@ -75,7 +75,7 @@ def plan_points(sweep: Sweep) -> tuple[Path, list[Point]]:
     given = load_recipe(sweep.recipe, sweep.overrides)
     check_scores(given)
     name = sweep.name or f"{given.name}-sweep"
-    folder = Path(expand_home(given.runs_dir)) / name
+    folder = expand_home(given.runs_dir) / name
     if sweep.random is None:
         combinations = expand_grid(sweep.listed_axes)
     else:

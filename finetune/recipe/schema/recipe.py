@@ -196,12 +196,12 @@ class Recipe(Section):
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(expand_home(self.runs_dir)) / self.name
+        return expand_home(self.runs_dir) / self.name
 
     @property
     def cache(self) -> Path:
         """``cache_dir`` as a path."""
-        return Path(expand_home(self.cache_dir))
+        return expand_home(self.cache_dir)
 
     def to_yaml(self, *, shorten: bool = False) -> str:
         """Write the resolved recipe, defaults included; loading it gives the same recipe.
