@@ -48,7 +48,7 @@ def expand_home(path: str | Path) -> Path:
 
 
 def expand_name(name: str) -> str:
-    """Expand the ``~`` of a model's name; a path would drop the ``./`` that none on the hub has.
+    """Expand the ``~`` of a model's name; a path would drop the ``./`` that a folder begins with.
 
     Raises:
         UserError: as :func:`expand_home`.
