@@ -13,6 +13,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from adapters.base.source import Source
+from finetune.run.early_checks import check_base
+from finetune.step.stages import STAGES
 from finetune.train import main
 from tests.builders.inputs import Refused, check_refused
 from tests.builders.published_layouts import rewrite
@@ -361,7 +363,7 @@ def test_an_odd_base_is_right(
     shutil.copytree(random_cascade.stage_1, tmp_path / "stage_1")
     change(tmp_path)
     source = Source(str(tmp_path / "stage_1"), 1)
-    source.check_parts()
+    check_base(STAGES[1], source, text_width=32)
     source.check_text_parts()
     assert len(source.unet("fp32", CPU).state_dict()) > 100
     assert source.scheduler("scheduler").config.num_train_timesteps == 1000

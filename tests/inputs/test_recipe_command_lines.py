@@ -56,7 +56,7 @@ def seconds_of_processes() -> float:
         (
             SMALL,
             ["train", "FILE"],
-            {"ACCELERATE_MIXED_PRECISION": "fp99"},
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "many"},
             "Accelerate cannot set up this process (",
         ),
         (
