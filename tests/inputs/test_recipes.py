@@ -222,7 +222,7 @@ FIELDS = (
     field("data.prompt", '" "', "has no visible character (found SPACE)"),
     field("data.prompt", r'"a\0b"', r"has a NUL character (in 'a\x00b')"),
     field("data.prompt", r'"a \ud800"', "has a byte that is not UTF-8"),
-    field("data.prompt", LONG, "has 120,000 letters; write at most 10,000"),
+    field("data.prompt", LONG, "has 120,000 letters, more than 10,000; shorten it"),
     field("data.prompt", 12, "must be a text (got 12)"),
     field("data.prompt", '"a {} dog"', "{} is evaluation.identifier: give that, or write it out"),
     field("data.source", f"{NOBODY}/dog", NOBODY, "names no user's home folder; correct"),

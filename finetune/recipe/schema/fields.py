@@ -30,16 +30,9 @@ class Section(BaseModel):
     def _check_texts(cls, value: Any) -> Any:
         several = isinstance(value, tuple)
         for place, text in enumerate(value if several else (value,), start=1):
-            if isinstance(text, str) and (flaw := _find_flaw(text)):
+            if isinstance(text, str) and (flaw := find_flaw(text)):
                 raise ValueError(f"text {place} {flaw}" if several else flaw)
         return value
-
-
-def _find_flaw(text: str) -> str | None:
-    """Say what is wrong with a text; ``None``: nothing."""
-    if len(text) > LONGEST_TEXT:
-        return f"has {len(text):,} letters; write at most {LONGEST_TEXT:,}"
-    return find_flaw(text)
 
 
 def _check_home(path: str) -> str:
@@ -62,9 +55,6 @@ MOST = 10**9
 
 LARGEST = 1e30
 """The largest factor, far within float32."""
-
-LONGEST_TEXT = 10_000
-"""The most letters of a text: T5 reads 77 tokens of a prompt, and no path is as long."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """The form of the names of runs and sweeps, which are those of their folders."""
