@@ -47,6 +47,15 @@ def expand_home(path: str | Path) -> Path:
         ) from None
 
 
+def expand_name(name: str) -> str:
+    """Expand the ``~`` of a model's name; a path would drop the ``./`` that a folder begins with.
+
+    Raises:
+        UserError: as :func:`expand_home`.
+    """
+    return str(expand_home(name)) if name.startswith("~") else name
+
+
 def read_scales(scales: Scales) -> Mapping[str, Scale]:
     """Read the scale of each named adapter."""
     if isinstance(scales, Mapping):

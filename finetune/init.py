@@ -4,19 +4,23 @@ python -m finetune.init FOLDER --subject dog
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.command import CommandParser
-from adapters.errors import UserError, command_line, quiet_libraries
+from adapters.errors import UserError, command_line, quiet_libraries, quote
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
 
 KINDS = ("living", "object")
 """The kinds of subjects, which differ in the prompts that suit them."""
+
+LONGEST_WORDS = 200
+"""The most letters of a subject's name."""
 
 LAUNCH = "accelerate launch --quiet --config_file accelerate_config.yaml -m finetune.train"
 """The command that trains, without its recipe."""
@@ -48,10 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, metavar="FILE", help="the recipe to write (default: NAME.yaml)")
     options = parser.parse_args(arguments)
     with command_line():
+        expand_paths(options)
         ask_for_missing(options)
         check_options(options)
         quiet_libraries()
         sys.stdout.write(write_recipe(options))
+
+
+def expand_paths(options: argparse.Namespace) -> None:
+    """Expand the ``~`` of paths, which a shell leaves in ``--base=~/models``."""
+    from adapters.arguments import expand_home
+
+    options.folder = expand_home(options.folder)
+    options.base = options.base and str(expand_home(options.base))
+    options.out = options.out and expand_home(options.out)
 
 
 def ask_for_missing(options: argparse.Namespace) -> None:
@@ -86,6 +100,7 @@ def ask(question: str) -> str:
 def check_options(options: argparse.Namespace) -> None:
     """Raise a UserError for each mistake that can be seen before the pictures are read."""
     from adapters.texts import find_flaw
+    from finetune.recipe.schema.fields import LONGEST_NAME, NAME
 
     if not options.folder.is_dir():
         raise UserError(f"{options.folder} is not a folder: name the one with your pictures in it.")
@@ -93,6 +108,18 @@ def check_options(options: argparse.Namespace) -> None:
         text = vars(options)[name]
         if text is not None and (flaw := find_flaw(text)):
             raise UserError(f"--{name} {flaw}.")
+        if text is not None and len(text) > LONGEST_WORDS:
+            raise UserError(
+                f"--{name} must be a few words, of {LONGEST_WORDS} letters at most (got"
+                f" {quote(text)})."
+            )
+    if (name := options.name) is not None and not (
+        re.fullmatch(NAME, name) and len(name) <= LONGEST_NAME
+    ):
+        raise UserError(
+            f"--name must be at most {LONGEST_NAME} letters, digits, '.', '_' and '-', and begin"
+            f" with a letter or digit (got {quote(name)})."
+        )
     if options.base is not None and not (Path(options.base) / "stage_1").is_dir():
         raise UserError(
             f"--base {options.base} must be a folder with stage_1 in it, such as models/if-tiny;"

@@ -4,6 +4,7 @@ python -m finetune.plan RECIPE [key=value …] [--vram 8GB]
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -60,8 +61,8 @@ def describe_memory(recipe: "Recipe", options: argparse.Namespace) -> str:
         )
     device = torch.device("cpu") if on_cpu else GPU
     rate = find_rate(recipe.cache) if options.rate is None else 1e12 * options.rate
-    if rate is not None and not rate > 0:
-        raise UserError(f"--rate must be above 0, in TFLOP/s (got {options.rate:g}).")
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"--rate must be a number above 0, in TFLOP/s (got {options.rate:g}).")
     if on_cpu:  # the measure of time is a GPU's
         rate = None
     if vram is None:

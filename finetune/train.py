@@ -15,8 +15,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError, command_line, quiet_libraries
+from adapters.errors import UserError, command_line, first_line, quiet_libraries
 from finetune.command import run_command
+from finetune.run.environment import check_environment
 from finetune.run.launcher import check_launcher
 from finetune.run.output import lasting_output
 from finetune.run.stopping import Stop, StoppedError, heed_signals, wait_for_launcher
@@ -67,6 +68,7 @@ class Explain(argparse.Action):
 
 def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
     """Run a recipe, or return its text if ``options.dry_run`` is set."""
+    check_environment(os.environ)
     main_process = os.environ.get("RANK", "0") == "0"
     if options.dry_run:
         return preview(recipe) if main_process else ""
@@ -94,7 +96,13 @@ def run(recipe: "Recipe", stop: Stop, *, force: bool) -> None:
 
     # the others wait while one process gathers the material, perhaps past NCCL's ten minutes
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    accelerator = Accelerator(kwargs_handlers=[waiting])
+    try:
+        accelerator = Accelerator(kwargs_handlers=[waiting])
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        raise UserError(
+            f"Accelerate cannot set up this process ({first_line(error)}): unset ACCELERATE_… in"
+            " the environment, or run `accelerate config`."
+        ) from error
     for sentence in ignored:
         accelerator.print(f"warning: {sentence}")
     train(recipe, accelerator, stop, force=force)

@@ -4,36 +4,54 @@ Weights of the requested variant are read, or else the plain files; of either, t
 files, or else the pickled ``.bin`` files, which are converted once.
 """
 
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import huggingface_hub  # imports its parts only when they are used
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 
+from adapters.base.configurations import CONFIG, SCHEDULER_CONFIG, check_configuration
 from adapters.base.conversion import as_safetensors
-from adapters.base.hub import asking_the_hub
+from adapters.base.hub import asking_the_hub, is_hub_name
 from adapters.base.weight_files import WEIGHTS, Form, choose_weights, link_weights
-from adapters.errors import UserError, print_once
+from adapters.errors import UserError, listed, print_once
+from adapters.text_files import parse_object, read_text
 
 INDEX = "model_index.json"
 """The file that names a model's components."""
 
-CONFIG = "config.json"
-"""The configuration of a component with weights."""
-
-OTHER_CONFIGS = {"tokenizer_config.json", "scheduler_config.json", "preprocessor_config.json"}
+OTHER_CONFIGS = {"tokenizer_config.json", SCHEDULER_CONFIG, "preprocessor_config.json"}
 """The configurations of components without weights."""
 
+NETWORKS = {
+    *("UNet2DConditionModel", "AutoencoderKL", "T5EncoderModel", "CLIPTextModel"),
+    *("IFSafetyChecker", "IFWatermarker"),
+}
+"""The classes of components with weights."""
+
+NEEDED: Mapping[str, Sequence[Collection[str]]] = MappingProxyType(
+    {
+        **dict.fromkeys(("T5Tokenizer", "T5TokenizerFast"), ({"tokenizer.json"}, {"spiece.model"})),
+        **dict.fromkeys(
+            ("CLIPTokenizer", "CLIPTokenizerFast"),
+            ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
+        ),
+        "CLIPImageProcessor": ({"preprocessor_config.json"},),
+    }
+)
+"""The sets of files of which a component needs one, by its class: without them, transformers makes
+a tokenizer of no words."""
+
 LOADING_ERRORS = (
-    *(OSError, ValueError, SafetensorError),
-    *(TypeError, AttributeError, KeyError, NotImplementedError, StrictDataclassError),
+    *(OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, AttributeError),
+    *(SafetensorError, StrictDataclassError),
 )
 """Errors that diffusers and transformers raise if files are missing or hold something else."""
 
@@ -57,19 +75,38 @@ class ModelFiles:
         """Turn errors over missing or damaged files into a UserError."""
         try:
             yield
-        except LOADING_ERRORS as error:
+        except Exception as error:
+            # torch's error for a full GPU is a RuntimeError; tokenizers raises Exception itself
+            is_memory = type(error).__name__ == "OutOfMemoryError"
+            if is_memory or not (isinstance(error, LOADING_ERRORS) or type(error) is Exception):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            advice = (
+                "correct its files, or fetch them again"
+                if self._is_here
+                else "check its name, revision and variant, and on the hub accept its licence and"
+                " log in (hf auth login)"
+            )
             raise UserError(
-                f"The model {self.name!r} cannot be loaded; check its name, revision and variant,"
-                " and on the hub accept its licence and log in (hf auth login):"
-                f" {' '.join(str(error).split())}"
+                f"The model {self.name!r} cannot be loaded; {advice}: {reason}"
             ) from error
 
     @cached_property
     def root(self) -> Path:
         """The model's folder; for a hub model, that of its commit in the cache, with the index."""
         if self._is_here:
+            if self.revision:
+                print_once(
+                    f"The revision {self.revision!r} has no effect on {self.name}: it is a folder,"
+                    " and only names on the hub have revisions"
+                )
             return Path(self.name)
-        if self.name.count("/") != 1:
+        if Path(self.name).exists():
+            raise UserError(
+                f"The model {self.name!r} must be a folder, but is a file; name the folder with the"
+                f" {INDEX} in it."
+            )
+        if not is_hub_name(self.name):
             raise UserError(
                 f"The model {self.name!r} is neither a folder that exists nor a hub name"
                 " (owner/name, owner/name@revision); correct the path."
@@ -118,6 +155,22 @@ class ModelFiles:
             names = [CONFIG, *self._weights(component)[0]]
         return [f"{component}/{name}" for name in names]
 
+    def check_part(self, component: str) -> None:
+        """Raise a UserError if a component is missing, or files that it needs are."""
+        kind, names = self.parts.get(component), set(self._names(component))
+        with self.reading():
+            if kind is None:
+                raise ValueError(f"its {INDEX} names no {component}")
+            if kind.endswith("Scheduler"):
+                self.read_config(f"{component}/{SCHEDULER_CONFIG}")
+            elif alternatives := NEEDED.get(kind):
+                if not any(names.issuperset(needed) for needed in alternatives):
+                    wanted = " or ".join(listed(sorted(needed)) for needed in alternatives)
+                    raise FileNotFoundError(f"its {component} has no {wanted}")
+            elif kind in NETWORKS:
+                self.read_config(f"{component}/{CONFIG}")
+                self._weights(component)
+
     def absent_bytes(self, component: str) -> list[int]:
         """List the bytes of each file that a component needs and that is still to be downloaded.
 
@@ -137,14 +190,15 @@ class ModelFiles:
     def read_config(self, place: str) -> dict[str, Any]:
         """Read a configuration file, such as ``unet/config.json``."""
         with self.reading():
-            path = self.fetch([place]) / place
             try:
-                config = json.loads(path.read_text(encoding="utf-8"))
+                text = read_text(self.fetch([place]) / place)
+            except ValueError as error:
+                raise ValueError(f"its {place} cannot be read ({error})") from error
+            try:
+                config = parse_object(text)
             except ValueError as error:
                 raise ValueError(f"its {place} must be a JSON object ({error})") from error
-            if not isinstance(config, dict):
-                kind = type(config).__name__
-                raise ValueError(f"its {place} must be a JSON object (got a {kind})")
+            check_configuration(place, config)
             return config
 
     def safetensors(self, component: str) -> list[Path]:

@@ -5,7 +5,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPConfig
 
-from adapters.base.component_files import CONFIG
+from adapters.base.configurations import CONFIG
 from adapters.base.guards import SafetyChecker
 from adapters.base.source import CHECKER, Source
 from unets.precision import dtype_of

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from adapters.base.component_files import CONFIG, INDEX, ModelFiles
+from adapters.base.component_files import INDEX, ModelFiles
+from adapters.base.configurations import CONFIG
 from adapters.base.source import PIPELINES, Source
 from adapters.errors import UserError
 

@@ -3,14 +3,15 @@
 Recipes name sources, so heavy libraries are imported only in the functions that use them.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.base.component_files import CONFIG, ModelFiles
+from adapters.arguments import expand_name
+from adapters.base.component_files import ModelFiles
+from adapters.base.configurations import CONFIG
 from adapters.base.hub import STAGE_FOLDERS, split_revision
 from adapters.errors import UserError
 from unets.precision import dtype_of
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 
 PIPELINES = {1: "IFPipeline", 2: "IFSuperResolutionPipeline", 3: "StableDiffusionUpscalePipeline"}
 """The name of each stage's pipeline in diffusers."""
+
+PARTS = {
+    1: ("unet", "scheduler"),
+    2: ("unet", "scheduler", "image_noising_scheduler"),
+    3: ("unet", "scheduler", "vae", "low_res_scheduler", "text_encoder", "tokenizer"),
+}
+"""The components that each stage needs, apart from those of Stage I and II that read texts."""
+
+TEXT_PARTS = ("text_encoder", "tokenizer")
+"""The components that read texts; those of Stage I do so for the whole cascade."""
+
+CHANNELS = {1: 3, 2: 6}
+"""The channels that each stage's UNet reads: a noisy picture, and the one that is enlarged."""
 
 CHECKER = "safety_checker"
 """The component that stays in main memory and visits the device of the pictures that it checks."""
@@ -45,7 +59,7 @@ class Source:
     variant: str | None = None
 
     def __post_init__(self) -> None:
-        name, own = split_revision(self.name)
+        name, own = split_revision(expand_name(self.name))
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "revision", own or self.revision)
 
@@ -77,7 +91,21 @@ class Source:
     @property
     def unet_config(self) -> dict[str, Any]:
         """The configuration of the stage's UNet."""
-        return self.files.read_config(f"unet/{CONFIG}")
+        place = f"unet/{CONFIG}"
+        config = self.files.read_config(place)
+        if self.stage in CHANNELS:
+            channels = CHANNELS[self.stage]
+            with self.files.reading():
+                for field, wanted in (("in_channels", channels), ("out_channels", 6)):
+                    if config.get(field) != wanted:
+                        raise ValueError(
+                            f"{field} in its {place} must be {wanted} in Stage {self.stage} (got"
+                            f" {config.get(field)})"
+                        )
+                for field in ("sample_size", "encoder_hid_dim"):
+                    if config.get(field) is None:
+                        raise ValueError(f"{field} in its {place} must be given (got null)")
+        return config
 
     @property
     def picture_size_px(self) -> int:
@@ -98,7 +126,9 @@ class Source:
         options = {"dtype": dtype, "use_safetensors": True}
         parts = [part for part in self.files.parts if part not in components]
         with self.files.reading():
-            self._check_schedulers()
+            for part in dict.fromkeys((*PARTS[self.stage], *parts)):
+                if part not in components:
+                    self.files.check_part(part)
             with self.files.plain_folder(parts) as folder:
                 if CHECKER in parts and self.has_safety_checker:
                     place = folder / CHECKER
@@ -144,18 +174,30 @@ class Source:
         """Load the tokenizer of the stage's text encoder, without the encoder."""
         from transformers import T5Tokenizer
 
-        self._check_text_encoder()
+        self.check_text_parts()
         with self.files.reading():
-            return T5Tokenizer.from_pretrained(self.files.fetch(["tokenizer/*"]) / "tokenizer")
+            folder = self.files.fetch(["tokenizer/*"]) / "tokenizer"
+            tokenizer = T5Tokenizer.from_pretrained(folder)
+            encoder = self.files.read_config(f"text_encoder/{CONFIG}")
+            own, known = len(tokenizer), int(encoder["vocab_size"])
+            if not known / 2 < own <= known:  # T5's encoder has a few more rows than words
+                raise ValueError(
+                    f"its tokenizer has {own:,} words, and its text_encoder {known:,}, so they are"
+                    " not of one model"
+                )
+            return tokenizer
 
     def text_pipeline(self, precision: str, device: "torch.device") -> "IFPipeline":
         """Load the stage's pipeline with its tokenizer and text encoder alone.
 
         It draws no pictures, so the components that guard pictures are not loaded either.
         """
-        encoder = self.text_encoder(precision, device)
+        components = {
+            "tokenizer": self.tokenizer(),
+            "text_encoder": self.text_encoder(precision, device),
+        }
         no_pictures = dict.fromkeys(("unet", *GUARDS)) | {"requires_safety_checker": False}
-        return self.pipeline(dtype_of(precision), text_encoder=encoder, **no_pictures)
+        return self.pipeline(dtype_of(precision), **components, **no_pictures)
 
     def scheduler(self, name: str) -> "DDPMScheduler":
         """Load the noise schedule of ``scheduler`` or ``image_noising_scheduler``."""
@@ -179,30 +221,28 @@ class Source:
                     f"{files}: {name} has values that are NaN or infinite, so the file is damaged"
                 )
 
+    def check_parts(self) -> None:
+        """Check, without reading weights, that all is there that the stage needs to draw.
+
+        Raises:
+            UserError: if a component is missing, or files that it needs are.
+        """
+        for part in PARTS[self.stage]:
+            self.files.check_part(part)
+        _ = self.unet_config
+
+    def check_text_parts(self) -> None:
+        """Check, as :meth:`check_parts`, that all is there that reads texts."""
+        self._check_text_encoder()
+        for part in TEXT_PARTS:
+            self.files.check_part(part)
+
     def _check_text_encoder(self) -> None:
         if "text_encoder" not in self.files.parts:
             raise UserError(
                 f"{self.name} has no text encoder of its own; name Stage I, or a model that has"
                 " one."
             )
-
-    def _check_schedulers(self) -> None:
-        """Check the types of scheduler fields, which diffusers would notice only while drawing."""
-        import diffusers
-
-        for part, name in self.files.parts.items():
-            if not name.endswith("Scheduler"):
-                continue
-            kind = getattr(diffusers, name)
-            config = self.files.read_config(place := f"{part}/{kind.config_name}")
-            for field, parameter in inspect.signature(kind.__init__).parameters.items():
-                wanted = type(parameter.default)
-                allowed = (int, float) if wanted is float else wanted
-                value = config.get(field, parameter.default)
-                if wanted in (bool, int, float, str) and not isinstance(value, allowed):
-                    raise ValueError(
-                        f"{field} in its {place} must be of type {wanted.__name__} (got {value!r})"
-                    )
 
 
 def source_of(name: str, revision: str | None = None, variant: str | None = None) -> Source:
@@ -230,7 +270,7 @@ def sources_of(
         UserError: as :func:`source_of`, and if two models are of one stage.
     """
     sources: dict[int, Source] = {}
-    for name in names:
+    for name in map(expand_name, names):
         folders = [Path(name) / folder for folder in STAGE_FOLDERS]
         for place in [str(folder) for folder in folders if folder.is_dir()] or [name]:
             source = source_of(place, revision, variant)

@@ -9,7 +9,9 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch import Tensor
 
-from adapters.base.component_files import CONFIG, ModelFiles
+from adapters.arguments import expand_home
+from adapters.base.component_files import ModelFiles
+from adapters.base.configurations import CONFIG
 from adapters.base.signature import SIGNATURE_PARAMETERS, BaseSignature
 from adapters.base.source import Source, source_of
 from adapters.errors import listed
@@ -36,7 +38,7 @@ class StoredUNet:
         cls, name: str, revision: str | None = None, variant: str | None = None
     ) -> "StoredUNet":
         """Find the UNet of a stage's folder or hub name, or in a folder of its own."""
-        folder = Path(name).resolve()
+        folder = expand_home(name).resolve()
         if (folder / CONFIG).is_file():
             return cls(name, ModelFiles(str(folder.parent), None, variant), folder.name)
         return cls.of(source_of(name, revision, variant))

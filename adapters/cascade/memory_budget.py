@@ -103,7 +103,9 @@ def parse_memory(memory: str, what: str = "memory") -> float:
     Raises:
         UserError: if it is not a size, or the driver needs all of it.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", str(memory).strip(), re.IGNORECASE)
+    match = re.fullmatch(
+        r"(\d{1,6}(?:\.\d{1,6})?)\s*(?:GB|GiB|G)?", str(memory).strip(), re.IGNORECASE
+    )
     if match is None or float(match[1]) * GIB <= DRIVER_BYTES:
         raise UserError(
             f"{what} must be the memory of a card, such as 6GB, and more than the"

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from adapters.base.component_files import CONFIG
+from adapters.base.configurations import CONFIG
 from adapters.base.stored_unet import StoredUNet
 from adapters.errors import UserError, listed
 from adapters.files.stage_adapter import StageAdapter

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from adapters.arguments import LARGEST_SCALE, is_scale
 from adapters.atomic import check_out, new_folder, write_text
-from adapters.base.component_files import CONFIG
+from adapters.base.configurations import CONFIG
 from adapters.base.source import Source, sources_of
 from adapters.base.stored_unet import StoredUNet
 from adapters.base.tensor_files import write_tensors

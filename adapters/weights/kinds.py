@@ -48,14 +48,18 @@ class AdapterSpec(BaseModel):
     """Settings of an adapter to attach, and the modules to attach it to."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     kind: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = "lora"
     """LoRA, rank-stabilised LoRA, DoRA, LoHa, LoKr or OFT."""
-    rank: Annotated[int, Field(ge=1)] = 4
+    rank: Annotated[int, Field(ge=1, le=2**16)] = 4
     """The rank (OFT: the number of blocks, lowered to a divisor of each module's input width)."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Annotated[float, Field(gt=0, le=1e30)] | None = None
     """The update is scaled by alpha / rank (rsLoRA: / sqrt(rank); OFT: not at all); ``None``:
     alpha = rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
+from adapters.arguments import expand_name
+from adapters.base.hub import split_revision
 from adapters.errors import UserError, listed
 from adapters.progress import Bar
 from unets.loading import is_finite
@@ -168,10 +170,15 @@ def _check_type(field: str, kind: str, example: str, name: str, types: Collectio
 def _load_weights(load: Callable[..., Any], model: Any, **options: Any) -> Any:
     """Load a model whose files hold all of its weights, as transformers draws others at random."""
 
-    def load_all(name: str) -> Any:
+    def load_all(name: str, **where: str) -> Any:
         """Load the model; raise a ValueError if its files lack a weight, or one is not finite."""
         loaded, found = model.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, **AS_TENSORS, **options
+            name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **AS_TENSORS,
+            **options,
+            **where,
         )
         problems = {
             "lack": found["missing_keys"],
@@ -191,12 +198,13 @@ def _load_weights(load: Callable[..., Any], model: Any, **options: Any) -> Any:
     return load(load_all)
 
 
-def _load(field: str, kind: str, name: str, load: Callable[[str], Any]) -> Any:
+def _load(field: str, kind: str, name: str, load: Callable[..., Any]) -> Any:
     """Load a part of a model; its failures are sentences about the recipe's field."""
+    place, revision = split_revision(expand_name(name))
     try:
-        _check_place(name)
+        _check_place(place)
         with _silence():
-            return load(name)
+            return load(place, **({"revision": revision} if revision else {}))
     except pickle.UnpicklingError as error:
         reason = "its weights hold more than tensors, such as code, none of which was run"
         cause: Exception = error

@@ -1,7 +1,10 @@
 """The memory of a whole run, phase by phase, and the fastest settings that fit a card."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from math import isqrt
 from typing import Any
 
 import torch
@@ -180,21 +183,37 @@ def fitting_settings(
         prior: the recipe's prior preservation.
     """
     pictures = training.batch_size * training.accumulation
-    found = []
+    sizes, found = list_divisors(pictures), []
     tried = [(precision, checkpointed) for precision in BASES for checkpointed in (False, True)]
     for precision, checkpointed in Bar(tried, f"Settings of {stage.name}", leave=False, delay=2):
         fields: dict[str, Any] = {"gradient_checkpointing": checkpointed}
         if training.precision_on(GPU) != precision:  # else keep "auto"
             fields["precision"] = precision
         rehearsal = Rehearsal.of(stage, training.model_copy(update=fields), sources, GPU, prior)
-        for size in (n for n in range(pictures, 0, -1) if pictures % n == 0):
-            footprint = rehearsal.footprint(size, pictures // size)
-            if footprint.reserved <= budget:
-                fields |= {"batch_size": size, "accumulation": pictures // size}
-                chosen = training.model_copy(update=fields)
-                found.append(Choice(chosen, rehearsal, footprint))
-                break
+        footprints = cache(partial(_divide, rehearsal, pictures))
+        place = bisect_left(sizes, True, key=lambda size: footprints(size).reserved <= budget)
+        if place < len(sizes):
+            size = sizes[place]
+            fields |= {"batch_size": size, "accumulation": pictures // size}
+            chosen = training.model_copy(update=fields)
+            found.append(Choice(chosen, rehearsal, footprints(size)))
     return sorted(found, key=lambda choice: choice.work)
+
+
+def _divide(rehearsal: Rehearsal, pictures: int, size: int) -> Footprint:
+    """Estimate the footprint of a step of some pictures in batches of a size."""
+    return rehearsal.footprint(size, pictures // size)
+
+
+def list_divisors(number: int) -> list[int]:
+    """List the divisors of a number, descending.
+
+    Example:
+        >>> list_divisors(12)
+        [12, 6, 4, 3, 2, 1]
+    """
+    small = [each for each in range(1, isqrt(number) + 1) if number % each == 0]
+    return sorted({*small, *(number // each for each in small)}, reverse=True)
 
 
 @dataclass(frozen=True)

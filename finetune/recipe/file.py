@@ -1,6 +1,5 @@
 """Reading of recipes: the file, overrides from the command line, and mistakes in words."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,44 +10,42 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from adapters.errors import UserError, closest, hint
+from adapters.arguments import expand_home
+from adapters.errors import UserError, closest, hint, quote
+from adapters.mistakes import WHOLE, describe_expected, describe_found, list_mistakes
+from adapters.text_files import read_text
 from finetune.recipe.key_search import locate
 from finetune.recipe.schema import Recipe, Section
-from finetune.recipe.yaml12 import Loader
+from finetune.recipe.yaml12 import MOST_DEPTH, MOST_LETTERS, read_yaml
 
 Place: TypeAlias = tuple[int | str, ...]
 """The path of a key or value: names of keys, and places in lists."""
 
-NAMING_TOKENS = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)
-"""The YAML tokens that name a value or its type."""
-
-YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-"""The errors of reading YAML; ``!!int abc`` and deep nesting do not raise a YAMLError."""
+OTHER_TOKENS = (
+    *(yaml.AnchorToken, yaml.AliasToken, yaml.TagToken),
+    *(yaml.DirectiveToken, yaml.DocumentStartToken, yaml.DocumentEndToken),
+)
+"""The YAML tokens that name a value or its type, or are about a whole document."""
 
 RENAMED = {"comparison": "evaluation"}
 """The new names of keys, by their old paths."""
 
-PLAIN_WORDS = {
-    r"a valid dictionary or instance of \w+": "a section of keys and values",
-    "a valid boolean": "true or false",
-    "valid tuple": "valid list",
-    "^Tuple": "List",
-    " after validation": "",
-}
-"""Replacements for pydantic's words about Python types, which a reader of YAML does not know."""
+LONGEST_PATH = 100
+"""The most letters of a key's path that a message shows."""
 
+LONGEST_ROW = 600
+"""The most letters of a mistake that a message shows."""
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 class MistakesError(UserError):
-    """The mistakes in a file, one in a row."""
+    """The mistakes in a file: one in the sentence, several in a row each."""
 
     def __init__(self, title: str, rows: list[str]) -> None:
         self.rows = rows
         """Each mistake: its path, and the values expected and found."""
-        listed = "\n".join(f"  {row}" for row in rows)
-        super().__init__(f"{title} has {len(rows)} mistake(s):\n{listed}")
+        super().__init__(f"{title} has {list_mistakes(rows)}")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -92,13 +89,20 @@ def read_mapping(path: str | Path, title: str) -> dict[str, Any]:
         UserError: if it cannot be read, or is something else.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(
+            expand_home(path), most_bytes=4 * MOST_LETTERS
+        )  # a letter has 1 to 4 bytes
+    except ValueError as error:
         raise UserError(f"{title} cannot be read: {error}.") from error
-    except YAML_ERRORS as error:
+    try:
+        tree = read_yaml(text)
+    except ValueError as error:
         raise UserError(f"{title} is not valid YAML: {error}.") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{title} must be a YAML mapping (got {type(tree).__name__}).")
+        raise UserError(
+            f"{title} must be a YAML file of keys and values (got"
+            f" {'nothing' if tree is None else quote(tree)})."
+        )
     return tree
 
 
@@ -118,8 +122,12 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     """Replace one value in a copy; other places that share it by a YAML alias keep theirs."""
     dotted, equals, text = override.partition("=")
     *sections, key = dotted.split(".")
-    if not equals:
-        raise UserError(f"An override must be key=value (got {override!r}).")
+    if not (dotted and equals):
+        raise UserError(f"An override must be key=value (got {quote(override)}).")
+    if len(sections) > MOST_DEPTH:
+        raise UserError(
+            f"The override {quote(override)} sets an unknown key; name one of a recipe."
+        )
     types = _types_at((*sections, key), Recipe)
     is_text = str in types and types <= {str, NoneType}
     literal = is_text and not (text == "null" and NoneType in types)
@@ -127,10 +135,12 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     for section in sections:
         below = node.get(section)
         if not isinstance(below, dict | None):
-            raise UserError(f"The override {override!r} takes the value {section!r} for a section.")
+            raise UserError(
+                f"The override {quote(override)} takes the value {quote(section)} for a section."
+            )
         node[section] = below = dict(below or {})
         node = below
-    node[key] = text if literal else parse_value(text, f"override {override!r}")
+    node[key] = text if literal else parse_value(text, f"override {quote(override)}")
     return tree
 
 
@@ -145,23 +155,23 @@ def parse_value(text: str, origin: str) -> Any:
         UserError: if it is not valid YAML, or YAML skips or interprets a part of it.
     """
     try:
-        value = yaml.load(text, Loader=Loader)
+        value = read_yaml(text)
         tokens = [t for t in yaml.scan(text) if not isinstance(t, yaml.StreamEndToken)]
-    except YAML_ERRORS as error:
+    except ValueError as error:
         raise UserError(
-            f"The value of the {origin} is not valid YAML: texts within it that contain any of"
-            " : # & * ! [ ] { } , must be in quotes."
+            f"The value of the {origin} is not valid YAML ({error}): texts within it that contain"
+            " any of : # & * ! [ ] { } , must be in quotes."
         ) from error
     rest = text[tokens[-1].end_mark.index :].strip()
     named = [
         text[token.start_mark.index : token.end_mark.index]
         for token in tokens
-        if isinstance(token, NAMING_TOKENS)
+        if isinstance(token, OTHER_TOKENS)
     ]
     if rest or named:
         raise UserError(
-            f"The {origin} contains {(named or [rest])[0]!r}, which YAML does not read as text; put"
-            " the text in quotes."
+            f"The {origin} contains {quote((named or [rest])[0])}, which YAML does not read as"
+            " text; put the text in quotes."
         )
     return value
 
@@ -182,23 +192,31 @@ def _explain(error: ValidationError, root: type[Section]) -> list[str]:
 def _row(path: Place, mistakes: list[ErrorDetails], root: type[Section]) -> str:
     """Describe a place's mistake, or its mistakes in each branch of a union."""
     first = mistakes[0]
-    message = first["msg"].removeprefix("Value error, ")
+    message = describe_expected(first)
     if first["type"] == "extra_forbidden":
         message = _explain_unknown_key(path, first["loc"], root)
     elif first["type"] == "union_tag_invalid":
         kinds = [_kind(section) for section in _sections(_types_at(path, root))]
         path, found = (*path, "kind"), first["input"]["kind"]
         valid = " or ".join(map(repr, kinds))
-        message = f"Input should be {valid}{_describe_found(found, kinds)}"
-    elif first["type"] not in ("missing", "value_error"):
-        others = [mistake["msg"].removeprefix("Input should be ") for mistake in mistakes[1:]]
+        message = f"must be {valid}{_describe_found(found, kinds)}"
+    elif first["type"] not in WHOLE:
+        others = [describe_expected(mistake).removeprefix("must be ") for mistake in mistakes[1:]]
         message = " or ".join([message, *others])
-        for words, plain in PLAIN_WORDS.items():
-            message = re.sub(words, plain, message)
         named = any(mistake["type"] == "literal_error" for mistake in mistakes)
         message += _describe_found(first["input"], _names_at(path, root) if named else ())
-    place = ".".join(map(str, path))
-    return f"{place}: {message}" if place else message
+    return _cut(f"{_format_path(path)}: {message}" if path else message)
+
+
+def _cut(row: str) -> str:
+    return row if len(row) <= LONGEST_ROW else f"{row[:LONGEST_ROW]}…"
+
+
+def _format_path(path: Place) -> str:
+    """Write a path with dots; a long one, or one with odd characters, as a text in quotes."""
+    dotted = ".".join(map(str, path))
+    plain = dotted.isprintable() and dotted.strip() == dotted and len(dotted) <= LONGEST_PATH
+    return dotted if plain and dotted else quote(dotted, LONGEST_PATH)
 
 
 def _describe_found(value: Any, names: Sequence[str]) -> str:
@@ -208,10 +226,8 @@ def _describe_found(value: Any, names: Sequence[str]) -> str:
         value: any value.
         names: those that are valid in its place, if any.
     """
-    if value is None or isinstance(value, bool):
-        return f" (got {'null' if value is None else str(value).lower()})"
     close = hint(value, names) if isinstance(value, str) else ""
-    return f" (got {value!r})" + (f"; {close}" if close else "")
+    return f" {describe_found(value)}" + (f"; {close}" if close else "")
 
 
 def _names_at(path: Place, root: type[Section]) -> list[str]:

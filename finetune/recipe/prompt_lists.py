@@ -5,12 +5,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from adapters.errors import closest
+from adapters.arguments import expand_home
+from adapters.errors import UserError, closest, quote
+from adapters.text_files import read_text
 
 LISTS = MappingProxyType(
     {file.stem: file for file in sorted(Path(__file__).with_name("prompts").glob("*.txt"))}
 )
 """The files of the shipped lists, by name."""
+
+MOST_BYTES = 2**20
+"""The size above which a list is not read; ten thousand captions have less."""
 
 SUBJECT = "{}"
 """The place of the subject's name in a prompt."""
@@ -56,19 +61,18 @@ def read_prompts(name: str) -> tuple[str, ...]:
         ValueError: if there is no such list, or the file cannot be read or has no prompts.
     """
     try:
-        file = Path(name).expanduser() if name.endswith(".txt") else LISTS.get(name)
-    except RuntimeError:  # a ~ of someone who is not a user
-        raise ValueError(f"the list {name} names no user's home folder") from None
+        file = expand_home(name) if name.endswith(".txt") else LISTS.get(name)
+    except UserError as error:
+        raise ValueError(str(error)) from None
     if file is None:
         raise ValueError(
-            f"unknown list {name!r}; {closest(name, list(LISTS))}; or name a .txt file"
+            f"unknown list {quote(name)}; {closest(name, list(LISTS))}; or name a .txt file"
         )
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as error:
-        raise ValueError(f"the list {name} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError:
-        raise ValueError(f"the list {name} is not text in UTF-8; save it as such") from None
+        text = read_text(file, MOST_BYTES)
+    except ValueError as error:
+        raise ValueError(f"the list {name} cannot be read ({error})") from error
+    lines = [line.strip() for line in text.splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise ValueError(f"the list {name} has no prompts")

@@ -30,6 +30,9 @@ BOUNDS = {
 }
 """The bounds of a JSON schema in words."""
 
+ENDLESS = 10**9
+"""The upper bound from which it goes without saying."""
+
 LARGE = 2**20
 """The bound from which whole numbers are written as powers of two."""
 
@@ -158,6 +161,7 @@ def _describe_list(schema: Schema) -> str:
 
 def _describe_bounds(schema: Schema) -> str:
     """Write the bounds of a number or of a list's length, or the pattern of a text, in brackets."""
+    schema = {k: v for k, v in schema.items() if k != "maximum" or v < ENDLESS}
     if "minimum" in schema and "maximum" in schema:
         return f" ({schema['minimum']:g} to {schema['maximum']:g})"
     words = [text.format(_number(schema[name])) for name, text in BOUNDS.items() if name in schema]

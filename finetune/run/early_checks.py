@@ -1,10 +1,13 @@
 """Checks that find in seconds, without weights, the mistakes that would stop a run after hours."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 
+from adapters.atomic import check_out
+from adapters.base.configurations import CONFIG
 from adapters.base.source import Source
+from adapters.base.stored_unet import StoredUNet
 from adapters.cascade.checks import check_steps
 from adapters.cascade.sampling import Sampling
 from adapters.errors import UserError, listed
@@ -25,23 +28,39 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
     """Find in seconds, without weights, the mistakes that would stop a run after hours.
 
     Raises:
-        UserError: if a tracker is not installed, cleaning empties a prompt, the folder of class
-            pictures or a Stage II to show validation pictures through is missing, or as
-            :func:`check_stage`.
+        UserError: if a tracker is not installed, cleaning empties a prompt, a folder cannot be
+            written, the folder of class pictures, a part of the base or a file of it is missing, or
+            as :func:`check_stage`.
     """
     check_trackers(recipe.trackers)
     check_bf16(recipe, device)
     check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
     if recipe.class_pictures:
         own_folder(recipe.class_pictures)
-    sections = (recipe.class_pictures, recipe.validation, recipe.evaluation)
-    samplings = [section.sampling for section in sections if section and section.sampling]
-    if recipe.shows_stage_2 and recipe.stage_2 is None:
-        above = recipe.source(STAGES[2])
-        empty_unet(above.unet_config, "fp32", torch.device("cpu"))
-        check_steps(2, above.scheduler(STAGES[2].schedulers[0]), recipe.validation.sampling)
+    check_out(recipe.folder, "folder")
+    check_out(recipe.cache, "folder")
+    reader = recipe.source(STAGES[1])
+    reader.check_text_parts()
+    reader.tokenizer()  # is small, and the only part that may be damaged without a sign
+    width = reader.files.read_config(f"text_encoder/{CONFIG}")["d_model"]
+    shown = [STAGES[2]] if recipe.shows_stage_2 and recipe.stage_2 is None else []
+    for stage in (*recipe.trained, *shown):
+        check_base(stage, recipe.source(stage), width)
+    sections = {
+        "prior": recipe.class_pictures,
+        "validation": recipe.validation,
+        "evaluation": recipe.evaluation,
+    }
+    samplings = {
+        name: section.sampling
+        for name, section in sections.items()
+        if section is not None and section.sampling is not None
+    }
+    for stage in shown:
+        check_sampling(stage, recipe.source(stage), {"validation": recipe.validation.sampling})
     for stage in recipe.trained:
-        check_stage(stage, recipe.training(stage), recipe.source(stage), samplings, device)
+        check_stage(stage, recipe.training(stage), recipe.source(stage), device)
+        check_sampling(stage, recipe.source(stage), samplings)
 
 
 def check_bf16(recipe: Recipe, device: torch.device) -> None:
@@ -61,13 +80,56 @@ def check_bf16(recipe: Recipe, device: torch.device) -> None:
         )
 
 
-def check_stage(
-    stage: Stage,
-    training: Training,
-    source: Source,
-    samplings: Collection[Sampling],
-    device: torch.device,
-) -> None:
+def check_base(stage: Stage, source: Source, text_width: int) -> None:
+    """Check that all parts of a stage's model are there and fit, without reading weights.
+
+    Args:
+        stage: the stage.
+        source: its model.
+        text_width: the width of the text encoder's output.
+
+    Raises:
+        UserError: if a part, a file or a weight is missing, the UNet reads text encodings of
+            another width, or predicts something else than noise.
+    """
+    source.check_parts()
+    if (own := source.unet_config["encoder_hid_dim"]) != text_width:
+        raise UserError(
+            f"The UNet of {source.name} reads text encodings of width {own}, but Stage I's text"
+            f" encoder makes them {text_width} wide; name stages of one cascade."
+        )
+    predicted = source.scheduler(stage.schedulers[0]).config.prediction_type
+    if predicted != "epsilon":
+        raise UserError(
+            f"The scheduler of {source.name} has the prediction_type {predicted!r}, but only"
+            " epsilon, the noise, can be trained; name another base."
+        )
+    if not source.files.absent_bytes("unet"):  # what is still to be downloaded is checked then
+        _ = StoredUNet.of(source).weights  # compares names and shapes with the configuration
+
+
+def check_sampling(stage: Stage, source: Source, samplings: Mapping[str, Sampling]) -> None:
+    """Check that a stage can draw with the settings of some sections of a recipe.
+
+    Raises:
+        UserError: if there are more steps, or a higher noise level, than its schedules have.
+    """
+    for name, sampling in samplings.items():
+        try:
+            check_steps(stage.number, source.scheduler(stage.schedulers[0]), sampling)
+        except UserError as error:
+            raise UserError(f"{name}.sampling.{error}") from None
+        level = sampling.of(stage.number).noise_level
+        if stage.super_resolution and level is not None:
+            last = source.scheduler(stage.schedulers[-1]).config.num_train_timesteps - 1
+            if level > last:
+                raise UserError(
+                    f"{name}.sampling.{stage.name}.noise_level must be between 0 and {last}, the"
+                    f" timesteps of the base's {stage.schedulers[-1]} (got {level})."
+                )
+
+
+def check_stage(stage: Stage, training: Training, source: Source, device: torch.device) -> None:
     """Check a stage's settings against its base and the device.
 
     Raises:
@@ -97,5 +159,3 @@ def check_stage(
                 f"{stage.name}.{setting} must be between 0 and {last}, the timesteps of the base's"
                 f" {name} (got {given})."
             )
-    for sampling in samplings:
-        check_steps(stage.number, source.scheduler(stage.schedulers[0]), sampling)

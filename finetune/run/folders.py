@@ -6,14 +6,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from adapters.checksums import SUMS
 from adapters.errors import UserError, listed
 from adapters.files.complete import find_export_damage
 from adapters.files.info import read_info
 from finetune.recipe.schema import Recipe
+from finetune.recipe.yaml12 import read_yaml
 from finetune.run.checkpoints import Found, find_newest
 from finetune.run.identity import DIVISION, find_differences
 from finetune.step.stages import Stage
@@ -252,6 +250,6 @@ def explain_ignored(recipe: Recipe, stage: Stage) -> list[str]:
 def _read_recipe(text: str) -> Recipe | None:
     """Read an exported recipe; ``None``: this version cannot read it."""
     try:
-        return Recipe.model_validate(yaml.safe_load(text))
-    except (ValidationError, yaml.YAMLError):
+        return Recipe.model_validate(read_yaml(text))
+    except ValueError:  # which pydantic's is, too
         return None

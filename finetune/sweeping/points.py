@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from adapters.arguments import expand_home
 from adapters.errors import UserError, closest, listed
+from adapters.mistakes import list_mistakes
 from finetune.recipe.file import MistakesError, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.sweeping.axes import draw_random, expand_grid, list_overrides
@@ -73,7 +75,7 @@ def plan_points(sweep: Sweep) -> tuple[Path, list[Point]]:
     given = load_recipe(sweep.recipe, sweep.overrides)
     check_scores(given)
     name = sweep.name or f"{given.name}-sweep"
-    folder = Path(given.runs_dir) / name
+    folder = expand_home(given.runs_dir) / name
     if sweep.random is None:
         combinations = expand_grid(sweep.listed_axes)
     else:
@@ -160,9 +162,7 @@ def check_none(mistakes: Mapping[str, list[str]], count: int) -> None:
     if not mistakes:
         return
     rows = [
-        f"  {mistake} ({'all runs' if len(names) == count > 1 else listed(names, SHOWN)})"
+        f"{mistake} ({'all runs' if len(names) == count > 1 else listed(names, SHOWN)})"
         for mistake, names in mistakes.items()
     ]
-    raise UserError(
-        f"The sweep's runs have {len(rows)} mistake(s), and none was started:\n" + "\n".join(rows)
-    )
+    raise UserError(f"None of the sweep's runs was started: they have {list_mistakes(rows)}")

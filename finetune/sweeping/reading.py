@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from adapters.arguments import LARGEST
-from adapters.errors import UserError, closest
+from adapters.errors import UserError, closest, quote
 from finetune.recipe.file import parse_value
 from finetune.recipe.yaml12 import Loader
 from finetune.sweeping.axes import Axis, Bundles, Choices, Range, hides
@@ -46,7 +46,7 @@ def read_axis(key: str, values: Any) -> Axis:
         raise UserError(
             f"{key} must be a list of values, a range as in {{low: 1e-4, high: 1e-2, log: true}},"
             " or named values as in {small: {stage_1.adapter.rank: 4}, large: …}"
-            f" (got {values!r})"
+            f" (got {quote(values)})"
         )
     return Choices(keys, tuple(dict.fromkeys(map(_as_text, values))))
 
@@ -75,7 +75,7 @@ def _read_bundles(name: str, values: Mapping[Any, Any]) -> Bundles:
         if not isinstance(fields, Mapping):
             raise UserError(
                 f"{name}.{text} must be a section of overrides, as in {{data.source: my_dog}}"
-                f" (got {fields!r})"
+                f" (got {quote(fields)})"
             )
         pairs = list(_flatten(fields))
         keys = [key for key, _ in pairs]
@@ -101,11 +101,13 @@ def _read_range(keys: tuple[str, ...], values: Mapping[str, Any]) -> Range:
     """Read a range, and check its ends."""
     name, names = ", ".join(keys), ("low", "high", "log")
     for unknown in values.keys() - set(names):
-        raise UserError(f"{name} has the unknown key {unknown!r}; {closest(str(unknown), names)}")
+        raise UserError(
+            f"{name} has the unknown key {quote(unknown)}; {closest(str(unknown), names)}"
+        )
     low, high = (_read_end(name, end, values.get(end)) for end in ("low", "high"))
     log = values.get("log", False)
     if not isinstance(log, bool):
-        raise UserError(f"{name}: log must be true or false (got {log!r})")
+        raise UserError(f"{name}: log must be true or false (got {quote(log)})")
     if not low < high:
         raise UserError(f"{name}: low must be less than high (got {low} and {high})")
     if log and low <= 0:
@@ -119,7 +121,7 @@ def _read_end(name: str, end: str, value: Any) -> float:
     farthest = FARTHEST.get(type(value))  # of none but numbers: a bool is of a type of its own
     if farthest is None or not abs(value) <= farthest:  # nor is nan
         most = "" if farthest is None else f" from {-farthest:.3g} to {farthest:.3g}"
-        raise UserError(f"{name}: {end} must be a number{most} (got {value!r})")
+        raise UserError(f"{name}: {end} must be a number{most} (got {quote(value)})")
     number: float = value
     return number
 
@@ -142,11 +144,11 @@ def read_values(option: str, argument: str) -> tuple[str, Any]:
     """
     key, equals, text = argument.partition("=")
     if not equals or not key or not text.strip():
-        raise UserError(f"--{option} must be key=value,value,… (got {argument!r}).")
+        raise UserError(f"--{option} must be key=value,value,… (got {quote(argument)}).")
     if text.lstrip().startswith("{"):
-        return key, parse_value(text, f"option --{option} {argument!r}")
+        return key, parse_value(text, f"option --{option} {quote(argument)}")
     array = f"[{text}]"
-    parse_value(array, f"option --{option} {argument!r}")
+    parse_value(array, f"option --{option} {quote(argument)}")
     node = yaml.compose(array, Loader=Loader)  # the nodes know each value's own text
     assert isinstance(node, yaml.SequenceNode)
     return key, [

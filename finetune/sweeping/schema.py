@@ -1,5 +1,6 @@
 """The settings of a sweep: the keys of its file, which are also the options of its command."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -7,14 +8,18 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from adapters.arguments import LARGEST
-from adapters.errors import UserError, listed
+from adapters.errors import UserError, listed, quote
 from finetune.recipe.file import check_section, parse_value, read_mapping
 from finetune.recipe.schema import NonNegative, Positive, Section
+from finetune.recipe.schema.fields import LONGEST_NAME, NAME, PathText, Seed
 from finetune.sweeping.axes import Axis, Listed, Range, hides
 from finetune.sweeping.reading import read_axis, read_values
 
 KEYS = ("recipe", "over", "across")
 """The keys of which every sweep's file has some; a recipe's has none."""
+
+MOST_RUNS = 1000
+"""The most runs of a sweep."""
 
 TEXTS = ("name", "against")
 """The options that are taken letter for letter."""
@@ -23,9 +28,9 @@ TEXTS = ("name", "against")
 class Sweep(Section):
     """A sweep over a recipe."""
 
-    recipe: str
+    recipe: PathText
     """The recipe: a YAML file."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(default=None, pattern=NAME, max_length=LONGEST_NAME)
     """The sweep's folder under the recipe's ``runs_dir``; ``None``: the recipe's name and
     ``-sweep``."""
     overrides: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -39,11 +44,11 @@ class Sweep(Section):
     """Axes like those of ``over``, but without ranges, on which every combination is trained and
     across which its scores are averaged, as over seeds: above all the subject, such as ``subject:
     {dog: {data.source: …, evaluation.identifier: …}, cat: {…}}``."""
-    random: Positive | None = None
+    random: Annotated[int, Field(ge=1, le=MOST_RUNS)] | None = None
     """The number of combinations to draw at random; ``None``: all combinations."""
     seed: NonNegative = 0
     """The seed of the random draws."""
-    seeds: Annotated[tuple[NonNegative, ...], Field(strict=False)] = ()
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False)] = ()
     """Seeds to train every combination with; none: the recipe's alone."""
     scales: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (1.0,)
     """Adapter scales to score every run at."""
@@ -106,12 +111,23 @@ class Sweep(Section):
             fixed = override.partition("=")[0]
             if any(hides(key, fixed) for key in [*varied, *["seed"] * bool(self.seeds)]):
                 raise ValueError(f"{fixed} is both varied and set by {override!r}; leave one out")
+        if self.count > MOST_RUNS:
+            raise ValueError(
+                f"it has {self.count:,} runs, more than {MOST_RUNS:,}: vary less, or draw at random"
+            )
         return self
 
     @property
     def axes(self) -> list[Axis]:
         """The fields to vary."""
         return [read_axis(key, values) for key, values in self.over.items()]
+
+    @property
+    def count(self) -> int:
+        """The number of runs."""
+        own = self.random or math.prod(int(axis.size) for axis in self.listed_axes)
+        others = math.prod(int(axis.size) for axis in self.across_axes)
+        return own * others * max(len(self.seeds), 1)
 
     @property
     def listed_axes(self) -> list[Listed]:
@@ -155,7 +171,7 @@ def read_sweep(
     given = {key: text for key, text in options.items() if text is not None}
     for key, text in given.items():
         value = f"[{text}]" if key in ("seeds", "scales") else text
-        tree[key] = text if key in TEXTS else parse_value(value, f"option --{key} {text}")
+        tree[key] = text if key in TEXTS else parse_value(value, f"option --{key} {quote(text)}")
     own = tree.get("overrides")
     if overrides and isinstance(own, list | None):
         tree["overrides"] = [*(own or []), *overrides]

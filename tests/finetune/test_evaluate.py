@@ -239,7 +239,7 @@ def test_a_later_evaluation_replaces_the_earlier_one(
         (["--adapters", "a=b"], "'a=b' ends in 'b', which is not a scale"),
         (["evaluation.clip=/nowhere/clip"], "evaluation.clip must name a CLIP model"),
         (["evaluation.dino=/nowhere/dino"], "evaluation.dino must name a DINO or DINOv2 model"),
-        (["--adapters", "a", "seed=-1"], "seed: Input should be greater than or equal to 0"),
+        (["--adapters", "a", "seed=-1"], "seed: must be at least 0"),
         (["--adapters", "a=0.5", "a=1"], "--adapters must name different adapters (got a twice)"),
         (["--reference", str(ROOT / "recipes")], "two pictures or more, but"),
         (["evaluation=null"], "needs an `evaluation` section"),

@@ -141,7 +141,7 @@ def test_mistakes_of_all_combinations_are_one_error(
     with pytest.raises(SystemExit, match="2"):
         main([str(recipe), *over])
     shown = capsys.readouterr().err
-    assert "The sweep's runs have 2 mistake(s), and none was started:" in shown
+    assert "None of the sweep's runs was started: they have 2 mistakes:" in shown
     assert "stage_1.adapter.rank: " in shown
     assert "(rank-0_precision-fp32, rank-0_precision-fp99)" in shown
     assert "(rank-0_precision-fp99, rank-8_precision-fp99)" in shown

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from finetune.recipe.schema.fields import Section
+from finetune.recipe.schema.fields import PathText, Section
 from finetune.step.stages import Stage
 
 if TYPE_CHECKING:  # so that mistakes are reported without this slow import
@@ -12,11 +12,11 @@ if TYPE_CHECKING:  # so that mistakes are reported without this slow import
 class Base(Section):
     """The cascade to fine-tune: folders or hub names (``owner/name@revision``) for diffusers."""
 
-    stage_1: str
+    stage_1: PathText
     """Stage I; the whole cascade uses its text encoder and tokenizer."""
-    stage_2: str | None = None
+    stage_2: PathText | None = None
     """Stage II; needed to train it, and used for validation pictures if given."""
-    stage_3: str | None = None
+    stage_3: PathText | None = None
     """The x4 upscaler, for pictures only."""
     revision: str | None = None
     """The hub revision of Stages I and II if their names have none; ``None``: the newest."""

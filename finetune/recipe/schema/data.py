@@ -1,12 +1,12 @@
 """The ``data`` section: pictures, captions and crops."""
 
-from finetune.recipe.schema.fields import Fraction, Section
+from finetune.recipe.schema.fields import Fraction, PathText, Section
 
 
 class Data(Section):
     """The pictures and captions to train on, and the cropping of the pictures."""
 
-    source: str
+    source: PathText
     """A folder of pictures (with ``metadata.jsonl`` or ``.txt`` captions, or none), or anything
     that ``datasets.load_dataset`` takes: a hub name or a local path."""
     config: str | None = None

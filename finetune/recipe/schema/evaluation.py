@@ -6,7 +6,7 @@ from pydantic import Field
 
 from adapters.cascade.sampling import Sampling
 from finetune.recipe.consistency import Drawing
-from finetune.recipe.schema.fields import Positive, Section, Seed
+from finetune.recipe.schema.fields import PathText, Section, Seed
 from finetune.recipe.schema.prompts import NamedPrompts, NamedStagePrompts
 
 SEEDS_APART = 1000
@@ -49,11 +49,11 @@ class Evaluation(Section):
     class_prompts: NamedPrompts = ()
     """Prompts of the subject's class, such as ``a photo of a {}``, in which ``{}`` is the subject
     in plain words; their pictures should not show the subject (PRES). None: not scored."""
-    pictures_per_prompt: Positive = 1
+    pictures_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 1
     """Pictures of each prompt, each from a seed of its own; DreamBooth takes 4."""
-    clip: str = "openai/clip-vit-base-patch32"
+    clip: PathText = "openai/clip-vit-base-patch32"
     """The CLIP model that scores the pictures: a folder or hub name."""
-    dino: str | None = None
+    dino: PathText | None = None
     """The DINO or DINOv2 model that scores likeness, such as DreamBooth's ``facebook/dino-vits16``,
     or ``facebook/dinov2-small``: a folder or hub name; ``None``: not scored."""
     seed: Seed = 1000

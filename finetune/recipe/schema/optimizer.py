@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from adapters.errors import name_in
-from finetune.recipe.schema.fields import Decay, NonNegative, Section
+from finetune.recipe.schema.fields import LARGEST, Decay, NonNegative, PositiveFactor, Section
 from finetune.step.optimizers import OPTIMIZERS
 from finetune.step.schedules import SCHEDULES
 
@@ -18,20 +18,20 @@ class Optimizer(Section):
 
     name: Annotated[str, name_in(OPTIMIZERS)] = "adamw_8bit"
     """One of the names in ``finetune.step.optimizers.OPTIMIZERS``."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: PositiveFactor = 1e-4
     """The peak learning rate; 1 for ``prodigy``, which finds its own scale."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] | None = None
     """Decay rates of the first and second moments; ``None``: the optimizer's own."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST)] = 0.01
     """Decoupled weight decay."""
-    lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=LARGEST)] = 1.0
     """LoRA+: the ratio of the B matrices' learning rate to the A matrices'."""
     schedule: Annotated[str, name_in(SCHEDULES)] = "constant"
     """One of the names in ``finetune.step.schedules.SCHEDULES``."""
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from zero, fewer than the stage's ``steps``;
     ``one_cycle`` rises from 1/25 of the peak, and over 0.3 of the steps if this is 0."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: PositiveFactor | None = 1.0
     """Clip the gradient to this norm; ``None``: never."""
 
     @field_validator("learning_rate", "betas", "lora_plus_ratio")

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from adapters.cascade.sampling import Sampling
 from finetune.recipe.prompt_lists import read_prompts
-from finetune.recipe.schema.fields import Positive, Section, Share
+from finetune.recipe.schema.fields import PathText, PositiveFactor, Section, Share
 from finetune.recipe.schema.prompts import Prompts
 
 
@@ -19,7 +19,7 @@ class Preservation(Section):
     share: Share
     """The share of preserved pictures in each optimizer step, over all processes and accumulated
     batches: at least one picture, never all."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: PositiveFactor = 1.0
     """The weight of the preserved pictures' mean loss, relative to the subject's."""
     caption_dropout: Annotated[float, Field(gt=0, le=1)] = 0.1
     """The share of preserved pictures captioned with the empty caption, whatever
@@ -39,9 +39,9 @@ class PicturePrior(Preservation):
     prompts: Annotated[Prompts, Field(min_length=1)]
     """Prompts of the class pictures, used in rotation, and their captions; ``{}`` is
     ``evaluation.subject``."""
-    count: Positive = 100
+    count: Annotated[int, Field(ge=1, le=100_000)] = 100
     """The number of class pictures."""
-    folder: str | None = None
+    folder: PathText | None = None
     """A folder of class pictures to use instead of sampling them from the base cascade."""
     share: Share = 0.5
     """The share of class pictures in each optimizer step, as in either kind."""

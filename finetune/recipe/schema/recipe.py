@@ -14,12 +14,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from adapters.arguments import expand_home
 from finetune.recipe.consistency import find_absent_subject, find_mistakes, find_shared_pictures
 from finetune.recipe.prompt_lists import NAMES_IN, SUBJECT, put_in
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data
 from finetune.recipe.schema.evaluation import Evaluation
-from finetune.recipe.schema.fields import Positive, Section, Seed
+from finetune.recipe.schema.fields import LONGEST_NAME, NAME, PathText, Positive, Section, Seed
 from finetune.recipe.schema.prior import PicturePrior, Prior
 from finetune.recipe.schema.text import Text
 from finetune.recipe.schema.training import Training
@@ -54,7 +55,7 @@ LONG, SHOWN = 10, 3
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME, max_length=LONGEST_NAME)
     """The run's name: its folder under ``runs_dir``."""
     seed: Seed = 0
     """The seed of the run. All its randomness derives from the seed and each picture's position in
@@ -82,9 +83,9 @@ class Recipe(Section):
     """The trackers of curves and pictures: ``tensorboard`` first, and any others that Accelerate
     knows beside it, whose packages must be installed and logged in. Each stage is a run of its own
     there, named after the run and the stage."""
-    runs_dir: str = "runs"
+    runs_dir: PathText = "runs"
     """The folder of all runs."""
-    cache_dir: str = ".cache/finetune"
+    cache_dir: PathText = ".cache/finetune"
     """The folder that keeps decoded pictures, text encodings and class pictures between runs."""
 
     @field_validator("trackers")
@@ -195,12 +196,12 @@ class Recipe(Section):
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.runs_dir) / self.name
+        return expand_home(self.runs_dir) / self.name
 
     @property
     def cache(self) -> Path:
         """``cache_dir`` as a path."""
-        return Path(self.cache_dir)
+        return expand_home(self.cache_dir)
 
     def to_yaml(self, *, shorten: bool = False) -> str:
         """Write the resolved recipe, defaults included; loading it gives the same recipe.

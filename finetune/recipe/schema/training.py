@@ -9,6 +9,7 @@ from finetune.recipe.schema.fields import (
     ChosenPrecision,
     Levels,
     Positive,
+    PositiveFactor,
     Section,
     resolve_precision,
 )
@@ -23,11 +24,11 @@ if TYPE_CHECKING:  # so that mistakes are reported without this slow import
 class Training(Section):
     """The training of one stage: adapter, optimizer, length and precision."""
 
-    steps: Positive
+    steps: Annotated[int, Field(ge=1, le=10**8)]
     """The number of optimizer steps."""
-    batch_size: Positive = 4
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
     """Pictures at a time on each GPU, those of the prior included."""
-    accumulation: Positive = 1
+    accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
     """Batches whose gradients are averaged into one optimizer step: two batches of 2 pictures train
     the same as one of 4."""
     adapter: AdapterSpec = AdapterSpec()
@@ -48,7 +49,7 @@ class Training(Section):
     noise_level: Levels | None = None
     """Stage II only: the range from which each picture's augmentation level is drawn, inclusive;
     ``None``: all levels of the model's schedule."""
-    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    min_snr_gamma: PositiveFactor | None = None
     """Gamma of the Min-SNR weighting of the MSE term; ``None``: no weighting. It does not apply to
     pictures preserved by ``prior.kind: output``, whose loss has no such term."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None

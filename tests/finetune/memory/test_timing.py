@@ -88,7 +88,7 @@ def test_the_command_tells_time_only_by_a_known_rate(
         return 60 * int(found[1] or 0) + int(found[2])
 
     assert minutes("0.002") == pytest.approx(minutes("0.004") * 2, abs=2)
-    assert "--rate must be above 0" in refusal(capsys, command.main, path, "--rate", "0")
+    assert "--rate must be a number above 0" in refusal(capsys, command.main, path, "--rate", "0")
 
 
 def test_a_rate_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

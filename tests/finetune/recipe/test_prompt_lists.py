@@ -123,10 +123,10 @@ def test_a_file_of_ones_own_is_read_line_by_line(tmp_path: Path) -> None:
     ("prompts", "said"),
     [
         ("livee", r"evaluation.prompts: unknown list 'livee'; did you mean live\?"),
-        ("no.txt", r"evaluation.prompts: the list no.txt cannot be read \(No such file"),
+        ("no.txt", r"evaluation.prompts: the list no.txt cannot be read \(there is no such file"),
         ("EMPTY", r"evaluation.prompts: the list .*empty.txt has no prompts"),
-        ("5", r"evaluation.prompts: Input should be a valid list \(got 5\)"),
-        ("[5]", r"evaluation.prompts.0: Input should be a valid string \(got 5\)"),
+        ("5", r"evaluation.prompts: must be a list \(got 5\)"),
+        ("[5]", r"evaluation.prompts.0: must be a text \(got 5\)"),
     ],
 )
 def test_a_mistaken_list_is_named(prompts: str, said: str, tmp_path: Path) -> None:
