@@ -1,6 +1,7 @@
 """Datasets with columns of pictures and captions, opened with the `datasets` library."""
 
 import glob
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from huggingface_hub.utils import logging as hub_logging
 
 from adapters.atomic import temporary_folder, writing_to
 from adapters.errors import UserError, first_line, listed
@@ -83,8 +85,10 @@ def open_table(
 @contextmanager
 def _explaining(data: Data, folder: Path | None, wording: Wording) -> Iterator[None]:
     """Turn whatever ``datasets`` raises into a sentence, and keep it from logging more."""
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    libraries = (datasets.logging, hub_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity(logging.CRITICAL)
     try:
         yield
     except UserError:
@@ -101,7 +105,8 @@ def _explaining(data: Data, folder: Path | None, wording: Wording) -> Iterator[N
             f" ({type(error).__name__}: {reason:.300}): {advice}."
         ) from error
     finally:
-        datasets.logging.set_verbosity(level)
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
 
 
 def _load_saved(data: Data, folder: Path) -> datasets.Dataset:

@@ -102,10 +102,10 @@ class FolderRows:
             return check_caption(row.caption, row.place, self._wording)
         text = find_text(row.file)
         if text is None:
+            name = f"{Path(row.file.name).stem}{TEXT}"
             raise UserError(
-                f"The picture {row.file} has no caption: write {Path(row.file.name).stem}{TEXT}"
-                " next to it, list all pictures in a metadata.jsonl,"
-                f" {self._wording.caption_advice}."
+                f"The picture {row.file} has no caption: write {name} next to it, list all"
+                f" pictures in a metadata.jsonl, {self._wording.caption_advice}."
             )
         return check_caption(read_text(text), str(text), self._wording)
 
@@ -288,7 +288,7 @@ def _find_file(folder: Any, name: Any, place: str) -> Entry:
             " and name it from there."
         )
     files: list[Entry] = [folder / name, folder / name.replace("\\", "/")]  # as Windows writes it
-    file = next((each for each in files if each.exists()), files[0])
+    file = next((each for each in files if _is_there(each)), files[0])
     obstacle = None
     if isinstance(file, Path):
         obstacle = find_obstacle(file)
@@ -299,6 +299,10 @@ def _find_file(folder: Any, name: Any, place: str) -> Entry:
             f"{place} names {file}: {obstacle}; put the picture there, or correct the name."
         )
     return file
+
+
+def _is_there(entry: Entry) -> bool:
+    return find_obstacle(entry) is None if isinstance(entry, Path) else entry.is_file()
 
 
 def _read_jsonl(file: Entry) -> Iterator[Line]:
@@ -332,7 +336,7 @@ def _read_csv(file: Entry) -> Iterator[Line]:
             yield place, fields
     except csv.Error as error:
         raise UserError(
-            f"{file}, line {reader.line_num}: this is not CSV ({error}); correct it."
+            f"{file}, line {reader.reader.line_num}: this is not CSV ({error}); correct it."
         ) from error
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from adapters.errors import command_line
+from adapters.errors import command_line, quiet_libraries
 from finetune.data.pictures import load_pictures
 from finetune.recipe.file import load_recipe
 from finetune.train import check_material
@@ -33,6 +33,7 @@ def training(folder: Path, *overrides: str, **sections: object) -> list[str]:
 def read_material(arguments: Sequence[str]) -> None:
     """Read the pictures and captions of a command line as training does, up to its first step."""
     with command_line():
+        quiet_libraries()
         recipe = load_recipe(arguments[0], arguments[1:])
         pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
         check_material(recipe, pictures)

@@ -26,7 +26,7 @@ def save_pictures(folder: Path, *names: str) -> None:
     for name, colour in zip(names or ("0.png", "1.png"), COLOURS, strict=False):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9, 9), colour).save(file)
+        Image.new("RGB", (40, 40), colour).save(file)
 
 
 def jsonl(*rows: Any) -> str:
@@ -302,7 +302,7 @@ def test_what_has_changed_is_read_again_though_no_time_shows_it(name: str, tmp_p
 
 
 def files(*overrides: str, **given: str | bytes) -> Callable[[Path], list[str]]:
-    """Arrange two pictures with files beside them, whose names are written as ``metadata_jsonl``."""
+    """Arrange two pictures with files beside them, named as in ``metadata_jsonl``."""
 
     def arrange(folder: Path) -> list[str]:
         save_pictures(folder / SOURCE)

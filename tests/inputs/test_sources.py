@@ -13,6 +13,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from adapters.errors import quiet_libraries
 from finetune.data.pictures import load_pictures
 from finetune.data.prior import load_own
 from finetune.recipe.schema import Data, PicturePrior
@@ -31,7 +32,7 @@ def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def png(colour: str) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (9, 9), colour).save(stream, "PNG")
+    Image.new("RGB", (40, 40), colour).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -260,7 +261,7 @@ ACCEPTED = [
     Accepted(
         "a zip whose names lead out",
         zipped({"../../b.png": png("blue"), "/c.png": png("lime"), "a.png": png("red")}),
-        [("red", "x"), ("lime", "x")],
+        RED,
         X,
     ),
     Accepted(
@@ -304,7 +305,9 @@ def test_training_sees_what_the_source_holds(
     (root / "here").mkdir(parents=True)
     monkeypatch.chdir(root / "here")
     monkeypatch.setenv("HOME", str(root / "home"))
+    quiet_libraries()
     source = case.arrange(root) or root / SOURCE
+    capsys.readouterr()
     data = Data(source=str(source), **case.data)
     pictures = load_pictures(data, tmp_path / "cache", 8)
     assert [(NAMES[tuple(p.pixels[0, 0].tolist())], p.caption) for p in pictures] == case.sees
@@ -428,7 +431,6 @@ GIVE = "give a folder with pictures in it"
 REFUSED = [
     Refused("nothing there", source(nothing), [f"/{SOURCE}'", "there is no such folder", GIVE]),
     Refused("no zip there", source(nothing, name="a.zip"), ["a.zip'", "no such folder", "a zip"]),
-    Refused("NUL", source(nothing, 'data.source="a\\0b"'), ["data.source", "NUL", "leave it out"]),
     Refused(
         "an empty folder",
         source(empty),
