@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folder", type=Path, help="the folder with the pictures")
+    add("folder", type=Path, help="the folder with the pictures, or a zip of them")
     add("--subject", metavar="WORDS", help="the subject in plain words, such as dog")
     add("--identifier", metavar="WORDS", help="its name in prompts (default: sks and the subject)")
     add("--kind", choices=KINDS, help="the kind of subject, for prompts that suit it")
@@ -102,7 +102,7 @@ def check_options(options: argparse.Namespace) -> None:
     from adapters.texts import find_flaw
     from finetune.recipe.schema.fields import LONGEST_NAME, NAME
 
-    if not options.folder.is_dir():
+    if not options.folder.is_dir() and options.folder.suffix.lower() != ".zip":
         raise UserError(f"{options.folder} is not a folder: name the one with your pictures in it.")
     for name in ("subject", "identifier"):
         text = vars(options)[name]
@@ -158,7 +158,7 @@ def write_recipe(options: argparse.Namespace) -> str:
     check_out(out, "file")
     if out.exists():
         raise UserError(f"{out} already exists: name another recipe with --out, or remove it.")
-    problems = found.find_problems(max(recipe.crops_px), subject=options.subject is not None)
+    problems = found.find_problems(subject=options.subject is not None)
     notes = [fill_lines(f"note: {problem}") for problem in problems]
     sheet, train = out.with_suffix(".crops.png"), f"{LAUNCH} {out}"
     facts = format_facts([*found.describe(), *describe_run(recipe)])

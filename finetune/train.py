@@ -190,6 +190,7 @@ def train_stages(recipe: "Recipe", accelerator: "Accelerator", stop: Stop, *, fo
     compile_kernels(recipe, pending[0], device)
     with accelerator.main_process_first():
         pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
+        check_material(recipe, pictures)
     check_held_out(recipe.validation.held_out, len(pictures))
     for stage in pending:
         check_before(recipe, stage, pictures, accelerator, force=force)
@@ -210,6 +211,20 @@ def train_stages(recipe: "Recipe", accelerator: "Accelerator", stop: Stop, *, fo
         size_px = recipe.source(stage).picture_size_px
         score = likeness.against_photos(pictures, size_px) if likeness else None
         train_stage(recipe, stage, material, accelerator, score, stop, force=force)
+
+
+def check_material(recipe: "Recipe", pictures: Sequence["Picture"]) -> None:
+    """Check captions and class pictures before anything is encoded or written.
+
+    Raises:
+        UserError: if cleaning empties a caption, or prior.folder cannot be read.
+    """
+    from finetune.data.captions import check_cleaning, collect_captions
+    from finetune.data.prior import load_own
+
+    check_cleaning(collect_captions(recipe, pictures), clean_caption=recipe.text.clean_caption)
+    if recipe.class_pictures:
+        load_own(recipe.class_pictures, recipe.cache, recipe.crops_px)
 
 
 @contextmanager

@@ -19,9 +19,11 @@ from adapters.base.tensor_files import PYTORCH, save_tensors
 from adapters.cascade.embeds import TENSOR
 from adapters.checksums import digest_blocks
 from adapters.errors import UserError, first_line, print_once
+from adapters.input_files import expand_home
 from adapters.progress import Bar
 from adapters.texts import check_captions, check_vocabulary
 from finetune.data.pictures import Picture
+from finetune.data.rows import CLASSES
 from finetune.data.sources import has_captions, load_captions
 from finetune.recipe.schema import Data, OutputPrior, Prior, Recipe
 from finetune.step.stages import STAGES
@@ -55,8 +57,8 @@ def collect_captions(recipe: Recipe, pictures: Iterable[Picture]) -> dict[str, s
     """
     captions = {picture.caption: f"the caption of {picture.source}" for picture in pictures}
     prior = recipe.class_pictures
-    if prior and prior.folder and has_captions(Path(prior.folder).expanduser()):
-        own = load_captions(Data(source=prior.folder), recipe.cache)[: prior.count]
+    if prior and prior.folder and has_captions(expand_home(prior.folder)):
+        own = load_captions(Data(source=prior.folder), recipe.cache, CLASSES)[: prior.count]
         captions |= dict.fromkeys(own, f"a caption of prior.folder {prior.folder}")
     return dict(sorted((captions | collect_prompts(recipe)).items()))
 

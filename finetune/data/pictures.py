@@ -6,7 +6,7 @@ step reads no more of them than its crop. Those that are damaged are decoded aga
 """
 
 import hashlib
-import io
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,18 +15,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from adapters.errors import UserError
-from adapters.pictures.reading import DECODING_ERRORS, to_rgb
+from adapters.pictures.reading import UnsuitableError, find_oddities, open_picture, to_rgb
 from adapters.progress import Bar
 from finetune.data.kept_arrays import is_whole, map_array, save_array
-from finetune.data.sources import open_source, read_captions, read_content, select_pictures
+from finetune.data.notes import Notes
+from finetune.data.rows import TRAINING, Wording
+from finetune.data.sources import open_source
 from finetune.recipe.schema import Data
 
 SPARE_RESOLUTION = 4
 """The least ratio of a reduced picture's short side to the crop's side."""
+
+SMALLEST_PX = 8
+"""The least width and height of a picture."""
+
+LONGEST_ASPECT = 2
+"""The ratio of a picture's sides above which it is said that most of it is cropped away."""
+
+DECODING = 2
+"""The version of :func:`decode`, so that pictures decoded by another one are decoded again."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class Picture:
     """The files for smaller crops, by the crop's side in pixels."""
     digest: str = ""
     """The SHA-256 of the file that it was decoded from."""
+    size: tuple[int, int] = (0, 0)
+    """The width and height in pixels of that file's picture, as it is stored."""
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
@@ -55,36 +67,79 @@ class Picture:
 
 
 def load_pictures(
-    data: Data, cache_dir: Path, *crops_px: int, limit: int | None = None
+    data: Data,
+    cache_dir: Path,
+    *crops_px: int,
+    limit: int | None = None,
+    wording: Wording = TRAINING,
+    notes: Notes | None = None,
 ) -> list[Picture]:
     """Load the pictures of a recipe, each decoded once and kept in the cache for later runs.
 
+    What is not read of the source and its pictures, or is changed, is printed, or else noted.
+
     Args:
-        data: a folder of pictures captioned by one prompt for all, by ``metadata.jsonl`` or by a
-            ``.txt`` file next to each; a folder written by ``save_to_disk``; or anything that
+        data: a folder or zip of pictures captioned by one prompt for all, by ``metadata.jsonl`` or
+            by a ``.txt`` file next to each; a folder written by ``save_to_disk``; or anything that
             ``datasets.load_dataset`` takes.
         cache_dir: the recipe's cache.
         crops_px: the sides of the crops that will be taken; far larger pictures are cached once
             for each, reduced.
         limit: the number of pictures to read, from the first on; ``None``: all.
+        wording: the setting that names the source, for messages.
+        notes: collects what is not read, instead of printing it.
 
     Raises:
         UserError: if the source, its columns, a caption or a picture is missing or damaged.
     """
-    table = open_source(data, cache_dir)
-    captions = read_captions(data, table)
-    images = select_pictures(data, table)
+    rows = open_source(data, cache_dir, wording, notes)
+    captions = rows.read_captions()
 
-    def load(row: int) -> Picture:
-        image = images[row][data.image_column]
-        source, content = read_content(image, f"row {row} of {data.source}")
+    def load(row: int) -> tuple[Picture, list[str]]:
+        source, content = rows.read_picture(row)
         digest = hashlib.sha256(content).hexdigest()
-        files = _cache_decoded(content, source, cache_dir / "pictures" / digest, crops_px)
-        return Picture(files.pop(max(crops_px)), captions[row], source, files, digest)
+        place = cache_dir / "pictures" / f"{digest}-{DECODING}"
+        with open_picture(source, content) as image:
+            check_size(image)
+            oddities = [*find_oddities(image), *find_changes(image, max(crops_px))]
+            files = _cache_decoded(image, place, crops_px)
+            size = image.size
+        picture = Picture(files.pop(max(crops_px)), captions[row], source, files, digest, size)
+        return picture, oddities
 
-    rows = range(len(table))[:limit]
-    with ThreadPoolExecutor() as pool:
-        return list(Bar(pool.map(load, rows), "Reading pictures", len(rows), delay=2))
+    numbers = range(len(rows))[:limit]
+    # Pillow warns of what it can do without in a file
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+        loaded = list(Bar(pool.map(load, numbers), "Reading pictures", len(numbers), delay=2))
+    for picture, oddities in loaded:
+        for oddity in oddities:
+            rows.notes.add(oddity, picture.source)
+    if notes is None:
+        rows.notes.say()
+    return [picture for picture, _ in loaded]
+
+
+def check_size(image: Image.Image) -> None:
+    """Raise an UnsuitableError if a picture is too small to show anything."""
+    width, height = image.size
+    if min(width, height) < SMALLEST_PX:
+        raise UnsuitableError(
+            f"A picture must have at least {SMALLEST_PX} px on each side (found {width} x"
+            f" {height}); replace or remove it."
+        )
+
+
+def find_changes(image: Image.Image, size_px: int) -> list[str]:
+    """List what the largest crop does to a picture, each as the beginning of a sentence."""
+    short, long = sorted(image.size)
+    changes = []
+    if short < size_px:
+        changes.append(f"Smaller than {size_px} px, and enlarged, which teaches blur:")
+    if long > LONGEST_ASPECT * short:
+        changes.append(
+            f"More than {LONGEST_ASPECT} times as long as wide, and cropped to a square:"
+        )
+    return changes
 
 
 def crop(
@@ -124,24 +179,14 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _cache_decoded(
-    content: bytes, source: str, place: Path, crops_px: Collection[int]
-) -> dict[int, Path]:
+def _cache_decoded(image: Image.Image, place: Path, crops_px: Collection[int]) -> dict[int, Path]:
     """Return the cached file for each size of crop; decode the picture if one is not whole."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            side = min(image.size)
-            reductions = {px: max(side // (SPARE_RESOLUTION * px), 1) for px in crops_px}
-            files = {r: place.with_name(f"{place.name}-{r}.npy") for r in reductions.values()}
-            if missing := [r for r, file in files.items() if not is_whole(file)]:
-                for reduction, pixels in zip(missing, decode(image, missing), strict=True):
-                    save_array(files[reduction], pixels)
-    except UnidentifiedImageError as error:
-        raise UserError(
-            f"The picture {source} is damaged or of an unknown format; remove or replace it."
-        ) from error
-    except DECODING_ERRORS as error:
-        raise UserError(f"The picture {source} is damaged ({error}); replace it.") from error
+    side = min(image.size)
+    reductions = {px: max(side // (SPARE_RESOLUTION * px), 1) for px in crops_px}
+    files = {r: place.with_name(f"{place.name}-{r}.npy") for r in reductions.values()}
+    if missing := [r for r, file in files.items() if not is_whole(file)]:
+        for reduction, pixels in zip(missing, decode(image, missing), strict=True):
+            save_array(files[reduction], pixels)
     return {px: files[reduction] for px, reduction in reductions.items()}
 
 

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -19,10 +20,13 @@ from adapters.atomic import write_text
 from adapters.cascade.load import Parts
 from adapters.checksums import find_damage, write_sums
 from adapters.errors import UserError, print_once
+from adapters.input_files import expand_home
 from adapters.progress import Bar
 from finetune.data.batches import CLASS, derived_seed
 from finetune.data.captions import model_identity
+from finetune.data.picture_folders import open_folder
 from finetune.data.pictures import Picture, load_pictures
+from finetune.data.rows import CLASSES
 from finetune.data.sources import has_captions
 from finetune.recipe.schema import Base, Data, PicturePrior, Recipe
 from finetune.step.stages import STAGES, Stage
@@ -42,13 +46,40 @@ def own_folder(prior: PicturePrior) -> Path | None:
     Raises:
         UserError: if the folder does not exist.
     """
-    own = Path(prior.folder).expanduser() if prior.folder else None
-    if own and not own.is_dir():
+    own = expand_home(prior.folder) if prior.folder else None
+    if own and open_folder(own) is None:
         raise UserError(
-            f"prior.folder {prior.folder!r} is not a folder: name one with pictures of the class,"
-            " or leave the field out to sample them from the base."
+            f"prior.folder {prior.folder!r} is neither a folder nor a zip: name one with pictures"
+            " of the class, or leave the field out to sample them from the base."
         )
     return own
+
+
+def load_own(prior: PicturePrior, cache_dir: Path, crops_px: Sequence[int]) -> list[Picture] | None:
+    """Load the first ``prior.count`` pictures in ``prior.folder``, with captions.
+
+    They are their own, if they have any, or else the prompts in rotation.
+
+    Returns:
+        The pictures; ``None``: there is no folder, and they are sampled.
+
+    Raises:
+        UserError: if the folder cannot be read.
+    """
+    own = own_folder(prior)
+    if own is None:
+        return None
+    captioned = has_captions(own)
+    data = Data(source=str(own), prompt=None if captioned else prior.prompts[0])
+    pictures = load_pictures(data, cache_dir, *crops_px, limit=prior.count, wording=CLASSES)
+    return pictures if captioned else _caption_in_rotation(pictures, prior.prompts)
+
+
+def _caption_in_rotation(pictures: Sequence[Picture], prompts: Sequence[str]) -> list[Picture]:
+    return [
+        replace(picture, caption=prompt)
+        for picture, prompt in zip(pictures, cycle(prompts), strict=False)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,18 +132,10 @@ class ClassPictures:
             UserError: if the folder cannot be read, or the base's safety checker rejects all
                 pictures of a prompt.
         """
-        own = own_folder(self.prior)
-        if own is None:
-            pictures = self._load_sampled()
-        else:
-            prompt = None if has_captions(own) else self.prior.prompts[0]
-            data = Data(source=str(own), prompt=prompt)
-            pictures = load_pictures(data, self.cache_dir, *self.crops_px, limit=self.prior.count)
-            if prompt is None:
-                return pictures
-        return [
-            replace(picture, caption=self._prompt(index)) for index, picture in enumerate(pictures)
-        ]
+        own = load_own(self.prior, self.cache_dir, self.crops_px)
+        if own is not None:
+            return own
+        return _caption_in_rotation(self._load_sampled(), self.prior.prompts)
 
     def _prompt(self, index: int) -> str:
         return self.prior.prompts[index % len(self.prior.prompts)]

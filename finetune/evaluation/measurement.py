@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 
 from adapters.arguments import find_device
 from adapters.errors import UserError
-from adapters.pictures.reading import read_picture
+from adapters.pictures.reading import picture_suffixes, read_picture
 from finetune.data.captions import check_cleaning, collect_prompts
 from finetune.data.pictures import load_pictures
 from finetune.evaluation.drawing import Adapters, check_adapters, draw_variants, list_shots
@@ -163,7 +162,7 @@ def find_pictures(folder: Path) -> list[Path]:
         found = "a file" if folder.exists() else "not there"
         raise UserError(f"--reference must be a folder of pictures, but {folder} is {found}.")
     paths = [path for path in folder.rglob("*") if not path.name.startswith(".")]
-    files = sorted(path for path in paths if path.suffix.lower() in ImageFolder.EXTENSIONS)
+    files = sorted(path for path in paths if path.suffix.lower() in picture_suffixes())
     if len(files) < 2:
         raise UserError(
             f"--reference must be a folder with two pictures or more, but {folder} has"

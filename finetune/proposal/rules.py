@@ -19,9 +19,6 @@ all published models take, is 4096."""
 FEW_PICTURES, MANY_PICTURES = 3, 30
 """The numbers of a subject's pictures below and above which something is said."""
 
-LARGEST_ASPECT = 2.0
-"""The ratio of a picture's sides above which a square crop loses half of it."""
-
 LIVING = {
     *("animal", "baby", "bear", "bird", "boy", "bunny", "butterfly", "calf", "camel", "cat"),
     *("chicken", "child", "cow", "deer", "dog", "dolphin", "dragon", "duck", "elephant", "face"),

@@ -356,22 +356,22 @@ def missing_source(folder: Path) -> tuple[Data, str]:
 
 
 def empty_folder(folder: Path) -> tuple[Data, str]:
-    return Data(source=str(folder), prompt="x"), "the folder is empty"
+    return Data(source=str(folder), prompt="x"), "has no pictures (found nothing)"
 
 
 def truncated_picture(folder: Path) -> tuple[Data, str]:
     (folder / "half.png").write_bytes(encoded(photo())[:400])
-    return Data(source=str(folder), prompt="x"), "half.png is damaged"
+    return Data(source=str(folder), prompt="x"), "half.png cannot be read"
 
 
 def no_picture_at_all(folder: Path) -> tuple[Data, str]:
     (folder / "text.jpg").write_text("hello")
-    return Data(source=str(folder), prompt="x"), "text.jpg is damaged or of an unknown format"
+    return Data(source=str(folder), prompt="x"), "text.jpg cannot be read (it is damaged or"
 
 
 def no_caption_column(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
-    return data.model_copy(update={"caption_column": "words"}), "no column 'words'; it has image, t"
+    return data.model_copy(update={"caption_column": "words"}), "a field 'words' (found"
 
 
 def no_image_column(folder: Path) -> tuple[Data, str]:
@@ -392,25 +392,25 @@ def pictures_that_are_none(folder: Path) -> tuple[Data, str]:
 def metadata_names_a_missing_file(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
     (folder / "1 [test].png").unlink()
-    return data, "1 [test].png, named in row 1"
+    return data, "1 [test].png: there must be a file (found nothing)"
 
 
 def metadata_without_file_names(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
     (folder / "metadata.jsonl").write_text('{"file": "0.png", "text": "x"}\n')
-    return data, "`file_name`"
+    return data, "a field 'file_name' (found"
 
 
 def metadata_is_no_json(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": \n')
-    return data, "JSON parse error"
+    return data, "there must be one JSON object"
 
 
 def metadata_is_empty(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
     (folder / "metadata.jsonl").write_text("")
-    return data, "cannot be loaded"
+    return data, "lists no pictures"
 
 
 def no_captions(folder: Path) -> tuple[Data, str]:
@@ -421,21 +421,21 @@ def no_captions(folder: Path) -> tuple[Data, str]:
 def empty_caption(folder: Path) -> tuple[Data, str]:
     data = with_text_files(folder)
     (folder / "2 [test].txt").write_text(" \n")
-    return data, "2 [test].txt has no visible character (found SPACE, U+000A)"
+    return data, "2 [test].txt: the caption has no visible character (found SPACE, U+000A)"
 
 
 def empty_caption_in_metadata(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
     file = folder / "metadata.jsonl"
     file.write_text(file.read_text().replace(CAPTIONS[2], " "))
-    return data, "the caption of row 2, in column 'text', is empty; write some"
+    return data, "line 3: the caption has no visible character (found SPACE)"
 
 
 def nul_in_metadata(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
     file = folder / "metadata.jsonl"
     file.write_text(file.read_text().replace(CAPTIONS[2], "a\\u0000b"))
-    return data, "row 2, in column 'text', has a NUL character"
+    return data, "line 3: the caption has a NUL character"
 
 
 def invisible_caption(folder: Path) -> tuple[Data, str]:
@@ -448,7 +448,7 @@ def invisible_caption_in_metadata(folder: Path) -> tuple[Data, str]:
     data = with_metadata(folder)
     file = folder / "metadata.jsonl"
     file.write_text(file.read_text().replace(CAPTIONS[2], "\ufeff"))
-    return data, "row 2, in column 'text', has no visible character (found ZERO"
+    return data, "line 3: the caption has no visible character (found ZERO"
 
 
 def caption_in(encoding: str, found: str) -> Callable[[Path], tuple[Data, str]]:
@@ -476,7 +476,7 @@ def metadata_in(
 
 
 def unknown_split(folder: Path) -> tuple[Data, str]:
-    return with_metadata(folder).model_copy(update={"split": "test"}), "Unknown split"
+    return with_metadata(folder).model_copy(update={"split": "test"}), "has no split 'test'"
 
 
 def unknown_saved_split(folder: Path) -> tuple[Data, str]:

@@ -302,5 +302,5 @@ def test_a_folder_may_start_at_home_and_hold_more_than_is_read(
 
 def test_a_missing_folder_is_said(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     nowhere = {"prompts": PROMPTS, "folder": str(tmp_path / "nowhere")}
-    with pytest.raises(UserError, match=r"prior.folder .*nowhere. is not a folder"):
+    with pytest.raises(UserError, match=r"prior.folder .*nowhere. is neither a folder nor a zip"):
         made(make_recipe(prior=nowhere))
