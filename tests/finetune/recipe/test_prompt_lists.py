@@ -100,7 +100,7 @@ def test_three_overrides_name_another_subject(path: str, subject: str) -> None:
     captions = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").open()]
     own = [caption for caption in collect_prompts(recipe) if f"sks {subject}" in caption]
     assert all(f"sks {subject}" in caption for caption in captions)
-    assert len(own) >= 8
+    assert len(own) >= 6  # validation's and the evaluation's
     assert "octopus" not in "".join(collect_prompts(recipe))
 
 

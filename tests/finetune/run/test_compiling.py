@@ -25,7 +25,10 @@ def test_a_run_compiles_the_unet_only_if_asked_to(
         assert len(compiled) == asked
 
 
-def test_a_cpu_compiles_nothing(random_cascade: RandomCascade, tmp_path: Path) -> None:
+def test_a_cpu_compiles_nothing(
+    random_cascade: RandomCascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     recipe = recipe_of(random_cascade, tmp_path, stage={"compile": True})
     with pytest.raises(UserError, match=r"stage_1\.compile: true needs a GPU"):
         check_recipe(recipe, torch.device("cpu"))
