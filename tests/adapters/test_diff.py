@@ -159,7 +159,7 @@ def test_two_unets_are_compared_weight_by_weight(
     [
         ("{lora}/stage_1 {lora}/stage_2", "are adapters of different stages"),
         ("{lora} {loha}", "of kind loha, whose updates depend on its base"),
-        ("{lora} {stage_1}", "has no exported adapter"),
+        ("{lora} {stage_1}", "is a model, and the other is not"),
         ("{stage_1} {stage_2}", "are UNets of different architectures"),
         ("{lora}/stage_1 {wide}", "has the shape"),
     ],
