@@ -1,11 +1,11 @@
-"""Parsing and checks of users' arguments: adapter scales, seeds and devices."""
+"""Parsing and checks of users' arguments: adapter scales, seeds, devices and paths."""
 
 import numbers
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
-from adapters.errors import UserError
+from adapters.errors import UserError, quote
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +20,11 @@ magnitudes it applies in full: see :meth:`adapters.cascade.adapter_set.AdaptedSt
 Scales: TypeAlias = Mapping[str, Scale] | Sequence[str] | str
 """Adapters by name, each with its scale; names without scales have a scale of 1."""
 
+LARGEST_SCALE = 1000
+"""The largest scale of an adapter, far beyond all that draws a picture."""
+
 LARGEST = (2 - 2**-23) * 2.0**127
-"""The largest factor: float32's largest number, because updates are merged in float32."""
+"""The largest alpha: float32's largest number, because updates are merged in float32."""
 
 LAST_SEED = 0xFFFF_FFFF_FFFF_FFFF
 """The largest seed that a PyTorch generator takes."""
@@ -30,16 +33,40 @@ STAGES = (1, 2)
 """The stages that can have adapters."""
 
 
+def expand_home(path: str | Path) -> Path:
+    """Expand the ``~`` that a path may begin with.
+
+    Raises:
+        UserError: if it is of someone who is not a user of this machine.
+    """
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError):
+        raise UserError(
+            f"{quote(str(path))} names no user's home folder; correct the name after the ~."
+        ) from None
+
+
 def read_scales(scales: Scales) -> Mapping[str, Scale]:
     """Read the scale of each named adapter."""
     if isinstance(scales, Mapping):
         return scales
+    if not isinstance(scales, str | Iterable):
+        raise UserError(
+            "Adapters must be given by name, each with its scale or not (got"
+            f" {quote(scales)}); give {{name: scale}}."
+        )
     return dict.fromkeys([scales] if isinstance(scales, str) else scales, 1.0)
 
 
 def is_factor(factor: object) -> bool:
     """Tell whether a factor can multiply an update: a finite number in float32's range."""
     return isinstance(factor, numbers.Real) and abs(cast(float, factor)) <= LARGEST
+
+
+def is_scale(scale: object) -> bool:
+    """Tell whether a number can be the scale of an adapter."""
+    return is_factor(scale) and abs(cast(float, scale)) <= LARGEST_SCALE
 
 
 def split_scale(
@@ -50,13 +77,15 @@ def split_scale(
     Factors for stages that are not loaded are ignored; ``what`` names the adapter in messages.
 
     Raises:
-        UserError: if a factor is not finite in float32, or is for a stage that the adapter lacks.
+        UserError: if a factor is not a number within bounds, or is for a stage that the adapter
+            lacks.
     """
     factors = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(own, scale)
     for stage, factor in factors.items():
-        if not is_factor(factor):
+        if not is_scale(factor):
             raise UserError(
-                f"The scale of {what} must be a finite number in float32's range (got {factor!r})."
+                f"The scale of {what} must be a number from -{LARGEST_SCALE} to {LARGEST_SCALE}"
+                f" (got {quote(factor)})."
             )
         if stage not in STAGES or (stage in loaded and stage not in own):
             raise UserError(
@@ -91,8 +120,11 @@ def parse_scale(text: str) -> Scale:
     """Parse a number, or one by stage, as in ``1:0.5,2:1``; raise ValueError for other texts."""
     if ":" not in text:
         return float(text)
-    pairs = (pair.split(":") for pair in text.split(","))
-    return {int(stage): float(factor) for stage, factor in pairs}
+    pairs = [pair.split(":") for pair in text.split(",")]
+    scales = {int(stage): float(factor) for stage, factor in pairs}
+    if len(scales) < len(pairs):
+        raise ValueError("a stage is given twice")
+    return scales
 
 
 def format_scales(scales: Mapping[int, float]) -> str:
@@ -114,7 +146,7 @@ def find_device(name: "str | torch.device") -> "torch.device":
         placed = torch.empty(0, device=name)
         placed.cpu()  # fails on meta and the like, which keep no values
         return placed.device
-    except (RuntimeError, AssertionError) as error:  # raised by PyTorch without CUDA
+    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch without CUDA asserts
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"The device {str(name)!r} cannot be used ({reason}); choose auto, cpu, or cuda where"

@@ -41,6 +41,8 @@ class NotWrittenError(UserError):
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
     """Run a block that writes to ``path`` or into it; a UserError names it if the disk refuses."""
+    if "\0" in str(path):
+        raise UserError(f"{path} has a NUL character, which no name can have; name another.")
     try:
         yield
     except (OSError, SafetensorError, NotWrittenError) as error:

@@ -5,7 +5,7 @@ The file of checksums is written last, so it also says that the folder is comple
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from adapters.atomic import write_text
 
@@ -42,8 +42,16 @@ def read_sums(folder: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     rows = [line.split("  ", 1) for line in text.splitlines()]
-    whole = text.endswith("\n") and all(len(row) == 2 and len(row[0]) == DIGITS for row in rows)
+    whole = text.endswith("\n") and all(
+        len(row) == 2 and len(row[0]) == DIGITS and _is_inside(row[1]) for row in rows
+    )
     return {name: digest for digest, name in rows} if whole else {}
+
+
+def _is_inside(name: str) -> bool:
+    """Tell whether a name is that of a file in the folder itself."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def find_damage(folder: Path, names: Iterable[str]) -> str | None:

@@ -4,15 +4,20 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from adapters.errors import command_line, quiet_libraries
+from adapters.arguments import expand_home
+from adapters.errors import UserError, command_line, hint, quiet_libraries, show_plainly
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "--out": {"type": Path, "required": True, "metavar": "FOLDER", "help": "the new folder"},
+        "--out": {
+            "type": expand_home,
+            "required": True,
+            "metavar": "FOLDER",
+            "help": "the new folder",
+        },
         "--base": {
             "action": "append",
             "default": [],
@@ -55,7 +60,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print a mistake, and exit with status 2."""
+        """Print a mistake as a sentence, and exit with status 2."""
         greedy = [
             option
             for action in self._actions
@@ -64,7 +69,16 @@ class CommandParser(argparse.ArgumentParser):
         ]
         if "arguments are required" in message and greedy:
             message += f" ({greedy[0]} takes all values that follow it: write the others before it)"
-        super().error(message)
+        # as a UserError, because an argument may be long
+        sentence = UserError(f"{message}{self._hint(message)}; see {self.prog} --help.")
+        self.exit(2, f"error: {sentence}\n")
+
+    def _hint(self, message: str) -> str:
+        """Hint at the option closest to one that there is not."""
+        _, mark, unknown = message.partition("unrecognized arguments: ")
+        options = [name for action in self._actions for name in action.option_strings]
+        closest = hint(unknown.partition(" ")[0], options) if mark else ""
+        return f" ({closest})" if closest else ""
 
 
 def command_parser(
@@ -96,11 +110,11 @@ def run_command(
 
     The work imports slow modules in its own body, so that ``--help`` answers at once.
     """
-    options = parser.parse_args(arguments)
     with command_line():
+        options = parser.parse_args(arguments)
         quiet_libraries()
         result = work(options)
-    sys.stdout.write(f"{result}\n")
+    sys.stdout.write(f"{show_plainly(str(result))}\n")
 
 
 def format_report(

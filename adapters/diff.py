@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapters.command import command_parser, format_report, run_command
+from adapters.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +30,12 @@ def _diff(options: argparse.Namespace) -> str:
     from adapters.merging.measure import find_bases
 
     paths = (options.a, options.b)
-    if all(map(difference.is_model, paths)):
+    models = [path for path in paths if difference.is_model(path)]
+    if len(models) == 1:
+        raise UserError(
+            f"{models[0]} is a model, and the other is not; compare two adapters or two models."
+        )
+    if models:
         a, b = (StoredUNet.find(str(path), None, options.variant) for path in paths)
         found = [difference.compare_unets(a, b, by_module=options.modules)]
     else:

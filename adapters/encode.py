@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from adapters.arguments import expand_home
 from adapters.atomic import check_out
 from adapters.command import command_parser, run_command
 from unets.precision import automatic_precision
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("model", help="Stage I, or Stage II with a text encoder of its own: folder or hub name")
     add("--prompt", action="append", required=True, help="a prompt to encode; may be repeated")
     help_ = "the file to write, such as prompts.safetensors"
-    add("--out", type=Path, required=True, metavar="FILE", help=help_)
+    add("--out", type=expand_home, required=True, metavar="FILE", help=help_)
     help_ = "the precision of the weights (default: bf16 on a GPU, fp32 on a CPU)"
     add("--precision", choices=TEXT_PRECISIONS, help=help_)
     help_ = "the device, such as cuda or cpu (default: a GPU if there is one)"

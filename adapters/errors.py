@@ -1,7 +1,9 @@
 """The version, the error for users to read, and helpers that word its sentences."""
 
 import difflib
+import io
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,17 +17,36 @@ from tqdm import tqdm
 
 __version__ = "0.1.0"
 
+QUOTED = 80
+"""The most letters of a value that a sentence quotes."""
+
+LONGEST = 4000
+"""The most letters of a message; of a longer one, the middle is left out."""
+
+UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Characters, such as of a file's name, that would steer the terminal or cannot be written."""
+
 
 class UserError(Exception):
     """A mistake that the user can fix, in one sentence: place, expected, found, and remedy.
 
-    Command lines print it without a traceback and exit with status 2.
+    Command lines print it without a traceback and exit with status 2. It may quote files of others,
+    so it has a length that can be read, and does not steer a terminal.
     """
+
+    def __init__(self, sentence: str) -> None:
+        text = show_plainly(sentence)
+        if (more := len(text) - LONGEST) > 0:
+            half = LONGEST // 2
+            text = f"{text[:half]} … ({more:,} letters) … {text[-half:]}"
+        super().__init__(text)
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
     """Run a command; its errors end as sentences on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of ASCII shows other letters escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
@@ -44,7 +65,9 @@ def command_line() -> Iterator[None]:
 
 
 def _exit(sentence: str) -> NoReturn:
-    tqdm.write(f"error: {sentence}", file=sys.stderr)  # prints above an open progress bar
+    tqdm.write(
+        f"error: {show_plainly(sentence)}", file=sys.stderr
+    )  # prints above an open progress bar
     raise SystemExit(2) from None
 
 
@@ -78,9 +101,32 @@ def print_once(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
+def show_plainly(text: str) -> str:
+    r"""Spell out characters that would steer a terminal or cannot be written, as in ``\x1b``.
+
+    Example:
+        >>> show_plainly("red \x1b[31m")
+        'red \\x1b[31m'
+    """
+    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def first_line(error: BaseException) -> str:
     """Return an error's text, of several lines the first, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def quote(value: object, limit: int = QUOTED) -> str:
+    """Write a value for a sentence as Python does, of a long one only the beginning.
+
+    Example:
+        >>> quote("a dog"), quote("abc" * 100, limit=8)
+        ("'a dog'", "'abcabca… (300 letters)")
+    """
+    text = repr(value)
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit]}… ({len(value if isinstance(value, str) else text):,} letters)"
 
 
 def listed(names: Iterable[str], limit: int = 20) -> str:
@@ -110,7 +156,7 @@ class NameIn:
     def check(self, name: str) -> str:
         """Raise a ValueError that hints at the closest name, if a name is not in the table."""
         if name not in self.names:
-            raise ValueError(f"unknown name {name!r}; {closest(name, self.names)}")
+            raise ValueError(f"unknown name {quote(name)}; {closest(name, self.names)}")
         return name
 
     def __get_pydantic_core_schema__(

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from adapters.arguments import Scale, check_seeds, format_scales, parse_scale, parse_scaled
+from adapters.arguments import Scale, expand_home, format_scales, parse_scale, parse_scaled
 from adapters.atomic import check_out
 from adapters.cascade.sampling import DEFAULTS as DEFAULT_SETTINGS
 from adapters.cascade.sampling import RENAMED, Sampling, SettingError, StageSampling, nest
 from adapters.command import command_parser, run_command
-from adapters.errors import UserError
+from adapters.errors import UserError, print_once
 from unets.precision import Precision
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from adapters.cascade.cascade import Cascade
     from adapters.cascade.provenance import PictureInfo
     from adapters.cascade.redraw import Redraw
@@ -69,7 +71,13 @@ def parser() -> argparse.ArgumentParser:
     add("--negative-prompt", metavar="PROMPT", help="what the pictures should not show")
     help_ = "the prompts' encodings, from adapters.encode; no text encoder is then loaded"
     add("--embeds", metavar="FILE", help=help_)
-    add("--out", type=Path, required=True, metavar="FOLDER", help="the folder for the pictures")
+    add(
+        "--out",
+        type=expand_home,
+        required=True,
+        metavar="FOLDER",
+        help="the folder for the pictures",
+    )
     help_ = "a square picture to enlarge, one for all prompts or one for each; replaces Stage I"
     add("--low-res", action="append", metavar="FILE", help=help_)
     help_ = "a saved picture to draw again; other options override its settings"
@@ -123,9 +131,10 @@ def generate(parsed: argparse.Namespace) -> Path:
     Raises:
         UserError: if an option is missing or out of range, or a file or model cannot be loaded.
     """
-    from adapters.cascade.embeds import load_embeds
+    from adapters.cascade.conditioning import lay_out
+    from adapters.cascade.embeds import load_embeds, look_up
     from adapters.cascade.provenance import read_picture_info
-    from adapters.cascade.redraw import Redraw
+    from adapters.cascade.redraw import read_pictures
     from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts
 
     given = {name: value for name, value in vars(parsed).items() if value is not None}
@@ -134,20 +143,29 @@ def generate(parsed: argparse.Namespace) -> Path:
     options = argparse.Namespace(**vars(parsed) | DEFAULTS | known | given)
     if not options.prompt:
         raise UserError("There is nothing to draw; give --prompt, or a picture with --like.")
+    negative = options.negative_prompt or ""
+    check_texts([negative])
+    texts = {1: options.prompt, 2: options.stage_2_prompt, 3: options.stage_3_prompt}
+    layout, prompts = lay_out(texts, options.images_per_prompt)
+    layout.seeds(options.seed)
+    if options.embeds is None:
+        places = {negative: "--negative-prompt"} | dict.fromkeys(prompts[2], "--stage-2-prompt")
+        places |= dict.fromkeys(prompts[1], "--prompt")
+        check_captions(places, clean_caption=options.clean_caption, setting=KEEP_IN_PYTHON)
+    check_out(options.out, "folder")
     redraw = _read_redraw(options, info)
-    low_res = None if options.low_res is None else Redraw.of(options.low_res).pictures
+    low_res = options.low_res and read_pictures(options.low_res, "The picture of --low-res")
+    if low_res:
+        layout.spread(low_res, "pictures of --low-res")
     adapters = _read_adapters(options)
     settings = _read_sampling(given, _find_base_sampling(options, info, redraw, adapters))
-    check_seeds([options.seed])
-    texts = {options.negative_prompt or "": "--negative-prompt"}
-    texts |= dict.fromkeys(options.stage_2_prompt or (), "--stage-2-prompt")
-    texts |= dict.fromkeys(options.prompt, "--prompt")
-    check_texts(texts)
-    if options.embeds is None:
-        check_captions(texts, clean_caption=options.clean_caption, setting=KEEP_IN_PYTHON)
-    check_out(options.out, "folder")
+    models = _find_models(options, info, adapters)
+    _check_models(options, models, settings, redraw, low_res)
+    _say_without_effect(options, given, models, settings)
     embeds = None if options.embeds is None else load_embeds(options.embeds)
-    images = _load(options, info, adapters)(
+    if embeds is not None:
+        look_up(embeds, [*dict.fromkeys([*prompts[1], *prompts[2], negative])])
+    images = _load(options, models, adapters)(
         options.prompt,
         stage_2_prompt=options.stage_2_prompt,
         stage_3_prompt=options.stage_3_prompt,
@@ -266,22 +284,97 @@ def _read_sampling(given: Mapping[str, Any], base: Sampling) -> Sampling:
         raise UserError(f"--{flag.replace('_', '-')}: {error.reason}") from None
 
 
-def _load(
+def _find_models(
     options: argparse.Namespace, info: "PictureInfo | None", adapters: Sequence[_Named]
-) -> "Cascade":
-    """Load the cascade with its adapters; models not named default to the adapters' bases."""
+) -> dict[int, str]:
+    """Find the models' names by stage; those not named default to the adapters' bases."""
     from adapters.base.hub import with_revision
-    from adapters.cascade.load import Parts, load_cascade
 
     bases = {}
     for each in () if info else adapters:
         for own in each.infos:
             revision = None if options.revision else own.base_revision
             bases[own.stage] = with_revision(own.base_model, revision)
+    names = {
+        1: options.stage_1 or (None if options.low_res else bases.get(1)),
+        2: options.stage_2 or bases.get(2),
+        3: options.stage_3,
+    }
+    return {stage: name for stage, name in names.items() if name}
+
+
+def _check_models(
+    options: argparse.Namespace,
+    models: Mapping[int, str],
+    settings: Sampling,
+    redraw: "Redraw | None",
+    low_res: "Sequence[Image.Image] | None",
+) -> None:
+    """Check what the models' configuration files tell, before weights are downloaded and loaded."""
+    from adapters.arguments import find_device
+    from adapters.base.source import Source
+    from adapters.cascade.checks import Limits, check_settings, check_small_pictures, check_stages
+    from adapters.cascade.load import check_memory
+
+    check_memory(options.memory, options.dtype, find_device(options.device))
+    sources = {
+        stage: Source(name, stage, *((options.revision, options.variant) if stage < 3 else ()))
+        for stage, name in models.items()
+    }
+    if not {1, 2} & sources.keys():
+        return  # loading says so
+    check_stages(sources, enlarges=low_res is not None)
+    for stage, source in sources.items():
+        strength = {} if redraw is None else redraw.strength
+        check_settings(stage, Limits.of_source(source), settings, strength)
+    if low_res is not None:
+        size_px = sources[1].picture_size_px if 1 in sources else None
+        check_small_pictures(low_res, size_px, square=redraw is None)
+
+
+def _say_without_effect(
+    options: argparse.Namespace,
+    given: Mapping[str, Any],
+    models: Mapping[int, str],
+    settings: Sampling,
+) -> None:
+    """Say which given options have no effect, and why; those of prompts are then left out."""
+    from adapters.base.hub import is_hub_name, split_revision
+
+    idle: dict[str, list[str]] = {}
+    drawing = [stage for stage in models if stage > 1 or options.low_res is None]
+    for stage in {1, 2, 3}.difference(drawing):
+        own = [flag for flag, place in FLAGS.items() if place[0] == f"stage_{stage}"]
+        reason = f"without Stage {'I' * stage}" if stage not in models else "with --low-res"
+        idle[reason] = [flag for flag in (f"stage_{stage}_prompt", *own) if flag in given]
+    scaled = all(parse_scaled(name)[1] is not None for name in options.adapter)
+    idle["as each adapter has its own" if options.adapter else "without --adapter"] = (
+        ["scale"] if scaled and "scale" in given else []
+    )
+    if not any(
+        is_hub_name(split_revision(models[stage])[0]) for stage in (1, 2) if stage in models
+    ):
+        idle["as no model is on the hub"] = ["revision"] if "revision" in given else []
+    if all(settings.of(stage).guidance == 1 for stage in drawing):
+        idle["with a guidance of 1"] = ["negative_prompt"] if "negative_prompt" in given else []
+    for reason, names in idle.items():
+        if names:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+            print_once(f"{flags} {'have' if names[1:] else 'has'} no effect {reason}.")
+    for stage in {2, 3}.difference(models):
+        vars(options)[f"stage_{stage}_prompt"] = None
+
+
+def _load(
+    options: argparse.Namespace, models: Mapping[int, str], adapters: Sequence[_Named]
+) -> "Cascade":
+    """Load the cascade with its adapters."""
+    from adapters.cascade.load import Parts, load_cascade
+
     return load_cascade(
-        options.stage_1 or (None if options.low_res else bases.get(1)),
-        options.stage_2 or bases.get(2),
-        options.stage_3,
+        models.get(1),
+        models.get(2),
+        models.get(3),
         adapters=[(each.name, each.scale) for each in adapters],
         revision=options.revision,
         variant=options.variant,

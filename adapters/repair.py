@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from adapters.arguments import expand_home
 from adapters.command import command_parser, run_command
 from adapters.errors import UserError
 
@@ -18,13 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("file", help="a LoRA's safetensors file, its folder, or its hub name")
     help_ = "the new file (default: FILE_repaired.safetensors, if FILE needs repair)"
-    add("--out", type=Path, metavar="FILE", help=help_)
+    add("--out", type=expand_home, metavar="FILE", help=help_)
     run_command(parser, arguments, _repair)
 
 
 def _repair(options: argparse.Namespace) -> str:
     from adapters.files.places import adapter_path
 
+    if options.out is not None and options.out.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors (got {options.out}); name another file.")
     file = adapter_path(options.file)
     if options.out is None and not Path(options.file).exists() and file.exists():
         raise UserError(f"{options.file} is on the hub; name the file to write with --out.")

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
-from adapters.errors import UserError, listed
+from adapters.errors import UserError, listed, quote
 from adapters.progress import Bar
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ WORDS_READ = 100
 
 QUOTED_LENGTH = 80
 """The number of characters of a caption that a message quotes."""
+
+LONGEST_TEXT = 10_000
+"""The most letters of a text: the encoder reads some hundred words, and cleaning takes a time that
+grows with the square of the length of a word."""
 
 _said: set[str] = set()
 """Lost words that this process has named in a message, so as not to repeat them."""
@@ -143,6 +147,8 @@ def find_flaw(text: str) -> str | None:
     """
     if not text:
         return "is empty; write some text"
+    if len(text) > LONGEST_TEXT:
+        return f"has {len(text):,} letters, more than {LONGEST_TEXT:,}; shorten it"
     if "\0" in text:
         return f"has a NUL character (in {_quote(text)}); leave it out"
     if any(unicodedata.category(character) == "Cs" for character in text):  # a lone surrogate
@@ -213,6 +219,6 @@ def check_texts(texts: Iterable[object]) -> None:
     """
     for text in texts:
         if not isinstance(text, str):
-            raise UserError(f"A prompt must be a string (got {text!r}); give one or several.")
+            raise UserError(f"A prompt must be a string (got {quote(text)}); give one or several.")
         if text and (flaw := find_flaw(text)):
             raise UserError(f"A prompt {flaw}.")

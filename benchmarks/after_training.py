@@ -2,12 +2,15 @@
 
     python -m benchmarks.after_training runs/choice drawing --processes 14
     python -m benchmarks.after_training runs/stage_2 enlarging --processes 14
+    python -m benchmarks.after_training runs/best exporting --processes 14
 
 `drawing` scores the runs' adapters as their evaluation does, with other numbers of sampling steps,
 solvers, precisions of the base and scales of the adapter (`WAYS`). `enlarging` gives Stage II what
 is no picture of Stage I: true renders of the evaluation's captions, shrunk, which it enlarges with
-each combination's adapters and with none; PSNR and SSIM compare them with the renders. Processes
-are shared out over the GPUs. Prints the mean over a combination's runs, and their range.
+each combination's adapters and with none; PSNR and SSIM compare them with the renders. `exporting`
+scores what `validation.best` chose, and beside it the last step of the same training, from its
+checkpoint. Processes are shared out over the GPUs. Prints the mean over a combination's runs, and
+their range.
 """
 
 import argparse
@@ -159,6 +162,44 @@ def enlarge(run: Run, way: str) -> dict[str, float]:
     return scores
 
 
+def export(run: Run, way: str) -> dict[str, float]:
+    """Score a run's exported adapters, or those of its last step, and give Stage I's step."""
+    from adapters.files.info import read_info
+    from finetune.evaluation.drawing import FINE_TUNED
+    from finetune.evaluation.measurement import evaluate
+    from finetune.run.folders import Folders
+    from finetune.sweeping.outcomes import compute_figures
+
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = Folders(run.recipe.folder).adapters
+        if way == "last":
+            adapters = export_last(run, Path(folder))
+        found = compute_figures(evaluate(run.recipe, {adapters: 1.0}).as_json(), FINE_TUNED)
+        step = read_info(adapters / "stage_1").step
+    figures = {name: found[name] or math.nan for name in ("fidelity", "preservation", "clip_t")}
+    return figures | {"step": float(step)}
+
+
+def export_last(run: Run, folder: Path) -> Path:
+    """Export the adapters of a run's newest checkpoints."""
+    from adapters.arguments import find_device
+    from adapters.files.export import export_adapter
+    from adapters.files.info import read_info
+    from finetune.run.checkpoints import find_newest
+    from finetune.run.folders import Folders
+    from finetune.run.stage_run import continue_training
+
+    folders = Folders(run.recipe.folder)
+    for stage in run.recipe.trained:
+        found = find_newest(folders.checkpoints(stage))
+        trainee = continue_training(run.recipe, stage, found, find_device("auto"))
+        info = read_info(folders.adapters / stage.name)
+        fields = {"step": trainee.step, "last_step": None, "choice": None}
+        with trainee.final_weights() as unet:
+            export_adapter(unet, folder, info.model_copy(update=fields))
+    return folder
+
+
 def compare(drawn: Sequence[Any], true: Sequence[Any]) -> dict[str, float]:
     """Compare pictures with others, one by one: mean PSNR and mean SSIM."""
     import numpy as np
@@ -178,6 +219,7 @@ def compare(drawn: Sequence[Any], true: Sequence[Any]) -> dict[str, float]:
 KINDS: Mapping[str, tuple[Callable[[Run, str], dict[str, float]], Sequence[str]]] = {
     "drawing": (draw, tuple(WAYS)),
     "enlarging": (enlarge, ("base", "")),
+    "exporting": (export, ("best", "last")),
 }
 """The ways of each kind of comparison, and what measures one with a run."""
 

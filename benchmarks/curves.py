@@ -47,7 +47,7 @@ RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *SHORT,
             "prior=null",
             "data.prompt=a {}",
-            "stage_1.optimizer.learning_rate=8e-3",
+            "stage_1.optimizer.learning_rate=3e-3",
             "stage_1.optimizer.schedule=constant",
         ),
     }
@@ -61,7 +61,7 @@ CURVES: Mapping[str, str] = MappingProxyType(
         "fidelity/clip_i": "likeness to the subject",
         "fidelity/clip_t": "likeness to the prompts",
         "fidelity/sameness": "likeness among pictures",
-        "forgetting/others_clip_t": "other prompts, likeness to them",
+        "forgetting/others_clip_t": "other prompts, likeness",
         "loss/fixed_noise": "loss at fixed noise",
     }
 )

@@ -78,7 +78,9 @@ def show_own_outputs() -> None:
         noise = F.avg_pool2d(batch.low_res_noise, ratio) * ratio  # standard normal again
         at = torch.full_like(batch.timesteps, OWN_TIMESTEP)
         noisy = schedule.add_noise(batch.low_res, noise, at)
-        predicted = unets[device](noisy, at, batch.prompt_embeds, return_dict=False)[0][:, :3]
+        predicted = unets[device](noisy, at, batch.prompt_embeds.float(), return_dict=False)[0][
+            :, :3
+        ]
         kept = float(schedule.alphas_cumprod[OWN_TIMESTEP])
         return ((noisy - (1 - kept) ** 0.5 * predicted) / kept**0.5).clamp(-1, 1)
 

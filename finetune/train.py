@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError, command_line, quiet_libraries
 from finetune.command import run_command
+from finetune.run.launcher import check_launcher
 from finetune.run.output import lasting_output
 from finetune.run.stopping import Stop, StoppedError, heed_signals, wait_for_launcher
 
@@ -87,12 +88,15 @@ def train_or_print(recipe: "Recipe", options: argparse.Namespace) -> str:
 
 def run(recipe: "Recipe", stop: Stop, *, force: bool) -> None:
     """Run a recipe with as many processes as were launched."""
+    ignored = check_launcher(os.environ)
     quiet_libraries()
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     # the others wait while one process gathers the material, perhaps past NCCL's ten minutes
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     accelerator = Accelerator(kwargs_handlers=[waiting])
+    for sentence in ignored:
+        accelerator.print(f"warning: {sentence}")
     train(recipe, accelerator, stop, force=force)
     accelerator.end_training()
 
@@ -136,9 +140,11 @@ def train(
     """
     import torch
 
+    from finetune.data.pictures import load_pictures
     from finetune.run.early_checks import check_recipe
     from finetune.run.folders import Folders, explain_ignored, list_unfinished
     from finetune.run.run_lock import hold_run
+    from finetune.run.stage_run import check_finished
 
     device = accelerator.device
     if device.type == "cpu":  # the launcher leaves each process a single thread
@@ -148,6 +154,9 @@ def train(
         for ignored in explain_ignored(recipe, stage) if stage not in pending else ():
             accelerator.print(f"warning: {ignored}")
     if not pending:
+        with accelerator.main_process_first():
+            pictures = load_pictures(recipe.data, recipe.cache, *recipe.crops_px)
+        check_finished(recipe, pictures, device)
         accelerator.print(f"Already trained: the adapters are in {folders.adapters}.")
         return
     check_recipe(recipe, device)

@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,10 +35,36 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
 
+SLOWEST = (
+    "finetune/test_kills.py",
+    "finetune/test_outcome.py",
+    "finetune/test_train.py",
+    "finetune/test_sweep.py",
+    "finetune/test_stopped_launches.py",
+    "docs/test_notebooks.py",
+    "docs/test_commands.py",
+    "docs/test_site.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take longest, so that no worker ends alone with one of them."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests that need a GPU on machines without one."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def no_plan() -> Iterator[None]:
+    """Spare runs in this process their estimate of memory, which takes seconds."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("finetune.train.print_plan", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ seconds on any machine, while the memory, arithmetic and traffic of each operati
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 META = torch.device("meta")
@@ -83,7 +84,7 @@ class Tally(TorchDispatchMode):
     ) -> Any:
         """Run an operation on shapes, and count it."""
         kwargs = kwargs or {}
-        result = operation(*args, **kwargs)
+        result = _run(operation, args, kwargs)
         count = flop_registry.get(operation.overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
@@ -126,6 +127,80 @@ def tally_forward(
     with torch.no_grad(), Tally([*resident, *inputs.values()]) as tally:
         forward(**inputs)
     return tally
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """All there is of a tensor without values."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Blank":
+        """Describe a tensor."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+    def make(self) -> Tensor:
+        """Make a new tensor that is described so."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=META)
+
+
+_RESULTS: dict[Hashable, Any] = {}
+"""What operations gave on the meta device, with a :class:`_Blank` for each tensor, by input."""
+
+
+def _run(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation; on the meta device, one that makes new tensors only once for each shape.
+
+    There most operations are written in Python, and take a hundred times as long as looking up
+    what they gave the last time. A UNet is made of few different blocks.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not (_makes_new_tensors(operation) and all(each.device == META for each in tensors)):
+        return operation(*args, **kwargs)
+    key = (operation, _describe(args), _describe(tuple(sorted(kwargs.items()))))
+    if key in _RESULTS:
+        return tree_map(
+            lambda leaf: leaf.make() if isinstance(leaf, _Blank) else leaf, _RESULTS[key]
+        )
+    result = operation(*args, **kwargs)
+    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    given = {tensor.untyped_storage()._cdata for tensor in tensors}
+    if all(_is_new(tensor, given) for tensor in made):
+        _RESULTS[key] = tree_map(
+            lambda leaf: _Blank.of(leaf) if isinstance(leaf, Tensor) else leaf, result
+        )
+    return result
+
+
+def _makes_new_tensors(operation: Any) -> bool:
+    """Whether an operation neither changes its inputs nor returns views of them."""
+    schema = operation._schema
+    return not schema.is_mutable and all(each.alias_info is None for each in schema.returns)
+
+
+def _is_new(tensor: Tensor, given: set[int]) -> bool:
+    """Whether a result has a storage of its own size, and not that of an input.
+
+    Some operations return an input that needs no change.
+    """
+    storage = tensor.untyped_storage()
+    return (
+        tensor.device == META and storage._cdata not in given and storage.nbytes() == tensor.nbytes
+    )
+
+
+def _describe(value: Any) -> Hashable:
+    """Describe an operation's arguments: of tensors the shapes, of all others the values."""
+    if isinstance(value, Tensor):
+        return _Blank.of(value)
+    if isinstance(value, tuple | list):
+        return tuple(map(_describe, value))
+    if isinstance(value, torch.Generator):
+        return torch.Generator  # it changes no shape
+    return type(value), value  # 1 and 1.0 are the same key
 
 
 class _StandIns(TorchFunctionMode):

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from adapters.errors import listed
+
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
@@ -57,6 +59,8 @@ class BaseSignature(BaseModel):
         for key in self.config.keys() & other.config.keys():
             if self.config[key] != other.config[key]:
                 return f"{key} is {other.config[key]}, not {self.config[key]}"
+        if self.values.keys() != other.values.keys():
+            return f"the signature is of {listed(self.values)}, not of {listed(other.values)}"
         relative, absolute = HALF_PRECISION
         for name, values in self.values.items():
             others = other.values[name]

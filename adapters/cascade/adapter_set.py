@@ -12,7 +12,7 @@ import torch
 from diffusers import IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from adapters.arguments import Scale, Scales, read_scales, split_scale
+from adapters.arguments import Scale, Scales, expand_home, read_scales, split_scale
 from adapters.cascade.listing import Listing
 from adapters.errors import UserError
 from adapters.files.export import save_adapters
@@ -205,7 +205,7 @@ class AdaptedStages:
         loaded = self.adapters
         loaded.check_loaded(name)
         adapters = {stage: self.merged[stage].adapters[name] for stage in loaded[name]}
-        save_adapters(adapters, Path(folder))
+        save_adapters(adapters, expand_home(folder))
 
     @alone
     def remove_adapter(self, name: str) -> None:
@@ -235,24 +235,11 @@ class AdaptedStages:
 
     def _for_stages(self, folder: str | Path) -> dict[int, StageAdapter]:
         """Read the adapters of a folder, by stage, and check that they belong to the bases."""
-        adapters = StageAdapter.load_all(folder)
         configs = {number: pipe.unet.config for number, pipe in self.stages.items()}
-        staged = [(adapter.stage_among(configs), adapter) for adapter in adapters]
-        fitting = [(stage, adapter) for stage, adapter in staged if stage in self.stages]
-        if not fitting:
-            raise UserError(
-                f"{folder} has an adapter of Stage"
-                f" {' and '.join(str(stage) for stage, _ in staged)}, but this"
-                f" cascade has Stage {' and '.join(map(str, self.stages))}; load the stage that it"
-                " belongs to."
-            )
-        for stage, adapter in fitting:
+        adapters = find_adapters(folder, configs)
+        for stage, adapter in adapters.items():
             adapter.check_base(self.merged[stage].base, self.base_names[stage])
-        if len(dict(fitting)) < len(fitting):
-            raise UserError(
-                f"{folder} has two adapters of Stage {fitting[0][0]}; load them one by one."
-            )
-        return dict(fitting)
+        return adapters
 
     def _load(
         self, adapters: Mapping[int, StageAdapter], scale: Scale, name: str, source: str
@@ -282,6 +269,34 @@ class AdaptedStages:
             loaded.check_loaded(name)
             factors[name] = split_scale(scale, loaded[name], self.stages, f"adapter {name!r}")
         return factors
+
+
+def find_adapters(
+    folder: str | Path, configs: Mapping[int, Mapping[str, Any]]
+) -> dict[int, StageAdapter]:
+    """Read the adapters of a folder or hub name for the stages that there are, by stage.
+
+    Args:
+        folder: as :meth:`AdaptedStages.add_adapter` takes it.
+        configs: the configurations of the stages' UNets.
+
+    Raises:
+        UserError: if there is none for these stages, or there are two for one.
+    """
+    staged = [(adapter.stage_among(configs), adapter) for adapter in StageAdapter.load_all(folder)]
+    fitting = [(stage, adapter) for stage, adapter in staged if stage in configs]
+    if not fitting:
+        raise UserError(
+            f"{folder} has an adapter of Stage"
+            f" {' and '.join(str(stage) for stage, _ in staged)}, but this"
+            f" cascade has Stage {' and '.join(map(str, configs))}; load the stage that it"
+            " belongs to."
+        )
+    if len(dict(fitting)) < len(fitting):
+        raise UserError(
+            f"{folder} has two adapters of Stage {fitting[0][0]}; load them one by one."
+        )
+    return dict(fitting)
 
 
 def _predict(unet: UNet2DConditionModel, **inputs: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from adapters.arguments import Scale
 from adapters.cascade.adapter_set import AdaptedStages, alone
 from adapters.cascade.as_trained import AS_TRAINED, find_sampling
-from adapters.cascade.checks import check_drawing
-from adapters.cascade.conditioning import Conditioning, Layout, Options, Prompt, lay_out
+from adapters.cascade.checks import check_drawing, check_encodings, check_small_pictures
+from adapters.cascade.conditioning import Conditioning, Layout, Options, Prompt, as_texts, lay_out
 from adapters.cascade.drawing import Drawn, Request, draw, upscale
 from adapters.cascade.embeds import look_up
 from adapters.cascade.habits import ARGUMENTS, ATTRIBUTES, check_arguments
@@ -25,10 +25,10 @@ from adapters.cascade.memory_budget import TEXT
 from adapters.cascade.offload import Placement
 from adapters.cascade.overview import COLUMNS, precision_of, tabulate, to_html
 from adapters.cascade.provenance import PictureInfo, signed, used_adapters
-from adapters.cascade.redraw import WAYS, Given, Redraw
+from adapters.cascade.redraw import WAYS, Given, Redraw, Way, read_pictures
 from adapters.cascade.results import CascadeImages
 from adapters.cascade.sampling import Sampling
-from adapters.errors import UserError
+from adapters.errors import UserError, print_once, quote
 from adapters.pictures.reading import as_pixels
 from adapters.tables import format_table
 from adapters.texts import KEEP_IN_PYTHON, check_captions, check_texts, check_vocabulary
@@ -135,15 +135,18 @@ class Cascade(AdaptedStages):
         layout, prompts = lay_out(
             {1: prompt, 2: stage_2_prompt, 3: stage_3_prompt}, images_per_prompt
         )
-        negative = (
-            [negative_prompt or ""] if isinstance(negative_prompt, str | None) else negative_prompt
-        )
+        negative = as_texts(negative_prompt or "")
         check_texts(negative)
         negatives = layout.spread(negative, "negative prompts")
         seeds = layout.seeds(seed)
         if redraw is not None:
             redraw = redraw.take(layout.spread(range(len(redraw)), "pictures to start from"))
-        below = None if low_res is None else _pixels_below(low_res, layout)
+        below = None if low_res is None else self._read_below(low_res, layout, redraw)
+        self._say_unread(prompts)
+        way: Way = "text" if redraw is None else redraw.way
+        settings = self.placing.limit(settings or WAYS[way].sampling)
+        strength = {} if redraw is None else redraw.strength
+        check_drawing(self._pipelines(), settings, below, strength)
         if embeds is None:
             encoded = dict.fromkeys(negatives, "negative_prompt")
             encoded |= dict.fromkeys(prompts[2], "stage_2_prompt")
@@ -162,8 +165,7 @@ class Cascade(AdaptedStages):
             clean_caption=clean_caption,
             redraw=redraw,
         )
-        settings = self.placing.limit(settings or WAYS[conditioning.way].sampling)
-        check_drawing(self._pipelines(), conditioning, settings, below)
+        check_encodings(self.stages, conditioning)
         return self._draw(conditioning, settings, below, progress)
 
     @property
@@ -187,7 +189,7 @@ class Cascade(AdaptedStages):
             return sampling
         if sampling != AS_TRAINED:
             raise UserError(
-                f"sampling must be a Sampling(...) (got {sampling!r}); make one, or give"
+                f"sampling must be a Sampling(...) (got {quote(sampling)}); make one, or give"
                 f" {AS_TRAINED!r}."
             )
         if (trained := self.as_trained) is None:
@@ -279,6 +281,25 @@ class Cascade(AdaptedStages):
         if self.text is not None:
             check_vocabulary(captions, self.text.tokenizer, clean_caption=clean_caption)
 
+    def _say_unread(self, prompts: Mapping[int, Sequence[str]]) -> None:
+        """Say which prompts of stages that are not loaded are not read."""
+        for stage in (2, 3):
+            if stage not in self._pipelines() and prompts[stage] != prompts[stage - 1]:
+                print_once(
+                    f"stage_{stage}_prompt has no effect: this cascade has no Stage {'I' * stage}."
+                )
+
+    def _read_below(self, given: Given | Tensor, layout: Layout, redraw: Redraw | None) -> Tensor:
+        """Read pictures to enlarge, [N, 3, s, s] in [-1, 1]; a tensor's shape is checked later."""
+        if not isinstance(given, Tensor):
+            pictures = read_pictures(given, "A low_res picture")
+            size_px = self.stages[1].unet.config.sample_size if 1 in self.stages else None
+            check_small_pictures(pictures, size_px, square=redraw is None)
+            return as_pixels(layout.spread(pictures, "low_res pictures"))
+        if given.dim() != 4:
+            return given
+        return given[list(layout.spread(range(len(given)), "low_res pictures"))]
+
     def _encodings(
         self, texts: Sequence[str], embeds: Mapping[str, Tensor] | None, clean_caption: bool
     ) -> Tensor:
@@ -351,15 +372,6 @@ class Cascade(AdaptedStages):
         )
         prompts = {n: texts for n, texts in conditioning.prompts.items() if n in drawn}
         return tuple(info.of_each(conditioning.seeds, prompts, conditioning.negative_prompts))
-
-
-def _pixels_below(given: Given | Tensor, layout: Layout) -> Tensor:
-    """Read pictures to enlarge, [N, 3, s, s] in [-1, 1]; a tensor's shape is checked later."""
-    if not isinstance(given, Tensor):
-        return as_pixels(layout.spread(Redraw.of(given).pictures, "low_res pictures"))
-    if given.dim() != 4:
-        return given
-    return given[list(layout.spread(range(len(given)), "low_res pictures"))]
 
 
 def _out_of_memory(stage: int, conditioning: Conditioning, sampling: Sampling) -> UserError:

@@ -10,13 +10,16 @@ from torch import Tensor
 from adapters.arguments import check_seeds
 from adapters.cascade.redraw import Given, Redraw, Way
 from adapters.cascade.sampling import Sampling
-from adapters.errors import UserError
+from adapters.errors import UserError, quote
 from adapters.texts import check_texts
 
 Item = TypeVar("Item")
 
 Prompt: TypeAlias = str | Sequence[str]
 """One prompt, or several."""
+
+MOST_PICTURES = 10_000
+"""The most pictures of one call, whose encodings of T5-XXL take 13 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,12 @@ class Layout:
         return tuple(map(int, seeds))
 
 
+def as_texts(given: Prompt | None) -> list[Any]:
+    """List one or several texts, whose types are not checked."""
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    return list(given or ()) if several else [given]
+
+
 def lay_out(
     prompts: Mapping[int, Prompt | None], each: int
 ) -> tuple[Layout, dict[int, tuple[str, ...]]]:
@@ -147,12 +156,11 @@ def lay_out(
         The layout, and each picture's prompt by stage.
 
     Raises:
-        UserError: if there are none, one is not a text, or a later stage's number does not fit.
+        UserError: if there are none or too many, one is not a text, or a later stage's number does
+            not fit.
     """
     texts: dict[int, list[Any]] = {
-        stage: list(own) if isinstance(own, Iterable) and not isinstance(own, str) else [own]
-        for stage, own in prompts.items()
-        if own is not None or stage == 1
+        stage: as_texts(own) for stage, own in prompts.items() if own is not None or stage == 1
     }
     check_texts(text for own in texts.values() for text in own)
     count = len(texts[1])
@@ -160,6 +168,11 @@ def lay_out(
         raise UserError(
             "There is nothing to draw; give a prompt, and images_per_prompt as a whole number from"
             f" 1 (got {each!r})."
+        )
+    if count * each > MOST_PICTURES:
+        raise UserError(
+            f"{count} prompts with {quote(each)} pictures each are more than the {MOST_PICTURES:,}"
+            " that can be drawn at once; draw them in parts, with other seeds."
         )
     layout = Layout(count, int(each))
     every: dict[int, tuple[str, ...]] = {}

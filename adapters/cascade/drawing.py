@@ -22,6 +22,7 @@ from torch import Tensor
 from adapters.cascade.conditioning import Conditioning
 from adapters.cascade.redraw import WAYS, sharing
 from adapters.cascade.sampling import Sampling
+from adapters.errors import UserError
 from adapters.progress import is_watched
 from unets.graphs import Replayed
 
@@ -77,6 +78,9 @@ def draw(pipe: Stage, request: Request, recorded: Replayed[Tensor]) -> Drawn:
     """Draw with Stage I or II by its UNet's recorded forward pass.
 
     From given pictures, another pipeline over the same modules draws.
+
+    Raises:
+        UserError: if what is drawn is not finite.
     """
     own = sharing(pipe, WAYS[request.conditioning.way].pipelines[request.stage])
     pixels: list[Tensor] = []
@@ -85,11 +89,21 @@ def draw(pipe: Stage, request: Request, recorded: Replayed[Tensor]) -> Drawn:
     with replaying(pipe.unet, recorded):
         for batch in request.batches():
             drawn = own(**batch.arguments(own), output_type="pt").images
+            _check_finite(request.stage, drawn)
             finished, flagged = finish(pipe, drawn)
             pixels.append(drawn.cpu())
             pictures += finished
             flags += flagged
     return Drawn(tuple(pictures), tuple(flags), torch.cat(pixels))
+
+
+def _check_finite(stage: int, pixels: Tensor) -> None:
+    """Raise a UserError if a stage has drawn what are no numbers, which would be shown as black."""
+    if not pixels.isfinite().all():
+        raise UserError(
+            f"Stage {'I' * stage} drew values that are NaN or infinite; lower the guidance or the"
+            " scales of adapters, or choose the precision bf16 or fp32."
+        )
 
 
 def upscale(pipe: StableDiffusionUpscalePipeline, request: Request) -> Drawn:

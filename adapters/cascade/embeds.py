@@ -8,8 +8,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adapters.arguments import expand_home
 from adapters.base.tensor_files import save_tensors
-from adapters.errors import UserError, closest
+from adapters.errors import UserError, closest, first_line, quote
+from adapters.files.validation import FLOATS
 
 TENSOR = "prompt_embeds"
 """The name of the encodings in their file."""
@@ -44,7 +46,7 @@ def save_embeds(path: str | Path, prompts: Sequence[str], embeds: Tensor) -> Non
             f"There must be one encoding for each of {len(prompts)} prompts (got {len(embeds)})."
         )
     header = {PROMPTS: json.dumps(list(prompts))}
-    save_tensors(Path(path), {TENSOR: embeds}, header)
+    save_tensors(expand_home(path), {TENSOR: embeds}, header)
 
 
 def load_embeds(path: str | Path) -> dict[str, Tensor]:
@@ -53,15 +55,23 @@ def load_embeds(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: if the file is missing, or holds something else.
     """
+    file = expand_home(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            prompts = json.loads((file.metadata() or {})[PROMPTS])
-            embeds = file.get_tensor(TENSOR)
+        if not file.is_file():  # opening a pipe would hang
+            raise FileNotFoundError("there is no such file")
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            if PROMPTS not in header or TENSOR not in opened.keys():  # noqa: SIM118
+                raise ValueError(f"it has no {PROMPTS!r} in its header, or no tensor {TENSOR!r}")
+            prompts = json.loads(header[PROMPTS])
+            if not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
+                raise ValueError(f"its {PROMPTS!r} must be a list of texts (got {quote(prompts)})")
+            embeds = opened.get_tensor(TENSOR)
         return dict(zip(prompts, embeds, strict=True))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read as text encodings ({type(error).__name__}: {error}); make them"
-            " with `python -m adapters.encode`."
+            f"{path} cannot be read as text encodings ({first_line(error)}); make them with"
+            " `python -m adapters.encode`."
         ) from error
 
 
@@ -73,15 +83,21 @@ def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
             values that are not finite, or equals that of the empty caption, which means that
             cleaning has emptied its prompt.
     """
+    if not isinstance(embeds, Mapping):
+        raise UserError(
+            f"embeds must be encodings by prompt (got {quote(embeds)}); read a file of them with"
+            " load_embeds."
+        )
     for prompt in prompts:
         if prompt not in embeds:
-            known = [repr(text) for text in embeds]
+            known = [quote(text) for text in embeds]
             raise UserError(
-                f"There is no encoding of {prompt!r} among those given; encode it too"
-                f" ({closest(repr(prompt), known)})."
+                f"There is no encoding of {quote(prompt)} among those given; encode it too"
+                f" ({closest(quote(prompt), known)})."
             )
-    forms = dict.fromkeys(map(_describe, (embeds[prompt] for prompt in prompts)))
-    if len(forms) > 1 or not all("float" in form and form.count(",") == 1 for form in forms):
+    found = [embeds[prompt] for prompt in prompts]
+    forms = dict.fromkeys(map(_describe, found))
+    if len(forms) > 1 or not all(map(_is_encoding, found)):
         raise UserError(
             "Encodings must be floating-point tensors [tokens, width], all of one shape (found"
             f" {' and '.join(forms)}); make them with one text encoder."
@@ -89,16 +105,23 @@ def look_up(embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
     for prompt in prompts:
         if not embeds[prompt].isfinite().all():
             raise UserError(
-                f"The encoding of {prompt!r} has values that are not finite; encode it again"
+                f"The encoding of {quote(prompt)} has values that are not finite; encode it again"
                 " without running T5 in fp16."
             )
     for prompt in filter(None, prompts):
         if "" in embeds and torch.equal(embeds[prompt], embeds[""]):
             raise UserError(
-                f"The encoding of {prompt!r} is that of the empty caption, so cleaning has dropped"
-                " all of its words; encode it with `python -m adapters.encode --no-clean-caption`."
+                f"The encoding of {quote(prompt)} is that of the empty caption, so cleaning has"
+                " dropped all of its words; encode it with `python -m adapters.encode"
+                " --no-clean-caption`."
             )
     return torch.stack([embeds[prompt] for prompt in prompts])
+
+
+def _is_encoding(given: object) -> bool:
+    if not isinstance(given, Tensor):
+        return False
+    return given.dtype in FLOATS and given.dim() == 2 and given.numel() > 0
 
 
 def _describe(given: object) -> str:

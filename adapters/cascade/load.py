@@ -17,13 +17,15 @@ from diffusers import (
 )
 from tqdm import tqdm
 
-from adapters.arguments import STAGES, Scale, find_device
+from adapters.arguments import STAGES, Scale, find_device, split_scale
 from adapters.base.source import GUARDS, Source
+from adapters.base.stored_unet import StoredUNet
+from adapters.cascade.adapter_set import find_adapters
 from adapters.cascade.cascade import Cascade
 from adapters.cascade.habits import LOADING, check_arguments
 from adapters.cascade.memory_budget import TEXT, choose_arrangement, limit, parse_memory
 from adapters.cascade.offload import Placement
-from adapters.errors import UserError, closest
+from adapters.errors import UserError, closest, quote
 from adapters.files.stage_adapter import StageAdapter
 from unets.precision import Precision, automatic_precision, compute_dtype
 
@@ -130,8 +132,11 @@ def load_cascade(
         if named[number] is not None
     }
     _check_options(sources, parts, memory)
+    check_memory(memory, dtype, device)
     everything = sources | ({} if stage_3 is None else {3: Source(str(stage_3), 3)})
     scaled = _scaled(adapters)
+    if scaled:
+        _check_adapters(scaled, sources, parts.unets)
     folders = [folder for folder, _ in scaled]
     placing, precisions = _place(everything, memory, dtype, device, parts.text_encoder, folders)
     stages, dtypes = {}, {}
@@ -168,10 +173,27 @@ def _check_names(moved: Mapping[str, object]) -> None:
     check_arguments(moved, {**LOADING, **MOVED}, valid, "load_cascade()")
 
 
+def check_memory(
+    memory: str | None, dtype: Chosen | Mapping[int, Chosen], device: torch.device
+) -> None:
+    """Check that the memory to stay within is that of a GPU, and decides on precisions alone.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if memory is not None and (device.type != "cuda" or dtype != "auto"):
+        raise UserError(
+            f"memory={memory!r} is for a GPU, and chooses the precisions itself; leave dtype at"
+            f" auto (got {dtype!r}), and use a GPU as the device (got {device})."
+        )
+
+
 def _check_options(sources: Collection[int], parts: Parts, memory: str | None) -> None:
     """Check that there is a stage to load, and that options are known and compatible."""
     if not sources:
         raise UserError("A cascade needs Stage I, Stage II or both; name at least one model.")
+    if not isinstance(parts, Parts):
+        raise UserError(f"parts must be a Parts(...) (got {quote(parts)}); make one.")
     if parts.originals not in ("device", "cpu"):
         raise UserError(
             f"originals must be device or cpu (got {parts.originals!r}); choose one of them."
@@ -195,7 +217,34 @@ def _scaled(adapters: Adapters) -> list[tuple[str | Path, Scale]]:
         return list(adapters.items())
     several = [adapters] if isinstance(adapters, str) else adapters
     each_or_pair = several if isinstance(several, Sequence) else [several]
-    return [each if isinstance(each, tuple) else (each, 1.0) for each in each_or_pair]
+    pairs = [each if isinstance(each, tuple) else (each, 1.0) for each in each_or_pair]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise UserError(
+                "An adapter must be given as a folder or a hub name, or as a pair of it and its"
+                f" scale (got {quote(pair)})."
+            )
+    return pairs
+
+
+def _check_adapters(
+    adapters: Sequence[tuple[str | Path, Scale]],
+    sources: Mapping[int, Source],
+    given: Collection[int],
+) -> None:
+    """Check that adapters belong to the bases, before these are loaded, which takes long.
+
+    UNets that are ``given``, by stage, need not be those of the bases.
+    """
+    configs = {number: source.unet_config for number, source in sources.items()}
+    for folder, scale in adapters:
+        fitting = find_adapters(folder, configs)
+        split_scale(scale, fitting, configs, f"adapter {str(folder)!r}")
+        for number, adapter in fitting.items():
+            signed = adapter.info is not None and adapter.info.base_signature is not None
+            if signed and number not in given:
+                source = sources[number]
+                adapter.check_base(StoredUNet.of(source).signature, source.name)
 
 
 def _by_stage(
@@ -224,11 +273,6 @@ def _place(
         first = compute_dtype(precisions[min(sources)], device)
         text: Precision = "fp32" if first == torch.float32 else "bf16"
         return Placement(device), precisions | {0: text}
-    if device.type != "cuda" or dtype != "auto":
-        raise UserError(
-            f"memory={memory!r} is for a GPU, and chooses the precisions itself; leave dtype at"
-            f" auto (got {dtype!r}), and use a GPU as the device (got {device})."
-        )
     merged = _by_stage(adapters, sources)
     chosen = choose_arrangement(sources, memory, text_encoder=text_encoder, adapters=merged)
     limit(device, memory)
@@ -256,5 +300,5 @@ def _precision(dtype: Chosen | Mapping[int, Chosen], stage: int, device: torch.d
     own = dtype.get(stage, "auto") if isinstance(dtype, Mapping) else dtype
     names = ("auto", *get_args(Precision))
     if own not in names:
-        raise UserError(f"Stage {stage}: unknown dtype {own!r}; {closest(str(own), names)}")
+        raise UserError(f"Stage {stage}: unknown dtype {quote(own)}; {closest(str(own), names)}")
     return automatic_precision(device) if own == "auto" else own

@@ -2,18 +2,26 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from PIL import Image, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from adapters.arguments import LARGEST_SCALE, LAST_SEED
 from adapters.cascade.redraw import Way
 from adapters.cascade.sampling import Sampling, nest
 from adapters.errors import UserError, __version__
+from adapters.mistakes import describe_first
 from adapters.pictures.png import PICTURE_KEY, SHEET_KEY, Signed, plain_texts
 from adapters.pictures.reading import open_picture
 
 Value = TypeVar("Value")
+
+Stage: TypeAlias = Annotated[int, Field(ge=1, le=3)]
+
+UsedScale: TypeAlias = Annotated[float, Field(ge=-LARGEST_SCALE, le=LARGEST_SCALE)]
+
+Share: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
 
 class UsedAdapter(BaseModel):
@@ -23,7 +31,7 @@ class UsedAdapter(BaseModel):
 
     source: str
     """The folder, file or hub name that it was loaded from."""
-    scales: dict[int, float]
+    scales: dict[Stage, UsedScale]
     """Its scale in each stage."""
 
     def __str__(self) -> str:
@@ -41,23 +49,23 @@ class PictureInfo(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    stage: int
+    stage: Stage
     """The stage that drew the picture."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=LAST_SEED)] = 0
     """The picture's seed, in every stage."""
-    prompts: dict[int, str] = {}
+    prompts: dict[Stage, str] = {}
     """The prompt of each stage."""
     negative_prompt: str | None = None
     """The prompt that guidance steered away from; ``None``: the empty caption."""
     clean_caption: bool = True
     """True if prompts were cleaned, as IF's pipelines do by default."""
-    models: dict[int, str]
+    models: dict[Stage, str]
     """The base models, by the names that the user gave."""
     revision: str | None = None
     """The hub revision of Stage I and II, if one was given apart from their names."""
     variant: str | None = None
     """The weights' variant of Stage I and II, if one was given."""
-    precisions: dict[int, str]
+    precisions: dict[Stage, str]
     """The precision of the UNets' weights."""
     adapters: dict[str, UsedAdapter] = {}
     """The adapters that were merged, by name."""
@@ -65,7 +73,7 @@ class PictureInfo(BaseModel):
     """Steps, guidance and noise levels."""
     way: Way = "text"
     """The kind of drawing: from text alone, from a picture (``img2img``), masked (``inpaint``)."""
-    strength: dict[int, float] = {}
+    strength: dict[Stage, Share] = {}
     """The strength of each stage that started from a picture."""
     version: str = __version__
     """The version of this toolkit."""
@@ -157,14 +165,20 @@ def read_picture_info(path: str | Path) -> PictureInfo:
         >>> info.stage, info.seed, info.prompt, info.sampling.stage_1.steps
         (2, 3, 'a car on a pink background', 27)
     """
-    with open_picture(path) as picture:
-        texts = dict(picture.text) if isinstance(picture, PngImagePlugin.PngImageFile) else {}
-    try:
-        return PictureInfo.model_validate_json(texts[PICTURE_KEY], strict=False)
-    except (KeyError, ValidationError) as error:
+    with open_picture(path) as picture:  # opened only: the texts come before the pixels
+        text = picture.info.get(PICTURE_KEY)
+    if not isinstance(text, str):
         raise UserError(
-            f"{path} does not say what it was drawn with (it is not a PNG with a valid"
-            f" {PICTURE_KEY!r} text of this version); name a picture that this toolkit saved."
+            f"{path} does not say what it was drawn with (it is not a PNG with a {PICTURE_KEY!r}"
+            " text); name a picture that this toolkit saved."
+        )
+    try:
+        return PictureInfo.model_validate_json(text, strict=False)
+    except ValidationError as error:
+        field, words = describe_first(error)
+        raise UserError(
+            f"{path} does not say what it was drawn with (its {PICTURE_KEY!r} text is damaged:"
+            f" {field} {words}); name a picture that this toolkit saved."
         ) from error
 
 

@@ -1,12 +1,13 @@
 """Drawing from given pictures instead of from noise alone: image-to-image and inpainting."""
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from diffusers import (
     DiffusionPipeline,
     IFImg2ImgPipeline,
@@ -21,7 +22,7 @@ from PIL import Image
 from adapters.arguments import STAGES, Scale
 from adapters.cascade.sampling import Sampling, StageSampling
 from adapters.errors import UserError
-from adapters.pictures.reading import read_picture, to_rgb
+from adapters.pictures.reading import read_mask, read_picture, to_mask, to_rgb
 
 Given: TypeAlias = Image.Image | str | Path | Sequence[Image.Image | str | Path]
 """A picture or its file, or several of them."""
@@ -62,6 +63,13 @@ WAYS: Mapping[Way, Drawing] = MappingProxyType(
 )
 """Diffusers' own pipelines for each way of drawing, with their defaults."""
 
+LONGEST_SIDE = 4
+"""The longer side of a picture to start from, at most, in multiples of the shorter one: what is
+drawn from it has the same form."""
+
+PAINTED = 128
+"""The level from which a mask counts as white, as in the pipelines."""
+
 ORIGINAL = {1: "image", 2: "original_image"}
 """The argument of a stage's pipeline for the picture to start from."""
 
@@ -95,9 +103,12 @@ class Redraw:
             strength: above 0 up to 1, in all stages or by stage; ``None``: the pipelines' own.
 
         Raises:
-            UserError: if one is not a picture, sizes differ, or the strength is out of range.
+            UserError: if one is not a picture, or too long, sizes differ, a mask has no white, or
+                the strength is out of range.
         """
-        images, covers = _several(pictures), () if masks is None else _several(masks)
+        images = read_pictures(pictures, "A picture to start from")
+        given = () if masks is None else _list_given(masks)
+        covers = tuple(_read(each, "A mask", read_mask, to_mask) for each in given)
         if len(covers) == 1:
             covers *= len(images)
         if masks is not None and len(covers) != len(images):
@@ -112,6 +123,8 @@ class Redraw:
                 "Pictures to start from and their masks must have one size (found"
                 f" {found} px); resize them, or draw them one by one."
             )
+        _check_form(images)
+        _check_masks(covers)
         way: Way = "img2img" if masks is None else "inpaint"
         return cls(way, images, covers, {**WAYS[way].strength, **_shares(strength)})
 
@@ -140,23 +153,56 @@ def sharing(pipe: DiffusionPipeline, kind: type[DiffusionPipeline]) -> Diffusion
     return kind(**pipe.components, requires_safety_checker=required)
 
 
-def _several(given: Given) -> tuple[Image.Image, ...]:
-    several: Sequence[object] = [given]
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        several = given
-    return tuple(map(_read, several))
+def read_pictures(given: Given, what: str) -> tuple[Image.Image, ...]:
+    """Read one or several pictures in RGB, given themselves or as files.
+
+    Args:
+        given: pictures or their files, in any mode; transparent areas become white.
+        what: their name in messages, with its article.
+
+    Raises:
+        UserError: if one is not a picture.
+    """
+    return tuple(_read(each, what, read_picture, to_rgb) for each in _list_given(given))
 
 
-def _read(given: object) -> Image.Image:
-    """Read a picture, given itself or as a file."""
+def _list_given(given: Given) -> Sequence[object]:
+    return given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+
+
+def _read(
+    given: object,
+    what: str,
+    read_file: Callable[[str | Path], Image.Image],
+    convert: Callable[[Image.Image], Image.Image],
+) -> Image.Image:
     if isinstance(given, str | Path):
-        return read_picture(given)
+        return read_file(given)
     if not isinstance(given, Image.Image):
         raise UserError(
-            f"A picture to start from, or its mask, must be a PIL image or a file (got a"
-            f" {type(given).__name__}); convert it."
+            f"{what} must be a PIL image or a file (got a {type(given).__name__}); convert it."
         )
-    return to_rgb(given)
+    return convert(given)
+
+
+def _check_form(pictures: Sequence[Image.Image]) -> None:
+    """Check that no picture is so long that what is drawn from it would take all memory."""
+    for width, height in (picture.size for picture in pictures):
+        if max(width, height) > LONGEST_SIDE * min(width, height):
+            raise UserError(
+                f"A picture to start from may be at most {LONGEST_SIDE} times as long as it is wide"
+                f" (found {width} x {height} px); crop it."
+            )
+
+
+def _check_masks(masks: Sequence[Image.Image]) -> None:
+    """Check that every mask has something to draw again."""
+    for mask in masks:
+        if np.asarray(mask.convert("L")).max(initial=0) < PAINTED:
+            raise UserError(
+                "A mask must have something white (found none), or nothing is drawn again; paint"
+                " white what is to change."
+            )
 
 
 def _shares(strength: Scale | None) -> Mapping[int, float]:

@@ -16,6 +16,7 @@ from typing import NoReturn, overload
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from adapters.arguments import expand_home
 from adapters.atomic import write_png
 from adapters.cascade.provenance import PictureInfo, sheet_texts
 from adapters.errors import UserError
@@ -76,10 +77,11 @@ class Sample:
         Raises:
             UserError: if the path does not end in ``.png``.
         """
-        if Path(path).suffix.lower() != ".png":
+        file = expand_home(path)
+        if file.suffix.lower() != ".png":
             raise UserError(f"{path} must end in .png, the format that carries prompt and seed.")
         number = max(self.pictures) if stage is None else stage
-        write_png(Path(path), self.pictures[number], pack_texts(self._texts(number)))
+        write_png(file, self.pictures[number], pack_texts(self._texts(number)))
 
     def _texts(self, stage: int) -> dict[str, str]:
         if self.info is None:
@@ -210,7 +212,7 @@ class CascadeImages:
         The PNGs carry the records of their settings, see :meth:`Sample.save`. Returns the path of
         the contact sheet.
         """
-        folder = Path(folder)
+        folder = expand_home(folder)
         for index, sample in enumerate(self):
             name = picture_name(index, sample.prompt, sample.seed)
             for number in sample.pictures:

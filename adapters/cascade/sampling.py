@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from adapters.errors import UserError, closest, name_in
+from adapters.mistakes import WHOLE, describe_expected, describe_found
 
 TIMESTEPS = MappingProxyType(
     {
@@ -52,8 +53,11 @@ HABITS = MappingProxyType(
 )
 """The names of a stage's settings, by those of diffusers and other tools."""
 
-WHOLE = ("value_error", "extra_forbidden")
-"""The error types that say it all, so that the value found is not added."""
+MOST_STEPS = 10_000
+"""The most denoising steps; schedulers have 1,000 training timesteps."""
+
+LARGEST_GUIDANCE = 1000.0
+"""The largest scale of guidance, far beyond all that draws a picture."""
 
 
 class SettingError(UserError, ValueError):
@@ -63,7 +67,7 @@ class SettingError(UserError, ValueError):
         first = error.errors(include_url=False)[0]
         self.place = tuple(map(str, first["loc"]))
         """The path of the setting: its stage, if any, then its name."""
-        message = first["msg"].removeprefix("Value error, ")
+        message = describe_expected(first)
         if first["type"] == "extra_forbidden":
             of_stage = len(self.place) > 1 or error.title == StageSampling.__name__
             names = list((StageSampling if of_stage else Sampling).model_fields)
@@ -72,7 +76,7 @@ class SettingError(UserError, ValueError):
             message = f"unknown setting; {close}"
         if message.startswith("unknown name") and "valid:" not in message:
             message += f" (valid: {', '.join(TIMESTEPS)})"
-        found = "" if first["type"] in WHOLE else f" (got {first['input']!r})"
+        found = "" if first["type"] in WHOLE else f" {describe_found(first['input'])}"
         self.reason = f"{message}{found}{'' if message.endswith('?') and not found else '.'}"
         """The sentence without the place."""
         super().__init__(": ".join(filter(None, (".".join(self.place), self.reason))))
@@ -103,11 +107,11 @@ class StageSampling(Settings):
     timesteps: Annotated[str, name_in(TIMESTEPS)] | None = None
     """Upstream's respaced timesteps by name, such as ``smart50`` (Stage I and II); ``None``: evenly
     spaced ones."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     """Denoising steps; leave this out if timesteps are named, as they determine it."""
-    guidance: Annotated[float, Field(ge=1)] | None = None
+    guidance: Annotated[float, Field(ge=1, le=LARGEST_GUIDANCE, allow_inf_nan=False)] | None = None
     """The scale of classifier-free guidance; 1: none."""
-    noise_level: Annotated[int, Field(ge=0)] | None = None
+    noise_level: Annotated[int, Field(ge=0, lt=MOST_STEPS)] | None = None
     """The augmentation level of the picture that is enlarged (Stage II and III); lower keeps more
     of it."""
 
@@ -156,7 +160,7 @@ class Sampling(Settings):
     """Stage II: timesteps, steps, guidance, noise level."""
     stage_3: StageSampling = DEFAULTS[3]
     """The x4 upscaler: steps, guidance, noise level."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1, le=10_000)] = 8
     """The number of pictures sampled at a time; they do not depend on it, beyond rounding."""
 
     @model_validator(mode="before")

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from adapters.arguments import expand_home
 from adapters.base.hub import HUB_NAME, STAGE_FOLDERS, asking_the_hub
-from adapters.errors import UserError, listed
+from adapters.errors import UserError, listed, quote
 
 # written out here, as importing PEFT and diffusers, which define them, takes seconds
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -63,9 +64,15 @@ def adapter_path(name: str | Path) -> Path:
             adapter is not in the local cache.
     """
     if not isinstance(name, str | Path):
-        raise UserError(f"An adapter must be given as a folder or a hub name (got {name!r}).")
-    path = Path(name)
-    match = None if path.exists() else HUB_NAME.fullmatch(str(name))
+        raise UserError(f"An adapter must be given as a folder or a hub name (got {quote(name)}).")
+    path = expand_home(name)
+    try:
+        is_here = path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(
+            f"The adapter {quote(str(name))} cannot be found ({error.strerror}); correct the path."
+        ) from error
+    match = None if is_here else HUB_NAME.fullmatch(str(name))
     if match is None:
         return export_of(path)
     from huggingface_hub import get_cached_repo_tree, snapshot_download
@@ -123,7 +130,7 @@ def find_weights(path: Path) -> Path:
     if file is not None:
         return file
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
-    several = [each.name for each in inside if each.suffix == ".safetensors"]
+    several = [each.name for each in inside if each.suffix == ".safetensors" and each.is_file()]
     pickled = [str(each) for each in inside if each.suffix in PICKLED and each.is_file()]
     if several and path.is_dir():
         problem = (
@@ -134,6 +141,11 @@ def find_weights(path: Path) -> Path:
         problem = (
             f"{listed(pickled, 4)} cannot be read, as pickled files may run code; convert pickled"
             " files to .safetensors with the tool that wrote them"
+        )
+    elif not path.exists() and not path.is_symlink():
+        problem = (
+            f"{path} has no exported adapter (there is no such file or folder); correct the path,"
+            " or write owner/name for one on the hub"
         )
     elif path.is_file():
         problem = f"{path} is not an adapter: adapters are .safetensors files; correct the path"
@@ -150,5 +162,5 @@ def weights_file(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
     names = [path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)]
-    found = [name for name in names if name.is_file()] or list(path.glob("*.safetensors"))
+    found = [name for name in (*names, *path.glob("*.safetensors")) if name.is_file()]
     return found[0] if found and (found[0] in names or len(found) == 1) else None

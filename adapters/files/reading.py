@@ -1,32 +1,22 @@
 """Reading any tool's adapters: their tensors, and the settings to interpret them by."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, OFTConfig, PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adapters.errors import UserError
-from adapters.files.info import HEADER_KEY, parse_info
+from adapters.files.info import HEADER_KEY
 from adapters.files.keys import by_module, by_name, rename_tensors
 from adapters.files.places import PEFT_CONFIG, PEFT_WEIGHTS, find_weights
-from adapters.files.validation import (
-    PEFT_ERRORS,
-    check_modules,
-    check_settings,
-    check_values,
-    check_whole,
-)
-from adapters.weights.kinds import KINDS
+from adapters.files.settings import read_config, resolve_patterns
+from adapters.files.validation import check_modules, check_values, check_whole, full_targets
 from adapters.weights.lycoris import (
     ALGORITHMS,
     WHOLE_MATRICES,
@@ -39,9 +29,6 @@ from adapters.weights.lycoris import (
 logger = logging.getLogger(__name__)
 
 Number = TypeVar("Number", int, float)
-
-PEFT_TYPES = tuple(dict.fromkeys(kind.peft_type for kind in KINDS.values()))
-"""PEFT's names for the kinds of adapter that a UNet takes here."""
 
 
 def read_adapter(
@@ -69,7 +56,7 @@ def read_adapter(
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}); fetch or export it again.") from error
-    config = stored_config(file, header)
+    config = read_config(file, header)
     named = rename_tensors(tensors, file)
     check_values(tensors, file)
     alphas = {
@@ -81,70 +68,19 @@ def read_adapter(
     modules = {name: with_peft_magnitude(tensors) for name, tensors in own.items()}
     if config is None and _is_lycoris(modules, alphas):
         return _lycoris_config(own, alphas), by_name(own), header
+    if config is not None:
+        resolve_patterns(config, [*modules, *full_targets(config)], file)
     check_whole(config, modules, file)
     state = by_name(modules)
     if file.name == PEFT_WEIGHTS and not (config or alphas or HEADER_KEY in header):
         logger.warning("%s has no %s next to it: alpha is taken to be the rank.", file, PEFT_CONFIG)
+    if config is not None:  # what was left out has no tensors
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     if config is None or isinstance(config, LoraConfig):
         return lora_config(state, alphas, config), state, header
     _check_ranks(config, modules, file)
     config.target_modules = list(modules)
     return config, state, header
-
-
-def stored_config(file: Path, header: Mapping[str, str]) -> PeftConfig | None:
-    """Read the configuration next to a file, or in its header.
-
-    Returns:
-        The configuration; ``None`` if it is missing, or is merely a LoRA with alpha = rank.
-
-    Raises:
-        UserError: if it is damaged.
-    """
-    beside, metadata = file.parent / PEFT_CONFIG, header.get(LORA_ADAPTER_METADATA_KEY)
-    own = file.name == PEFT_WEIGHTS and beside.exists()
-    if not own and metadata is None:
-        spec = parse_info(header, file).spec if HEADER_KEY in header else None
-        if spec is None or (spec.kind == "lora" and spec.alpha is None):
-            return None
-        return KINDS[spec.kind].peft_config(spec)
-    try:
-        if own:
-            _check_type(json.loads(beside.read_text(encoding="utf-8")))
-            config = PeftConfig.from_pretrained(str(file.parent))
-        else:
-            settings = _unet_settings(json.loads(metadata or ""))
-            if not settings:
-                return None
-            _check_type(settings)
-            config = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]](**settings)
-        check_settings(config)
-    except (*PEFT_ERRORS, OSError) as error:
-        where = beside if own else f"{LORA_ADAPTER_METADATA_KEY} of {file}"
-        raise UserError(
-            f"{where} is not a PEFT configuration of a UNet's adapter ({error}); correct it,"
-            " or export again."
-        ) from error
-    return config
-
-
-def _check_type(settings: Any) -> None:
-    """Raise a ValueError unless JSON settings are of a kind that a UNet takes here."""
-    found = settings.get("peft_type") if isinstance(settings, dict) else settings
-    if found not in PEFT_TYPES:
-        raise ValueError(f"its peft_type should be one of {', '.join(PEFT_TYPES)}, not {found!r}")
-
-
-def _unet_settings(metadata: Any) -> dict[str, Any]:
-    """Return the UNet's settings in the JSON of a header; empty: they are of another model.
-
-    Pipelines write ``unet.r``, ``UNet2DConditionModel.save_lora_adapter`` writes ``r``.
-    """
-    if not isinstance(metadata, dict):
-        raise ValueError(f"it should be a mapping of settings, not {metadata!r}")
-    own = {key.removeprefix("unet."): v for key, v in metadata.items() if key.startswith("unet.")}
-    own = own or {key: value for key, value in metadata.items() if "." not in key}
-    return own and {"peft_type": "LORA"} | own
 
 
 def _is_lycoris(modules: Mapping[str, Tensors], alphas: Mapping[str, float]) -> bool:
@@ -249,8 +185,8 @@ def _lora_alpha(config: LoraConfig, module: str) -> float:
 
 
 def _of_module(own: Mapping[str, Number], module: str, others: Number) -> Number:
-    """Return a module's value: that of the first pattern matching its name, or else ``others``."""
-    return own.get(get_pattern_key(own, module), others)
+    """Return a module's own value, by its full name, or else ``others``."""
+    return own.get(module, others)
 
 
 def _most_and_others(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:

@@ -30,6 +30,7 @@ from adapters.files.info import HEADER_KEY, AdapterInfo, parse_info
 from adapters.files.keys import by_module, by_name
 from adapters.files.places import adapter_path, stage_folders
 from adapters.files.reading import alpha_of, kind_of, rank_of, read_adapter, scaling
+from adapters.files.settings import IN_FACTORS
 from adapters.files.validation import explain_peft_errors
 from adapters.weights.kinds import ADAPTER_NAME
 from adapters.weights.lycoris import LycorisConfig, algorithm_of, weight_change
@@ -46,14 +47,6 @@ from adapters.weights.updates import (
 )
 
 logger = logging.getLogger(__name__)
-
-IN_FACTORS = {
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
-    *("init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("peft_version", "task_type"),
-}
-"""The settings of a ``LoraConfig`` that change a merged weight through its factors alone."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Checks that an adapter's tensors and settings are usable and complete."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,9 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
-from adapters.arguments import is_factor
 from adapters.errors import UserError, listed
 from adapters.files.places import PEFT_CONFIG
+from adapters.files.settings import PEFT_ERRORS
 from adapters.weights.kinds import ROOTS
 from adapters.weights.lycoris import Tensors, check_shapes, missing_tensors, simplify
 
@@ -25,14 +24,11 @@ FLOATS = {
 }
 """The types of values that adapters are read in, and their names in messages."""
 
-LARGEST_RANK = 2**31 - 1
-"""The largest rank or number of blocks that a configuration may state."""
-
-PEFT_ERRORS = (
-    *(ArithmeticError, AttributeError, ImportError, LookupError),
-    *(RuntimeError, TypeError, ValueError, re.error),
-)
-"""The errors that PEFT raises over settings that it cannot follow."""
+ALPHAS = {
+    *FLOATS,
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+"""The types of values that alphas and switches are read in."""
 
 
 @contextmanager
@@ -57,7 +53,11 @@ def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
     """
     alphas = {key for key in tensors if key.endswith((".alpha", ".on_input"))}
     factors = {key: tensor for key, tensor in tensors.items() if key not in alphas}
-    other = {key: tensor.dtype for key, tensor in factors.items() if tensor.dtype not in FLOATS}
+    other = {
+        key: tensor.dtype
+        for key, tensor in tensors.items()
+        if tensor.dtype not in (ALPHAS if key in alphas else FLOATS)
+    }
     if other:
         found = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in other.values()}))
         raise UserError(
@@ -77,39 +77,6 @@ def check_values(tensors: Mapping[str, Tensor], file: Path) -> None:
                 f"{file} should hold finite numbers, but has tensors {problem}: {listed(keys, 4)};"
                 " train or export it again."
             )
-
-
-def check_settings(config: PeftConfig) -> None:
-    """Raise a ValueError that names the first setting of another type or out of range."""
-    settings = config.to_dict()
-    least = 0 if settings.get("oft_block_size") else 1  # OFT has either r or this
-
-    def is_rank(value: object) -> bool:
-        return isinstance(value, int) and least <= value <= LARGEST_RANK
-
-    ranks, factors = ("r", "rank_pattern"), ("lora_alpha", "alpha", "alpha_pattern")
-    for name in settings.keys() & {*ranks, *factors}:
-        by_module = settings[name] if name.endswith("_pattern") else {name: settings[name]}
-        if not isinstance(by_module, dict):
-            raise ValueError(f"its {name} is {by_module!r}")
-        for key, value in by_module.items():
-            if not (is_rank(value) if name in ranks else is_factor(value)):
-                raise ValueError(f"its {name} is {value!r}" + f" for {key}" * (key != name))
-    targets = settings["target_modules"]
-    names = targets if isinstance(targets, list | set) else [targets]
-    if not all(isinstance(name, str) for name in names) and targets is not None:
-        raise ValueError(f"its target_modules are {targets!r}")
-    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        value = settings.get(name)
-        # a single string is a regular expression, and so is each key of a mapping
-        patterns = [value] if isinstance(value, str) else value if isinstance(value, dict) else ()
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(
-                    f"its {name} has {pattern!r}, which is not a regular expression: {error}"
-                ) from error
 
 
 def check_modules(
@@ -149,6 +116,12 @@ def check_modules(
     return whole
 
 
+def full_targets(config: PeftConfig) -> Iterable[str]:
+    """Return the names, or endings, of a configuration's modules; none if it has a pattern."""
+    targets = config.target_modules
+    return () if targets is None or isinstance(targets, str) else targets
+
+
 def check_whole(config: PeftConfig | None, modules: Mapping[str, Tensors], file: Path) -> None:
     """Check that an adapter has the tensors, and the modules, that its configuration names.
 
@@ -173,8 +146,7 @@ def check_whole(config: PeftConfig | None, modules: Mapping[str, Tensors], file:
             f"{file} has {says}, but tensors of another kind of adapter{alpha}"
             f" ({listed(others, 4)}); put the {PEFT_CONFIG} that it was saved with next to it."
         )
-    targets = None if config is None else config.target_modules
-    full = () if targets is None or isinstance(targets, str) else targets
+    full = () if config is None else full_targets(config)
     with explain_peft_errors(file):
         missing = [
             name

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from adapters.atomic import new_folder
+from adapters.atomic import check_out, new_folder
 from adapters.base.source import Source
 from adapters.base.stored_unet import StoredUNet
 from adapters.errors import UserError, __version__, listed
@@ -28,6 +28,7 @@ from adapters.merging.measure import (
 )
 from adapters.progress import Bar
 from adapters.tables import format_range, format_table
+from adapters.texts import check_texts
 from adapters.weights.approximation import Approximation
 from adapters.weights.kinds import AdapterSpec, match_targets
 
@@ -45,6 +46,8 @@ def resize(
     :meth:`Approximation.limited`, and kinds other than LoRA need their bases, by stage. Returns a
     table of the ranks before and after, and of the errors.
     """
+    Approximation.limited(rank, error)
+    check_out(out, "new folder")
     path = adapter_path(path)
     adapters = StageAdapter.load_all(path)
     losses = [Approximation.limited(rank, error) for _ in adapters]
@@ -106,6 +109,8 @@ def extract(
     Raises:
         UserError: if the UNets have different architectures or do not differ.
     """
+    check_out(out, "new folder")
+    check_texts(prompts)
     base = StoredUNet.of(source)
     check_architecture(tuned, base)
     modules = frozenset(match_targets(base.unet, targets))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,13 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from adapters.arguments import is_factor
-from adapters.atomic import new_folder, write_text
+from adapters.arguments import LARGEST_SCALE, is_scale
+from adapters.atomic import check_out, new_folder, write_text
 from adapters.base.component_files import CONFIG
 from adapters.base.source import Source, sources_of
 from adapters.base.stored_unet import StoredUNet
 from adapters.base.tensor_files import write_tensors
-from adapters.errors import UserError
+from adapters.errors import UserError, listed, quote
 from adapters.files.licence import licence_files
 from adapters.files.model_card import CARD, merged_card
 from adapters.files.stage_adapter import StageAdapter, merged_weight
@@ -29,6 +30,9 @@ from adapters.merging.measure import check_weights_only
 from adapters.progress import Bar
 from unets.loading import is_finite
 from unets.precision import dtype_of
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", re.IGNORECASE)
+"""The size of a file, as the hub's client reads it."""
 
 UNET = "unet"
 """The folder of the UNet within a model's folder."""
@@ -46,6 +50,15 @@ class Storage:
     """The largest size of a file."""
     link: bool = False
     """True to make hard links to the base's unchanged files, which takes no space."""
+
+    def check(self) -> None:
+        """Raise a UserError if ``max_shard_size`` is not a size."""
+        match = SIZE.fullmatch(self.max_shard_size)
+        if match is None or not float(match[1]):
+            raise UserError(
+                "--max-shard-size must be a size with its unit, such as 5GB (got"
+                f" {quote(self.max_shard_size)})."
+            )
 
 
 def merge(
@@ -78,11 +91,13 @@ def merge(
     Returns:
         The folders of the models.
     """
+    check_out(out, "new folder")
+    each = _scale_each(scales, len(paths))
+    storage.check()
     adapters = [StageAdapter.load_all(path) for path in paths]
     sources = sources_of(bases, revision, variant) or _own_bases(adapters, revision, variant)
     sources = {number: s for number, s in sources.items() if stage in (None, number)}
     unets = {number: StoredUNet.of(source) for number, source in sources.items()}
-    each = _scale_each(scales, len(paths))
     merged = _sort_by_stage(adapters, each, unets, say_left_out=stage is None)
     models = {
         number: MergedModel(sources[number], unets[number], merged[number], storage)
@@ -105,10 +120,10 @@ def merge(
 def _scale_each(scales: Sequence[float] | None, count: int) -> list[float]:
     """Return a scale for each of ``count`` adapters, from as many scales or only one."""
     given = list(scales or [1.0])
-    if len(given) not in (1, count) or not all(map(is_factor, given)):
+    if len(given) not in (1, count) or not all(map(is_scale, given)):
         raise UserError(
-            f"--scale must be a number for all adapters, or one for each of the {count}, in"
-            f" float32's range (got {', '.join(map(str, given))})."
+            f"--scale must be a number for all adapters, or one for each of the {count}, from"
+            f" -{LARGEST_SCALE} to {LARGEST_SCALE} (got {listed(map(str, given))})."
         )
     return given * (count // len(given))
 
@@ -177,18 +192,13 @@ class MergedModel:
 
     @cached_property
     def shards(self) -> StateDictSplit:
-        """The weights of each file; a UserError if ``max_shard_size`` is not a size."""
+        """The weights of each file."""
         size = self.storage.max_shard_size
         name = Path(_add_variant(SAFETENSORS_WEIGHTS_NAME, self.storage.variant))
         pattern = f"{name.stem}{{suffix}}{name.suffix}"
-        try:
-            return split_torch_state_dict_into_shards(
-                self.weights, filename_pattern=pattern, max_shard_size=size
-            )
-        except ValueError as error:
-            raise UserError(
-                f"--max-shard-size must be a size with its unit, such as 5GB (got {size!r})."
-            ) from error
+        return split_torch_state_dict_into_shards(
+            self.weights, filename_pattern=pattern, max_shard_size=size
+        )
 
     @cached_property
     def copied(self) -> dict[Path, Path]:

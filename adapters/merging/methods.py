@@ -22,6 +22,9 @@ class Method(NamedTuple):
     """True if it combines the products B A, and cuts the result off at a rank by SVD."""
 
 
+MOST_RANK = 10_000
+"""The largest rank of a result, beyond that of any weight."""
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "linear": Method(pairs=True),
@@ -66,9 +69,10 @@ class Combination:
             raise UserError(f"method must be one of {', '.join(METHODS)} (got {self.method!r}).")
         density, rank, sign = self.density, self.rank, self.majority_sign
         dense = density is not None and 0 < density <= 1
+        fits = rank is None or 1 <= rank <= MOST_RANK
         for setting, value, asked, valid, expected in (
             ("density", density, self.asks.prunes, dense, "above 0 and up to 1"),
-            ("rank", rank, self.asks.cuts, rank is None or rank >= 1, "of 1 or more"),
+            ("rank", rank, self.asks.cuts, fits, f"from 1 to {MOST_RANK}"),
             (
                 *("majority_sign", sign, self.asks.elects),
                 *(sign in (None, "total", "frequency"), "of total or frequency"),

@@ -169,6 +169,7 @@ def _load_weights(load: Callable[..., Any], model: Any, **options: Any) -> Any:
     """Load a model whose files hold all of its weights, as transformers draws others at random."""
 
     def load_all(name: str) -> Any:
+        """Load the model; raise a ValueError if its files lack a weight, or one is not finite."""
         loaded, found = model.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **AS_TENSORS, **options
         )

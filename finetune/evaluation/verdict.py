@@ -6,6 +6,7 @@ from finetune.evaluation.drawing import BASE, FINE_TUNED
 from finetune.evaluation.intervals import Score
 from finetune.evaluation.results import VARIANTS, Results
 from finetune.evaluation.scoring import LIKENESS, choose_judge
+from finetune.run.chance import LEAST_PICTURES
 
 LEARNT = ((0.5, "learnt"), (0.2, "partly learnt"), (0.05, "hardly learnt"))
 """Words for the part of the way from the base's likeness to the ceiling, each from a bound on."""
@@ -70,8 +71,10 @@ def _judge_others(report: Results) -> str:
         return ""
     if base.value <= 0:  # a cosine, of which there are no shares then
         return f"the CLIP-T of other things {_move(change)}, by {change.value:+.3f}"
-    word, certain = _weigh(change, base.value, base.value, KEPT, "damaged")
     share = _share(change, base.value, base.value, "the base's CLIP-T")
+    if change.count < LEAST_PICTURES:
+        return f"pictures of other things are too few for a judgement ({share})"
+    word, certain = _weigh(change, base.value, base.value, KEPT, "damaged")
     return f"other things {'are' if certain else 'seem'} {word} ({share})"
 
 

@@ -54,6 +54,7 @@ class Likeness:
         reached = {tag: value for tag, value in ceilings.items() if value is not None}
 
         def score(drawn: Sequence[DrawnRow]) -> dict[str, float | list[float]]:
+            """Score the pictures of a validation."""
             figures: dict[str, float | list[float]] = {}
             if any(each.row.kind == "subject" for each in drawn):
                 images, texts = self._encode(drawn, "subject")

@@ -33,6 +33,9 @@ class Footprint:
     """The adapter's weights and gradient, and its average if one is kept."""
     optimizer: int
     """The optimizer's state."""
+    copies: int
+    """The weights and the optimizer's state as they were, while an update is not known to be
+    finite."""
     activations: int
     """The peak of a forward and backward pass; kept in a CUDA graph's pool."""
     flops: float
@@ -50,7 +53,7 @@ class Footprint:
     @property
     def reserved(self) -> int:
         """Bytes that PyTorch reserves during training."""
-        return reserved(self.resident + self.activations)
+        return reserved(self.resident + self.copies + self.activations)
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class Rehearsal:
         counts = self.preserved_counts(size, accumulation or training.accumulation)
         vectors = [flat.values, flat.gradient, flat.working, flat.working_gradient]
         adapter = vectors if average is None else [*vectors, average]
+        state = OPTIMIZERS[self.optimizer].state_bytes(flat.slices(whole_tensors=False))
         tallies = {}
         for preserved in counts:
             batch = self.batch(size, preserved)
@@ -150,7 +154,8 @@ class Rehearsal:
         return Footprint(
             weights=self.weights_bytes,
             adapter=total_bytes(adapter),
-            optimizer=OPTIMIZERS[self.optimizer].state_bytes(flat.slices(whole_tensors=False)),
+            optimizer=state,
+            copies=total_bytes([flat.values]) + state,
             activations=max(tally.peak_bytes for tally in tallies.values()),
             flops=mean(lambda tally: tally.flops),
             work=mean(work_of),

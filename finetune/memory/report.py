@@ -53,8 +53,9 @@ def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield ("frozen weights", *(_gib(part.weights) for part in parts))
     yield ("adapter and its gradient", *(_gib(part.adapter) for part in parts))
     yield ("optimizer's state", *(_gib(part.optimizer) for part in parts))
+    yield ("copies of both in an update", *(_gib(part.copies) for part in parts))
     yield (f"activations{kept}", *(_gib(part.activations) for part in parts))
-    rest = [part.reserved - part.resident - part.activations for part in parts]
+    rest = [part.reserved - part.resident - part.copies - part.activations for part in parts]
     yield ("workspaces and fragmentation", *(_gib(size) for size in rest))
     yield ("in all", *(_gib(part.reserved) for part in parts))
 

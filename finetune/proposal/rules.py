@@ -127,8 +127,13 @@ RULES = (
     ),
     Rule(
         lambda case: _published(case) and case.subject is not None,
-        {"prior": {"kind": "output", "prompts": "everyday", "weight": 0.3}},
+        {"prior": {"kind": "output", "prompts": "everyday", "weight": 0.5}},
         "the base's own output is preserved under everyday captions, which needs no class pictures",
+    ),
+    Rule(
+        lambda case: _published(case) and case.subject is not None,
+        _stages({"timesteps": {"density": "beta", "shape": [2, 1]}}),
+        "timesteps drawn towards the noisy end, which teach a subject sooner",
     ),
     Rule(
         lambda case: _published(case) and case.subject is not None and not case.alive,
@@ -197,17 +202,17 @@ RULES = (
     Rule(
         lambda case: case.embedded,
         {
-            "stage_1.steps": 250,
+            "stage_1.steps": 300,
             "stage_1.batch_size": 4,
             "stage_1.adapter": {"rank": 16, "targets": "attention+conv"},
             "stage_1.optimizer": {"learning_rate": 1.5e-3, "schedule": "cosine"},
-            "stage_1.checkpoint_every": 100,
+            "stage_1.checkpoint_every": 150,
             "stage_2.steps": 50,
             "stage_2.batch_size": 2,
             "stage_2.adapter": {"rank": 8, "targets": "attention+conv"},
             "stage_2.optimizer": {"learning_rate": 1e-3, "schedule": "cosine"},
             "stage_2.checkpoint_every": 50,
-            "validation.every": 125,
+            "validation.every": 150,
             "validation.sampling": {
                 "stage_1": {"steps": 15, "guidance": 3.0},
                 "stage_2": {"steps": 10, "guidance": 1.0, "noise_level": 100},
@@ -218,7 +223,8 @@ RULES = (
     Rule(
         lambda case: case.embedded and case.subject is not None,
         {
-            "prior": {"kind": "output", "prompts": "everyday", "weight": 0.3},
+            "prior": {"kind": "output", "prompts": "everyday", "weight": 0.5},
+            **_stages({"timesteps": {"density": "beta", "shape": [3, 1]}}),
             "data.prompt": "a {}",
             "validation.prompts": [
                 "a {} on a purple background",
@@ -232,14 +238,14 @@ RULES = (
                 "prompts": [
                     "a {} on a black background",
                     "a {} on a purple striped background",
-                    "a {} on a teal background",
                     "a {} on a pink checkered background",
-                    "a {} on a white dotted background",
                     "a {} on an orange background",
                 ],
                 "other_prompts": [
                     "a cat face on a blue striped background",
                     "a pizza on a green background",
+                    "an apple on a purple background",
+                    "a ship on a yellow dotted background",
                 ],
                 "sampling": {
                     "stage_1": {"steps": 25, "guidance": 3.0},

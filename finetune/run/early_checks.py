@@ -7,7 +7,7 @@ import torch
 from adapters.base.source import Source
 from adapters.cascade.checks import check_steps
 from adapters.cascade.sampling import Sampling
-from adapters.errors import UserError
+from adapters.errors import UserError, listed
 from adapters.weights.kinds import peft_config
 from finetune.data.captions import check_cleaning, collect_prompts
 from finetune.data.prior import own_folder
@@ -16,6 +16,9 @@ from finetune.run.other_trackers import check_trackers
 from finetune.step.optimizers import OPTIMIZERS
 from finetune.step.stages import STAGES, Stage
 from unets.loading import empty_unet
+
+WITH_BF16 = (8, 0)
+"""The compute capability of the first GPUs that have bf16, Ampere's."""
 
 
 def check_recipe(recipe: Recipe, device: torch.device) -> None:
@@ -27,6 +30,7 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
             :func:`check_stage`.
     """
     check_trackers(recipe.trackers)
+    check_bf16(recipe, device)
     check_cleaning(collect_prompts(recipe), clean_caption=recipe.text.clean_caption)
     if recipe.class_pictures:
         own_folder(recipe.class_pictures)
@@ -38,6 +42,23 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
         check_steps(2, above.scheduler(STAGES[2].schedulers[0]), recipe.validation.sampling)
     for stage in recipe.trained:
         check_stage(stage, recipe.training(stage), recipe.source(stage), samplings, device)
+
+
+def check_bf16(recipe: Recipe, device: torch.device) -> None:
+    """Raise a UserError if a model would compute in bf16 on a GPU that can only emulate it."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= WITH_BF16:
+        return
+    chosen = {f"{stage.name}.precision": recipe.training(stage) for stage in recipe.trained}
+    lacking = [name for name, each in chosen.items() if each.precision_on(device) != "fp32"]
+    if recipe.text.device != "cpu" and recipe.text.precision_on(device) != "fp32":
+        lacking.append("text.precision")
+    if lacking:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(
+            f"This GPU, {name}, has no bf16, in which {listed(lacking)} would compute (int8 and nf4"
+            " do too): set each to fp32. In 16 GB fp32 can train DeepFloyd/IF-I-L-v1.0 and"
+            " DeepFloyd/IF-II-M-v1.0, with text.device: cpu."
+        )
 
 
 def check_stage(

@@ -24,6 +24,12 @@ long as these are as many, the training is the same."""
 STEP, PROCESSES, ACCUMULATION = "the pictures of a step", "processes", "accumulation"
 """The entries of a content that tell how the pictures of a step are divided."""
 
+PRECISIONS = ("the precision", "the precision of the text encoder")
+"""The entries on precisions, which a recipe may leave to the device."""
+
+COMPUTING = (STEP, PROCESSES, ACCUMULATION, *PRECISIONS)
+"""The entries that tell how a training was computed, not what it was trained on."""
+
 SHOWN = 60
 """The most letters of a value that a sentence about a difference quotes."""
 
@@ -47,7 +53,7 @@ def identify_content(
     schedulers = [dict(source.scheduler(name).config) for name in stage.schedulers]
     files = {str(n): file for n, file in enumerate(source.files.safetensors("unet"))}
     config = json.dumps([source.unet_config, schedulers], sort_keys=True, default=str)
-    classes = {}
+    text, classes = CaptionCache.of(recipe, device), {}
     if class_pictures is not None:
         own = [picture.digest for picture in class_pictures if folder]
         classes = {"the pictures of prior.folder": _digest(own)}
@@ -57,8 +63,7 @@ def identify_content(
         f"the weights of base.{stage.name}": digest_blocks(files),
         f"the configuration of base.{stage.name}": _digest([config]),
         "the text encoder": _identify_text_encoder(recipe),
-        "the precision": training.precision_on(device),
-        "the precision of the text encoder": CaptionCache.of(recipe, device).precision,
+        **dict(zip(PRECISIONS, (training.precision_on(device), text.precision), strict=True)),
         STEP: training.batch_size * training.accumulation * processes,
         PROCESSES: processes,
         ACCUMULATION: training.accumulation,

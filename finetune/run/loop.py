@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,92 +33,104 @@ MOST_SKIPPED = 10
 recover."""
 
 
-def run_steps(
-    trainee: Trainee,
-    batches: Batches,
-    tracker: Tracker,
-    measures: Measures | None,
-    accelerator: Accelerator,
-    *,
-    log_every: int,
-    validation: Validation,
-    checkpoints: Path,
-    identity: Mapping[str, Any],
-    stop: Stop,
-) -> bool:
-    """Take all remaining steps; log, validate and save on the way.
+@dataclass
+class Loop:
+    """The steps of a stage, with all that is logged, validated and saved between them."""
 
-    Checkpoints hold the ``identity`` of the recipe, so that no other recipe continues from them.
+    trainee: Trainee
+    batches: Batches
+    tracker: Tracker
+    measures: Measures | None
+    """The validations; ``None`` on all processes but the main one."""
+    accelerator: Accelerator
+    log_every: int
+    validation: Validation
+    checkpoints: Path
+    """The folder of the stage's checkpoints."""
+    identity: Mapping[str, Any]
+    """What identifies the training in a checkpoint, so that no other continues from it."""
+    stop: Stop
 
-    Returns:
-        True if validation's patience ran out before the last step.
+    def run(self) -> bool:
+        """Take all remaining steps; log, validate and save on the way.
 
-    Raises:
-        StoppedError: on all processes after the same step, once it is saved, if ``stop`` asks any
-            of them to. A validation that it interrupts is made up when the run goes on.
-    """
-    training, device = trainee.training, accelerator.device
+        Returns:
+            True if validation's patience ran out before the last step.
 
-    def is_last() -> bool:
-        return trainee.step >= training.steps  # more, if the recipe's steps were lowered
+        Raises:
+            StoppedError: on all processes after the same step, once it is saved, if ``stop`` asks
+                any of them to. A validation that it interrupts is made up when the run goes on.
+        """
+        with self.stop.deferred():
+            return self._begin() or self._take_steps()
 
-    def is_due(every: int) -> bool:
-        return trainee.step % every == 0 or is_last()
-
-    def validate_and_save(ending: int, *, validating: bool, saving: bool) -> bool:
-        """Validate and save, unless the run stops; tell whether patience has run out."""
-        stopped = False
-        if validating and not ending:
-            if measures:
-                try_to(measures.validate, stop)
-            ending = agree(stop.signal, accelerator)
-            if not ending and validation.patience is not None and not is_last():
-                stopped = bool(agree(measures is not None and measures.stalled, accelerator))
-        if measures and (saving or stopped or ending):
-            tracker.flush()  # what a checkpoint is past is not shown again
-            state = trainee.state() | {"recipe": identity, "measures": measures.state()}
-            state["stopped_early"] = stopped
-            save_checkpoint(checkpoints, trainee.step, state, training.keep_checkpoints)
-        if ending:
-            accelerator.wait_for_everyone()
+    def _begin(self) -> bool:
+        """Measure what has not been; tell whether patience has run out."""
+        if self.measures and not self.measures.history:
+            try_to(self.measures.begin, self.stop)
+        if ending := agree(self.stop.signal, self.accelerator):
             raise StoppedError(ending)
-        return stopped
+        missed = self.measures is not None and self.measures.misses_validation
+        if agree(missed and self._is_due(self.validation.every), self.accelerator):
+            return self._validate_and_save(0, validating=True, saving=True)
+        return False
 
-    with stop.deferred():
-        stopped = False
-        if measures and not measures.history:
-            try_to(measures.begin, stop)
-        if ending := agree(stop.signal, accelerator):
-            raise StoppedError(ending)
-        missed = measures is not None and is_due(validation.every) and measures.misses_validation
-        if agree(missed, accelerator):
-            stopped = validate_and_save(0, validating=True, saving=True)
-        feed = prefetch(
-            batches,
-            range(trainee.step * training.accumulation, training.steps * training.accumulation),
-            device,
-        )
-        preserves_output = batches.preserves_output
-        meter = Meter(batches.num_train_timesteps, device, preserves_output=preserves_output)
-        update_size, vote = UpdateSize(trainee.unet), Vote(accelerator)
-        size_every = math.ceil(training.steps / log_every / SIZE_POINTS) * log_every
+    def _take_steps(self) -> bool:
+        """Take the steps; tell whether patience has run out."""
+        trainee, training = self.trainee, self.trainee.training
+        device, split = self.accelerator.device, training.accumulation
+        feed = prefetch(self.batches, range(trainee.step * split, training.steps * split), device)
+        preserves_output = self.batches.preserves_output
+        meter = Meter(self.batches.num_train_timesteps, device, preserves_output=preserves_output)
+        update_size, vote = UpdateSize(trainee.unet), Vote(self.accelerator)
+        size_every = math.ceil(training.steps / self.log_every / SIZE_POINTS) * self.log_every
         forget_peak_memory(device)
-        while not is_last() and not stopped:
-            rate = take_step(trainee, feed, meter, accelerator)
-            tracker.bar.update()
-            if is_due(log_every):
-                sized = accelerator.is_main_process and is_due(size_every)
+        stopped = False
+        while not self._is_last() and not stopped:
+            rate = take_step(trainee, feed, meter, self.accelerator)
+            self.tracker.bar.update()
+            if self._is_due(self.log_every):
+                sized = self.accelerator.is_main_process and self._is_due(size_every)
                 sizes = update_size if sized else None
-                log_points(trainee, tracker, meter, accelerator, rate, sizes)
+                log_points(trainee, self.tracker, meter, self.accelerator, rate, sizes)
             started = time.perf_counter()
-            stopped = validate_and_save(
-                vote(stop.signal),
-                validating=is_due(validation.every),
-                saving=is_due(training.checkpoint_every),
+            stopped = self._validate_and_save(
+                vote(self.stop.signal),
+                validating=self._is_due(self.validation.every),
+                saving=self._is_due(training.checkpoint_every),
             )
             meter.skip_time(time.perf_counter() - started)
         vote.close()
-    return stopped
+        return stopped
+
+    def _is_last(self) -> bool:
+        # more, if the recipe's steps were lowered
+        return self.trainee.step >= self.trainee.training.steps
+
+    def _is_due(self, every: int) -> bool:
+        return self.trainee.step % every == 0 or self._is_last()
+
+    def _validate_and_save(self, ending: int, *, validating: bool, saving: bool) -> bool:
+        """Validate and save, unless the run stops; tell whether patience has run out."""
+        measures, stopped = self.measures, False
+        if validating and not ending:
+            if measures:
+                try_to(measures.validate, self.stop)
+            ending = agree(self.stop.signal, self.accelerator)
+            if not ending and self.validation.patience is not None and not self._is_last():
+                stalled = measures is not None and measures.stalled
+                stopped = bool(agree(stalled, self.accelerator))
+        if measures and (saving or stopped or ending):
+            self.tracker.flush()  # what a checkpoint is past is not shown again
+            trainee = self.trainee
+            state = trainee.state() | {"recipe": self.identity, "measures": measures.state()}
+            state["stopped_early"] = stopped
+            keep = trainee.training.keep_checkpoints
+            save_checkpoint(self.checkpoints, trainee.step, state, keep)
+        if ending:
+            self.accelerator.wait_for_everyone()
+            raise StoppedError(ending)
+        return stopped
 
 
 def try_to(work: Callable[[], object], stop: Stop) -> None:

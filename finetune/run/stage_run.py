@@ -28,8 +28,14 @@ from finetune.run.folders import (
     select_identity,
     select_judging,
 )
-from finetune.run.identity import check_continuing, identify_content
-from finetune.run.loop import run_steps
+from finetune.run.identity import (
+    COMPUTING,
+    PROCESSES,
+    check_content,
+    check_continuing,
+    identify_content,
+)
+from finetune.run.loop import Loop
 from finetune.run.measures import Measures, Score, was_patient
 from finetune.run.other_trackers import OtherTrackers
 from finetune.run.stopping import Stop
@@ -78,9 +84,7 @@ def train_stage(
         StoppedError: if ``stop`` asks for it, once all that is done is saved.
         UserError: as :func:`finetune.run.identity.check_continuing`.
     """
-    folders, training = Folders(recipe.folder), recipe.training(stage)
     free_memory(accelerator.device)  # the previous stage's
-    tree = recipe.model_dump(mode="json")
     content = identify_content(
         recipe,
         stage,
@@ -89,20 +93,7 @@ def train_stage(
         accelerator.device,
         accelerator.num_processes,
     )
-    found = find_checkpoint(stage, select_identity(tree, stage), folders)
-    for note in check_continuing(recipe, stage, found, content, force=force):
-        accelerator.print(f"warning: {note}")
-    with timed(f"Stage {stage.number}, loading", shown=accelerator.is_main_process):
-        trainee = continue_training(recipe, stage, found, accelerator.device)
-    if trainee.step:
-        accelerator.print(
-            f"Stage {stage.number} goes on after step {trainee.step:,} of {training.steps:,}, from"
-            f" {folders.checkpoints(stage)}"
-        )
-    state = found.tree
-    accelerator.wait_for_everyone()  # all have read what is renamed now
-    if accelerator.is_main_process:
-        set_aside(found)
+    trainee, saved = begin_or_continue(recipe, stage, content, accelerator, force=force)
     taught, held_out = hold_out(material.pictures, recipe.validation.held_out, recipe.seed)
     material = replace(material, pictures=taught)
     low_res_px = recipe.source(STAGES[1]).picture_size_px if stage.super_resolution else None
@@ -110,26 +101,26 @@ def train_stage(
     batches = build_batches(
         trainee, material, recipe.data, recipe.prior, low_res_px, seed, accelerator
     )
-    tracker = Tracker(
-        accelerator, folders.logs(stage), f"Stage {stage.number}", trainee.step, training.steps
-    )
+    folders, steps = Folders(recipe.folder), trainee.training.steps
+    logs, title = folders.logs(stage), f"Stage {stage.number}"
+    tracker = Tracker(accelerator, logs, title, trainee.step, steps)
     with closing(tracker):  # on errors too, or their sentence would follow the bar in its line
         tracker.about({"recipe": recipe.to_yaml()})
-        judging, measures = select_judging(tree, stage), None
+        tree, measures = recipe.model_dump(mode="json"), None
+        judging, identity = select_judging(tree, stage), select_identity(tree, stage)
         if accelerator.is_main_process:
-            settings = flatten(tree)
-            tracker.others = OtherTrackers.of(recipe, stage.name, folders.logs(stage), settings)
+            tracker.others = OtherTrackers.of(recipe, stage.name, logs, flatten(tree))
             say_what_is_preserved(trainee, batches, tracker)
             measures = build_measures(
                 recipe, trainee, batches, tracker, material.prompt_embeds, held_out, score, judging
             )
-            if state:
-                measures.load_state(state["measures"])
-        stopped_early = bool(state.get("stopped_early")) and was_patient(
-            state["measures"], recipe.validation, judging
+            if saved:
+                measures.load_state(saved["measures"])
+        stopped_early = bool(saved.get("stopped_early")) and was_patient(
+            saved["measures"], recipe.validation, judging
         )
         if not stopped_early:
-            stopped_early = run_steps(
+            loop = Loop(
                 trainee,
                 batches,
                 tracker,
@@ -138,23 +129,61 @@ def train_stage(
                 log_every=recipe.log_every,
                 validation=recipe.validation,
                 checkpoints=folders.checkpoints(stage),
-                identity={
-                    "settings": select_identity(tree, stage),
-                    "content": content,
-                    "steps": training.steps,
-                },
+                identity={"settings": identity, "content": content, "steps": steps},
                 stop=stop or Stop(),
             )
+            stopped_early = loop.run()
         if measures is not None:
-            trainee.watch.check()
-            say(f"Stage {stage.number}, {describe_times(tracker)}")
             info = describe_adapter(recipe, trainee, taught, stopped_early=stopped_early)
-            columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
-            columns |= training.model_dump(mode="json", exclude={*FREE} - {"steps"})
-            # together, once the export is complete, or a second one would repeat them
-            with timed(f"Stage {stage.number}, export"), tracker.together():
-                export_run(trainee, measures, tracker, folders.adapters, info, columns)
+            export(recipe, trainee, measures, tracker, info)
     accelerator.wait_for_everyone()
+
+
+def begin_or_continue(
+    recipe: Recipe,
+    stage: Stage,
+    content: Mapping[str, Any],
+    accelerator: Accelerator,
+    *,
+    force: bool,
+) -> tuple[Trainee, dict[str, Any]]:
+    """Load a stage's trainee at its newest checkpoint, or before its first step.
+
+    Returns:
+        The trainee, and the tree of the checkpoint: empty without one.
+
+    Raises:
+        UserError: as :func:`finetune.run.identity.check_continuing`.
+    """
+    folders = Folders(recipe.folder)
+    settings = select_identity(recipe.model_dump(mode="json"), stage)
+    found = find_checkpoint(stage, settings, folders)
+    for note in check_continuing(recipe, stage, found, content, force=force):
+        accelerator.print(f"warning: {note}")
+    with timed(f"Stage {stage.number}, loading", shown=accelerator.is_main_process):
+        trainee = continue_training(recipe, stage, found, accelerator.device)
+    if trainee.step:
+        accelerator.print(
+            f"Stage {stage.number} goes on after step {trainee.step:,} of"
+            f" {trainee.training.steps:,}, from {folders.checkpoints(stage)}"
+        )
+    accelerator.wait_for_everyone()  # all have read what is renamed now
+    if accelerator.is_main_process:
+        set_aside(found)
+    return trainee, found.tree
+
+
+def export(
+    recipe: Recipe, trainee: Trainee, measures: Measures, tracker: Tracker, info: AdapterInfo
+) -> None:
+    """Export a trained stage's adapter, and say how long its steps and validations took."""
+    trainee.watch.check()
+    say(f"Stage {info.stage}, {describe_times(tracker)}")
+    columns = {"seed": recipe.seed, "prior": recipe.prior and recipe.prior.model_dump()}
+    columns |= trainee.training.model_dump(mode="json", exclude={*FREE} - {"steps"})
+    # together, once the export is complete, or a second one would repeat them
+    with timed(f"Stage {info.stage}, export"), tracker.together():
+        export_run(trainee, measures, tracker, Folders(recipe.folder).adapters, info, columns)
 
 
 def describe_times(tracker: Tracker) -> str:
@@ -183,6 +212,24 @@ def check_before(
             recipe, stage, pictures, None, accelerator.device, accelerator.num_processes
         )
         check_continuing(recipe, stage, found, content, force=force)
+
+
+def check_finished(recipe: Recipe, pictures: Sequence[Picture], device: torch.device) -> None:
+    """Check that finished stages were trained on what the recipe says now, if a checkpoint tells.
+
+    How a step was divided and in which precision it was computed may differ, as nothing is trained.
+
+    Raises:
+        UserError: as :func:`finetune.run.identity.check_content`.
+    """
+    for stage in recipe.trained:
+        settings = select_identity(recipe.model_dump(mode="json"), stage)
+        found = find_checkpoint(stage, settings, Folders(recipe.folder))
+        if found.folder:
+            saved = found.tree["recipe"]["content"]
+            now = identify_content(recipe, stage, pictures, None, device, saved[PROCESSES])
+            now |= {key: saved[key] for key in COMPUTING if key in saved}
+            check_content(now, saved, found.folder, recipe.folder, stage.name)
 
 
 def continue_training(recipe: Recipe, stage: Stage, found: Found, device: torch.device) -> Trainee:

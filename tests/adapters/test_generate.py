@@ -79,7 +79,7 @@ def test_scale_zero_is_the_base(
         (["--stage-1", "no/such/place"], "'no/such/place' is neither a folder"),
         (["--adapter", "nowhere"], "nowhere has no exported adapter"),
         ([], "name at least one model"),
-        (["--stage-1", "x/y", "--noise-level", "-1"], "--noise-level: Input should be greater"),
+        (["--stage-1", "x/y", "--noise-level", "-1"], "--noise-level: must be at least 0 (got -1)"),
         (["--stage-1", "x/y", "--device", "foo"], "device 'foo' cannot be used"),
         (["--stage-1", "x/y", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--stage-1", "x/y", "--device", "meta"], "device 'meta' cannot be used"),

@@ -1,8 +1,8 @@
 """The commands and the Python of the README and of every page, run from top to bottom.
 
-The embedded cascade stands in for gated weights, and pictures take two denoising steps. Commands
-that would train, score or need the hub are given to their own parsers, and their recipes are
-checked.
+A small random cascade stands in for gated weights and for the embedded cascade, and pictures take
+two denoising steps. Commands that would train, score or need the hub are given to their own
+parsers, and their recipes are checked.
 """
 
 import re
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import parse_args as parse_torchrun
 
 import adapters
 from adapters import AdapterSpec, Sampling
@@ -23,6 +24,8 @@ from finetune.recipe.file import load_recipe
 from finetune.recipe.reference import list_paths
 from tests.builders import ROOT
 from tests.builders.adapters import export, trained_unet
+from tests.builders.random_cascade import RandomCascade
+from tests.builders.repository import furnish
 
 PAGES = [ROOT / "README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -62,23 +65,28 @@ def commands_of(text: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(random_cascade: RandomCascade, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapters of both stages of a run."""
-    folder = tmp_path_factory.mktemp("exported") / "adapters"
+    folder = tmp_path_factory.mktemp("exported")
+    furnish(folder, random_cascade)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(ROOT)
+        monkeypatch.chdir(folder)
         for stage in (1, 2):
             base, spec = Path(f"models/if-tiny/stage_{stage}"), AdapterSpec(rank=16)
             unet = trained_unet(base, spec, seed=stage)
-            export(unet, folder, base, stage, spec, sampling=SAMPLING)
-    return folder
+            export(unet, folder / "adapters", base, stage, spec, sampling=SAMPLING)
+    return folder / "adapters"
 
 
 @pytest.fixture
-def place(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(
+    random_cascade: RandomCascade,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     """A folder like the repository, with pictures and with finished runs."""
-    for name in ("models", "recipes", "datasets", "accelerate_config.yaml"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    furnish(tmp_path, random_cascade)
     for name in SUBJECTS:
         shutil.copytree(ROOT / "datasets/octopus", tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -88,7 +96,7 @@ def place(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         (tmp_path / "runs" / name / "recipe.yaml").write_text(recipe.to_yaml())
     monkeypatch.setattr(Sampling, "steps", lambda self, stage: 2)
     monkeypatch.setattr(Sampling, "timesteps", lambda self, stage: None)
-    monkeypatch.setattr(adapters, "load_cascade", load_embedded)
+    monkeypatch.setattr(adapters, "load_cascade", load_small)
     for name in LONG:
         package = "adapters" if name == "push" else "finetune"
         module = import_module(f"{package}.{name}")
@@ -96,8 +104,8 @@ def place(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-def load_embedded(*stages: str, memory: str | None = None, **options: Any) -> adapters.Cascade:
-    """Load the embedded cascade in place of DeepFloyd's, and never an upscaler."""
+def load_small(*stages: str, memory: str | None = None, **options: Any) -> adapters.Cascade:
+    """Load the small cascade in place of DeepFloyd's, and never an upscaler."""
     from adapters.cascade.load import load_cascade
 
     return load_cascade(*(f"models/if-tiny/stage_{n}" for n in (1, 2)[: len(stages)]), **options)
@@ -113,7 +121,7 @@ def without_work(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def run_module(module: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a command of the project, with the embedded cascade in place of gated weights."""
+    """Run a command of the project, with the small cascade in place of gated weights."""
     main = import_module(module).main
     if module == "finetune.train":
         dry = () if "--dry-run" in arguments else ("--dry-run",)
@@ -145,6 +153,10 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert given.module
         assert Path(given.config_file).exists()
         run_module(given.training_script, given.training_script_args, monkeypatch)
+    elif words[0] == "torchrun":
+        launched = parse_torchrun(words[1:])
+        assert launched.module
+        run_module(launched.training_script, launched.training_script_args, monkeypatch)
     else:
         assert words[:2] == ["python", "-m"], line
         run_module(words[2], words[3:], monkeypatch)

@@ -29,6 +29,8 @@ from finetune.train import train
 from tests.builders import ROOT
 from tests.builders.random_cascade import RandomCascade
 
+pytestmark = pytest.mark.usefixtures("no_plan")
+
 CLIP = ROOT / "models/if-tiny/clip"
 PHOTOS = ROOT / "datasets/octopus"
 PROMPTS = ("a sks octopus on a black background", "a sks octopus & <b>friends</b>")

@@ -20,6 +20,8 @@ from finetune.recipe.schema import Recipe
 from finetune.train import train
 from tests.builders import ROOT
 
+pytestmark = pytest.mark.usefixtures("no_plan")
+
 BASE = ROOT / "models/if-tiny/stage_1"
 PHOTOS = ROOT / "datasets/octopus"
 

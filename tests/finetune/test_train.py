@@ -30,8 +30,11 @@ from finetune.run import stage_run
 from finetune.step.inputs import Batch
 from finetune.train import gather, main
 from tests.builders import ROOT
+from tests.builders.processes import train_on_several
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import batches_for
+
+pytestmark = pytest.mark.usefixtures("no_plan")
 
 NAMES = ("stage_1", "stage_2")
 FEW_STEPS = {"stage_1": {"steps": 2}, "stage_2": {"steps": 2}}
@@ -87,21 +90,21 @@ def save_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
+def arguments(recipe: Path, *overrides: str) -> list[str]:
+    """Arguments of a run whose cache is beside its recipe."""
+    return [str(recipe), f"cache_dir={recipe.parent}/cache", *overrides]
+
+
 def run(recipe: Path, *overrides: str) -> None:
     """Run a recipe in this process."""
-    main([str(recipe), f"cache_dir={recipe.parent / 'cache'}", *overrides])
+    main(arguments(recipe, *overrides))
 
 
-def launch(recipe: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def launch(recipe: Path) -> subprocess.CompletedProcess[str]:
     """Run a recipe through accelerate's launcher, as the README says."""
     launcher = ["accelerate.commands.launch", "--quiet", "--config_file", "accelerate_config.yaml"]
-    if processes > 1:
-        launcher += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
     return subprocess.run(
-        [
-            *(sys.executable, "-m", *launcher, "-m", "finetune.train"),
-            *(str(recipe), f"cache_dir={recipe.parent / 'cache'}", *arguments),
-        ],
+        [sys.executable, "-m", *launcher, "-m", "finetune.train", *arguments(recipe)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -308,9 +311,10 @@ def test_a_global_batch_trains_the_same_however_it_is_divided(
     def sizes(accumulation: int, each: int) -> tuple[str, str]:
         return f"stage_1.accumulation={accumulation}", f"stage_1.batch_size={each}"
 
-    done = launch(path, "name=launched", *sizes(*launched), processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Adapters:") == 1
+    log = tmp_path / "log"
+    statuses = train_on_several(log, *arguments(path, "name=launched", *sizes(*launched)))
+    assert statuses == [0, 0], log.with_suffix(".err").read_text()
+    assert log.read_text().count("Adapters:") == 1
     folder = tmp_path / "runs" / "launched"
     weights, losses = load_file(adapter_file(folder, "stage_1")), points(folder, "loss")
     norms = points(folder, "optimizer/gradient_norm")
@@ -338,9 +342,10 @@ def test_all_processes_stop_early_together_and_nothing_goes_on_from_there(
     tree |= {"prior": None, "evaluation": None}
     tree["stage_1"]["optimizer"]["learning_rate"] = 1e-30  # too low to change a loss
     path = save_recipe(tmp_path, tree)
-    done = launch(path, processes=2)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout + done.stderr
+    log = tmp_path / "log"
+    statuses = train_on_several(log, *arguments(path))
+    said = log.read_text() + log.with_suffix(".err").read_text()
+    assert statuses == [0, 0], said
     assert said.count("that of step 1 (the run stopped early at step 2)") == 1
     assert len(points(tmp_path / "runs" / "run", "loss")) == 2
     adapter = tmp_path / "runs" / "run" / "adapters" / "stage_1"

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -435,6 +436,7 @@ def unreachable(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.shutdown()
     hub.server_close()
     close_session()  # its connections were kept alive
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between attempts
 
 
 @pytest.mark.parametrize("cut_off", [offline, unreachable])

@@ -111,5 +111,5 @@ def test_results_have_no_images_and_short_names(cascade: Cascade) -> None:
     assert pickle.loads(pickle.dumps(pictures)).final[0].size == pictures.final[0].size
     recipe = load_recipe("recipes/quickstart.yaml")
     assert repr(recipe) == (
-        "Recipe('quickstart', stage_1: 250 steps, stage_2: 50 steps, datasets/octopus)"
+        "Recipe('quickstart', stage_1: 300 steps, stage_2: 50 steps, datasets/octopus)"
     )

@@ -87,7 +87,7 @@ def test_named_timesteps_decide_on_the_steps() -> None:
         ),
         (
             {"stage_2": {"noise_level": -1}},
-            "stage_2.noise_level: Input should be greater than or equal to 0 (got -1).",
+            "stage_2.noise_level: must be at least 0 (got -1).",
         ),
         (
             {"stage_2": {"noise_levl": 3}},

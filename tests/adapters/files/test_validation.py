@@ -224,13 +224,13 @@ def test_other_kinds_need_their_own_configuration(
         ({"peft_type": "NOPE"}, "not 'NOPE'"),
         ({"peft_type": "IA3", "target_modules": ["to_q"]}, "not 'IA3'"),
         ({"peft_type": ["LORA"]}, r"not \['LORA'\]"),
-        ([1], r"not \[1\]"),
-        (None, "not None"),
+        ([1], "a JSON object .got a list"),
+        (None, "a JSON object .got a NoneType"),
         ({"peft_type": "LORA", "r": 0}, "its r is 0"),
         ({"peft_type": "LORA", "rank_pattern": {"to_q": 0}}, "its rank_pattern is 0 for to_q"),
         ({"peft_type": "LORA", "lora_alpha": None}, "its lora_alpha is None"),
         ({"peft_type": "LORA", "alpha_pattern": [1]}, r"its alpha_pattern is \[1\]"),
-        ({"peft_type": "LOHA", "alpha": float("nan")}, "its alpha is nan"),
+        ({"peft_type": "LOHA", "alpha": float("nan")}, "JSON has no NaN"),
         ({"peft_type": "LOHA", "target_modules": [1]}, "its target_modules are {1}"),
         ({"peft_type": "LOHA", "target_modules": 1}, "its target_modules are 1"),
         (
@@ -309,15 +309,15 @@ def cascade(random_cascade: RandomCascade) -> Cascade:
     return load_cascade(random_cascade.stage_1, parts=Parts(text_encoder=False))
 
 
-@pytest.mark.parametrize("scale", [1e300, -4e38, float("inf"), float("nan"), 10**400])
-def test_a_scale_is_a_number_in_float32s_range(
+@pytest.mark.parametrize("scale", [1e300, -1001, float("inf"), float("nan"), 10**400])
+def test_a_scale_is_a_number_within_bounds(
     exports: dict[str, Path], cascade: Cascade, scale: float
 ) -> None:
-    with pytest.raises(UserError, match="float32"):
+    with pytest.raises(UserError, match="from -1000 to 1000"):
         cascade.add_adapter(exports["lora"], scale)
     assert not cascade.adapters
     name = cascade.add_adapter(exports["lora"])
-    with pytest.raises(UserError, match="float32"):
+    with pytest.raises(UserError, match="from -1000 to 1000"):
         cascade.set_adapters({name: scale})
     cascade.remove_adapters()
 
@@ -339,8 +339,8 @@ def test_the_tools_refuse_in_one_sentence(
         (repair, [bad, "--out", f"{out[1]}.safetensors"], "NaN or infinite"),
         (combine, [bad, good, *out], "NaN or infinite"),
         (merge, [bad, *base, *out], "NaN or infinite"),
-        (merge, [good, *base, *out, "--scale", "1e300"], "float32"),
-        (combine, [f"{good}=1e300", *out], "float32"),
+        (merge, [good, *base, *out, "--scale", "1e300"], "from -1000 to 1000"),
+        (combine, [f"{good}=1e300", *out], "from -1000 to 1000"),
     ):
         with pytest.raises(SystemExit) as caught:
             tool(arguments)

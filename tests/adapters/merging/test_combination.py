@@ -241,7 +241,7 @@ def test_files_of_other_tools_are_combined_where_their_stage_is_said(
         ("style", {"method": "ties", "density": math.nan}, r"density above 0 .* \(got nan\)"),
         ("style", {"method": "cat", "density": 0.5}, "'cat' takes no density"),
         ("style", {"method": "linear", "rank": 4}, "'linear' takes no rank"),
-        ("style", {"method": "svd", "rank": 0}, r"rank of 1 or more \(got 0\)"),
+        ("style", {"method": "svd", "rank": 0}, r"rank from 1 to 10000 \(got 0\)"),
         ("style", {"method": "svd", "majority_sign": "total"}, "takes no majority_sign"),
         ("style", {"method": "linear", "name": "dog"}, "'dog' is loaded already"),
     ],

@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from finetune.evaluation.drawing import BASE, Desk, Shot, draw_variants, list_sh
 from finetune.recipe.schema import Recipe
 from finetune.run.folders import Folders
 from tests.builders import ROOT
-from tests.builders.commands import heed_interrupts
+from tests.builders.processes import Child
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import recipe_of
 
@@ -112,21 +110,13 @@ def test_an_interrupted_evaluation_leaves_the_bases_pictures_and_nothing_else(
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     arguments = [str(file), "--adapters"]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "finetune.evaluate", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    )
-    while child.poll() is None and len(list(recipe.cache.rglob(RECORD))) < 2:
+    child = Child(tmp_path / "log", main, arguments)
+    while child.wait(0) is None and len(list(recipe.cache.rglob(RECORD))) < 2:
         time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
-    output, error = child.communicate()
-    assert (child.returncode, output) == (130, "")
-    assert error.splitlines()[-1].endswith("interrupted")
-    assert "Traceback" not in error
+    child.send(signal.SIGINT)
+    assert (child.wait(), child.output) == (130, "")
+    assert child.errors.splitlines()[-1].endswith("interrupted")
+    assert "Traceback" not in child.errors
     assert not recipe.folder.exists()
     kept = {each: each.stat().st_mtime_ns for each in recipe.cache.rglob(RECORD)}
     assert 2 <= len(kept) < 15

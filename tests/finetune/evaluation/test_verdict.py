@@ -35,12 +35,14 @@ def results(
     Args:
         learnt: the change of CLIP-I from the base's.
         kept: that of the CLIP-T of other prompts.
-        spread: half of the width of both intervals; `None`: there are none.
+        spread: half of the width of both intervals; `None`: there are none,
+            and a single picture of other things.
         copied: the share of copies.
         stages: the CLIP-I of each stage alone.
         changes: of other fields.
     """
-    change = {"clip_i": score(learnt, spread), "clip_t_others": score(kept, spread, 8)}
+    others = 1 if spread is None else 8
+    change = {"clip_i": score(learnt, spread), "clip_t_others": score(kept, spread, others)}
     tuned = {name: score(BASE[name].value + each.value, spread) for name, each in change.items()}
     variants = {"base": BASE, "fine_tuned": tuned | {"copied": score(copied, None)}}
     variants |= {
@@ -112,7 +114,8 @@ def test_a_good_run_is_learnt_intact_and_no_copy() -> None:
             0.3,
             -0.1,
             None,
-            "other things seem damaged (80 % of the base's CLIP-T, by a single picture)",
+            "pictures of other things are too few for a judgement (80 % of the base's CLIP-T, by a"
+            " single picture)",
         ),
     ],
 )

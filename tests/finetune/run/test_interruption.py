@@ -1,6 +1,5 @@
 """Runs that end in the middle: killed, or out of patience."""
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from finetune.run.stopping import StoppedError, heed_signals
 from finetune.run.trainee import Trainee
 from finetune.run.validation import DrawnRow
 from finetune.step.stages import STAGES
+from tests.builders.processes import Child
 from tests.builders.random_cascade import RandomCascade
 from tests.builders.small_runs import (
     events_of,
@@ -67,7 +67,6 @@ def die_in_validation(recipe: Path, number: int) -> None:
         validations += 1
         return judge(drawn)
 
-    torch.set_num_threads(1)
     train(load_recipe(recipe), score=judge_or_die)
 
 
@@ -117,12 +116,8 @@ def test_a_run_killed_in_a_validation_goes_on_as_if_it_had_not_been(
     recipe = judged(random_cascade, tmp_path)
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    child = multiprocessing.get_context("spawn").Process(
-        target=die_in_validation, args=(file, number)
-    )
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    child = Child(tmp_path / "log", die_in_validation, file, number)
+    assert child.wait() == -signal.SIGKILL
     assert len(list_checkpoints(Folders(recipe.folder).checkpoints(STAGES[1]))) == max(
         number - 1, 0
     )

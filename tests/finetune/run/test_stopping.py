@@ -56,7 +56,8 @@ def test_a_signal_interrupts_what_is_being_done(number: int, status: int) -> Non
     def work() -> None:
         with heed_signals(nothing):
             os.kill(os.getpid(), number)
-            time.sleep(10)
+            for _ in range(1000):  # a signal that another thread has taken ends no sleep
+                time.sleep(0.01)
 
     with pytest.raises(StoppedError) as stopped:
         work()

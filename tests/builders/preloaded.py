@@ -1,6 +1,7 @@
-"""What a run imports, for a process that starts many."""
+"""What runs and evaluations import, for a process that starts many."""
 
 import finetune.data.prior
+import finetune.evaluation.measurement
 import finetune.memory.fit
 import finetune.memory.report
 import finetune.run.failures
