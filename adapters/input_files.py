@@ -67,7 +67,7 @@ def read_bytes(entry: Entry, advice: str = "put it there, or name another") -> b
         UserError: if it is none, or cannot be read, with advice.
     """
     if isinstance(entry, Path) and (obstacle := find_obstacle(entry)):
-        raise UserError(f"{entry}: {obstacle}; {advice}.")
+        raise UserError(f"{entry} cannot be read: {obstacle}; {advice}.")
     try:
         size = _find_size(entry)
         if size > LARGEST_BYTES:

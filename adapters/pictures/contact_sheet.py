@@ -1,7 +1,7 @@
 """Contact sheets: pictures in rows and columns, with captions."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -11,8 +11,8 @@ CELL_PX = 192
 
 GAP_PX, TEXT_PX, LINE_PX, TITLE_PX = 8, 14, 18, 20
 
-LONGEST_CAPTION, LONGEST_LINE = 400, 80
-"""The most letters that are shown of a caption, and of a text on one line."""
+LONGEST_CAPTION = 500
+"""The most letters of a caption that are shown."""
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -37,8 +37,6 @@ def contact_sheet(
         cell_px: the side of a cell; smaller pictures are enlarged without smoothing.
     """
     font, title_font = (ImageFont.load_default(size) for size in (TEXT_PX, TITLE_PX))
-    title = _shorten(title, LONGEST_LINE)
-    row_captions = [_shorten(text, LONGEST_LINE) for text in row_captions]
     texts = list(captions) or [()] * len(rows)
     if column_captions:
         texts[-1] = column_captions
@@ -75,30 +73,22 @@ def _fit(picture: Image.Image, cell_px: int) -> Image.Image:
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:
-    """Break a text into lines no wider than ``width`` pixels, within words where they are wider."""
+    """Break a text into lines no wider than ``width`` pixels, within words where it must be."""
+    if len(text) > LONGEST_CAPTION:
+        text = f"{text[:LONGEST_CAPTION]}…"
     lines = [""]
-    for word in _shorten(text, LONGEST_CAPTION).split():
-        for piece in _break_word(word, font, width):
-            longer = f"{lines[-1]} {piece}".strip()
-            if lines[-1] and _width(longer, font) > width:
-                lines.append(piece)
-            else:
-                lines[-1] = longer
+    for word in text.split():
+        line = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _width(line, font) > width:
+            lines.append("")
+            line = word
+        while len(line) > 1 and _width(line, font) > width:
+            widths = [_width(line[:count], font) for count in range(2, len(line))]
+            fitting = 1 + bisect_right(widths, width)
+            lines[-1:] = [line[:fitting], ""]
+            line = line[fitting:]
+        lines[-1] = line
     return lines
-
-
-def _break_word(word: str, font: Font, width: int) -> Iterator[str]:
-    """Break a word into pieces no wider than ``width`` pixels, of a letter at least."""
-    while word:
-        ends = range(1, len(word) + 1)
-        end = max(bisect_right(ends, width, key=lambda end: _width(word[:end], font)), 1)
-        yield word[:end]
-        word = word[end:]
-
-
-def _shorten(text: str, longest: int) -> str:
-    """Cut off the end of a text of more letters than ``longest``."""
-    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _width(text: str, font: Font) -> int:
