@@ -56,8 +56,8 @@ class BaseSignature(BaseModel):
         Configuration fields that only one of them has come from another diffusers version, and are
         ignored. Values may differ by the rounding of half precision.
         """
-        for key in self.config.keys() & other.config.keys():
-            if self.config[key] != other.config[key]:
+        for key in self.config:  # in its order, in which the first says most
+            if key in other.config and self.config[key] != other.config[key]:
                 return f"{key} is {other.config[key]}, not {self.config[key]}"
         if unknown := self.values.keys() - other.values.keys():
             return f"the signature is of {listed(sorted(unknown))}, not of {listed(other.values)}"

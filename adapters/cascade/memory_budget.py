@@ -104,7 +104,7 @@ def parse_memory(memory: str, what: str = "memory") -> float:
         UserError: if it is not a size, or the driver needs all of it.
     """
     match = re.fullmatch(
-        r"(\d{1,6}(?:\.\d{1,6})?)\s*(?:GB|GiB|G)?", str(memory).strip(), re.IGNORECASE
+        r"(\d{1,6}(?:\.\d{1,9})?)\s*(?:GB|GiB|G)?", str(memory).strip(), re.IGNORECASE
     )
     if match is None or float(match[1]) * GIB <= DRIVER_BYTES:
         raise UserError(

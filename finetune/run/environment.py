@@ -30,6 +30,7 @@ def check_environment(variables: Mapping[str, str]) -> None:
     if given.get("LOCAL_RANK") == -1:  # says that there is one process
         del given["LOCAL_RANK"]
     for place, total in PLACES.items():
+        total = total if total in given else "WORLD_SIZE"  # not all launchers set the local one
         if place in given and not 0 <= given[place] < given.get(total, 1):
             size = f"{total} is {given[total]}" if total in given else f"{total} is not set"
             raise UserError(f"{place} in the environment is {given[place]}, but {size}: {LAUNCH}.")

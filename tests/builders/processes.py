@@ -85,6 +85,7 @@ def train_on_several(log: Path, *arguments: str, processes: int = 2) -> list[int
         port = found.getsockname()[1]
     shared = {
         "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",

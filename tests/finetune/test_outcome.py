@@ -1,7 +1,8 @@
 """A subject is learnt: what a user gets in the end, measured on the embedded cascade.
 
 The run is the quickstart's Stage I without prior preservation, 60 steps at twice the rate, from
-fixed seeds. It is judged through plain diffusers: the loss by what ``load_lora_weights`` loads.
+fixed seeds, on evenly drawn timesteps, as its loss is judged at such. It is judged through plain
+diffusers: the loss by what ``load_lora_weights`` loads.
 """
 
 import json
@@ -39,7 +40,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("outcome")
     overrides = [
         *("prior=null", "stage_2=null", "validation={loss_pictures: 0}", f"data.source={PHOTOS}"),
-        *("stage_1.steps=60", "stage_1.optimizer.learning_rate=3.0e-3"),
+        *("stage_1.steps=60", "stage_1.optimizer.learning_rate=3.0e-3", "stage_1.timesteps={}"),
         *(f"base.stage_1={BASE}", "base.stage_2=null", "evaluation.stage_2_prompts=null"),
         *(f"runs_dir={folder / 'runs'}", f"cache_dir={folder / 'cache'}"),
     ]

@@ -59,8 +59,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def cascade(random_cascade: RandomCascade) -> Cascade:
-    return load_cascade(random_cascade.stage_1, parts=Parts(text_encoder=False))
+def cascade(wide_cascade: RandomCascade) -> Cascade:
+    return load_cascade(wide_cascade.stage_1, parts=Parts(text_encoder=False))
 
 
 @pytest.fixture(autouse=True)
@@ -103,10 +103,10 @@ def train(unet: UNet2DConditionModel, algorithm: str, **options: Any) -> Lycoris
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_is_what_the_library_computes(
-    random_cascade: RandomCascade, cascade: Cascade, tmp_path: Path, case: str
+    wide_cascade: RandomCascade, cascade: Cascade, tmp_path: Path, case: str
 ) -> None:
     algorithm, kind, options = CASES[case]
-    unet = load_unet(random_cascade)
+    unet = load_unet(wide_cascade)
     base = predict(unet)
     network = train(unet, algorithm, **dict(options))
     trained = predict(unet)
@@ -124,11 +124,11 @@ def test_a_file_is_what_the_library_computes(
 
 
 @pytest.fixture
-def file(random_cascade: RandomCascade, tmp_path: Path) -> Callable[..., Path]:
+def file(wide_cascade: RandomCascade, tmp_path: Path) -> Callable[..., Path]:
     """Writes a file of the library: the algorithm, and its options."""
 
     def write(algorithm: str, name: str = "last.safetensors", **options: Any) -> Path:
-        network = train(load_unet(random_cascade), algorithm, **options)
+        network = train(load_unet(wide_cascade), algorithm, **options)
         network.save_weights(str(tmp_path / name), None, {})
         return tmp_path / name
 
@@ -161,16 +161,16 @@ def test_ranks_and_alphas_are_those_of_the_tensors(file: Callable[..., Path]) ->
 
 
 def test_it_is_not_loaded_into_another_unet(
-    file: Callable[..., Path], random_cascade: RandomCascade
+    file: Callable[..., Path], wide_cascade: RandomCascade
 ) -> None:
     path = file("lokr")
     with pytest.raises(UserError, match=r"fits no UNet here.*conv_in.lokr_w1"):
-        load_cascade(stage_2=random_cascade.stage_2, adapters=[path])
+        load_cascade(stage_2=wide_cascade.stage_2, adapters=[path])
     tensors = load_file(path)
     key = "lycoris_mid_block_attentions_0_to_q.lokr_w1"
     save_file(tensors | {key: tensors[key][:, :1].contiguous()}, path)
     with pytest.raises(UserError, match=r"another shape: mid_block.attentions.0.to_q.lokr_w1"):
-        load_cascade(random_cascade.stage_1, adapters=[path])
+        load_cascade(wide_cascade.stage_1, adapters=[path])
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_what_is_missing_is_named(
 
 
 def test_without_biases_a_whole_difference_is_an_adapter(
-    file: Callable[..., Path], random_cascade: RandomCascade, cascade: Cascade
+    file: Callable[..., Path], wide_cascade: RandomCascade, cascade: Cascade
 ) -> None:
     path = file("full", preset=TARGETS)
     tensors = {key: t for key, t in load_file(path).items() if not key.endswith("diff_b")}
     save_file(tensors, path)
     adapter = StageAdapter.load(path)
-    unet = load_unet(random_cascade)
+    unet = load_unet(wide_cascade)
     name = "mid_block.attentions.0.to_q"
     change = adapter.delta(name, unet.get_submodule(name).weight)
     key = f"lycoris_{name.replace('.', '_')}.diff"
@@ -244,11 +244,11 @@ def test_without_biases_a_whole_difference_is_an_adapter(
     ],
 )
 def test_an_update_of_other_dimensions_does_not_fit(
-    random_cascade: RandomCascade, tmp_path: Path, shapes: dict[str, tuple[int, int]]
+    wide_cascade: RandomCascade, tmp_path: Path, shapes: dict[str, tuple[int, int]]
 ) -> None:
     """Of as many values as the weight of [64, 64], but [128, 32]."""
     name = "down_blocks.1.attentions.0.to_q"
-    unet = load_unet(random_cascade)
+    unet = load_unet(wide_cascade)
     weight = unet.get_submodule(name).weight
     assert weight.numel() == 128 * 32
     key = f"lycoris_{name.replace('.', '_')}."

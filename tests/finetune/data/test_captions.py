@@ -465,4 +465,4 @@ def test_precompute_exits_with_one_sentence(
     with pytest.raises(SystemExit) as exit_:
         precompute.main([str(file)])
     assert exit_.value.code == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "there is no such folder" in capsys.readouterr().err
