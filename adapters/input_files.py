@@ -26,7 +26,7 @@ KINDS: Mapping[str, Callable[[int], bool]] = MappingProxyType(
         "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
     }
 )
-"""What a path may be, by its mode; reading some of these would wait for ever."""
+"""Kinds of things that a path may lead to, by its mode; reading some would wait for ever."""
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 """The errors of a zip that is damaged, encrypted or packed by an unknown method."""
@@ -64,7 +64,7 @@ def read_bytes(entry: Entry, advice: str = "put it there, or name another") -> b
     """Read a file, on disk or in a zip.
 
     Raises:
-        UserError: if it is none, or cannot be read, with advice.
+        UserError: if it is no file, or cannot be read, with advice.
     """
     if isinstance(entry, Path) and (obstacle := find_obstacle(entry)):
         raise UserError(f"{entry} cannot be read: {obstacle}; {advice}.")

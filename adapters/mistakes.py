@@ -36,7 +36,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "too_long": "must have at most {max_length} item(s), not {actual_length}",
     }
 )
-"""What was expected, by pydantic's type of mistake."""
+"""Expected values, by pydantic's type of mistake."""
 
 SHOWN = 30
 """The most mistakes that a message lists."""

@@ -3,7 +3,7 @@
     python -m benchmarks.job [RECIPE ...] [--processes 2] [--set key=value ...] [--out FOLDER]
 
 Random weights of the published sizes, with the whole T5-XXL, safety checkers and watermarkers, are
-made in ``--model`` if they are missing; their files are read once beforehand, so that no run waits
+made in ``--model`` if they are missing; their files are read once before, so that no run waits
 for the disk. Each recipe is launched as a user would, with empty caches, on five photos of 12
 megapixels. A phase ends with the line that the trainer says about it; its time counts from the line
 before, and its memory is the most that PyTorch reserved in it, on the first GPU. Writes ``job.txt``

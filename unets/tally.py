@@ -148,7 +148,7 @@ class _Blank:
 
 
 _RESULTS: dict[Hashable, Any] = {}
-"""What operations gave on the meta device, with a :class:`_Blank` for each tensor, by input."""
+"""Results of operations on the meta device, with a :class:`_Blank` for each tensor, by input."""
 
 
 def _run(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -176,13 +176,13 @@ def _run(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _makes_new_tensors(operation: Any) -> bool:
-    """Whether an operation neither changes its inputs nor returns views of them."""
+    """Tell whether an operation neither changes its inputs nor returns views of them."""
     schema = operation._schema
     return not schema.is_mutable and all(each.alias_info is None for each in schema.returns)
 
 
 def _is_new(tensor: Tensor, given: set[int]) -> bool:
-    """Whether a result has a storage of its own size, and not that of an input.
+    """Tell whether a result has a storage of its own size, and not that of an input.
 
     Some operations return an input that needs no change.
     """

@@ -281,7 +281,7 @@ def find_adapters(
         configs: the configurations of the stages' UNets.
 
     Raises:
-        UserError: if there is none for these stages, or there are two for one.
+        UserError: if these stages have no adapter, or there are two for one.
     """
     staged = [(adapter.stage_among(configs), adapter) for adapter in StageAdapter.load_all(folder)]
     fitting = [(stage, adapter) for stage, adapter in staged if stage in configs]

@@ -67,7 +67,7 @@ UPRIGHT: Mapping[object, Image.Transpose] = MappingProxyType(
         8: Image.Transpose.ROTATE_90,
     }
 )
-"""What turns a picture upright, by its EXIF orientation (EXIF 2.32, section 4.6.4)."""
+"""Turns that put a picture upright, by its EXIF orientation (EXIF 2.32, section 4.6.4)."""
 
 PROFILED_MODES = MappingProxyType({"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"})
 """The mode of the pixels that a colour profile is about, by its colour space."""

@@ -1,4 +1,4 @@
-"""What is left out, ignored or changed of the data, so that each kind is said once."""
+"""Notes on data left out, ignored or changed, each kind of which is said once."""
 
 from collections.abc import Iterable
 

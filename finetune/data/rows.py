@@ -15,7 +15,7 @@ class Wording:
     setting: str
     """The setting."""
     caption_advice: str
-    """What to do where a caption is missing, apart from writing it."""
+    """The remedy where a caption is missing, apart from writing it."""
     columns: bool = False
     """True if ``data.image_column`` and ``data.caption_column`` name its columns."""
 
@@ -37,7 +37,7 @@ class Rows(Protocol):
     """The rows of a source, none of which has been decoded."""
 
     notes: Notes
-    """What of the source is not read."""
+    """The parts of the source that are not read."""
 
     def __len__(self) -> int:
         """Count the rows."""

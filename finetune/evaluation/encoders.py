@@ -151,7 +151,7 @@ def check_clip(clip: str) -> None:
 
 
 def check_dino(dino: str) -> str:
-    """Return the type of a DINO model, without loading weights; raise a UserError if it is none."""
+    """Return the type of a DINO model, without its weights; raise a UserError if it is another."""
     known = ("dino", "a DINO or DINOv2 model", "facebook/dino-vits16")
     return _check_type(*known, dino, DINO_OPTIONS)
 

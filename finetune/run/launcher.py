@@ -1,4 +1,4 @@
-"""What Accelerate's launcher was asked for that a run does not do."""
+"""Wishes to Accelerate's launcher that a run does not fulfil."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

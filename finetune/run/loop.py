@@ -48,7 +48,7 @@ class Loop:
     checkpoints: Path
     """The folder of the stage's checkpoints."""
     identity: Mapping[str, Any]
-    """What identifies the training in a checkpoint, so that no other continues from it."""
+    """The identity of the training in a checkpoint, so that no other continues from it."""
     stop: Stop
 
     def run(self) -> bool:

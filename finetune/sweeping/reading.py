@@ -140,7 +140,7 @@ def read_values(option: str, argument: str) -> tuple[str, Any]:
             ``name={one: {key: 8}, other: {key: 16}}``.
 
     Raises:
-        UserError: if it is none of these.
+        UserError: if it is something else.
     """
     key, equals, text = argument.partition("=")
     if not equals or not key or not text.strip():

@@ -15,7 +15,7 @@ def _check_one_for_each(prompts: tuple[str, ...], info: ValidationInfo) -> tuple
 
 
 def _read_list(prompts: Any) -> Any:
-    """Read a list of prompts by name; pydantic reports what is none."""
+    """Read a list of prompts by name; pydantic reports what is no list."""
     return list(read_prompts(prompts)) if isinstance(prompts, str) else prompts
 
 
