@@ -105,6 +105,7 @@ def show_plainly(text: str) -> str:
     r"""Spell out characters that would steer a terminal or cannot be written, as in ``\x1b``.
 
     Example:
+        >>> from adapters.errors import show_plainly
         >>> show_plainly("red \x1b[31m")
         'red \\x1b[31m'
     """
@@ -120,6 +121,7 @@ def quote(value: object, limit: int = QUOTED) -> str:
     """Write a value for a sentence as Python does, of a long one only the beginning.
 
     Example:
+        >>> from adapters.errors import quote
         >>> quote("a dog"), quote("abc" * 100, limit=8)
         ("'a dog'", "'abcabca… (300 letters)")
     """

@@ -339,8 +339,6 @@ def _say_without_effect(
     settings: Sampling,
 ) -> None:
     """Say which given options have no effect, and why; those of prompts are then left out."""
-    from adapters.base.hub import is_hub_name, split_revision
-
     idle: dict[str, list[str]] = {}
     drawing = [stage for stage in models if stage > 1 or options.low_res is None]
     for stage in {1, 2, 3}.difference(drawing):
@@ -351,10 +349,6 @@ def _say_without_effect(
     idle["as each adapter has its own" if options.adapter else "without --adapter"] = (
         ["scale"] if scaled and "scale" in given else []
     )
-    if not any(
-        is_hub_name(split_revision(models[stage])[0]) for stage in (1, 2) if stage in models
-    ):
-        idle["as no model is on the hub"] = ["revision"] if "revision" in given else []
     if all(settings.of(stage).guidance == 1 for stage in drawing):
         idle["with a guidance of 1"] = ["negative_prompt"] if "negative_prompt" in given else []
     for reason, names in idle.items():

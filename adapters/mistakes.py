@@ -49,6 +49,7 @@ def list_mistakes(rows: Sequence[str]) -> str:
     """List mistakes: one in the sentence, several in a row each, of many the first.
 
     Example:
+        >>> from adapters.mistakes import list_mistakes
         >>> list_mistakes(["seed: must be a whole number (got 1.5)"])
         'a mistake: seed: must be a whole number (got 1.5).'
     """

@@ -456,7 +456,10 @@ def test_stage_2s_mistakes_are_found_before_stage_1_trains(
         (f"base.stage_2={random_cascade.stage_1}", "IFSuperResolutionPipeline"),
         (f"base.stage_1={random_cascade.stage_2}", "IFPipeline"),
         ("data.source=./nowhere", "there is no such folder"),
-        ("prior={prompts: [a dog], folder: nowhere}", "prior.folder 'nowhere' is not a folder"),
+        (
+            "prior={prompts: [a dog], folder: nowhere}",
+            "prior.folder 'nowhere' is neither a folder nor a zip",
+        ),
         ("evaluation.clip=./nowhere", "evaluation.clip must name a CLIP model"),
         ("evaluation.dino=./nowhere", "evaluation.dino must name a DINO or DINOv2 model"),
         (f"evaluation.dino={ROOT / 'models/if-tiny/clip'}", "clip' is of the type 'clip'"),

@@ -288,7 +288,7 @@ def test_a_base_is_refused(
         ),
         ({"runs_dir": "README.md"}, ["README.md/", "cannot be written"]),
         ({"cache_dir": "README.md"}, ["README.md must be a folder, but is a file"]),
-        ({"prior": "{prompts: [a dog], folder: nowhere}"}, ["prior.folder 'nowhere' is not"]),
+        ({"prior": "{prompts: [a dog], folder: nowhere}"}, ["prior.folder 'nowhere' is neither"]),
     ],
     ids=lambda each: "" if isinstance(each, list) else str(each)[:50],
 )

@@ -375,7 +375,7 @@ EFFECTLESS: Mapping[str, tuple[str, str]] = {
         "--adapter {dog}=0.5 --scale 1",
         "--scale has no effect as each adapter has its own.",
     ),
-    "the revision of a folder": ("--revision v2", "--revision has no effect as no model is on"),
+    "the revision of a folder": ("--revision v2", "The revision 'v2' has no effect on"),
     "a negative prompt without guidance": (
         "--negative-prompt dog --stage-1-guidance 1",
         "--negative-prompt has no effect with a guidance of 1.",

@@ -96,7 +96,7 @@ PLANS = (
     plan_options("no rate", ["--rate", "0"], "--rate must be a number above 0"),
     plan_options("a card and a CPU", ["--vram", "8GB", "--device", "cpu"], "leave out --device"),
     plan_options(
-        "a batch without end", ["--vram", "8GB", "stage_1.batch_size=1000000000"], "at most 4,096"
+        "a batch without end", ["--vram", "8GB", "stage_1.batch_size=1000000000"], "at most 10,000"
     ),
 )
 

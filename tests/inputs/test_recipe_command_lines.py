@@ -44,7 +44,7 @@ def seconds_of_processes() -> float:
         ("[", ["train", "FILE"], {}, "is not valid YAML: line 1, column 2: "),
         (DEEP, ["train", "FILE"], {}, "more than 40 lists and sections within one another"),
         (BOMB, ["plan", "FILE"], {}, "more than 100,000 values, with those of aliases"),
-        (SMALL, ["plan", "FILE", "stage_1.batch_size=1000000000"], {}, "must be at most 4,096"),
+        (SMALL, ["plan", "FILE", "stage_1.batch_size=1000000000"], {}, "must be at most 10,000"),
         (SMALL, ["train", "FILE", f"seed={10**30}"], {}, "seed: must be below 9,223,372,036,854"),
         (SMALL, ["precompute", "FILE", "seed=5 #3"], {}, "contains '#3', which YAML does not"),
         (SMALL, ["evaluate", "FILE", "runs_dir=~nobody_/x"], {}, "names no user's home folder"),

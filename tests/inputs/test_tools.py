@@ -93,7 +93,10 @@ REFUSED: dict[str, tuple[str, Sequence[str]]] = {
     ),
     "merge into another base": (f"merge {{dog}} --base {{other}} {OUT}", ["trained on Stage 1 of"]),
     "merge into no base": (f"merge {{foreign}} {OUT}", ["do not say which base", "--base"]),
-    "merge into what is no model": (f"merge {{dog}} --base file {OUT}", ["'file'", "owner/name"]),
+    "merge into what is no model": (
+        f"merge {{dog}} --base file {OUT}",
+        ["'file'", "model_index.json"],
+    ),
     "merge nothing": (f"merge nowhere {OUT}", ["nowhere has no exported adapter"]),
     "merge a model": (f"merge {{1}} {OUT}", ["has no exported adapter"]),
     "resize to nothing": (f"resize {{dog}} --rank 0 {OUT}", ["--rank must be at least 1 (got 0)"]),

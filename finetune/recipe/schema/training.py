@@ -26,9 +26,9 @@ class Training(Section):
 
     steps: Annotated[int, Field(ge=1, le=10**8)]
     """The number of optimizer steps."""
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
+    batch_size: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Pictures at a time on each GPU, those of the prior included."""
-    accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
+    accumulation: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Batches whose gradients are averaged into one optimizer step: two batches of 2 pictures train
     the same as one of 4."""
     adapter: AdapterSpec = AdapterSpec()

@@ -186,7 +186,7 @@ def test_other_captions_drift_less_where_output_is_preserved(tmp_path: Path) -> 
                 *("stage_2=null", "base.stage_2=null", "evaluation=null", "validation={}"),
                 "prior=null",
                 *(f"base.stage_1={BASE}", f"data.source={ROOT / 'datasets/octopus'}"),
-                *("stage_1.steps=8", "stage_1.adapter.targets=attention"),
+                *("stage_1.steps=8", "stage_1.adapter.targets=attention", "stage_1.timesteps={}"),
                 *("stage_1.optimizer.learning_rate=5e-3", f"cache_dir={tmp_path}"),
             ],
         )
