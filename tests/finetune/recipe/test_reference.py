@@ -76,7 +76,7 @@ def test_names_in_tables_are_listed() -> None:
 @pytest.mark.parametrize(
     ("key", "model", "words"),
     [
-        ("batch_size", Training, "whole number (1 to 4096)"),
+        ("batch_size", Training, "whole number (1 to 10000)"),
         ("ema_decay", Training, "number (at least 0, below 1) or null"),
         ("noise_level", Training, "list of 2 whole numbers (at least 0) or null"),
         ("through_stage_2", Validation, "`never`, `last` or `always`"),
