@@ -3,10 +3,10 @@
 import os
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
+from adapters.pictures import reading
 from finetune.data.pictures import load_pictures
 from finetune.recipe.schema import Data
 from tests.builders.inputs import Refused, check_refused
@@ -300,10 +301,12 @@ ACCEPTED = [
     Accepted("broken EXIF in a PNG", broken_exif("PNG"), says="EXIF is broken"),
     Accepted("broken EXIF in a WebP", broken_exif("WEBP", lossless=True), says="EXIF is broken"),
     Accepted(
-        "EXIF that is none in a PNG", lambda: encoded(PHOTO, exif=b"nothing"), says="EXIF is broken"
+        "no EXIF, called so, in a PNG",
+        lambda: encoded(PHOTO, exif=b"nothing"),
+        says="EXIF is broken",
     ),
     Accepted(
-        "EXIF that is none in a WebP",
+        "no EXIF, called so, in a WebP",
         lambda: encoded(PHOTO, "WEBP", lossless=True, exif=b"nothing"),
         says="EXIF is broken",
         file="a.webp",
@@ -388,7 +391,7 @@ ACCEPTED = [
         says="colour profile is broken",
     ),
     Accepted(
-        "a profile that is none",
+        "no profile, called so",
         lambda: encoded(PHOTO, icc_profile=b"nothing"),
         says="colour profile is broken",
     ),
@@ -454,7 +457,6 @@ def test_pillows_limit_of_pixels_is_neither_heeded_nor_moved(
     assert Image.MAX_IMAGE_PIXELS == 50
 
 
-@pytest.mark.skipif(not find_spec("pillow_heif"), reason="needs pillow-heif")
 @pytest.mark.parametrize("name", ["a.heic", "a.HEIF", "a.jpg"])
 @pytest.mark.parametrize(("exif", "turns"), [(None, 0), (turned(6), -1)])
 def test_heic_is_read(name: str, exif: bytes | None, turns: int, tmp_path: Path) -> None:
@@ -651,10 +653,11 @@ def test_a_picture_that_cannot_be_read_is_named(
     check_refused(case, read_material, folder, capsys)
 
 
-@pytest.mark.skipif(bool(find_spec("pillow_heif")), reason="pillow-heif is there")
 def test_heic_without_its_reader_is_explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    reading._register_heif.cache_clear()  # nor registered by another test
     content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(9)
     case = Refused(
         "HEIC", one_file("a.heic", lambda: content), ["a.heic", "pip install pillow-heif"]
